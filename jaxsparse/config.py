@@ -1,0 +1,471 @@
+"""Every configuration dataclass, one comment a field.
+
+A recipe in `configs/` builds one `Config`; `--config.model.num_layers=6` on the
+command line changes one field of it. The classes are mutable because
+`ml_collections.config_flags` assigns overrides field by field; `validated`
+runs every check again afterwards. Everything else treats them as constants.
+"""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from typing import Any
+
+from jaxsparse.errors import UserError
+
+
+def _require(condition: bool, message: str) -> None:
+  if not condition:
+    raise UserError(message)
+
+
+def _require_positive(config: Any, *names: str) -> None:
+  for name in names:
+    value = getattr(config, name)
+    _require(value > 0, f'{name} must be positive, got {value}.')
+
+
+def _require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
+  value = getattr(config, name)
+  _require(
+    value in choices,
+    f'{name} must be one of {", ".join(choices)}; got {value!r}.',
+  )
+
+
+def _require_fraction(config: Any, *names: str) -> None:
+  for name in names:
+    value = getattr(config, name)
+    _require(0 <= value <= 1, f'{name} must be within 0 and 1, got {value}.')
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class UltraMemConfig:
+  """One UltraMem layer and where its copies stand (arXiv:2411.12364)."""
+
+  # Physical sub-keys per axis; the value table has num_keys ** 2 rows.
+  num_keys: int = 128
+  # Width k of the row query and of the column query.
+  key_dim: int = 32
+  # Retrieval heads P; all of them share one query.
+  num_heads: int = 2
+  # Slots m that each head reads per token.
+  num_selected: int = 16
+  # Width W of a row of the value table.
+  value_dim: int = 64
+  # Virtual blocks E of implicit value expansion, a perfect square.
+  expansion: int = 4
+  # Rank r of the Tucker core.
+  tucker_rank: int = 2
+  # Cores c; core i weights the i-th block of columns of a value.
+  num_cores: int = 2
+  # True: a key's width is split over the ranks, as the paper writes it. False:
+  # every rank has a key of full width, as the release computes it.
+  split_key_dim: bool = False
+  # Taps of the causal depth-wise convolution before the query; 0 for none.
+  query_conv_taps: int = 0
+  # Candidates from both same-sign quadrants instead of the positive one.
+  use_two_quadrants: bool = False
+  # Coefficient of the loss on the lower singular values; 0 for none.
+  aux_loss_weight: float = 1e-3
+  # Singular values below this margin are not penalised.
+  aux_loss_margin: float = 0.15
+  # 'paper' (unit scores, output variance 1 / 2L) or 'release' (fixed scales).
+  init: str = 'paper'
+  # (read, write) pairs of 0-based blocks: the layer reads the normalised mixer
+  # input of block `read`; its output is added after block `write`.
+  placements: tuple[tuple[int, int], ...] = ((1, 2),)
+
+  @property
+  def num_slots(self) -> int:
+    """Physical rows M of one value table."""
+    return self.num_keys**2
+
+  @property
+  def num_logical_keys(self) -> int:
+    """Logical sub-keys Q per axis."""
+    return math.isqrt(self.expansion) * self.num_keys
+
+  def __post_init__(self):
+    _require_positive(
+      self, 'num_keys', 'key_dim', 'num_heads', 'num_selected', 'value_dim'
+    )
+    _require_positive(self, 'expansion', 'tucker_rank', 'num_cores')
+    _require_choice(self, 'init', ('paper', 'release'))
+    _require(
+      math.isqrt(self.expansion) ** 2 == self.expansion,
+      f'expansion must be a perfect square, got {self.expansion}.',
+    )
+    _require(
+      self.num_selected <= self.num_logical_keys,
+      f'num_selected must be at most sqrt(expansion) * num_keys = '
+      f'{self.num_logical_keys}, got {self.num_selected}.',
+    )
+    _require(
+      self.value_dim % self.num_cores == 0,
+      f'value_dim must be a multiple of num_cores = {self.num_cores}, '
+      f'got {self.value_dim}.',
+    )
+    _require(
+      not self.split_key_dim or self.key_dim % self.tucker_rank == 0,
+      f'key_dim must be a multiple of tucker_rank = {self.tucker_rank} when '
+      f'split_key_dim is set, got {self.key_dim}.',
+    )
+    _require(
+      not self.use_two_quadrants or self.num_selected % 2 == 0,
+      'num_selected must be even when use_two_quadrants is set, got '
+      f'{self.num_selected}.',
+    )
+    _require(
+      self.query_conv_taps >= 0,
+      f'query_conv_taps must not be negative, got {self.query_conv_taps}.',
+    )
+    _require(
+      self.aux_loss_weight >= 0 and self.aux_loss_margin >= 0,
+      'aux_loss_weight and aux_loss_margin must not be negative, got '
+      f'{self.aux_loss_weight} and {self.aux_loss_margin}.',
+    )
+    for placement in self.placements:
+      _require(
+        isinstance(placement, tuple) and len(placement) == 2,
+        f'placements must be (read, write) pairs, got {placement!r}.',
+      )
+      read, write = placement
+      _require(
+        0 <= read <= write,
+        f'a placement (read, write) needs 0 <= read <= write, got {placement}.',
+      )
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class ModelConfig:
+  """A pre-norm decoder-only transformer."""
+
+  # Blocks L.
+  num_layers: int = 4
+  # Width D of the residual stream.
+  model_dim: int = 128
+  # Query heads N.
+  num_heads: int = 4
+  # Key/value heads K, a divisor of num_heads; equal to it without grouping.
+  num_kv_heads: int = 4
+  # Width H of one head.
+  head_dim: int = 32
+  # Inner width F of the MLP (of each of gate and up for 'swiglu').
+  mlp_dim: int = 512
+  # 'swiglu' or 'gelu'.
+  mlp: str = 'swiglu'
+  # Rows V of the embedding; 0 takes the tokenizer's size.
+  vocab_size: int = 0
+  # One table for the embedding and the output projection.
+  tie_embeddings: bool = True
+  # RMSNorm on queries and keys of the attention.
+  use_qk_norm: bool = False
+  # Longest wavelength of the rotary embedding, in positions.
+  rope_max_wavelength: float = 10_000.0
+  # Added to the mean square in every RMSNorm.
+  norm_epsilon: float = 1e-5
+  # Dropout on each mixer's output while training.
+  dropout_rate: float = 0.0
+  # The memory layers; None for a dense model.
+  memory: UltraMemConfig | None = None
+  # Type of activations: 'float32' or 'bfloat16'.
+  dtype: str = 'float32'
+  # Recompute each block in the backward pass instead of keeping its inside.
+  use_remat: bool = False
+
+  def __post_init__(self):
+    _require_positive(
+      self, 'num_layers', 'model_dim', 'num_heads', 'num_kv_heads', 'head_dim'
+    )
+    _require_positive(self, 'mlp_dim', 'rope_max_wavelength', 'norm_epsilon')
+    _require_choice(self, 'mlp', ('swiglu', 'gelu'))
+    _require_choice(self, 'dtype', ('float32', 'bfloat16'))
+    _require(
+      self.num_heads % self.num_kv_heads == 0,
+      f'num_kv_heads must divide num_heads = {self.num_heads}, '
+      f'got {self.num_kv_heads}.',
+    )
+    _require(
+      self.head_dim % 2 == 0, f'head_dim must be even, got {self.head_dim}.'
+    )
+    _require(
+      self.vocab_size >= 0,
+      f'vocab_size must not be negative, got {self.vocab_size}.',
+    )
+    _require(
+      0 <= self.dropout_rate < 1,
+      f'dropout_rate must be at least 0 and below 1, got {self.dropout_rate}.',
+    )
+    for placement in self.memory.placements if self.memory else ():
+      _require(
+        placement[1] < self.num_layers,
+        f'a placement must name blocks below num_layers = {self.num_layers}, '
+        f'got {placement}.',
+      )
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class DataConfig:
+  """Text, tokenizer and batches. Without `text` and `tfds`: Python's own."""
+
+  # Comma-separated globs of the user's UTF-8 text files.
+  text: str = ''
+  # Name of a TensorFlow Dataset, such as 'lm1b'.
+  tfds: str = ''
+  # Name of the dataset's text feature.
+  tfds_feature: str = 'text'
+  # Splits of the dataset, in TFDS's slicing syntax.
+  tfds_train_split: str = 'train'
+  tfds_validation_split: str = 'test'
+  # How text files are split: 'file' or 'bytes' (train, validation, test in
+  # this order, as enwik8 is split).
+  split: str = 'file'
+  # Shares of validation and test; the rest is for training.
+  validation_fraction: float = 0.05
+  test_fraction: float = 0.0
+  # Where built corpora are kept.
+  cache_dir: str = '~/.cache/jaxsparse'
+  # 'bytes', 'bpe' (trained on the corpus), or the path of a tokenizer.json or
+  # of a SentencePiece model.
+  tokenizer: str = 'bytes'
+  # Size of the vocabulary that 'bpe' trains.
+  bpe_vocab_size: int = 8192
+  # Tokens T of one packed sequence.
+  seq_len: int = 256
+  # Sequences B of one optimizer step, over all devices.
+  batch_size: int = 16
+  # Independent packing streams of which the batch is made; the stream of
+  # batches is the same for any number of processes that divides it. 0: the
+  # greatest common divisor of batch_size and 256.
+  num_lanes: int = 0
+  # Batches that are prepared ahead.
+  prefetch: int = 4
+
+  def __post_init__(self):
+    _require(
+      not (self.text and self.tfds),
+      f'give text or tfds, not both; got {self.text!r} and {self.tfds!r}.',
+    )
+    _require_choice(self, 'split', ('file', 'bytes'))
+    _require_positive(self, 'seq_len', 'batch_size', 'bpe_vocab_size')
+    _require_fraction(self, 'validation_fraction', 'test_fraction')
+    _require(
+      self.validation_fraction > 0
+      and self.validation_fraction + self.test_fraction < 1,
+      'validation_fraction must be above 0, and below 1 together with '
+      f'test_fraction; got {self.validation_fraction} and '
+      f'{self.test_fraction}.',
+    )
+    _require(
+      self.prefetch >= 0, f'prefetch must not be negative, got {self.prefetch}.'
+    )
+    _require(
+      self.bpe_vocab_size > 256,
+      'bpe_vocab_size must be above 256, one token for each byte; '
+      f'got {self.bpe_vocab_size}.',
+    )
+    _require(
+      self.num_lanes >= 0 and self.batch_size % (self.num_lanes or 1) == 0,
+      f'num_lanes must divide batch_size = {self.batch_size}, '
+      f'got {self.num_lanes}.',
+    )
+
+  @property
+  def lanes(self) -> int:
+    """Number of packing streams in use."""
+    return self.num_lanes or math.gcd(self.batch_size, 256)
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class OptimizerConfig:
+  """AdamW with warm-up and cosine decay, and a labelled group for values."""
+
+  # Peak of the learning rate.
+  learning_rate: float = 3e-3
+  # Steps of linear warm-up.
+  warmup_steps: int = 50
+  # Learning rate at the end, as a share of the peak.
+  final_lr_fraction: float = 0.1
+  # Decay rates of the first and second moments.
+  b1: float = 0.9
+  b2: float = 0.95
+  epsilon: float = 1e-8
+  # Decoupled decay of matrices; norms, cores and values are left out.
+  weight_decay: float = 0.1
+  # Decoupled decay of the value tables.
+  value_weight_decay: float = 0.0
+  # Multiplier of the value tables' learning rate at step 0; it falls linearly
+  # to 1 over the first value_lr_decay_fraction of training.
+  value_lr_multiplier: float = 1.0
+  value_lr_decay_fraction: float = 1.0
+  # Largest global norm of the gradient; 0 does not clip.
+  clip_norm: float = 1.0
+  # Micro-batches whose gradients are averaged into one step.
+  grad_accumulation: int = 1
+
+  def __post_init__(self):
+    _require_positive(self, 'learning_rate', 'epsilon', 'value_lr_multiplier')
+    _require_positive(self, 'value_lr_decay_fraction', 'grad_accumulation')
+    _require_fraction(self, 'final_lr_fraction', 'value_lr_decay_fraction')
+    for name in ('b1', 'b2'):
+      value = getattr(self, name)
+      _require(0 <= value < 1, f'{name} must be within 0 and 1, got {value}.')
+    for name in (
+      'warmup_steps', 'weight_decay', 'value_weight_decay', 'clip_norm'
+    ):  # fmt: skip
+      value = getattr(self, name)
+      _require(value >= 0, f'{name} must not be negative, got {value}.')
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class TrainConfig:
+  """How long, how often, from which seed."""
+
+  # Optimizer steps in all.
+  num_steps: int = 600
+  # Seed of parameters, data order and dropout.
+  seed: int = 0
+  # A metrics line every so many steps.
+  log_every: int = 10
+  # A checkpoint every so many steps, and at the end.
+  save_every: int = 100
+  # Newest checkpoints that are kept.
+  keep_checkpoints: int = 2
+  # A full validation pass every so many steps, and at the end; 0: at the end.
+  eval_every: int = 0
+  # What the sample at the end begins with, and its length in tokens.
+  sample_prompt: str = 'def '
+  sample_tokens: int = 200
+
+  def __post_init__(self):
+    _require_positive(self, 'num_steps', 'log_every', 'save_every')
+    _require_positive(self, 'keep_checkpoints')
+    for name in ('seed', 'eval_every', 'sample_tokens'):
+      value = getattr(self, name)
+      _require(value >= 0, f'{name} must not be negative, got {value}.')
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class MeshConfig:
+  """Devices along each axis of the mesh."""
+
+  # Splits the batch and spreads dense parameters; -1: all remaining devices.
+  data: int = -1
+  # Splits the batch; value tables will be split over it.
+  sparse: int = 1
+  # Splits heads and the MLP's width.
+  model: int = 1
+
+  def __post_init__(self):
+    _require(
+      self.data == -1 or self.data > 0,
+      f'mesh.data must be positive, or -1 for all that are left; '
+      f'got {self.data}.',
+    )
+    for name in ('sparse', 'model'):
+      value = getattr(self, name)
+      _require(value > 0, f'mesh.{name} must be positive, got {value}.')
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class Config:
+  """A whole run."""
+
+  model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+  data: DataConfig = dataclasses.field(default_factory=DataConfig)
+  optimizer: OptimizerConfig = dataclasses.field(
+    default_factory=OptimizerConfig
+  )
+  train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+  def __post_init__(self):
+    _require(
+      self.data.batch_size % self.optimizer.grad_accumulation == 0,
+      f'grad_accumulation must divide batch_size = {self.data.batch_size}, '
+      f'got {self.optimizer.grad_accumulation}.',
+    )
+    _require(
+      self.optimizer.warmup_steps <= self.train.num_steps,
+      f'warmup_steps must be at most num_steps = {self.train.num_steps}, '
+      f'got {self.optimizer.warmup_steps}.',
+    )
+
+
+def validated(config: Any) -> Any:
+  """A copy in which every check has run again, inner classes first.
+
+  Raises:
+    UserError: one sentence that names the field, its value and what is right.
+  """
+  hints = typing.get_type_hints(type(config))
+  fields = {}
+  for name, hint in hints.items():
+    value = getattr(config, name)
+    _check_type(name, value, hint)
+    fields[name] = (
+      validated(value) if dataclasses.is_dataclass(value) else value
+    )
+  return type(config)(**fields)
+
+
+def _check_type(name: str, value: Any, hint: Any) -> None:
+  options = typing.get_args(hint) if isinstance(hint, types.UnionType) else ()
+  expected = [typing.get_origin(t) or t for t in options or (hint,)]
+  if float in expected:
+    expected.append(int)
+  is_right = isinstance(value, tuple(expected))
+  if not is_right or (isinstance(value, bool) and bool not in expected):
+    names = ' or '.join(t.__name__ for t in expected)
+    raise UserError(f'{name} must be of type {names}, got {value!r}.')
+
+
+def to_json(config: Config) -> str:
+  return json.dumps(dataclasses.asdict(config), indent=2) + '\n'
+
+
+def from_json(text: str) -> Config:
+  """The config that `to_json` wrote.
+
+  Raises:
+    UserError: the text is no JSON, or its fields are not this version's.
+  """
+  try:
+    return _from_dict(Config, json.loads(text))
+  except (TypeError, KeyError, AttributeError) as error:
+    raise UserError(
+      f'the saved config does not fit this version of jaxsparse: {error}.'
+    ) from error
+
+
+def _from_dict(cls: type, fields: dict[str, Any]) -> Any:
+  hints = typing.get_type_hints(cls)
+  return cls(**{k: _from_value(hints[k], v) for k, v in fields.items()})
+
+
+def _from_value(hint: Any, value: Any) -> Any:
+  if isinstance(hint, types.UnionType):
+    hint = next(t for t in typing.get_args(hint) if t is not type(None))
+  if dataclasses.is_dataclass(hint) and value is not None:
+    return _from_dict(hint, value)
+  if isinstance(value, list):
+    return tuple(_from_value(None, item) for item in value)
+  return value
+
+
+def differences(old: Any, new: Any, prefix: str = '') -> list[str]:
+  """Fields whose values differ, as 'model.num_layers: 4 -> 6'."""
+  if not (dataclasses.is_dataclass(old) and type(old) is type(new)):
+    return [] if old == new else [f'{prefix}: {old!r} -> {new!r}']
+  return [
+    line
+    for field in dataclasses.fields(old)
+    for line in differences(
+      getattr(old, field.name),
+      getattr(new, field.name),
+      f'{prefix}.{field.name}' if prefix else field.name,
+    )
+  ]

@@ -1,0 +1,1 @@
+"""Linen modules: declare parameters, call ops."""
