@@ -121,3 +121,17 @@ def num_token_shards() -> int:
   """Pieces into which a batch is split under the mesh in use."""
   mesh = jax.sharding.get_abstract_mesh()
   return 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in TOKENS)
+
+
+def abstract(function: Callable, *args, mesh: jax.sharding.Mesh):
+  """Shapes, types and shardings on `mesh` of what `function(*args)` returns."""
+  with jax.set_mesh(mesh):
+    shapes = jax.eval_shape(function, *args)
+
+  def concrete(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+    # Shapes without a sharding, such as constants, are whole on each device.
+    spec = jax.P() if x.sharding is None else x.sharding.spec
+    sharding = jax.sharding.NamedSharding(mesh, spec)
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  return jax.tree.map(concrete, shapes)
