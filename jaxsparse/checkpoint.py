@@ -26,7 +26,7 @@ PARAMS, OPTIMIZER = 'params', 'optimizer'
 class Checkpoints:
   """The checkpoints of one workdir: saved asynchronously, the last n kept."""
 
-  def __init__(self, workdir: str | epath.Path, keep: int):
+  def __init__(self, workdir: epath.PathLike, keep: int):
     self._directory = epath.Path(workdir) / workdir_lib.CHECKPOINTS
     self._keep = keep
     self._open()
@@ -149,7 +149,7 @@ class Checkpoints:
 
 
 def load_params(
-  workdir: str | epath.Path, step: int | None = None
+  workdir: epath.PathLike, step: int | None = None
 ) -> tuple[int, Any]:
   """The parameters of a checkpoint, whole, on the default device.
 
@@ -192,7 +192,7 @@ def load_params(
   return step, loaded[PARAMS]
 
 
-def check_disk_space(workdir: str | epath.Path, num_bytes: int) -> None:
+def check_disk_space(workdir: epath.PathLike, num_bytes: int) -> None:
   """Refuses to start a run whose checkpoints would not fit a local disk.
 
   Args:

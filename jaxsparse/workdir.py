@@ -1,7 +1,5 @@
 """The workdir: where training, inference and analysis meet."""
 
-import pathlib
-
 from etils import epath
 
 from jaxsparse import config as config_lib
@@ -15,7 +13,7 @@ PLOTS = 'plots'
 TENSORBOARD = 'tensorboard'
 
 
-def read_config(workdir: str | pathlib.Path) -> config_lib.Config:
+def read_config(workdir: epath.PathLike) -> config_lib.Config:
   """The config with which the workdir was trained.
 
   Raises:

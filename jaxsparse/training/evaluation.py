@@ -1,0 +1,76 @@
+"""The validation pass: fixed, full, in nats per token and bits per byte."""
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterable
+
+import jax
+import numpy as np
+
+from jaxsparse import mesh
+from jaxsparse.config import Config
+from jaxsparse.training.interrupt import StopRequest
+from jaxsparse.training.progress import Reporter
+from jaxsparse.training.step import eval_step
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+  """Result of a pass over the validation text."""
+
+  # Nats per target.
+  loss: float
+  # Of the text itself, whatever the tokenizer; boundaries are paid for.
+  bits_per_byte: float
+  # Reads of every physical slot, by layer: int64 [M].
+  slot_counts: dict[str, np.ndarray]
+
+  def scalars(self) -> dict[str, float]:
+    return {
+      'validation_loss': self.loss,
+      'validation_bits_per_byte': self.bits_per_byte,
+    }
+
+
+def validate(
+  config: Config,
+  params: dict,
+  batches: Iterable[dict[str, np.ndarray]],
+  num_bytes: int,
+  reporter: Reporter,
+  stop: StopRequest,
+) -> Validation | None:
+  """Runs the pass; None if a signal stopped it.
+
+  Args:
+    config: of the run.
+    params: on the mesh in use.
+    batches: this process's rows of every batch.
+    num_bytes: UTF-8 bytes of the whole validation text.
+    reporter: shows the progress.
+    stop: is looked at before every batch.
+  """
+  evaluate = jax.jit(functools.partial(eval_step, config))
+  nats, targets, counts = 0.0, 0.0, {}
+  batches = list(batches)
+  with reporter.steps(0, len(batches), 'validation'):
+    for index, batch in enumerate(batches):
+      if stop:
+        return None
+      sums = jax.device_get(evaluate(params, to_global(batch)))
+      nats += float(sums['nats'])
+      targets += float(sums['targets'])
+      for layer, hits in sums['slot_counts'].items():
+        counts[layer] = counts.get(layer, 0) + hits.astype(np.int64)
+      reporter.show(index + 1, len(batches), {'loss': nats / targets})
+  return Validation(nats / targets, nats / math.log(2) / num_bytes, counts)
+
+
+def to_global(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
+  """This process's rows as part of the global batch, on the mesh in use."""
+  sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), mesh.act('BT'))
+  return {
+    name: jax.make_array_from_process_local_data(sharding, x)
+    for name, x in batch.items()
+  }

@@ -1,0 +1,247 @@
+"""The loop: restore, step, report one step late, save, evaluate."""
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import jax
+import numpy as np
+from etils import epath
+
+from jaxsparse import checkpoint, mesh
+from jaxsparse.config import Config
+from jaxsparse.errors import UserError
+from jaxsparse.training import evaluation
+from jaxsparse.training.interrupt import StopRequest, stop_on_signals
+from jaxsparse.training.metrics import MetricsWriter, read_rows
+from jaxsparse.training.progress import Reporter
+from jaxsparse.training.step import TrainState, init_state, train_step
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainingData:
+  """What the loop reads."""
+
+  # Endless batches of this process, [B / processes, T], with `get_state` and
+  # `set_state`.
+  batches: Any
+  # A fixed pass over the validation text, in the same form.
+  validation: Callable[[], Iterable[dict[str, np.ndarray]]]
+  # UTF-8 bytes of the validation text.
+  validation_bytes: int
+  # Bytes of text for each target, to state training losses in bits per byte.
+  bytes_per_target: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Outcome:
+  """How the loop ended."""
+
+  step: int
+  params: dict
+  # None when a signal stopped the run.
+  validation: evaluation.Validation | None
+
+
+class _Clock:
+  """Tokens per second since the last reading, without the pauses."""
+
+  def __init__(self, tokens_per_step: int):
+    self.tokens_per_step = tokens_per_step
+    self.restart()
+
+  def restart(self) -> None:
+    self._steps, self._start = 0, time.perf_counter()
+
+  def tick(self) -> float:
+    """Tokens per second over the steps since `restart`."""
+    self._steps += 1
+    elapsed = time.perf_counter() - self._start
+    return self._steps * self.tokens_per_step / max(elapsed, 1e-9)
+
+
+def fit(
+  config: Config,
+  workdir: epath.PathLike,
+  data: TrainingData,
+  reporter: Reporter,
+  utilization: Callable[[float], float | None],
+) -> Outcome:
+  """Trains from the workdir's newest checkpoint to `train.num_steps`.
+
+  Args:
+    config: of the run.
+    workdir: existing, and this config's own.
+    data: batches and validation text.
+    reporter: shows what happens.
+    utilization: from tokens per second to model FLOP utilisation, if known.
+
+  Raises:
+    UserError: the devices do not fit, the disk is full, no checkpoint can be
+      read, or the loss is not finite.
+  """
+  device_mesh = mesh.make_mesh(**dataclasses.asdict(config.mesh))
+  _check_batch(config, device_mesh)
+  checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints)
+  with jax.set_mesh(device_mesh), stop_on_signals() as stop:
+    state = _restore_or_init(
+      config, workdir, checkpoints, data, device_mesh, reporter
+    )
+    run = _Run(config, workdir, data, checkpoints, reporter, utilization, stop)
+    try:
+      return run.to_the_end(state)
+    finally:
+      run.writer.close()
+      checkpoints.close()
+
+
+def _restore_or_init(
+  config: Config,
+  workdir: epath.PathLike,
+  checkpoints: checkpoint.Checkpoints,
+  data: TrainingData,
+  device_mesh: jax.sharding.Mesh,
+  reporter: Reporter,
+) -> TrainState:
+  init = functools.partial(init_state, config)
+  abstract = mesh.abstract(init, mesh=device_mesh)
+  num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+  # One more than are kept: the oldest goes when the newest is complete.
+  room = num_bytes * (config.train.keep_checkpoints + 1)
+  optimizer = {'step': abstract.step, 'opt_state': abstract.opt_state}
+  restored = checkpoints.restore(abstract.params, optimizer, reporter.say)
+  if restored is None:
+    checkpoint.check_disk_space(workdir, room)
+    return jax.jit(init)()
+  step, params, optimizer, record = restored
+  data.batches.set_state(record['data'])
+  reporter.say(f'Going on from the checkpoint of step {step}.')
+  return TrainState(optimizer['step'], params, optimizer['opt_state'])
+
+
+def _check_batch(config: Config, device_mesh: jax.sharding.Mesh) -> None:
+  pieces = math.prod(device_mesh.shape[axis] for axis in mesh.TOKENS)
+  micro = config.data.batch_size // config.optimizer.grad_accumulation
+  if micro % pieces:
+    raise UserError(
+      'data.batch_size / optimizer.grad_accumulation must be a multiple of '
+      f'mesh.data x mesh.sparse = {pieces}, got {micro}.'
+    )
+
+
+class _Run:
+  """One start of the loop, from the restored state to the end or a signal."""
+
+  def __init__(
+    self,
+    config: Config,
+    workdir: epath.PathLike,
+    data: TrainingData,
+    checkpoints: checkpoint.Checkpoints,
+    reporter: Reporter,
+    utilization: Callable[[float], float | None],
+    stop: StopRequest,
+  ):
+    self.config, self.workdir, self.data = config, workdir, data
+    self.checkpoints, self.reporter = checkpoints, reporter
+    self.utilization, self.stop = utilization, stop
+    self.clock = _Clock(config.data.batch_size * config.data.seq_len)
+    self.writer: MetricsWriter | None = None
+
+  def to_the_end(self, state: TrainState) -> Outcome:
+    total = self.config.train.num_steps
+    step = int(state.step)
+    self.writer = MetricsWriter(self.workdir, step)
+    train = jax.jit(
+      functools.partial(train_step, self.config), donate_argnums=0
+    )
+    pending = None
+    with self.reporter.steps(step, total, 'training'):
+      while step < total and not self.stop:
+        batch = evaluation.to_global(next(self.data.batches))
+        state, metrics = train(state, batch)
+        step += 1
+        if pending is not None:
+          # The next step runs while the host waits for the one before it.
+          self._report(*pending)
+        pending = (step, metrics)
+        if step % self.config.train.save_every == 0 or step == total:
+          self._report(*pending)
+          pending = None
+          self._save(step, state)
+        every = self.config.train.eval_every
+        if every and step % every == 0 and step < total:
+          self._validate(step, state)
+      if pending is not None:
+        self._report(*pending)
+    validation = None if self.stop else self._validate(step, state)
+    if self.stop:
+      self._save(step, state)
+      self.checkpoints.wait()
+      self.reporter.say(
+        f'{self.stop.signal_name}: saved step {step} of {total}; the same '
+        'command goes on from there.'
+      )
+    return Outcome(step, state.params, validation)
+
+  def _report(self, step: int, metrics: dict[str, jax.Array]) -> None:
+    scalars = {k: float(v) for k, v in jax.device_get(metrics).items()}
+    loss = scalars['loss']
+    if not (math.isfinite(loss) and math.isfinite(scalars['grad_norm'])):
+      kept = self.checkpoints.steps()
+      raise UserError(
+        f'the loss is {loss} and the gradient norm {scalars["grad_norm"]} at '
+        f'step {step}: the last good state kept is '
+        f'{f"step {kept[-1]}" if kept else "none yet"}; lower '
+        'optimizer.learning_rate or set optimizer.clip_norm.'
+      )
+    scalars['bits_per_byte'] = loss / math.log(2) / self.data.bytes_per_target
+    speed = self.clock.tick()
+    scalars['tokens_per_second'] = speed
+    utilization = self.utilization(speed)
+    if utilization is not None:
+      scalars['model_flop_utilization'] = utilization
+    total = self.config.train.num_steps
+    is_logged = step % self.config.train.log_every == 0 or step in (1, total)
+    tokens_left = (total - step) * self.clock.tokens_per_step
+    self.reporter.show(step, total, scalars, tokens_left / speed, is_logged)
+    if is_logged:
+      self.writer.write(step, scalars)
+      self.clock.restart()
+
+  def _save(self, step: int, state: TrainState) -> None:
+    self.checkpoints.save(
+      step,
+      state.params,
+      {'step': state.step, 'opt_state': state.opt_state},
+      {'data': self.data.batches.get_state()},
+    )
+    self.clock.restart()
+
+  def _validate(
+    self, step: int, state: TrainState
+  ) -> evaluation.Validation | None:
+    result = evaluation.validate(
+      self.config,
+      state.params,
+      self.data.validation(),
+      self.data.validation_bytes,
+      self.reporter,
+      self.stop,
+    )
+    self.clock.restart()
+    if result is None:
+      return None
+    done = {
+      r['step'] for r in read_rows(self.workdir) if 'validation_loss' in r
+    }
+    if step not in done:
+      self.writer.write(step, result.scalars())
+    self.reporter.say(
+      f'step {step}  validation loss {result.loss:.4f} nats/token  '
+      f'{result.bits_per_byte:.4f} bits/byte'
+    )
+    return result

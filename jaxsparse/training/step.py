@@ -1,0 +1,162 @@
+"""TrainState and the two jitted functions of training: train and eval step."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsparse import mesh
+from jaxsparse.config import Config
+from jaxsparse.nn.transformer import Transformer
+from jaxsparse.ops.usage import slot_counts
+from jaxsparse.training import optimizer as optimizer_lib
+from jaxsparse.training.losses import token_losses
+
+# tokens, targets, positions, segment_ids, loss_weight: each [B, T].
+Batch = dict[str, jax.Array]
+Metrics = dict[str, jax.Array]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+  """Everything that a step changes."""
+
+  step: jax.Array
+  params: dict
+  opt_state: optax.OptState
+
+
+def init_state(config: Config) -> TrainState:
+  """The state before the first step; jit it under the mesh.
+
+  Random numbers do not depend on the mesh.
+  """
+  tokens = jnp.zeros((mesh.num_token_shards(), 1), jnp.int32)
+  tokens = mesh.reshard(tokens, mesh.act('BT'))
+  model = Transformer(config.model)
+  key = jax.random.key(config.train.seed)
+  params = model.init(key, tokens, tokens, tokens)['params']
+  opt_state = _optimizer(config).init(params)
+  return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+
+
+def train_step(
+  config: Config, state: TrainState, batch: Batch
+) -> tuple[TrainState, Metrics]:
+  """One optimizer step on one global batch.
+
+  The batch's micro-batches are weighed by their targets, so that gradient
+  accumulation changes nothing but the rounding.
+
+  Args:
+    config: of the run; static.
+    state: donated by the caller's jit.
+    batch: arrays [B, T].
+
+  Returns:
+    The next state and scalars: loss in nats a target, gradient norm, learning
+    rates, what the layers report.
+  """
+  total_weight = jnp.maximum(jnp.sum(batch['loss_weight']), 1.0)
+  num_micro = config.optimizer.grad_accumulation
+  step_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+
+  def loss_fn(params, micro, key):
+    logits, _, metrics = Transformer(config.model).apply(
+      {'params': params},
+      micro['tokens'],
+      micro['positions'],
+      micro['segment_ids'],
+      deterministic=config.model.dropout_rate == 0,
+      rngs={'dropout': key},
+    )
+    losses = token_losses(logits, micro['targets']) * micro['loss_weight']
+    loss = jnp.sum(losses) / total_weight
+    metrics = jax.tree.map(lambda m: m / num_micro, metrics)
+    objective = loss + metrics.get('aux_loss', 0.0)
+    return objective, {'loss': loss, **metrics}
+
+  gradient = jax.grad(loss_fn, has_aux=True)
+  micros = _split(batch, num_micro)
+  first = jax.tree.map(lambda x: x[0], micros)
+  result = gradient(state.params, first, jax.random.fold_in(step_key, 0))
+  if num_micro > 1:
+
+    def add(result, xs):
+      index, micro = xs
+      key = jax.random.fold_in(step_key, index)
+      return jax.tree.map(
+        jnp.add, result, gradient(state.params, micro, key)
+      ), None
+
+    rest = jax.tree.map(lambda x: x[1:], micros)
+    result, _ = jax.lax.scan(add, result, (jnp.arange(1, num_micro), rest))
+  grads, metrics = result
+
+  optimizer = _optimizer(config)
+  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+  params = optax.apply_updates(state.params, updates)
+  metrics |= _rates(config, state.step) | {
+    'grad_norm': optax.global_norm(grads)
+  }
+  return TrainState(state.step + 1, params, opt_state), metrics
+
+
+def eval_step(config: Config, params: dict, batch: Batch) -> dict:
+  """Sums over one batch of validation text.
+
+  Returns:
+    `nats` and `targets` summed over the batch, and `slot_counts`: how often
+    each memory layer read each of its physical slots, {layer: int32 [M]}.
+  """
+  (logits, _, _), sown = Transformer(config.model).apply(
+    {'params': params},
+    batch['tokens'],
+    batch['positions'],
+    batch['segment_ids'],
+    mutable=['intermediates'],
+  )
+  losses = token_losses(logits, batch['targets']) * batch['loss_weight']
+  counts = {
+    layer: slot_counts(
+      block['memory']['slots'][0],
+      config.model.memory.num_slots,
+      batch['segment_ids'] > 0,
+    )
+    for layer, block in sown.get('intermediates', {}).items()
+  }
+  return {
+    'nats': jnp.sum(losses),
+    'targets': jnp.sum(batch['loss_weight']),
+    'slot_counts': counts,
+  }
+
+
+def _optimizer(config: Config) -> optax.GradientTransformation:
+  return optimizer_lib.make_optimizer(config.optimizer, config.train.num_steps)
+
+
+def _rates(config: Config, step: jax.Array) -> Metrics:
+  schedules = {
+    'learning_rate': optimizer_lib.learning_rate_schedule,
+    'value_learning_rate': optimizer_lib.value_learning_rate_schedule,
+  }
+  if config.model.memory is None:
+    del schedules['value_learning_rate']
+  return {
+    name: schedule(config.optimizer, config.train.num_steps)(step)
+    for name, schedule in schedules.items()
+  }
+
+
+def _split(batch: Batch, num_micro: int) -> Batch:
+  """[B, T] to [num_micro, B / num_micro, T], every device keeping its rows."""
+
+  def split(x: jax.Array) -> jax.Array:
+    shape = (x.shape[0] // num_micro, num_micro, *x.shape[1:])
+    spec = mesh.act('B..')
+    return jnp.moveaxis(jax.lax.reshape(x, shape, out_sharding=spec), 1, 0)
+
+  return jax.tree.map(split, batch)

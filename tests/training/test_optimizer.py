@@ -1,0 +1,86 @@
+"""Schedules, groups and masks of the optimizer."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from jaxsparse.config import OptimizerConfig
+from jaxsparse.training import optimizer as optimizer_lib
+
+PARAMS = {
+  'embedding': jnp.ones((5, 4)),
+  'block_00': {
+    'mlp': {'up': jnp.ones((4, 8))},
+    'mlp_norm': {'scale': jnp.ones(4)},
+    'memory': {
+      'value_table': jnp.ones((9, 4)),
+      'cores': jnp.ones((2, 1, 2, 2)),
+    },
+  },
+}
+
+
+@pytest.mark.parametrize(
+  ('step', 'rate'),
+  [(0, 1.6e-4), (20, 1.576e-3), (250, 1.148e-3), (500, 5.644e-4), (1000, 4e-5)],
+)
+def test_value_learning_rate_of_the_release(step, rate):
+  config = OptimizerConfig(
+    learning_rate=4e-4, warmup_steps=20, value_lr_multiplier=4.0
+  )
+  schedule = optimizer_lib.value_learning_rate_schedule(config, 1000)
+  np.testing.assert_allclose(schedule(step), rate, rtol=3e-4)
+
+
+def test_every_leaf_has_its_group():
+  labels = optimizer_lib.labels(PARAMS)
+  assert labels == {
+    'embedding': 'decayed',
+    'block_00': {
+      'mlp': {'up': 'decayed'},
+      'mlp_norm': {'scale': 'undecayed'},
+      'memory': {'value_table': 'values', 'cores': 'undecayed'},
+    },
+  }
+
+
+def test_decay_and_rate_reach_only_their_group():
+  config = OptimizerConfig(
+    learning_rate=1e-2,
+    warmup_steps=0,
+    weight_decay=0.5,
+    value_weight_decay=0.25,
+    value_lr_multiplier=4.0,
+  )
+  optimizer = optimizer_lib.make_optimizer(config, 10)
+  zero = jax.tree.map(jnp.zeros_like, PARAMS)
+  updates, _ = optimizer.update(zero, optimizer.init(PARAMS), PARAMS)
+  memory = updates['block_00']['memory']
+  np.testing.assert_allclose(updates['embedding'], -0.5e-2, rtol=1e-6)
+  np.testing.assert_allclose(memory['value_table'], -4 * 0.25e-2, rtol=1e-6)
+  assert not np.any(memory['cores'])
+  assert not np.any(updates['block_00']['mlp_norm']['scale'])
+
+
+def test_equals_adamw_when_the_groups_agree():
+  config = OptimizerConfig(
+    warmup_steps=2, weight_decay=0.1, value_weight_decay=0.1, clip_norm=0.0
+  )
+  params = {'a': jnp.ones((3, 3)), 'value_table': jnp.full((4, 2), 2.0)}
+  ours = optimizer_lib.make_optimizer(config, 10)
+  theirs = optax.adamw(
+    optimizer_lib.learning_rate_schedule(config, 10),
+    config.b1,
+    config.b2,
+    config.epsilon,
+    weight_decay=0.1,
+  )
+  states, trees = [ours.init(params), theirs.init(params)], [params, params]
+  for _ in range(5):
+    for i, optimizer in enumerate((ours, theirs)):
+      grads = jax.tree.map(jnp.sin, trees[i])
+      updates, states[i] = optimizer.update(grads, states[i], trees[i])
+      trees[i] = optax.apply_updates(trees[i], updates)
+  jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *trees)
