@@ -6,49 +6,25 @@ the uniform one. Counts are kept on the host, in int64: a pass over a
 validation set can be longer than 2 ** 31 reads.
 """
 
-from collections.abc import Mapping
-
 import jax
 import numpy as np
 
 
-class SlotCounts:
-  """Hits of every physical slot of every memory layer, over a pass."""
+def count_hits(slots: np.ndarray | jax.Array, num_slots: int) -> np.ndarray:
+  """Reads [M] of every slot; counts of several batches add up.
 
-  def __init__(self, num_slots: int):
-    self._num_slots = num_slots
-    self._counts: dict[str, np.ndarray] = {}
+  Args:
+    slots: physical slots that were read, of any shape, -1 for padding.
+    num_slots: rows M of the table.
 
-  def add(self, slots: Mapping[str, np.ndarray | jax.Array]) -> None:
-    """Counts one batch: for each layer slots of any shape, -1 for padding.
-
-    Raises:
-      ValueError: a slot is not of a table of `num_slots` rows.
-    """
-    for layer, slot in slots.items():
-      slot = np.asarray(slot).reshape(-1)
-      slot = slot[slot >= 0]
-      counts = np.bincount(slot, minlength=self._num_slots)
-      if len(counts) > self._num_slots:
-        raise ValueError(
-          f'{layer} read slot {len(counts) - 1} of {self._num_slots}.'
-        )
-      self._counts[layer] = self._counts.get(layer, 0) + counts
-
-  @property
-  def by_layer(self) -> dict[str, np.ndarray]:
-    """Counts [M] of each layer."""
-    return dict(self._counts)
-
-  def summary(self) -> dict[str, float]:
-    """Scalars of every layer, as 'block_01/memory/slots_used_in_pass'."""
-    scalars = {}
-    for layer, counts in self._counts.items():
-      prefix = f'{layer}/memory'
-      scalars[f'{prefix}/slots_used_in_pass'] = share_used(counts)
-      scalars[f'{prefix}/unevenness_in_pass'] = unevenness(counts)
-      scalars[f'{prefix}/gini_in_pass'] = gini(counts)
-    return scalars
+  Raises:
+    ValueError: a slot is not of a table of `num_slots` rows.
+  """
+  slots = np.asarray(slots).reshape(-1)
+  counts = np.bincount(slots[slots >= 0], minlength=num_slots)
+  if len(counts) > num_slots:
+    raise ValueError(f'slot {len(counts) - 1} was read, of {num_slots}.')
+  return counts
 
 
 def share_used(counts: np.ndarray) -> float:

@@ -36,30 +36,19 @@ def test_no_hits():
   assert usage.share_used(counts) == 0
 
 
-def test_counts_accumulate_over_batches_without_padding():
-  counts = usage.SlotCounts(4)
-  counts.add(
-    {'block_01': np.array([[[0, 1], [-1, -1]]]), 'block_05': np.array([2])}
-  )
-  counts.add({'block_01': np.array([1, 3])})
-  np.testing.assert_array_equal(counts.by_layer['block_01'], [1, 2, 0, 1])
-  np.testing.assert_array_equal(counts.by_layer['block_05'], [0, 0, 1, 0])
-  summary = counts.summary()
-  assert summary['block_01/memory/slots_used_in_pass'] == 0.75
-  assert summary['block_05/memory/unevenness_in_pass'] == pytest.approx(
-    math.log(4)
-  )
+def test_hits_of_batches_add_up_without_padding():
+  hits = usage.count_hits(np.array([[[0, 1], [-1, -1]]]), 4)
+  hits += usage.count_hits(np.array([1, 3]), 4)
+  np.testing.assert_array_equal(hits, [1, 2, 0, 1])
 
 
-def test_counts_of_one_layer_are_all_its_reads():
+def test_hits_are_all_reads():
   slots = np.random.default_rng(0).integers(0, 64, (3, 5, 32))
-  counts = usage.SlotCounts(64)
-  counts.add({'block_01': slots})
   np.testing.assert_array_equal(
-    counts.by_layer['block_01'], [np.sum(slots == i) for i in range(64)]
+    usage.count_hits(slots, 64), [np.sum(slots == i) for i in range(64)]
   )
 
 
 def test_slot_outside_the_table():
-  with pytest.raises(ValueError, match='block_01 read slot 4 of 4'):
-    usage.SlotCounts(4).add({'block_01': np.array([4])})
+  with pytest.raises(ValueError, match='slot 4 was read, of 4'):
+    usage.count_hits(np.array([4]), 4)

@@ -1,0 +1,267 @@
+"""Pictures of a run: its training curves and the use of its slots.
+
+They read what training wrote (rows of `metrics.jsonl`, counts of a pass) and
+draw what they find; keys that are missing leave their curve out. Matplotlib is
+imported on first use and never needs a display.
+"""
+
+import contextlib
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+from etils import epath
+
+from jaxsparse.analysis import usage
+
+Row = Mapping[str, Any]
+
+# Okabe and Ito's colours, which colour-blind readers tell apart.
+COLOURS = (
+  '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000'
+)  # fmt: skip
+
+STYLE = {
+  'axes.axisbelow': True,
+  'axes.edgecolor': '#888888',
+  'axes.grid': True,
+  'axes.labelcolor': '#333333',
+  'axes.spines.right': False,
+  'axes.spines.top': False,
+  'axes.titlelocation': 'left',
+  'axes.titlesize': 11,
+  'axes.titleweight': 'bold',
+  'figure.constrained_layout.use': True,
+  'figure.dpi': 150,
+  'font.size': 10,
+  'grid.color': '#e6e6e6',
+  'legend.frameon': False,
+  'lines.linewidth': 1.6,
+  'xtick.color': '#555555',
+  'ytick.color': '#555555',
+}
+
+
+def plot_training(
+  rows: Sequence[Row],
+  path: str | os.PathLike,
+  baselines: Mapping[str, float] | None = None,
+) -> None:
+  """Draws loss, learning rates and speed over steps into a PNG.
+
+  The loss is in bits per byte where the rows have it, else in nats per token.
+
+  Args:
+    rows: of `metrics.jsonl`, in order of their `step`.
+    path: of the PNG.
+    baselines: bits per byte of other codes for the validation text, such as
+      {'gzip': 2.6, 'xz': 2.1}, drawn as level lines.
+  """
+  with _figure(path, height=6.0) as figure:
+    grid = figure.add_gridspec(2, 2, height_ratios=(2, 1))
+    _plot_loss(figure.add_subplot(grid[0, :]), rows, baselines or {})
+    _plot_rates(figure.add_subplot(grid[1, 0]), rows)
+    _plot_speed(figure.add_subplot(grid[1, 1]), rows)
+
+
+def plot_slot_usage(
+  counts: Mapping[str, np.ndarray],
+  path: str | os.PathLike,
+  rows: Sequence[Row] = (),
+) -> None:
+  """Draws how often each slot was read, most used first, into a PNG.
+
+  Args:
+    counts: hits [M] of each layer over a pass, by its name.
+    path: of the PNG.
+    rows: of `metrics.jsonl`; where they have usage metrics, the share of slots
+      used and the unevenness are drawn over training below.
+  """
+  used = _curves(rows, '/slots_used')
+  uneven = _curves(rows, '/unevenness')
+  has_history = bool(used or uneven)
+  layers = sorted({*counts, *used, *uneven})
+  colours = {layer: COLOURS[i % len(COLOURS)] for i, layer in enumerate(layers)}
+  with _figure(path, height=6.5 if has_history else 4.0) as figure:
+    grid = figure.add_gridspec(
+      1 + has_history, 2, height_ratios=(2, 1)[: 1 + has_history]
+    )
+    _plot_hits(figure.add_subplot(grid[0, :]), counts, colours)
+    if has_history:
+      share = figure.add_subplot(grid[1, 0])
+      share.set_title('Slots used in a step')
+      _plot_history(share, used, colours)
+      share.set_ylim(0, 1.02)
+      share.yaxis.set_major_formatter('{x:.0%}')
+      divergence = figure.add_subplot(grid[1, 1])
+      divergence.set_title('Unevenness in a step (nats)')
+      _plot_history(divergence, uneven, colours)
+
+
+@contextlib.contextmanager
+def _figure(path: str | os.PathLike, height: float) -> Iterator[Any]:
+  """A styled figure that is written to `path` at the end of the block."""
+  import matplotlib  # Slow to import, and only needed when a run ends.
+  from matplotlib.figure import Figure
+
+  with matplotlib.rc_context(STYLE):
+    # Not through pyplot: its figures are global and pick a backend.
+    figure = Figure(figsize=(8, height))
+    yield figure
+    for axes in figure.axes:
+      _mark_empty(axes)
+    path = epath.Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open('wb') as file:
+      figure.savefig(file, format='png')
+
+
+def _series(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
+  """Steps and values of the rows that have a finite number under `key`."""
+  points = [
+    (row['step'], row[key])
+    for row in rows
+    if isinstance(row.get(key), int | float) and np.isfinite(row[key])
+  ]
+  steps, values = zip(*points, strict=True) if points else ((), ())
+  return np.array(steps), np.array(values, np.float64)
+
+
+def _curves(rows: Sequence[Row], suffix: str) -> dict[str, tuple]:
+  """Series of each layer with a metric that ends in `suffix`."""
+  keys = sorted({key for row in rows for key in row if key.endswith(suffix)})
+  return {key.split('/')[0]: _series(rows, key) for key in keys}
+
+
+def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+  """Mean over the last `window` values, or over as many as there are."""
+  total = np.cumsum(np.concatenate([[0.0], values]))
+  end = np.arange(1, len(values) + 1)
+  start = np.maximum(end - window, 0)
+  return (total[end] - total[start]) / (end - start)
+
+
+def _plot_loss(axes: Any, rows: Sequence[Row], baselines: Mapping) -> None:
+  in_bits = any('bits_per_byte' in key for row in rows for key in row)
+  key = 'bits_per_byte' if in_bits else 'loss'
+  steps, values = _series(rows, key)
+  if len(values):
+    axes.plot(steps, values, color=COLOURS[0], alpha=0.25, linewidth=1)
+    smooth = _smooth(values, max(1, len(values) // 30))
+    _draw(axes, steps, smooth, color=COLOURS[0], label='train')
+  steps, validation = _series(rows, f'validation_{key}')
+  if len(validation):
+    label = f'validation ({validation[-1]:.3f} at the end)'
+    axes.plot(steps, validation, 'o-', color=COLOURS[1], label=label)
+  level = {name: bits for name, bits in baselines.items() if in_bits}
+  for i, (name, bits) in enumerate(level.items()):
+    colour = '#666666'
+    style = ('--', ':', '-.')[i % 3]
+    label = f'{name} ({bits:.3f})'
+    axes.axhline(bits, color=colour, linestyle=style, label=label)
+  _limit_loss(axes, [*values, *validation, *level.values()])
+  axes.set_title('Loss')
+  axes.set_xlabel('step')
+  axes.set_ylabel('bits per byte' if in_bits else 'nats per token')
+  if axes.get_legend_handles_labels()[0]:
+    axes.legend(loc='upper right')
+
+
+def _draw(axes: Any, steps: np.ndarray, values: np.ndarray, **style) -> None:
+  """A line, or a dot where there is a single point to draw."""
+  axes.plot(steps, values, marker='o' if len(steps) == 1 else '', **style)
+
+
+def _mark_empty(axes: Any) -> None:
+  """Says so where nothing was drawn, instead of ticks that mean nothing."""
+  if not axes.lines:
+    axes.set(xticks=[], yticks=[])
+    axes.text(
+      0.5,
+      0.5,
+      'not recorded',
+      color='#888888',
+      ha='center',
+      va='center',
+      transform=axes.transAxes,
+    )
+
+
+def _limit_loss(axes: Any, values: Sequence[float]) -> None:
+  """Cuts off the first steps' fall, which would flatten all that follows."""
+  if not values:
+    return
+  low, high = min(values), max(values)
+  top = min(high, 1.3 * float(np.percentile(values, 90)))
+  margin = 0.06 * (top - low) or 0.1
+  axes.set_ylim(low - margin, top + margin)
+
+
+def _plot_rates(axes: Any, rows: Sequence[Row]) -> None:
+  for i, (key, label) in enumerate(
+    [('learning_rate', 'model'), ('value_learning_rate', 'values')]
+  ):
+    steps, rates = _series(rows, key)
+    if len(rates):
+      _draw(axes, steps, rates, color=COLOURS[i], label=label)
+      axes.set_yscale('log')
+  axes.set_title('Learning rate')
+  axes.set_xlabel('step')
+  if axes.get_legend_handles_labels()[0]:
+    axes.legend()
+
+
+def _plot_speed(axes: Any, rows: Sequence[Row]) -> None:
+  steps, speed = _series(rows, 'tokens_per_second')
+  if len(speed):
+    _draw(axes, steps, speed, color=COLOURS[2])
+    # Compiling and saving make single steps slow; the top is what counts.
+    axes.set_ylim(0, 1.15 * max(speed))
+  axes.yaxis.set_major_formatter(_thousands)
+  axes.set_title('Tokens per second')
+  axes.set_xlabel('step')
+
+
+def _thousands(value: float, _: int) -> str:
+  return f'{value:,.0f}'
+
+
+def _plot_hits(
+  axes: Any, counts: Mapping[str, np.ndarray], colours: Mapping[str, str]
+) -> None:
+  for layer, hits in counts.items():
+    if not hits.any():
+      continue
+    # Most used first; slots that were never read end the curve.
+    ranked = np.sort(hits[hits > 0])[::-1]
+    rank = _log_spaced(len(ranked))
+    label = (
+      f'{layer}: {usage.share_used(hits):.1%} used, '
+      f'unevenness {usage.unevenness(hits):.2f}'
+    )
+    axes.plot(rank + 1, ranked[rank], color=colours[layer], label=label)
+  means = {hits.sum() / len(hits) for hits in counts.values() if hits.any()}
+  for mean in means:
+    axes.axhline(mean, color='#666666', linestyle=':', linewidth=1)
+  axes.set_xscale('log')
+  axes.set_yscale('log')
+  axes.set_title('Reads of each slot in one pass (dotted: all slots equal)')
+  axes.set_xlabel('slots, most read first')
+  axes.set_ylabel('reads')
+  if axes.get_legend_handles_labels()[0]:
+    axes.legend(loc='lower left')
+
+
+def _log_spaced(length: int, num_points: int = 2000) -> np.ndarray:
+  """Indices below `length` that are dense enough on a logarithmic axis."""
+  if length <= num_points:
+    return np.arange(length)
+  spaced = np.geomspace(1, length, num_points)
+  return np.unique(spaced.astype(np.int64)) - 1
+
+
+def _plot_history(axes: Any, curves: Mapping, colours: Mapping) -> None:
+  for layer, (steps, values) in curves.items():
+    _draw(axes, steps, values, color=colours[layer])
+  axes.set_xlabel('step')
