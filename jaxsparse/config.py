@@ -137,6 +137,10 @@ class UltraMemConfig:
         0 <= read <= write,
         f'a placement (read, write) needs 0 <= read <= write, got {placement}.',
       )
+    _require(
+      len({read for read, _ in self.placements}) == len(self.placements),
+      f'placements must read at different blocks, got {self.placements}.',
+    )
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)

@@ -112,6 +112,15 @@ def sharded(init: Callable, dims: str) -> Callable:
   return sharded_init
 
 
+def shards(dim: str) -> tuple[str, int]:
+  """The mesh axes that split dimension `dim`, and into how many pieces."""
+  mesh = jax.sharding.get_abstract_mesh()
+  axes = ACTIVATION.get(dim) or PARAMETER.get(dim) or ()
+  axes = (axes,) if isinstance(axes, str) else axes
+  size = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes)
+  return ' x '.join(axes), size
+
+
 def reshard(x: jax.Array, spec: jax.P | None) -> jax.Array:
   """`x` under another sharding; `x` itself with no mesh set."""
   return x if spec is None else jax.sharding.reshard(x, spec)

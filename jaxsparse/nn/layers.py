@@ -1,0 +1,140 @@
+"""The small parts: weights, RMSNorm, embedding, MLP, dropout.
+
+No biases. A matrix is drawn from N(0, 1 / fan_in), such that an input of unit
+variance gives an output of unit variance. Matrices that write into the residual
+stream of an L-layer model are drawn from N(0, 1 / (2 L fan_in)): the 2L
+branches together then add about unit variance to a stream that starts at one.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxsparse import mesh
+
+Metrics = dict[str, jax.typing.ArrayLike]
+
+
+def weight(
+  module: nn.Module,
+  name: str,
+  dims: str,
+  shape: tuple[int, ...],
+  variance: float,
+  dtype: jax.typing.DTypeLike,
+) -> jax.Array:
+  """Declares a float32 normal parameter and returns it ready for a matmul.
+
+  Gathered over `data` before the cast, such that its gradient is summed over
+  the devices in float32.
+  """
+  init = mesh.sharded(nn.initializers.normal(variance**0.5), dims)
+  return mesh.gather(module.param(name, init, shape), dims).astype(dtype)
+
+
+def dropout(
+  x: Float[Array, 'B T D'], rate: float, rng: jax.Array
+) -> Float[Array, 'B T D']:
+  """Zeroes a share `rate` of `x` and scales up the rest.
+
+  The same entries on every mesh.
+  """
+  keep = jax.random.bernoulli(rng, 1 - rate, x.shape)
+  keep = mesh.reshard(keep, mesh.act('BTD'))
+  return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+class RMSNorm(nn.Module):
+  """Division by the root mean square (Zhang and Sennrich, arXiv:1910.07467).
+
+  Over the last dimension, statistics and gain in float32. `dim` is the letter
+  of that dimension: the gain is stored as other parameters with this letter.
+  """
+
+  epsilon: float = 1e-5
+  dim: str = 'D'
+  dtype: jax.typing.DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
+    init = mesh.sharded(nn.initializers.ones, self.dim)
+    scale = mesh.gather(self.param('scale', init, x.shape[-1:]), self.dim)
+    x = x.astype(jnp.float32)
+    mean_square = jnp.square(x).mean(axis=-1, keepdims=True)
+    scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+    return (x * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(
+      self.dtype
+    )
+
+
+class Embed(nn.Module):
+  """Token table, drawn from N(0, 1 / D); lookups are scaled by sqrt(D).
+
+  So the residual stream starts at unit variance, and the same table as output
+  projection gives logits of unit variance.
+  """
+
+  vocab_size: int
+  model_dim: int
+  dtype: jax.typing.DTypeLike = jnp.float32
+
+  def setup(self):
+    self.table = weight(
+      self,
+      'table',
+      'VD',
+      (self.vocab_size, self.model_dim),
+      1 / self.model_dim,
+      self.dtype,
+    )
+
+  def __call__(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
+    x = self.table.at[tokens].get(out_sharding=mesh.act('BTD'))
+    return x * self.model_dim**0.5
+
+  def logits(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
+    return project_to_vocabulary(x, self.table)
+
+
+def project_to_vocabulary(
+  x: Float[Array, 'B T D'], table: Float[Array, 'V D']
+) -> Float[Array, 'B T V']:
+  """Logits, accumulated and returned in float32."""
+  return jnp.einsum('btd,vd->btv', x, table, preferred_element_type=jnp.float32)
+
+
+class MLP(nn.Module):
+  """Feed-forward layer of width F.
+
+  'swiglu' is eq. 6 of Shazeer 2020 (arXiv:2002.05202), with the matrices
+  `gate`, `up` and `down`; 'gelu' has `up` and `down` and the tanh form of GELU.
+  `num_layers` is the depth L of the model, for the initial values.
+  """
+
+  width: int
+  kind: str = 'swiglu'
+  num_layers: int = 1
+  dtype: jax.typing.DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'B T D']
+  ) -> tuple[Float[Array, 'B T D'], Metrics]:
+    model_dim, width = x.shape[-1], self.width
+    x = x.astype(self.dtype)
+
+    def project(name: str) -> jax.Array:
+      matrix = weight(
+        self, name, 'DF', (model_dim, width), 1 / model_dim, self.dtype
+      )
+      return jnp.einsum('btd,df->btf', x, matrix)
+
+    if self.kind == 'swiglu':
+      hidden = nn.silu(project('gate')) * project('up')
+    else:
+      hidden = nn.gelu(project('up'))
+    variance = 1 / (2 * self.num_layers * width)
+    down = weight(self, 'down', 'FD', (width, model_dim), variance, self.dtype)
+    y = jnp.einsum('btf,fd->btd', hidden, down, out_sharding=mesh.act('BTD'))
+    return y, {}

@@ -1,0 +1,260 @@
+"""The language model: pre-norm blocks, unrolled, with memory layers attached.
+
+A memory layer with the placement (i, j) reads the normalised MLP input of block
+i and is added to the residual stream after block j, such that its lookup can
+run beside the blocks between (arXiv:2411.12364, section 3.2). Several may be
+in flight at once.
+"""
+
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxsparse import mesh
+from jaxsparse.config import ModelConfig
+from jaxsparse.errors import UserError
+from jaxsparse.nn.attention import Attention, init_key_values, init_positions
+from jaxsparse.nn.layers import (
+  MLP,
+  Embed,
+  Metrics,
+  RMSNorm,
+  dropout,
+  project_to_vocabulary,
+  weight,
+)
+from jaxsparse.nn.ultramem import UltraMem
+
+# What all layers share, and one entry for each block.
+Cache = dict
+
+
+def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
+  """An empty decoding cache with room for `length` tokens of each sequence.
+
+  Prompts of unequal length are padded on the left with segment id 0; rows are
+  written in the order in which tokens are fed, at one index for the batch.
+  """
+  blocks = {
+    _name(i): dict(attention=init_key_values(config, batch_size, length))
+    for i in range(config.num_layers)
+  }
+  for read, _ in _placements(config):
+    if config.memory.query_conv_taps > 1:
+      blocks[_name(read)]['memory'] = _init_context(config, batch_size)
+  return dict(shared=init_positions(batch_size, length), blocks=blocks)
+
+
+def _init_context(config: ModelConfig, batch_size: int) -> Cache:
+  """The inputs that a memory layer's query convolution still looks back to."""
+  shape = (batch_size, config.memory.query_conv_taps - 1, config.model_dim)
+  inputs = jnp.zeros(shape, config.dtype)
+  segment_ids = jnp.zeros(shape[:2], jnp.int32)
+  return dict(
+    inputs=mesh.reshard(inputs, mesh.act('BTD')),
+    segment_ids=mesh.reshard(segment_ids, mesh.act('BT')),
+  )
+
+
+def _name(block: int) -> str:
+  return f'block_{block:02}'
+
+
+def _placements(config: ModelConfig) -> tuple[tuple[int, int], ...]:
+  return config.memory.placements if config.memory else ()
+
+
+class Block(nn.Module):
+  """Attention, then an MLP and, where `has_memory`, a memory layer beside it.
+
+  The memory layer's output is returned apart: its place in the residual stream
+  may be after a later block.
+  """
+
+  config: ModelConfig
+  has_memory: bool
+  deterministic: bool = True
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, 'B T D'],
+    positions: Int[Array, 'B T'],
+    segment_ids: Int[Array, 'B T'],
+    cache: Cache | None = None,
+  ) -> tuple[
+    Float[Array, 'B T D'], Float[Array, 'B T D'] | None, Cache | None, Metrics
+  ]:
+    config = self.config
+    cache = {} if cache is None else cache
+    norm = functools.partial(
+      RMSNorm, epsilon=config.norm_epsilon, dtype=config.dtype
+    )
+    y, attention_cache, metrics = Attention(config, name='attention')(
+      norm(name='attention_norm')(x),
+      positions,
+      segment_ids,
+      cache.get('attention'),
+    )
+    x = x + self._drop(y)
+    h = norm(name='mlp_norm')(x)
+    y, mlp_metrics = MLP(
+      config.mlp_dim, config.mlp, config.num_layers, config.dtype, name='mlp'
+    )(h)
+    x = x + self._drop(y)
+    metrics = _prefixed('attention', metrics) | _prefixed('mlp', mlp_metrics)
+    cache = cache | dict(attention=attention_cache) if cache else None
+    if not self.has_memory:
+      return x, None, cache, metrics
+    memory_y, cache, memory_metrics = self._memory(h, segment_ids, cache)
+    metrics |= _prefixed('memory', memory_metrics)
+    return x, self._drop(memory_y), cache, metrics
+
+  def _memory(self, h, segment_ids, cache):
+    config = self.config
+    memory = UltraMem(
+      config.memory, config.num_layers, jnp.dtype(config.dtype), name='memory'
+    )
+    if cache is None or 'memory' not in cache:
+      y, metrics = memory(h, segment_ids)
+      return y, cache, metrics
+    context = (cache['memory']['inputs'], cache['memory']['segment_ids'])
+    y, metrics = memory(h, segment_ids, context)
+    inputs, segments = (
+      jnp.concatenate([old, new], axis=1)[:, -old.shape[1] :]
+      for old, new in zip(context, (h, segment_ids), strict=True)
+    )
+    context = dict(inputs=inputs, segment_ids=segments)
+    return y, cache | dict(memory=context), metrics
+
+  def _drop(self, y: jax.Array) -> jax.Array:
+    if self.deterministic or not self.config.dropout_rate:
+      return y
+    return dropout(y, self.config.dropout_rate, self.make_rng('dropout'))
+
+
+def _prefixed(prefix: str, metrics: Metrics) -> Metrics:
+  """Metrics under their layer's name; 'aux_loss' keeps its own."""
+  return {
+    name if name == 'aux_loss' else f'{prefix}/{name}': value
+    for name, value in metrics.items()
+  }
+
+
+class Transformer(nn.Module):
+  """Decoder-only language model; its blocks are `block_00`, `block_01`, ..."""
+
+  config: ModelConfig
+
+  @nn.compact
+  def __call__(
+    self,
+    tokens: Int[Array, 'B T'],
+    positions: Int[Array, 'B T'],
+    segment_ids: Int[Array, 'B T'],
+    cache: Cache | None = None,
+    deterministic: bool = True,
+  ) -> tuple[Float[Array, 'B T V'], Cache | None, Metrics]:
+    """Scores of the token after each of `tokens`.
+
+    Args:
+      tokens: the new tokens.
+      positions: position of each in its document.
+      segment_ids: 0 for padding, 1, 2, ... for the documents of a row.
+      cache: what `init_cache` made and earlier calls returned; None when
+        nothing comes before `tokens`.
+      deterministic: False for dropout, which needs the rng 'dropout'.
+
+    Returns:
+      Logits in float32; the extended cache; float32 scalars such as
+      'block_01/memory/unevenness', and 'aux_loss', the sum over all layers.
+
+    Raises:
+      UserError: a size does not fit the mesh, or vocab_size is not set.
+    """
+    config = self.config
+    _check_sizes(config, tokens.shape[0])
+    tokens, positions, segment_ids = (
+      mesh.reshard(array, mesh.act('BT'))
+      for array in (tokens, positions, segment_ids)
+    )
+    embed = Embed(
+      config.vocab_size, config.model_dim, config.dtype, name='embed'
+    )
+    x, cache, metrics = self._blocks(
+      embed(tokens), positions, segment_ids, cache, deterministic
+    )
+    x = RMSNorm(config.norm_epsilon, dtype=config.dtype, name='final_norm')(x)
+    if config.tie_embeddings:
+      return embed.logits(x), cache, metrics
+    shape = (config.vocab_size, config.model_dim)
+    variance = 1 / config.model_dim
+    table = weight(self, 'output', 'VD', shape, variance, config.dtype)
+    return project_to_vocabulary(x, table), cache, metrics
+
+  def _blocks(self, x, positions, segment_ids, cache, deterministic):
+    config = self.config
+    write_of = dict(_placements(config))
+    block_type = nn.remat(Block) if config.use_remat else Block
+    # Memory outputs on their way, by the block after which they are added.
+    pending = {}
+    metrics = dict(aux_loss=jnp.zeros((), jnp.float32))
+    new_cache = None if cache is None else dict(cache, blocks={})
+    for i in range(config.num_layers):
+      block = block_type(config, i in write_of, deterministic, name=_name(i))
+      x, memory_y, block_cache, block_metrics = block(
+        x, positions, segment_ids, _block_cache(cache, i)
+      )
+      if i in write_of:
+        pending.setdefault(write_of[i], []).append(memory_y)
+      for y in pending.pop(i, []):
+        x = x + y
+      metrics['aux_loss'] += block_metrics.pop('aux_loss', 0.0)
+      metrics |= _prefixed(_name(i), block_metrics)
+      if new_cache is not None:
+        new_cache['blocks'][_name(i)] = block_cache
+        new_cache['shared'] = _split_shared(block_cache, cache['shared'])
+    return x, new_cache, metrics
+
+
+def _block_cache(cache: Cache | None, block: int) -> Cache | None:
+  """A block's own cache, with what all blocks share put beside its keys.
+
+  Every block computes the same extension of the shared arrays from the same
+  inputs, which the compiler does once.
+  """
+  if cache is None:
+    return None
+  own = cache['blocks'][_name(block)]
+  return dict(own, attention=own['attention'] | cache['shared'])
+
+
+def _split_shared(block_cache: Cache, shared: Cache) -> Cache:
+  """Takes the shared arrays out of `block_cache` again and returns them."""
+  return {name: block_cache['attention'].pop(name) for name in shared}
+
+
+def _check_sizes(config: ModelConfig, batch_size: int) -> None:
+  """Refuses what the mesh in use cannot split evenly."""
+  if config.vocab_size < 1:
+    raise UserError(
+      'vocab_size must be set before the model is built, '
+      f'got {config.vocab_size}.'
+    )
+  sizes = dict(
+    num_heads=(config.num_heads, 'N'),
+    num_kv_heads=(config.num_kv_heads, 'K'),
+    mlp_dim=(config.mlp_dim, 'F'),
+    model_dim=(config.model_dim, 'D'),
+    batch_size=(batch_size, 'B'),
+  )
+  for name, (size, dim) in sizes.items():
+    axes, num_shards = mesh.shards(dim)
+    if size % num_shards:
+      raise UserError(
+        f'{name} must be a multiple of {num_shards}, the size of the mesh '
+        f'along {axes}; got {size}.'
+      )

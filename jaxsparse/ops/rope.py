@@ -1,0 +1,44 @@
+"""Rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 34)."""
+
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+
+def apply_rope(
+  x: Float[Array, 'B T N H'],
+  positions: Int[Array, 'B T'],
+  max_wavelength: float = 10_000.0,
+) -> Float[Array, 'B T N H']:
+  """Rotates queries or keys by their positions.
+
+  Coordinate i is paired with i + H/2 (not with its neighbour, as the paper
+  writes it: a fixed permutation of the head width apart, it is the same), and
+  the pair turns by position * max_wavelength ** (-2i / H) radians. Scores of
+  rotated queries and keys depend on the difference of their positions only.
+
+  Args:
+    x: queries or keys, H even.
+    positions: position of each token in its own document.
+    max_wavelength: base of the geometric series of wavelengths, over 2 pi.
+
+  Returns:
+    The rotated heads in the type of `x`; the rotation itself is in float32.
+  """
+  half = x.shape[-1] // 2
+  exponent = jnp.arange(half, dtype=jnp.float32) / half
+  frequency = (max_wavelength**-exponent)[None, None, None, :]
+  angle = positions[:, :, None, None].astype(jnp.float32) * frequency
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+  rotated = (left * cos - right * sin, right * cos + left * sin)
+  return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def apply_rope_reference(x, positions, max_wavelength=10_000.0):
+  """The same as a product of complex numbers."""
+  half = x.shape[-1] // 2
+  frequency = max_wavelength ** (-jnp.arange(half) / half)
+  turn = jnp.exp(1j * jnp.einsum('bt,h->bth', positions, frequency))
+  z = x[..., :half] + 1j * x[..., half:]
+  z = jnp.einsum('btnh,bth->btnh', z, turn)
+  return jnp.concatenate([z.real, z.imag], axis=-1)
