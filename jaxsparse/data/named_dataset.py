@@ -1,0 +1,131 @@
+"""Text from any TensorFlow Dataset, by its name or its directory.
+
+Only random access is used, so that TensorFlow is not needed, unless the
+dataset's own code that prepares it asks for it.
+"""
+
+import urllib.error
+import urllib.parse
+import urllib.request
+from typing import Any
+
+import tensorflow_datasets as tfds
+from etils import epath
+
+from jaxsparse.config import DataConfig
+from jaxsparse.data import pieces
+from jaxsparse.errors import UserError
+
+_TIMEOUT_SECONDS = 5
+
+
+def read(
+  config: DataConfig, say: Any = print
+) -> tuple[pieces.Pieces, pieces.Pieces, str]:
+  """The training and validation documents, and what they are called.
+
+  Raises:
+    UserError: the dataset is unknown, neither prepared nor reachable, or has
+      no such feature or split.
+  """
+  builder = _builder(config.tfds)
+  _require_text(builder, config)
+  if not builder.is_prepared():
+    _prepare(builder, config.tfds, say)
+  sources = []
+  for field in ('tfds_train_split', 'tfds_validation_split'):
+    split = getattr(config, field)
+    try:
+      source = builder.as_data_source(split=split)
+      size = len(source)
+    except NotImplementedError as error:
+      raise UserError(
+        f'data.tfds = {config.tfds!r} is prepared in a format without random '
+        "access: prepare it again with file_format='array_record'."
+      ) from error
+    except (ValueError, KeyError) as error:
+      raise UserError(
+        f'data.{field} = {split!r} is no split of {config.tfds!r}: it has '
+        f'{", ".join(builder.info.splits)}.'
+      ) from error
+    if not size:
+      raise UserError(
+        f'data.{field} = {split!r} of {config.tfds!r} is empty: name a split '
+        'with documents.'
+      )
+    sources.append(pieces.Pieces(source, config.tfds_feature))
+  return *sources, builder.info.full_name
+
+
+def _builder(name: str) -> tfds.core.DatasetBuilder:
+  try:
+    if (epath.Path(name) / 'dataset_info.json').exists():
+      return tfds.builder_from_directory(name)
+    return tfds.builder(name, file_format='array_record')
+  except tfds.core.DatasetNotFoundError as error:
+    raise UserError(
+      f'data.tfds = {name!r} is unknown: give a name that '
+      'tensorflow_datasets.list_builders() shows, or the directory of a '
+      'prepared dataset.'
+    ) from error
+  except Exception as error:
+    raise UserError(
+      f'data.tfds = {name!r} cannot be opened ({_first_line(error)}): give '
+      "'name', 'name/config' or the directory of a prepared dataset."
+    ) from error
+
+
+def _require_text(builder: Any, config: DataConfig) -> None:
+  features = builder.info.features
+  texts = [
+    name
+    for name in features or ()
+    if isinstance(features[name], tfds.features.Text)
+  ]
+  if config.tfds_feature not in texts:
+    raise UserError(
+      f'data.tfds_feature = {config.tfds_feature!r} is no text of '
+      f'{config.tfds!r}: its texts are {", ".join(texts) or "none"}.'
+    )
+
+
+def _prepare(builder: Any, name: str, say: Any) -> None:
+  # TFDS itself would try again for minutes.
+  if host := unreachable_host(list(builder.url_infos or ())):
+    raise UserError(
+      f'data.tfds = {name!r} is not prepared in {builder.data_dir!r}, and '
+      f'{host} cannot be reached to download it: prepare it where there is a '
+      "network, with file_format='array_record', and copy it there."
+    )
+  say(f'Preparing {name} in {builder.data_dir} ...')
+  try:
+    builder.download_and_prepare(
+      download_config=tfds.download.DownloadConfig(try_download_gcs=False)
+    )
+  except Exception as error:
+    raise UserError(
+      f'data.tfds = {name!r} cannot be prepared ({_first_line(error)}): '
+      'prepare it by hand with tensorflow_datasets, as array_record.'
+    ) from error
+
+
+def unreachable_host(urls: list[str]) -> str | None:
+  """The first host among the URLs' that gives no answer."""
+  roots = {}
+  for url in urls:
+    parts = urllib.parse.urlsplit(url)
+    roots[parts.netloc] = f'{parts.scheme}://{parts.netloc}/'
+  for host, root in roots.items():
+    try:
+      request = urllib.request.Request(root, method='HEAD')
+      urllib.request.urlopen(request, timeout=_TIMEOUT_SECONDS).close()
+    except urllib.error.HTTPError:
+      continue
+    except (OSError, ValueError):
+      return host
+  return None
+
+
+def _first_line(error: Exception) -> str:
+  lines = str(error).splitlines() or ['']
+  return f'{type(error).__name__}: {lines[0]}'

@@ -1,0 +1,62 @@
+"""Pieces of documents to packed rows of tokens and their targets."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import grain
+import numpy as np
+
+from jaxsparse.data.pieces import Piece
+from jaxsparse.data.tokenizer import Tokenizer
+
+
+def shifted(piece: Piece, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
+  """One piece's tokens, each beside the token that comes after it.
+
+  Shifted before packing, every token of the corpus is a target exactly once,
+  wherever rows end. A document's last piece has the boundary as its last
+  target.
+
+  Returns:
+    'tokens' and 'targets', int32[n] each.
+  """
+  boundary = [tokenizer.boundary_id]
+  tokens = tokenizer.encode(piece.text.decode('utf-8', 'replace'))
+  sequence = np.concatenate(
+    [boundary, tokens, boundary if piece.ends_document else []]
+  ).astype(np.int32)
+  return dict(tokens=sequence[:-1], targets=sequence[1:])
+
+
+def packed(
+  pieces: grain.MapDataset, tokenizer: Tokenizer, seq_len: int
+) -> grain.IterDataset:
+  """Rows that `seq_len` tokens fill without gaps; long pieces go on.
+
+  Segments count from 1 and positions from 0 within a row, so a piece that
+  goes on in the next row is a segment of its own there.
+  """
+  sequences = pieces.map(lambda piece: shifted(piece, tokenizer))
+  rows = grain.experimental.ConcatThenSplitIterDataset(
+    # The rows are made in a thread of their own already.
+    sequences.to_iter_dataset(
+      grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+    ),
+    length_struct=dict(tokens=seq_len, targets=seq_len),
+  )
+  return rows.map(_row)
+
+
+def _row(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
+  segment_ids = row['tokens_segment_ids']
+  return dict(
+    tokens=row['tokens'],
+    targets=row['targets'],
+    positions=row['tokens_positions'],
+    segment_ids=segment_ids,
+    loss_weight=(segment_ids > 0).astype(np.float32),
+  )
+
+
+def stack(rows: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+  return {name: np.stack([row[name] for row in rows]) for name in rows[0]}

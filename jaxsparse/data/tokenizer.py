@@ -1,0 +1,294 @@
+"""Text to tokens and back: bytes, byte-pair encoding, SentencePiece.
+
+Every tokenizer has one boundary token. It stands before a document's first
+token and is the target behind its last one; no text encodes to it, and it
+decodes to nothing.
+"""
+
+import functools
+import json
+import pathlib
+import uuid
+from collections.abc import Iterator, Sequence
+from typing import Protocol, runtime_checkable
+
+import numpy as np
+import tokenizers
+from etils import epath
+
+from jaxsparse.config import DataConfig
+from jaxsparse.data.pieces import Corpus
+from jaxsparse.errors import UserError
+
+JSON_NAME = 'tokenizer.json'
+SENTENCEPIECE_NAME = 'tokenizer.model'
+_NAMES = (JSON_NAME, SENTENCEPIECE_NAME)
+
+# What a document ends with in vocabularies of others; the first one is ours.
+_BOUNDARIES = ('<|endoftext|>', '</s>', '<|end_of_text|>', '<eos>', '<|eos|>')
+
+# More text hardly changes the merges that byte-pair encoding learns.
+_BPE_TRAINING_BYTES = 1 << 26
+
+Ids = Sequence[int] | np.ndarray
+Workdir = str | pathlib.PurePath
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+  """What training, inference and analysis need to know of a tokenizer."""
+
+  vocab_size: int
+  boundary_id: int
+
+  def encode(self, text: str) -> np.ndarray:
+    """The text's tokens, int32[n], without boundaries."""
+
+  def decode(self, ids: Ids) -> str:
+    """The tokens' text, with U+FFFD where it is not UTF-8."""
+
+  def decode_bytes(self, ids: Ids) -> bytes:
+    """The tokens' bytes: of all tokens together, those of each in turn."""
+
+  def save(self, workdir: Workdir) -> None:
+    """Writes what `load_from_workdir` reads."""
+
+
+class ByteTokenizer:
+  """One token for each byte of UTF-8."""
+
+  vocab_size = 257
+  boundary_id = 256
+
+  def encode(self, text: str) -> np.ndarray:
+    # Surrogates stand for bytes that were no UTF-8 when Python read them.
+    content = text.encode('utf-8', 'surrogateescape')
+    return np.frombuffer(content, np.uint8).astype(np.int32)
+
+  def decode(self, ids: Ids) -> str:
+    return self.decode_bytes(ids).decode('utf-8', 'replace')
+
+  def decode_bytes(self, ids: Ids) -> bytes:
+    return bytes(int(i) for i in ids if i < 256)
+
+  def save(self, workdir: Workdir) -> None:
+    _write(workdir, JSON_NAME, json.dumps(dict(jaxsparse='bytes')).encode())
+
+
+class JsonTokenizer:
+  """A tokenizer.json, as the `tokenizers` library writes it."""
+
+  def __init__(self, tokenizer: tokenizers.Tokenizer):
+    ids = (tokenizer.token_to_id(token) for token in _BOUNDARIES)
+    boundary_id = next((i for i in ids if i is not None), None)
+    if boundary_id is None:
+      tokenizer.add_special_tokens([_BOUNDARIES[0]])
+      boundary_id = tokenizer.token_to_id(_BOUNDARIES[0])
+    # A text that spells a special token out must not become that token.
+    tokenizer.encode_special_tokens = True
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    self._tokenizer = tokenizer
+    self.boundary_id = boundary_id
+    # Identifiers may have gaps.
+    self.vocab_size = max(tokenizer.get_vocab().values()) + 1
+
+  def encode(self, text: str) -> np.ndarray:
+    text = text.encode('utf-8', 'replace').decode()
+    encoding = self._tokenizer.encode(text, add_special_tokens=False)
+    return np.asarray(encoding.ids, np.int32)
+
+  def decode(self, ids: Ids) -> str:
+    if self._byte_table is not None:
+      return self.decode_bytes(ids).decode('utf-8', 'replace')
+    ids = [int(i) for i in ids if i != self.boundary_id]
+    return self._tokenizer.decode(ids, skip_special_tokens=False)
+
+  def decode_bytes(self, ids: Ids) -> bytes:
+    if self._byte_table is None:
+      return self.decode(ids).encode()
+    return b''.join(self._byte_table.get(int(i), b'') for i in ids)
+
+  def save(self, workdir: Workdir) -> None:
+    _write(workdir, JSON_NAME, self._tokenizer.to_str().encode())
+
+  @functools.cached_property
+  def _byte_table(self) -> dict[int, bytes] | None:
+    """Bytes of each token; None unless the vocabulary is byte-level."""
+    decoder = json.loads(self._tokenizer.to_str())['decoder'] or {}
+    if decoder.get('type') != 'ByteLevel':
+      return None
+    byte_of = {char: byte for byte, char in enumerate(_byte_characters())}
+    added = {
+      i: token.content.encode()
+      for i, token in self._tokenizer.get_added_tokens_decoder().items()
+    }
+    table = {
+      i: bytes(byte_of[char] for char in token)
+      for token, i in self._tokenizer.get_vocab().items()
+      if i not in added and all(char in byte_of for char in token)
+    }
+    return table | added | {self.boundary_id: b''}
+
+
+class SentencePieceTokenizer:
+  """A SentencePiece model; its end-of-sentence token is the boundary."""
+
+  def __init__(self, model: bytes):
+    """Raises UserError when the model has no end-of-sentence token."""
+    processor = _sentencepiece()(model_proto=model)
+    if processor.eos_id() < 0:
+      raise UserError(
+        'data.tokenizer names a SentencePiece model without an '
+        'end-of-sentence token: train it with --eos_id set.'
+      )
+    self._model = model
+    self._processor = processor
+    self.vocab_size = processor.vocab_size()
+    self.boundary_id = processor.eos_id()
+
+  def encode(self, text: str) -> np.ndarray:
+    text = text.encode('utf-8', 'replace').decode()
+    return np.asarray(self._processor.encode(text), np.int32)
+
+  def decode(self, ids: Ids) -> str:
+    return self._processor.decode(
+      [int(i) for i in ids if i != self.boundary_id]
+    )
+
+  def decode_bytes(self, ids: Ids) -> bytes:
+    # Unlike `decode`, it keeps the space that some models put first: what
+    # stands for a token must not hang on what comes before it.
+    return b''.join(self._bytes_of(int(i)) for i in ids)
+
+  def _bytes_of(self, i: int) -> bytes:
+    if self._processor.is_control(i):
+      return b''
+    piece = self._processor.id_to_piece(i)
+    if self._processor.is_byte(i):
+      return bytes([int(piece[3:-1], 16)])
+    return piece.replace('\u2581', ' ').encode()
+
+  def save(self, workdir: Workdir) -> None:
+    _write(workdir, SENTENCEPIECE_NAME, self._model)
+
+
+def make_tokenizer(
+  config: DataConfig, corpus: Corpus, workdir: Workdir
+) -> Tokenizer:
+  """The workdir's tokenizer; made as `config` says where there is none.
+
+  Raises:
+    UserError: the tokenizer that `config` names cannot be read.
+  """
+  if any((epath.Path(workdir) / name).exists() for name in _NAMES):
+    return load_from_workdir(workdir)
+  if config.tokenizer == 'bytes':
+    tokenizer = ByteTokenizer()
+  elif config.tokenizer == 'bpe':
+    tokenizer = _train_bpe(corpus, config.bpe_vocab_size)
+  else:
+    tokenizer = _read(epath.Path(config.tokenizer))
+  tokenizer.save(workdir)
+  return tokenizer
+
+
+def load_from_workdir(workdir: Workdir) -> Tokenizer:
+  """The tokenizer with which the workdir was trained.
+
+  Raises:
+    UserError: there is none, or it cannot be read.
+  """
+  for name in _NAMES:
+    if (path := epath.Path(workdir) / name).exists():
+      return _read(path)
+  raise UserError(
+    f'workdir {str(workdir)!r} holds no tokenizer: give the --workdir of a '
+    'training run.'
+  )
+
+
+def _read(path: epath.Path) -> Tokenizer:
+  if not path.exists() or path.is_dir():
+    raise UserError(
+      f"data.tokenizer = {str(path)!r} is no file: give 'bytes', 'bpe', or the "
+      'path of a tokenizer.json or of a SentencePiece model.'
+    )
+  try:
+    content = path.read_bytes()
+    if path.suffix == '.model':
+      return SentencePieceTokenizer(content)
+    if json.loads(content).get('jaxsparse') == 'bytes':
+      return ByteTokenizer()
+    return JsonTokenizer(tokenizers.Tokenizer.from_buffer(content))
+  except UserError:
+    raise
+  except Exception as error:
+    raise UserError(
+      f'data.tokenizer = {str(path)!r} cannot be read '
+      f'({str(error).splitlines()[0] if str(error) else type(error).__name__}):'
+      ' give a tokenizer.json, or a SentencePiece model named *.model.'
+    ) from error
+
+
+def _train_bpe(corpus: Corpus, vocab_size: int) -> JsonTokenizer:
+  """Byte-level byte-pair encoding; the same corpus gives the same one."""
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+    add_prefix_space=False
+  )
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=vocab_size,
+    special_tokens=[_BOUNDARIES[0]],
+    initial_alphabet=_byte_characters(),
+    show_progress=False,
+  )
+  tokenizer.train_from_iterator(_bpe_training_texts(corpus), trainer)
+  return JsonTokenizer(tokenizer)
+
+
+def _bpe_training_texts(corpus: Corpus) -> Iterator[str]:
+  """Pieces of the training split in a fixed random order, up to a limit."""
+  num_bytes = 0
+  for i in np.random.default_rng(0).permutation(len(corpus.train)):
+    text = corpus.train[i].text
+    yield text.decode('utf-8', 'replace')
+    num_bytes += len(text)
+    if num_bytes >= _BPE_TRAINING_BYTES:
+      return
+
+
+@functools.cache
+def _byte_characters() -> list[str]:
+  """The character by which GPT-2's byte-level vocabularies write each byte.
+
+  Printable bytes of Latin-1 stand for themselves; the others take the
+  characters from U+0100 on, in their order.
+  """
+  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+  others = [byte for byte in range(256) if byte not in printable]
+  chars = {byte: chr(byte) for byte in printable}
+  chars |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+  return [chars[byte] for byte in range(256)]
+
+
+def _sentencepiece() -> type:
+  try:
+    import sentencepiece
+  except ImportError as error:
+    raise UserError(
+      'data.tokenizer names a SentencePiece model, which needs a package: '
+      'pip install sentencepiece.'
+    ) from error
+  return sentencepiece.SentencePieceProcessor
+
+
+def _write(workdir: Workdir, name: str, content: bytes) -> None:
+  directory = epath.Path(workdir)
+  directory.mkdir(parents=True, exist_ok=True)
+  # A run that is killed here must not leave half a tokenizer behind, and every
+  # process of a run may write one.
+  partial = directory / f'{name}.{uuid.uuid4().hex}'
+  partial.write_bytes(content)
+  partial.replace(directory / name)
