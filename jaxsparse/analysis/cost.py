@@ -125,15 +125,6 @@ def memory_flops(memory: UltraMemConfig, model_dim: int) -> int:
   return query + scores + merge + cores + pooling + output
 
 
-def value_bytes(config: ModelConfig, bytes_per_value: int = 4) -> int:
-  """Bytes of value rows that one token reads in all memory layers."""
-  if not config.memory:
-    return 0
-  memory = config.memory
-  rows = len(memory.placements) * memory.num_heads * memory.num_selected
-  return rows * memory.value_dim * bytes_per_value
-
-
 def product_key_parameters(
   model_dim: int,
   num_keys: int,

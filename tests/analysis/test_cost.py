@@ -228,7 +228,7 @@ def test_full_count_has_scores_and_logits():
   assert cost.training_flops(config, 2048) == 3 * per_token
 
 
-def test_active_values_of_the_release():
-  bytes_read = cost.value_bytes(_model('ultramem_227m_release'), 2)
-  assert bytes_read == 640 * 384 * 2
-  assert cost.value_bytes(_model('dense_tiny')) == 0
+def test_open_family_reads_640_values_a_token():
+  memory = RECIPES['ultramem_227m_release']().model.memory
+  reads = memory.num_heads * memory.num_selected * len(memory.placements)
+  assert reads == 640
