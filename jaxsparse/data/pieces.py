@@ -50,9 +50,9 @@ class Corpus:
   key: str
   # Where what is computed from the corpus is kept, too.
   directory: pathlib.Path
-  train: Pieces
-  validation: Pieces
-  test: Pieces | None
+  train: Sequence[Piece]
+  validation: Sequence[Piece]
+  test: Sequence[Piece] | None
   # Bytes of UTF-8 in the validation split, boundaries not counted.
   validation_bytes: int
 

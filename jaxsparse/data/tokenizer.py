@@ -9,8 +9,8 @@ import functools
 import json
 import pathlib
 import uuid
-from collections.abc import Iterator, Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable, Iterator
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import tokenizers
@@ -30,7 +30,7 @@ _BOUNDARIES = ('<|endoftext|>', '</s>', '<|end_of_text|>', '<eos>', '<|eos|>')
 # More text hardly changes the merges that byte-pair encoding learns.
 _BPE_TRAINING_BYTES = 1 << 26
 
-Ids = Sequence[int] | np.ndarray
+Ids = Iterable[Any]
 Workdir = str | pathlib.PurePath
 
 
@@ -69,7 +69,7 @@ class ByteTokenizer:
     return self.decode_bytes(ids).decode('utf-8', 'replace')
 
   def decode_bytes(self, ids: Ids) -> bytes:
-    return bytes(int(i) for i in ids if i < 256)
+    return bytes(i for i in _as_list(ids) if i < 256)
 
   def save(self, workdir: Workdir) -> None:
     _write(workdir, JSON_NAME, json.dumps(dict(jaxsparse='bytes')).encode())
@@ -101,13 +101,13 @@ class JsonTokenizer:
   def decode(self, ids: Ids) -> str:
     if self._byte_table is not None:
       return self.decode_bytes(ids).decode('utf-8', 'replace')
-    ids = [int(i) for i in ids if i != self.boundary_id]
+    ids = [i for i in _as_list(ids) if i != self.boundary_id]
     return self._tokenizer.decode(ids, skip_special_tokens=False)
 
   def decode_bytes(self, ids: Ids) -> bytes:
     if self._byte_table is None:
       return self.decode(ids).encode()
-    return b''.join(self._byte_table.get(int(i), b'') for i in ids)
+    return b''.join(self._byte_table.get(i, b'') for i in _as_list(ids))
 
   def save(self, workdir: Workdir) -> None:
     _write(workdir, JSON_NAME, self._tokenizer.to_str().encode())
@@ -153,13 +153,13 @@ class SentencePieceTokenizer:
 
   def decode(self, ids: Ids) -> str:
     return self._processor.decode(
-      [int(i) for i in ids if i != self.boundary_id]
+      [i for i in _as_list(ids) if i != self.boundary_id]
     )
 
   def decode_bytes(self, ids: Ids) -> bytes:
     # Unlike `decode`, it keeps the space that some models put first: what
     # stands for a token must not hang on what comes before it.
-    return b''.join(self._bytes_of(int(i)) for i in ids)
+    return b''.join(self._bytes_of(i) for i in _as_list(ids))
 
   def _bytes_of(self, i: int) -> bytes:
     if self._processor.is_control(i):
@@ -282,6 +282,10 @@ def _sentencepiece() -> type:
       'pip install sentencepiece.'
     ) from error
   return sentencepiece.SentencePieceProcessor
+
+
+def _as_list(ids: Ids) -> list[int]:
+  return np.asarray(ids).tolist()
 
 
 def _write(workdir: Workdir, name: str, content: bytes) -> None:
