@@ -37,7 +37,8 @@ def read(
     split = getattr(config, field)
     try:
       source = builder.as_data_source(split=split)
-      size = len(source)
+      if not len(source):
+        raise ValueError('no examples')
     except NotImplementedError as error:
       raise UserError(
         f'data.tfds = {config.tfds!r} is prepared in a format without random '
@@ -45,14 +46,9 @@ def read(
       ) from error
     except (ValueError, KeyError) as error:
       raise UserError(
-        f'data.{field} = {split!r} is no split of {config.tfds!r}: it has '
-        f'{", ".join(builder.info.splits)}.'
+        f'data.{field} = {split!r} names no documents of {config.tfds!r}: its '
+        f'splits are {", ".join(builder.info.splits)}.'
       ) from error
-    if not size:
-      raise UserError(
-        f'data.{field} = {split!r} of {config.tfds!r} is empty: name a split '
-        'with documents.'
-      )
     sources.append(pieces.Pieces(source, config.tfds_feature))
   return *sources, builder.info.full_name
 
