@@ -1,0 +1,125 @@
+"""Token by token with a cache: one prefill, then one compiled step."""
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse.config import ModelConfig
+from jaxsparse.errors import UserError
+from jaxsparse.inference.sampling import Sampling, sample
+from jaxsparse.nn.transformer import Cache, Transformer, init_cache
+
+
+def left_pad(
+  prompts: Sequence[Sequence[int]],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """Prompts of unequal length as one batch that ends together.
+
+  Returns:
+    tokens, positions and segment_ids, each int32 [B, T]; padding is token 0 at
+    position 0 of segment 0, the prompt is segment 1.
+
+  Raises:
+    UserError: there is no prompt, or one holds no token.
+  """
+  lengths = [len(prompt) for prompt in prompts]
+  if not lengths or min(lengths) < 1:
+    raise UserError(
+      f'prompts must hold at least one token each, got lengths {lengths}.'
+    )
+  num_columns = max(lengths)
+  tokens = np.zeros((len(prompts), num_columns), np.int32)
+  positions, segment_ids = np.zeros_like(tokens), np.zeros_like(tokens)
+  for row, (prompt, length) in enumerate(zip(prompts, lengths, strict=True)):
+    tokens[row, num_columns - length :] = prompt
+    positions[row, num_columns - length :] = np.arange(length)
+    segment_ids[row, num_columns - length :] = 1
+  return tokens, positions, segment_ids
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=('config', 'sampling'),
+  donate_argnames='cache',
+)
+def decode_step(
+  config: ModelConfig,
+  sampling: Sampling,
+  params: dict,
+  cache: Cache,
+  inputs: tuple[jax.Array, jax.Array, jax.Array],
+  seed: jax.Array,
+  step: jax.Array,
+) -> tuple[jax.Array, Cache, tuple[jax.Array, jax.Array, jax.Array]]:
+  """Feeds tokens and draws the next one of each row; prefill and decode alike.
+
+  Args:
+    config: the model; static.
+    sampling: how to draw; static.
+    params: the model's parameters.
+    cache: what earlier calls returned; its buffers are reused.
+    inputs: tokens, positions and segment_ids [B, T] of this call.
+    seed: of the whole generation.
+    step: number of tokens drawn before; the key is fold_in(key(seed), step).
+
+  Returns:
+    The next tokens [B], the extended cache, and the next call's inputs.
+  """
+  logits, cache, _ = Transformer(config).apply(
+    {'params': params}, *inputs, cache
+  )
+  key = jax.random.fold_in(jax.random.key(seed), step)
+  token = sample(logits[:, -1], key, sampling)
+  _, positions, segment_ids = (array[:, -1:] for array in inputs)
+  return token, cache, (token[:, None], positions + 1, segment_ids)
+
+
+def generate_tokens(
+  model_config: ModelConfig,
+  params: dict,
+  prompt_ids: Sequence[Sequence[int]],
+  max_tokens: int,
+  sampling: Sampling,
+  seed: int = 0,
+) -> Iterator[np.ndarray]:
+  """Continues a batch of prompts; yields tokens as they come.
+
+  Args:
+    model_config: with vocab_size set.
+    params: the model's parameters, on one device or placed on the mesh in use.
+    prompt_ids: one list of token ids for each row, of any length above 0.
+    max_tokens: tokens to draw for each row.
+    sampling: how to draw.
+    seed: the same seed gives the same tokens.
+
+  Yields:
+    int32 [B]: the next token of each row, `max_tokens` times. Whoever reads
+    stops at will.
+
+  Raises:
+    UserError: max_tokens is below 1, or a prompt is empty.
+  """
+  if max_tokens < 1:
+    raise UserError(f'max_tokens must be at least 1, got {max_tokens}.')
+  inputs = left_pad(prompt_ids)
+  return _generate(model_config, params, inputs, max_tokens, sampling, seed)
+
+
+def _generate(config, params, inputs, max_tokens, sampling, seed):
+  batch_size, length = inputs[0].shape
+  # The last token is drawn, never fed.
+  cache = init_cache(config, batch_size, length + max_tokens - 1)
+  inputs = tuple(jnp.asarray(array) for array in inputs)
+  previous = None
+  for step in range(max_tokens):
+    token, cache, inputs = decode_step(
+      config, sampling, params, cache, inputs, seed, step
+    )
+    # The device is given the next step before the host waits for this one.
+    if previous is not None:
+      yield np.asarray(previous)
+    previous = token
+  yield np.asarray(previous)
