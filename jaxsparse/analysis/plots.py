@@ -236,9 +236,10 @@ def _plot_hits(
     # Most used first; slots that were never read end the curve.
     ranked = np.sort(hits[hits > 0])[::-1]
     rank = _log_spaced(len(ranked))
+    measured = usage.measure(hits)
     label = (
-      f'{layer}: {usage.share_used(hits):.1%} used, '
-      f'unevenness {usage.unevenness(hits):.2f}'
+      f'{layer}: {measured.share_used:.1%} used, '
+      f'unevenness {measured.unevenness:.2f}'
     )
     axes.plot(rank + 1, ranked[rank], color=colours[layer], label=label)
   means = {hits.sum() / len(hits) for hits in counts.values() if hits.any()}
