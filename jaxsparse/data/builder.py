@@ -6,10 +6,12 @@ killed is never mistaken for a corpus.
 """
 
 import contextlib
+import errno
 import fcntl
 import hashlib
 import io
 import json
+import os
 import pathlib
 import shutil
 from collections.abc import Callable, Iterator
@@ -32,7 +34,6 @@ class TextCorpus(tfds.core.GeneratorBasedBuilder):
   """Documents in pieces, in their order."""
 
   VERSION = tfds.core.Version('1.0.0')
-  pkg_dir_path = pathlib.Path(__file__).parent
 
   def __init__(self, splits: documents_lib.Splits, **kwargs):
     self._spans = {name: spans for name, spans in splits.items() if spans}
@@ -83,7 +84,8 @@ def content_key(
 
 
 def is_built(directory: pathlib.Path) -> bool:
-  return (directory / FACTS).exists()
+  with user_errors(directory):
+    return (directory / FACTS).exists()
 
 
 def build(
@@ -160,15 +162,19 @@ def _locked(path: pathlib.Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def user_errors(directory: pathlib.Path) -> Iterator[None]:
+  """Says in a sentence why a corpus cannot be kept in `directory`."""
   try:
     directory.parent.mkdir(parents=True, exist_ok=True)
     yield
   except UserError:
     raise
   except Exception as error:
-    # The writers of ArrayRecord have exceptions of their own for a full disk.
-    if directory.parent.is_dir():
-      _require_space(directory.parent, 1 << 20)
+    # The writers of ArrayRecord have exceptions of their own for this.
+    if os.strerror(errno.ENOSPC) in str(error):
+      raise UserError(
+        f'no disk space for the corpus: {directory.parent} is full; free some, '
+        'or name another data.cache_dir.'
+      ) from error
     if not isinstance(error, OSError):
       raise
     raise UserError(

@@ -1,5 +1,6 @@
 """What gzip and xz make of the validation text: a yardstick for a model."""
 
+import contextlib
 import gzip
 import io
 import json
@@ -37,10 +38,12 @@ def bits_per_byte(corpus: Corpus) -> dict[str, float]:
     name: 8 * counter.num_bytes / corpus.validation_bytes
     for name, counter in counters.items()
   }
-  # A reader must never see half a file.
-  partial = cache.with_suffix(f'.{os.getpid()}')
-  partial.write_text(json.dumps(figures))
-  partial.replace(cache)
+  # A cache that others share may be closed to us.
+  with contextlib.suppress(OSError):
+    # A reader must never see half a file.
+    partial = cache.with_suffix(f'.{os.getpid()}')
+    partial.write_text(json.dumps(figures))
+    partial.replace(cache)
   return figures
 
 

@@ -153,7 +153,11 @@ class SentencePieceTokenizer:
 
   def decode(self, ids: Ids) -> str:
     return self._processor.decode(
-      [i for i in _as_list(ids) if i != self.boundary_id]
+      [
+        i
+        for i in _as_list(ids)
+        if i != self.boundary_id and i < self.vocab_size
+      ]
     )
 
   def decode_bytes(self, ids: Ids) -> bytes:
@@ -162,7 +166,7 @@ class SentencePieceTokenizer:
     return b''.join(self._bytes_of(i) for i in _as_list(ids))
 
   def _bytes_of(self, i: int) -> bytes:
-    if self._processor.is_control(i):
+    if i >= self.vocab_size or self._processor.is_control(i):
       return b''
     piece = self._processor.id_to_piece(i)
     if self._processor.is_byte(i):

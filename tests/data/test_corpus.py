@@ -79,6 +79,9 @@ def test_shares_of_bytes_are_exact(config):
   wanted = [total - 2 * round(0.1 * total), *[round(0.1 * total)] * 2]
   # A cut moves back to the start of a character, by 3 bytes at most.
   assert sizes == pytest.approx(wanted, abs=3)
+  ends = [piece.ends_document for split in splits for piece in split]
+  # A document that goes on in the next split does not end twice.
+  assert sum(ends) == 30
 
 
 def test_a_killed_build_leaves_no_corpus(tmp_path):
@@ -160,6 +163,15 @@ def test_a_full_disk_is_refused(config, monkeypatch):
   )
   with pytest.raises(UserError, match='no disk space'):
     build_corpus(config)
+
+
+def test_a_disk_that_fills_up_is_named(config, monkeypatch):
+  def fill(self, *args, **kwargs):
+    raise RuntimeError('write() failed: No space left on device; at byte 7')
+
+  monkeypatch.setattr(builder.TextCorpus, 'download_and_prepare', fill)
+  with pytest.raises(UserError, match=r'no disk space .* is full'):
+    build_corpus(config, lambda line: None)
 
 
 def test_compressors_are_measured_once(config):

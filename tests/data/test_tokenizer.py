@@ -17,6 +17,7 @@ TEXTS = (
   '',
   'def f(x):\n    return x  # naïve café\n',
   '\t\tŽluťoučký kůň 🙂🐎 日本語 \u0000 \u2028',
+  ''.join(map(chr, range(1, 0x180))),
   '  two  spaces <|endoftext|> and </s> spelt out ',
 )
 
@@ -96,6 +97,13 @@ def test_the_boundary_decodes_to_nothing(made):
   tokenizer, _ = made
   assert 0 <= tokenizer.boundary_id < tokenizer.vocab_size
   ids = [tokenizer.boundary_id, *tokenizer.encode('cat'), tokenizer.boundary_id]
+  assert tokenizer.decode(ids) == 'cat'
+  assert tokenizer.decode_bytes(ids) == b'cat'
+
+
+def test_tokens_that_only_the_model_has_decode_to_nothing(made):
+  tokenizer, _ = made
+  ids = [*tokenizer.encode('cat'), tokenizer.vocab_size, 10**6]
   assert tokenizer.decode(ids) == 'cat'
   assert tokenizer.decode_bytes(ids) == b'cat'
 
