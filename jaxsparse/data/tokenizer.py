@@ -8,6 +8,7 @@ decodes to nothing.
 import functools
 import json
 import pathlib
+import re
 import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
@@ -99,36 +100,34 @@ class JsonTokenizer:
     return np.asarray(encoding.ids, np.int32)
 
   def decode(self, ids: Ids) -> str:
-    if self._byte_table is not None:
+    if 'ByteLevel' in self._decoder:
       return self.decode_bytes(ids).decode('utf-8', 'replace')
+    # Other decoders join tokens by rules that look at their neighbours.
     ids = [i for i in _as_list(ids) if i != self.boundary_id]
     return self._tokenizer.decode(ids, skip_special_tokens=False)
 
   def decode_bytes(self, ids: Ids) -> bytes:
-    if self._byte_table is None:
-      return self.decode(ids).encode()
     return b''.join(self._byte_table.get(i, b'') for i in _as_list(ids))
 
   def save(self, workdir: Workdir) -> None:
     _write(workdir, JSON_NAME, self._tokenizer.to_str().encode())
 
   @functools.cached_property
-  def _byte_table(self) -> dict[int, bytes] | None:
-    """Bytes of each token; None unless the vocabulary is byte-level."""
-    decoder = json.loads(self._tokenizer.to_str())['decoder'] or {}
-    if decoder.get('type') != 'ByteLevel':
-      return None
-    byte_of = {char: byte for byte, char in enumerate(_byte_characters())}
-    added = {
-      i: token.content.encode()
-      for i, token in self._tokenizer.get_added_tokens_decoder().items()
-    }
-    table = {
-      i: bytes(byte_of[char] for char in token)
-      for token, i in self._tokenizer.get_vocab().items()
-      if i not in added and all(char in byte_of for char in token)
-    }
-    return table | added | {self.boundary_id: b''}
+  def _decoder(self) -> str:
+    decoder = json.loads(self._tokenizer.to_str())['decoder']
+    return json.dumps(decoder, ensure_ascii=False)
+
+  @functools.cached_property
+  def _byte_table(self) -> dict[int, bytes]:
+    """Bytes of each token; the words of WordPiece come without spaces."""
+    to_bytes = (
+      _byte_level_bytes if 'ByteLevel' in self._decoder else _piece_bytes
+    )
+    vocab = self._tokenizer.get_vocab(with_added_tokens=False)
+    table = {i: to_bytes(token) for token, i in vocab.items()}
+    for i, token in self._tokenizer.get_added_tokens_decoder().items():
+      table[i] = token.content.encode()
+    return table | {self.boundary_id: b''}
 
 
 class SentencePieceTokenizer:
@@ -168,10 +167,7 @@ class SentencePieceTokenizer:
   def _bytes_of(self, i: int) -> bytes:
     if i >= self.vocab_size or self._processor.is_control(i):
       return b''
-    piece = self._processor.id_to_piece(i)
-    if self._processor.is_byte(i):
-      return bytes([int(piece[3:-1], 16)])
-    return piece.replace('\u2581', ' ').encode()
+    return _piece_bytes(self._processor.id_to_piece(i))
 
   def save(self, workdir: Workdir) -> None:
     _write(workdir, SENTENCEPIECE_NAME, self._model)
@@ -245,7 +241,7 @@ def _train_bpe(corpus: Corpus, vocab_size: int) -> JsonTokenizer:
   trainer = tokenizers.trainers.BpeTrainer(
     vocab_size=vocab_size,
     special_tokens=[_BOUNDARIES[0]],
-    initial_alphabet=_byte_characters(),
+    initial_alphabet=list(_byte_alphabet()),
     show_progress=False,
   )
   tokenizer.train_from_iterator(_bpe_training_texts(corpus), trainer)
@@ -264,7 +260,7 @@ def _bpe_training_texts(corpus: Corpus) -> Iterator[str]:
 
 
 @functools.cache
-def _byte_characters() -> list[str]:
+def _byte_alphabet() -> dict[str, bytes]:
   """The character by which GPT-2's byte-level vocabularies write each byte.
 
   Printable bytes of Latin-1 stand for themselves; the others take the
@@ -272,9 +268,22 @@ def _byte_characters() -> list[str]:
   """
   printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
   others = [byte for byte in range(256) if byte not in printable]
-  chars = {byte: chr(byte) for byte in printable}
-  chars |= {byte: chr(256 + i) for i, byte in enumerate(others)}
-  return [chars[byte] for byte in range(256)]
+  alphabet = {chr(byte): bytes([byte]) for byte in printable}
+  return alphabet | {
+    chr(256 + i): bytes([byte]) for i, byte in enumerate(others)
+  }
+
+
+def _byte_level_bytes(token: str) -> bytes:
+  alphabet = _byte_alphabet()
+  return b''.join(alphabet.get(char) or char.encode() for char in token)
+
+
+def _piece_bytes(piece: str) -> bytes:
+  """Bytes of a SentencePiece piece, of which some stand for one byte."""
+  if byte := re.fullmatch('<0x([0-9A-F]{2})>', piece):
+    return bytes([int(byte[1], 16)])
+  return piece.replace('\u2581', ' ').encode()
 
 
 def _sentencepiece() -> type:

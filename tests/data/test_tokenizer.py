@@ -174,6 +174,36 @@ def test_a_bad_file_is_refused(tmp_path, name, content, words):
     tokenizer_lib.make_tokenizer(config, _corpus(), tmp_path / 'run')
 
 
+def test_a_given_vocabulary_of_words_and_bytes_streams_its_spaces(tmp_path):
+  """As Llama's first tokenizer.json: a marker for spaces, bytes to fall to."""
+  bytes_ = [f'<0x{byte:02X}>' for byte in range(256)]
+  vocab = ['<unk>', *bytes_, '\u2581', 'c', 'a', 't', '\u2581c', 'at']
+  tokenizer = tokenizers.Tokenizer(
+    tokenizers.models.BPE(
+      vocab={token: i for i, token in enumerate(vocab)},
+      merges=[('\u2581', 'c'), ('a', 't')],
+      unk_token='<unk>',
+      byte_fallback=True,
+    )
+  )
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+  tokenizer.decoder = tokenizers.decoders.Sequence(
+    [
+      tokenizers.decoders.ByteFallback(),
+      tokenizers.decoders.Metaspace(),
+      tokenizers.decoders.Fuse(),
+    ]
+  )
+  path = tmp_path / 'given.json'
+  tokenizer.save(str(path))
+  config = DataConfig(tokenizer=str(path))
+  made = tokenizer_lib.make_tokenizer(config, _corpus(), tmp_path / 'run')
+  ids = made.encode('cat cat 🙂')
+  assert made.decode(ids) == 'cat cat 🙂'
+  streamed = b''.join(made.decode_bytes([i]) for i in ids)
+  assert streamed.decode() == ' cat cat 🙂'
+
+
 def test_a_model_without_an_end_is_refused(tmp_path):
   path = tmp_path / 'given.model'
   _sentencepiece_model(path, eos_id=-1)
