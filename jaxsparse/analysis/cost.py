@@ -68,7 +68,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
     parameters,
     memory=num_memories * memory_parameters(memory, config.model_dim),
     values=num_memories * memory.num_slots * memory.value_dim,
-    gains=gains + num_memories * 2 * memory.key_dim,
+    gains=gains + num_memories * _memory_gains(memory),
   )
 
 
@@ -173,3 +173,8 @@ def _mlp(config: ModelConfig) -> int:
 def _key_width(memory: UltraMemConfig) -> int:
   """Width of a sub-key, all ranks together."""
   return memory.key_dim * (1 if memory.split_key_dim else memory.tucker_rank)
+
+
+def _memory_gains(memory: UltraMemConfig) -> int:
+  """One gain for both queries, and one for the keys of every rank."""
+  return memory.key_dim + _key_width(memory) // memory.tucker_rank
