@@ -1,5 +1,7 @@
 """The workdir: where training, inference and analysis meet."""
 
+import json
+
 from etils import epath
 
 from jaxsparse import config as config_lib
@@ -26,3 +28,9 @@ def read_config(workdir: epath.PathLike) -> config_lib.Config:
       'training run.'
     )
   return config_lib.from_json(path.read_text())
+
+
+def append_sample(workdir: epath.PathLike, sample: dict) -> None:
+  """Adds one line to the samples of the workdir."""
+  with (epath.Path(workdir) / SAMPLES).open('a') as file:
+    file.write(json.dumps(sample, ensure_ascii=False) + '\n')

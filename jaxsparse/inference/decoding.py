@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.errors import UserError
 from jaxsparse.inference.sampling import Sampling, sample
@@ -72,7 +73,9 @@ def decode_step(
     {'params': params}, *inputs, cache
   )
   key = jax.random.fold_in(jax.random.key(seed), step)
-  token = sample(logits[:, -1], key, sampling)
+  # Few enough to draw on every device alike, without a rule for the mesh.
+  logits = mesh.reshard(logits[:, -1], mesh.act('.V'))
+  token = sample(logits, key, sampling)
   _, positions, segment_ids = (array[:, -1:] for array in inputs)
   return token, cache, (token[:, None], positions + 1, segment_ids)
 

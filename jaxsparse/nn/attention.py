@@ -21,19 +21,25 @@ def init_positions(batch_size: int, length: int) -> Cache:
 
   `index` is the next row to be written. Unused rows are padding, segment 0.
   """
-  empty = mesh.reshard(
-    jnp.zeros((batch_size, length), jnp.int32), mesh.act('BS')
-  )
+
+  def empty():  # Each its own buffer, as all of the cache may be donated.
+    return mesh.reshard(
+      jnp.zeros((batch_size, length), jnp.int32), mesh.act('BS')
+    )
+
   return dict(
-    index=jnp.zeros((), jnp.int32), positions=empty, segment_ids=empty
+    index=jnp.zeros((), jnp.int32), positions=empty(), segment_ids=empty()
   )
 
 
 def init_key_values(config: ModelConfig, batch_size: int, length: int) -> Cache:
   """One layer's own part of a cache: keys and values [B, S, K, H]."""
   shape = (batch_size, length, config.num_kv_heads, config.head_dim)
-  empty = mesh.reshard(jnp.zeros(shape, config.dtype), mesh.act('BSKH'))
-  return dict(key=empty, value=empty)
+  key, value = (
+    mesh.reshard(jnp.zeros(shape, config.dtype), mesh.act('BSKH'))
+    for _ in range(2)
+  )
+  return dict(key=key, value=value)
 
 
 def extend(cache: Cache, **new: jax.Array) -> Cache:

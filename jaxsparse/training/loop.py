@@ -72,6 +72,8 @@ def fit(
 ) -> Outcome:
   """Trains from the workdir's newest checkpoint to `train.num_steps`.
 
+  Runs on the mesh in use (`jax.set_mesh`).
+
   Args:
     config: of the run.
     workdir: existing, and this config's own.
@@ -80,22 +82,19 @@ def fit(
     utilization: from tokens per second to model FLOP utilisation, if known.
 
   Raises:
-    UserError: the devices do not fit, the disk is full, no checkpoint can be
-      read, or the loss is not finite.
+    UserError: the batch does not fit the mesh, the disk is full, no checkpoint
+      can be read, or the loss is not finite.
   """
-  device_mesh = mesh.make_mesh(**dataclasses.asdict(config.mesh))
-  _check_batch(config, device_mesh)
+  _check_batch(config)
   checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints)
-  with jax.set_mesh(device_mesh), stop_on_signals() as stop:
-    state = _restore_or_init(
-      config, workdir, checkpoints, data, device_mesh, reporter
-    )
+  with stop_on_signals() as stop:
+    state = _restore_or_init(config, workdir, checkpoints, data, reporter)
     run = _Run(config, workdir, data, checkpoints, reporter, utilization, stop)
     try:
       return run.to_the_end(state)
     finally:
-      run.writer.close()
-      checkpoints.close()
+      data.batches.close()
+      run.close()
 
 
 def _restore_or_init(
@@ -103,11 +102,10 @@ def _restore_or_init(
   workdir: epath.PathLike,
   checkpoints: checkpoint.Checkpoints,
   data: TrainingData,
-  device_mesh: jax.sharding.Mesh,
   reporter: Reporter,
 ) -> TrainState:
   init = functools.partial(init_state, config)
-  abstract = mesh.abstract(init, mesh=device_mesh)
+  abstract = mesh.abstract(init, mesh=jax.sharding.get_mesh())
   num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
   # One more than are kept: the oldest goes when the newest is complete.
   room = num_bytes * (config.train.keep_checkpoints + 1)
@@ -122,8 +120,8 @@ def _restore_or_init(
   return TrainState(optimizer['step'], params, optimizer['opt_state'])
 
 
-def _check_batch(config: Config, device_mesh: jax.sharding.Mesh) -> None:
-  pieces = math.prod(device_mesh.shape[axis] for axis in mesh.TOKENS)
+def _check_batch(config: Config) -> None:
+  pieces = mesh.num_token_shards()
   micro = config.data.batch_size // config.optimizer.grad_accumulation
   if micro % pieces:
     raise UserError(
@@ -150,6 +148,11 @@ class _Run:
     self.utilization, self.stop = utilization, stop
     self.clock = _Clock(config.data.batch_size * config.data.seq_len)
     self.writer: MetricsWriter | None = None
+
+  def close(self) -> None:
+    if self.writer is not None:
+      self.writer.close()
+    self.checkpoints.close()
 
   def to_the_end(self, state: TrainState) -> Outcome:
     total = self.config.train.num_steps

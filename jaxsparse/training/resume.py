@@ -1,5 +1,9 @@
 """What may change between two starts of one workdir."""
 
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
 from etils import epath
 
 from jaxsparse import config as config_lib
@@ -12,37 +16,64 @@ _FIXED = ('model.', 'data.', 'train.seed')
 _FREE = ('data.prefetch', 'data.cache_dir')
 
 
-def claim_workdir(config: Config, workdir: epath.PathLike) -> list[str]:
-  """Makes the workdir this config's own, or checks that it is.
+def claim_workdir(
+  config: Config, workdir: epath.PathLike
+) -> tuple[Config, list[str]]:
+  """Makes the workdir, or checks that it is this config's own.
 
   Returns:
-    The accepted differences to the config that was there.
+    The config, with the vocabulary that the workdir's run took from its
+    tokenizer, and the accepted differences to the config saved there.
 
   Raises:
-    UserError: the workdir can't be made, or is another model's.
+    UserError: the workdir can't be written, or is another model's.
   """
   workdir = epath.Path(workdir)
-  path = workdir / workdir_lib.CONFIG
-  try:
+  with _sentences(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
-    changes = []
-    if path.exists():
-      saved = workdir_lib.read_config(workdir)
-      changes = config_lib.differences(saved, config)
-    refused = [
-      c for c in changes if c.startswith(_FIXED) and not c.startswith(_FREE)
-    ]
-    if refused:
-      raise UserError(
-        f'workdir {str(workdir)!r} belongs to a run with another config '
-        f'({"; ".join(refused)}): undo the change or give another --workdir.'
-      )
+    (workdir / '.writable').touch()
+    (workdir / '.writable').unlink()
+    if not (workdir / workdir_lib.CONFIG).exists():
+      return config, []
+  saved = workdir_lib.read_config(workdir)
+  if not config.model.vocab_size:
+    config = dataclasses.replace(
+      config,
+      model=dataclasses.replace(
+        config.model, vocab_size=saved.model.vocab_size
+      ),
+    )
+  changes = config_lib.differences(saved, config)
+  refused = [
+    c for c in changes if c.startswith(_FIXED) and not c.startswith(_FREE)
+  ]
+  if refused:
+    raise UserError(
+      f'workdir {str(workdir)!r} belongs to a run with another config '
+      f'({"; ".join(refused)}): undo the change or give another --workdir.'
+    )
+  return config, changes
+
+
+def save_config(config: Config, workdir: epath.PathLike) -> None:
+  """Writes the config of the run, at once or not at all.
+
+  Raises:
+    UserError: the workdir can't be written.
+  """
+  path = epath.Path(workdir) / workdir_lib.CONFIG
+  with _sentences(path.parent):
     new = path.with_suffix('.new')
     new.write_text(config_lib.to_json(config))
     new.replace(path)
+
+
+@contextlib.contextmanager
+def _sentences(workdir: epath.Path) -> Iterator[None]:
+  try:
+    yield
   except OSError as error:
     raise UserError(
       f"workdir {str(workdir)!r} can't be written ({error.strerror}): give "
-      'another --workdir.'
+      'another --workdir or make room.'
     ) from error
-  return changes

@@ -9,7 +9,7 @@ import optax
 from jaxsparse import mesh
 from jaxsparse.config import Config
 from jaxsparse.nn.transformer import Transformer
-from jaxsparse.ops.usage import slot_counts
+from jaxsparse.ops.usage import count_hits
 from jaxsparse.training import optimizer as optimizer_lib
 from jaxsparse.training.losses import token_losses
 
@@ -120,11 +120,7 @@ def eval_step(config: Config, params: dict, batch: Batch) -> dict:
   )
   losses = token_losses(logits, batch['targets']) * batch['loss_weight']
   counts = {
-    layer: slot_counts(
-      block['memory']['slots'][0],
-      config.model.memory.num_slots,
-      batch['segment_ids'] > 0,
-    )
+    layer: _count_reads(config, block['memory']['slots'][0], batch)
     for layer, block in sown.get('intermediates', {}).items()
   }
   return {
@@ -132,6 +128,16 @@ def eval_step(config: Config, params: dict, batch: Batch) -> dict:
     'targets': jnp.sum(batch['loss_weight']),
     'slot_counts': counts,
   }
+
+
+def _count_reads(config: Config, slots: jax.Array, batch: Batch) -> jax.Array:
+  """Reads of every slot [M] by the tokens that are no padding."""
+  num_slots = config.model.memory.num_slots
+  is_padding = batch['segment_ids'][..., None] == 0
+  # Padding falls into a slot of its own, which is dropped.
+  slots = jnp.where(is_padding, num_slots, slots)
+  count = mesh.over_tokens(lambda s: count_hits(s, num_slots + 1)[None])
+  return jnp.sum(count(slots), axis=0)[:num_slots]
 
 
 def _optimizer(config: Config) -> optax.GradientTransformation:

@@ -1,0 +1,115 @@
+"""What the entry points share: recipes from flags, errors as one sentence."""
+
+import contextlib
+import dataclasses
+import inspect
+import pathlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from absl import flags
+from ml_collections import config_flags
+
+from jaxsparse import config as config_lib
+from jaxsparse.config import Config
+from jaxsparse.errors import UserError
+
+
+@contextlib.contextmanager
+def user_errors_end_in_a_sentence() -> Iterator[None]:
+  """Prints a `UserError` to stderr and exits with 2, without a traceback."""
+  try:
+    yield
+  except UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    sys.exit(2)
+
+
+def parse_recipe(argv: list[str], description: str) -> tuple[Config, str]:
+  """Reads `--config=FILE`, its overrides `--config.a.b=value` and `--workdir`.
+
+  `--help` prints `description` and every field of the config, and exits.
+
+  Returns:
+    The checked config and the workdir.
+
+  Raises:
+    UserError: a flag, the file, a field's name, type or value is wrong.
+  """
+  if {'--help', '-h', '--helpfull'} & set(argv):
+    print(description, *describe(Config()), sep='\n')
+    sys.exit(0)
+  values = flags.FlagValues()
+  config_flags.DEFINE_config_file('config', flag_values=values)
+  flags.DEFINE_string('workdir', None, '', flag_values=values)
+  path = _config_path(argv)
+  try:
+    rest = values(argv)[1:]
+    config = values.config
+  except UserError as error:
+    raise UserError(f'{path}: {error}') from error
+  except (flags.Error, KeyError, AttributeError, TypeError) as error:
+    message = str(error.args[0] if error.args else error).splitlines()[0]
+    raise UserError(
+      f'{message.rstrip(".")}: see --help for the fields and their types.'
+    ) from error
+  except Exception as error:
+    raise UserError(
+      f'--config={path} could not be read ({type(error).__name__}: {error}): '
+      'give a Python file whose get_config() returns a jaxsparse Config.'
+    ) from error
+  if rest:
+    raise UserError(
+      f'{rest[0]!r} is not a flag: write --config.section.field=value.'
+    )
+  if not isinstance(config, Config):
+    raise UserError(
+      f'get_config() in {path} must return a jaxsparse.config.Config, got '
+      f'{type(config).__name__}.'
+    )
+  if not values.workdir:
+    raise UserError("--workdir=FOLDER is missing: name the run's folder.")
+  return config_lib.validated(config), values.workdir
+
+
+def _config_path(argv: list[str]) -> str:
+  """The value of `--config`, checked before `ml_collections` imports it."""
+  path = ''
+  for flag, following in zip(argv, [*argv[1:], ''], strict=True):
+    name, _, value = flag.partition('=')
+    if name.lstrip('-') == 'config':
+      path = value or following
+  if not path:
+    raise UserError(
+      '--config=FILE is missing: name a recipe, such as '
+      'configs/ultramem_tiny.py.'
+    )
+  if not pathlib.Path(path.split(':')[0]).is_file():
+    raise UserError(
+      f'--config={path} is no file: name a recipe, such as '
+      'configs/ultramem_tiny.py.'
+    )
+  return path
+
+
+def describe(config: Any, prefix: str = '--config') -> list[str]:
+  """A line for every field: flag, default, and the comment in the source."""
+  lines, comment = [], []
+  fields = {field.name: field for field in dataclasses.fields(config)}
+  for line in inspect.getsource(type(config)).splitlines():
+    text = line.strip()
+    if text.startswith('#'):
+      comment.append(text.lstrip('# '))
+      continue
+    name = text.split(':')[0]
+    if line.startswith('  ') and name in fields and ':' in text:
+      value = getattr(config, name)
+      if dataclasses.is_dataclass(value):
+        lines += describe(value, f'{prefix}.{name}')
+      else:
+        lines.append(f'  {prefix}.{name}={value}  {" ".join(comment)}'.rstrip())
+        if name == 'memory':
+          lines += describe(config_lib.UltraMemConfig(), f'{prefix}.memory')
+    comment = []
+  return lines

@@ -1,0 +1,203 @@
+"""Bad input ends in one sentence on stderr, exit code 2 and no traceback."""
+
+import importlib.util
+import pathlib
+import re
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from jaxsparse import command_line, generate
+
+ROOT = pathlib.Path(__file__).parents[1]
+RECIPE = """
+from jaxsparse import config as c
+
+def get_config():
+  return c.Config(
+    model=c.ModelConfig(memory=c.UltraMemConfig()),
+    data=c.DataConfig(text={text!r}, cache_dir={cache!r}),
+  )
+"""
+
+
+@pytest.fixture(scope='module')
+def train():
+  spec = importlib.util.spec_from_file_location('train', ROOT / 'train.py')
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module.main
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+  """Good and bad files to point flags at."""
+  path = tmp_path_factory.mktemp('input')
+  (path / 'recipe.py').write_text(
+    RECIPE.format(text=str(path / 'good*.txt'), cache=str(path / 'cache'))
+  )
+  for i in range(4):
+    (path / f'good{i}.txt').write_text(f'{i} is a number. ' * 100)
+  (path / 'empty.txt').write_text('')
+  (path / 'short.txt').write_text('x')
+  (path / 'latin.txt').write_bytes('schöne Grüße'.encode('latin-1') * 50)
+  (path / 'broken.json').write_text('{')
+  (path / 'broken.model').write_bytes(b'no model')
+  (path / 'syntax.py').write_text('def get_config(:')
+  (path / 'nothing.py').write_text('get_config = dict')
+  (path / 'wrong.py').write_text(
+    'from jaxsparse.config import *\n'
+    'get_config = lambda: Config(model=ModelConfig(num_layers=0))'
+  )
+  (path / 'typed.py').write_text(
+    'from jaxsparse.config import *\n'
+    'get_config = lambda: Config(model=ModelConfig(num_layers=4.5))'
+  )
+  (path / 'other').mkdir()
+  (path / 'other' / 'config.json').write_text('{"color": "green"}')
+  return path
+
+
+def run(main, argv, capsys):
+  """The sentence with which `main` ends."""
+  compiled = jax.config.jax_compilation_cache_dir
+  try:
+    with pytest.raises(SystemExit) as ended:
+      with command_line.user_errors_end_in_a_sentence():
+        main(argv)
+  finally:
+    jax.config.update('jax_compilation_cache_dir', compiled)
+  error = capsys.readouterr().err
+  assert ended.value.code == 2, error
+  lines = [line for line in error.splitlines() if line.startswith('error: ')]
+  assert len(lines) == 1, error
+  assert 'Traceback' not in error
+  return lines[0]
+
+
+C = '--config.'
+# Flags beside a good recipe, and what the sentence must say.
+TRAIN = {
+  'unknown field': (C + 'model.nlayers=4', 'nlayers'),
+  'unknown section': (C + 'models.num_layers=4', 'models'),
+  'unknown flag': ('--wrokdir=x', 'wrokdir'),
+  'stray word': ('now', "'now' is not a flag"),
+  'word for a number': (C + 'model.num_layers=four', 'num_layers=four'),
+  'fraction of a layer': (C + 'model.num_layers=4.5', 'num_layers=4.5'),
+  'no layers': (C + 'model.num_layers=0', 'num_layers must be positive'),
+  'negative width': (C + 'model.model_dim=-1', 'model_dim must be positive'),
+  'grouping': (C + 'model.num_kv_heads=3', 'must divide num_heads = 4, got 3'),
+  'odd head': (C + 'model.head_dim=5', 'head_dim must be even, got 5'),
+  'unknown MLP': (C + 'model.mlp=relu', "one of swiglu, gelu; got 'relu'"),
+  'unknown type': (C + 'model.dtype=int8', "float32, bfloat16; got 'int8'"),
+  'dropout': (C + 'model.dropout_rate=1', 'dropout_rate must be'),
+  'small vocabulary': (C + 'model.vocab_size=100', "at least the tokenizer's"),
+  'expansion': (C + 'model.memory.expansion=3', 'a perfect square, got 3'),
+  'cores': (C + 'model.memory.num_cores=3', 'multiple of num_cores = 3'),
+  'too many slots': (C + 'model.memory.num_selected=999', 'num_selected'),
+  'late placement': (
+    C + 'model.memory.placements=((1,9),)',
+    'below num_layers = 4, got (1, 9)',
+  ),
+  'backward placement': (
+    C + 'model.memory.placements=((2,1),)',
+    '0 <= read <= write',
+  ),
+  'same read': (C + 'model.memory.placements=((1,2),(1,3))', 'different block'),
+  'two sources': (C + 'data.tfds=lm1b', 'text or tfds, not both'),
+  'no such text': (C + 'data.text=nowhere/*.txt', 'nowhere/*.txt'),
+  'empty text': (C + 'data.text={folder}/empty.txt', 'empty'),
+  'short text': (C + 'data.text={folder}/short.txt', 'data.'),
+  'not UTF-8': (C + 'data.text={folder}/latin.txt', 'UTF-8'),
+  'no such tokenizer': (C + 'data.tokenizer=no.json', 'no.json'),
+  'broken tokenizer': (
+    C + 'data.tokenizer={folder}/broken.json',
+    'broken.json',
+  ),
+  'broken model': (C + 'data.tokenizer={folder}/broken.model', 'broken.model'),
+  'cache in a file': (C + 'data.cache_dir={folder}/good0.txt', 'cache_dir'),
+  'split': (C + 'data.split=lines', 'one of file, bytes'),
+  'no validation': (C + 'data.validation_fraction=0', 'validation_fraction'),
+  'lanes': (C + 'data.num_lanes=3', 'num_lanes must divide batch_size = 16'),
+  'accumulation': (C + 'optimizer.grad_accumulation=5', 'grad_accumulation'),
+  'batch on the mesh': (C + 'data.batch_size=12', 'must be a multiple of'),
+  'no devices': (C + 'mesh.model=0', 'mesh.model must be positive, got 0'),
+  'too many devices': (C + 'mesh.model=16', 'must make up the 8 devices'),
+  'heads on the mesh': (C + 'mesh.model=8', 'num_heads must be a multiple'),
+  'warm-up': (C + 'optimizer.warmup_steps=601', 'at most num_steps = 600'),
+  'rate': (C + 'optimizer.learning_rate=0', 'learning_rate must be positive'),
+  'steps': (C + 'train.num_steps=0', 'num_steps must be positive'),
+  'seed': (C + 'train.seed=-1', 'seed must not be negative'),
+  'workdir is a file': ('--workdir={folder}/good0.txt', 'good0.txt'),
+  'workdir of something else': ('--workdir={folder}/other', 'saved config'),
+}
+
+
+@pytest.mark.parametrize('name', TRAIN)
+def test_train(name, train, folder, tmp_path, capsys):
+  flag, said = TRAIN[name]
+  argv = ['train.py', f'--config={folder}/recipe.py', f'--workdir={tmp_path}/w']
+  assert said in run(train, [*argv, flag.format(folder=folder)], capsys)
+
+
+CONFIGS = {
+  'none': ([], '--config=FILE is missing'),
+  'no file': (['--config=configs/none.py'], 'configs/none.py is no file'),
+  'syntax': (['--config={folder}/syntax.py'], 'could not be read (SyntaxError'),
+  'no Config': (['--config={folder}/nothing.py'], 'must return a jaxsparse'),
+  'bad value': (['--config={folder}/wrong.py'], 'num_layers must be positive'),
+  'bad type': (['--config={folder}/typed.py'], 'must be of type int, got 4.5'),
+  'no workdir': (
+    ['--config={folder}/recipe.py'],
+    '--workdir=FOLDER is missing',
+  ),
+}
+
+
+@pytest.mark.parametrize('name', CONFIGS)
+def test_recipes(name, train, folder, tmp_path, capsys):
+  flags, said = CONFIGS[name]
+  flags = [flag.format(folder=folder) for flag in flags]
+  if name != 'no workdir':
+    flags.append(f'--workdir={tmp_path}')
+  assert said in run(train, ['train.py', *flags], capsys)
+
+
+GENERATE = {
+  'no such workdir': (['--workdir={folder}/none'], 'holds no config.json'),
+  'no workdir': ([], 'workdir'),
+  'length': (['--max_tokens=0'], 'max_tokens'),
+  'heat': (['--temperature=-1'], 'temperature'),
+  'nucleus': (['--top_p=1.5'], 'top_p'),
+  'top-k': (['--top_k=-2'], 'top_k'),
+}
+
+
+@pytest.mark.parametrize('name', GENERATE)
+def test_generate(name, folder, capsys):
+  flags, said = GENERATE[name]
+  flags = [flag.format(folder=folder) for flag in flags]
+  if flags and 'workdir' not in flags[0]:
+    flags.append(f'--workdir={folder}')
+  assert said in run(generate.main, flags, capsys)
+
+
+@pytest.mark.parametrize(
+  'command',
+  [
+    ['train.py', '--config=configs/ultramem_tiny.py'],
+    ['-m', 'jaxsparse.generate', '--workdir=nowhere'],
+  ],
+)
+def test_as_a_process(command):
+  done = subprocess.run(
+    [sys.executable, *command],
+    cwd=ROOT,
+    capture_output=True,
+    text=True,
+    check=False,
+  )
+  assert done.returncode == 2
+  assert re.fullmatch(r'error: [^\n]+\.\n', done.stderr)

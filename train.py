@@ -1,0 +1,164 @@
+"""Trains a language model.
+
+  python train.py --config=configs/ultramem_tiny.py --workdir=runs/ultramem_tiny
+
+The same command goes on where it was stopped. The fields of a recipe, their
+defaults and what they mean; each can be set on the command line:
+"""
+
+import dataclasses
+import functools
+import pathlib
+import sys
+
+import jax
+
+from jaxsparse import command_line, mesh
+from jaxsparse import config as config_lib
+from jaxsparse import workdir as workdir_lib
+from jaxsparse.analysis import cost, hardware, plots
+from jaxsparse.config import Config
+from jaxsparse.data import compression, pipeline, tokenizer
+from jaxsparse.data.corpus import Corpus, build_corpus
+from jaxsparse.errors import UserError
+from jaxsparse.inference import decoding, sampling
+from jaxsparse.training import loop, metrics, resume
+from jaxsparse.training.evaluation import Validation
+from jaxsparse.training.progress import Reporter
+
+
+def main(argv: list[str]) -> None:
+  config, workdir = command_line.parse_recipe(argv, __doc__)
+  reporter = Reporter()
+  say = reporter.say
+
+  config, changes = resume.claim_workdir(config, workdir)
+  for change in changes:
+    say(f'Changed since the last start: {change}.')
+  cache = pathlib.Path(config.data.cache_dir).expanduser()
+  jax.config.update('jax_compilation_cache_dir', str(cache / 'compiled'))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+
+  text = build_corpus(config.data, say)
+  tokens = tokenizer.make_tokenizer(config.data, text, workdir)
+  config = with_vocabulary(config, tokens.vocab_size)
+  resume.save_config(config, workdir)
+  describe_run(config, text, say)
+
+  flops = cost.training_flops(config.model, config.data.seq_len)
+  with jax.set_mesh(mesh.make_mesh(**dataclasses.asdict(config.mesh))):
+    outcome = loop.fit(
+      config,
+      workdir,
+      training_data(config, text, tokens),
+      reporter,
+      lambda speed: hardware.utilisation(speed * flops, jax.device_count()),
+    )
+    if outcome.validation is None:
+      return
+    if config.train.sample_tokens:
+      write_sample(config, workdir, outcome.params, tokens, say)
+  compressed = compression.bits_per_byte(text)
+  for name, bits in compressed.items():
+    say(f'{name} -9 on the same text: {bits:.4f} bits/byte')
+  draw(workdir, outcome.validation, compressed, say)
+
+
+def with_vocabulary(config: Config, vocab_size: int) -> Config:
+  """The config with its vocabulary: the tokenizer's, unless it is larger."""
+  given = config.model.vocab_size
+  if 0 < given < vocab_size:
+    raise UserError(
+      f"model.vocab_size must be at least the tokenizer's {vocab_size}, or 0 "
+      f'to take it; got {given}.'
+    )
+  model = dataclasses.replace(config.model, vocab_size=given or vocab_size)
+  return config_lib.validated(dataclasses.replace(config, model=model))
+
+
+def training_data(
+  config: Config, text: Corpus, tokens: tokenizer.Tokenizer
+) -> loop.TrainingData:
+  process = dict(
+    process_index=jax.process_index(), process_count=jax.process_count()
+  )
+  return loop.TrainingData(
+    batches=pipeline.train_iterator(
+      config.data, text, tokens, config.train.seed, **process
+    ),
+    validation=functools.partial(
+      pipeline.validation_batches, config.data, text, tokens, **process
+    ),
+    validation_bytes=text.validation_bytes,
+    bytes_per_target=bytes_per_target(text, tokens),
+  )
+
+
+def bytes_per_target(text: Corpus, tokens: tokenizer.Tokenizer) -> float:
+  """Bytes of text for each target, on the first MB of validation text."""
+  num_bytes = num_targets = 0
+  for piece in text.validation:
+    num_bytes += len(piece.text)
+    num_targets += len(tokens.encode(piece.text.decode())) + piece.ends_document
+    if num_bytes > 1 << 20:
+      break
+  return num_bytes / num_targets
+
+
+def describe_run(config: Config, text: Corpus, say) -> None:
+  parameters = cost.count_parameters(config.model)
+  flops = cost.forward_flops(config.model, config.data.seq_len)
+  batch = config.data.batch_size * config.data.seq_len
+  device = jax.devices()[0]
+  say(
+    f'{parameters.total / 1e6:.2f}M parameters, of which '
+    f'{parameters.values / 1e6:.2f}M are values of memory layers; '
+    f'{flops / 1e6:.2f} MFLOPs a token forward; {batch:,} tokens a step.'
+  )
+  say(
+    f'{jax.device_count()} x {device.device_kind}, JAX {jax.__version__}; '
+    f'validation text {text.validation_bytes / 1e6:.2f} MB.'
+  )
+
+
+def write_sample(
+  config: Config,
+  workdir: str,
+  params: dict,
+  tokens: tokenizer.Tokenizer,
+  say,
+) -> None:
+  """Shows what the model makes of the prompt, and adds it to the samples."""
+  prompt = config.train.sample_prompt
+  ids = [tokens.boundary_id, *tokens.encode(prompt).tolist()]
+  # One row for each piece of the batch, as the mesh splits rows evenly.
+  drawn = decoding.generate_tokens(
+    config.model,
+    params,
+    [ids] * mesh.num_token_shards(),
+    config.train.sample_tokens,
+    sampling.Sampling(temperature=0.8),
+    config.train.seed,
+  )
+  text = tokens.decode([row[0] for row in drawn])
+  say(f'A sample of {config.train.sample_tokens} tokens:\n{prompt}{text}')
+  workdir_lib.append_sample(workdir, {'prompt': prompt, 'text': text})
+
+
+def draw(
+  workdir: str, validation: Validation, compressed: dict[str, float], say
+) -> None:
+  folder = pathlib.Path(workdir) / workdir_lib.PLOTS
+  folder.mkdir(exist_ok=True)
+  rows = metrics.read_rows(workdir)
+  drawn = [folder / 'training.png']
+  plots.plot_training(rows, drawn[0], compressed)
+  if validation.slot_counts:
+    drawn.append(folder / 'slot_usage.png')
+    plots.plot_slot_usage(validation.slot_counts, drawn[1], rows)
+  say(f'Plots: {", ".join(map(str, drawn))}')
+
+
+if __name__ == '__main__':
+  with command_line.user_errors_end_in_a_sentence():
+    main(sys.argv)
