@@ -5,6 +5,7 @@ added to `samples.jsonl` in the workdir.
 """
 
 import argparse
+import dataclasses
 import sys
 
 from jaxsparse import checkpoint, workdir
@@ -16,7 +17,6 @@ from jaxsparse.inference.sampling import Sampling
 from jaxsparse.inference.text import (
   Completion,
   Request,
-  append_sample,
   complete,
   encode_prompt,
 )
@@ -105,8 +105,14 @@ def main(argv: list[str]) -> None:
         _write('\n\n')
       _write(request.prompt)
       done = complete(config.model, params, tokenizer, request, _write)
-      append_sample(arguments.workdir, step, request, done)
+      workdir.append_sample(arguments.workdir, to_row(step, request, done))
       _report(done)
+
+
+def to_row(step: int, request: Request, done: Completion) -> dict:
+  """What the samples' file says of one text."""
+  row = {'step': step, **dataclasses.asdict(request)}
+  return row | {'text': done.text, 'num_tokens': done.num_tokens}
 
 
 def _warn_of_length(config: Config, tokenizer, request: Request) -> None:

@@ -4,7 +4,6 @@ import functools
 from collections.abc import Iterator, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import mesh
@@ -13,10 +12,13 @@ from jaxsparse.errors import UserError
 from jaxsparse.inference.sampling import Sampling, sample
 from jaxsparse.nn.transformer import Cache, Transformer, init_cache
 
+# Tokens, positions and segment_ids of one call, each int32 [B, T].
+Inputs = tuple[jax.typing.ArrayLike, jax.typing.ArrayLike, jax.typing.ArrayLike]
+
 
 def left_pad(
   prompts: Sequence[Sequence[int]],
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> Inputs:
   """Prompts of unequal length as one batch that ends together.
 
   Returns:
@@ -51,10 +53,10 @@ def decode_step(
   sampling: Sampling,
   params: dict,
   cache: Cache,
-  inputs: tuple[jax.Array, jax.Array, jax.Array],
+  inputs: Inputs,
   seed: jax.Array,
   step: jax.Array,
-) -> tuple[jax.Array, Cache, tuple[jax.Array, jax.Array, jax.Array]]:
+) -> tuple[jax.Array, Cache, Inputs]:
   """Feeds tokens and draws the next one of each row; prefill and decode alike.
 
   Args:
@@ -111,11 +113,13 @@ def generate_tokens(
   return _generate(model_config, params, inputs, max_tokens, sampling, seed)
 
 
+_new_cache = jax.jit(init_cache, static_argnums=(0, 1, 2))
+
+
 def _generate(config, params, inputs, max_tokens, sampling, seed):
   batch_size, length = inputs[0].shape
   # The last token is drawn, never fed.
-  cache = init_cache(config, batch_size, length + max_tokens - 1)
-  inputs = tuple(jnp.asarray(array) for array in inputs)
+  cache = _new_cache(config, batch_size, length + max_tokens - 1)
   previous = None
   for step in range(max_tokens):
     token, cache, inputs = decode_step(

@@ -1,15 +1,11 @@
-"""From tokens to text as they come: UTF-8, stop strings, the samples' file."""
+"""From tokens to text as they come: UTF-8, stop strings, whole completions."""
 
 import codecs
 import dataclasses
-import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
-from etils import epath
-
-from jaxsparse import workdir as workdir_lib
 from jaxsparse.config import ModelConfig
 from jaxsparse.errors import UserError
 from jaxsparse.inference.decoding import generate_tokens
@@ -176,14 +172,3 @@ def until_stop(texts: Iterable[str], stop: str) -> Iterator[str]:
     yield held[:certain]
     held = held[certain:]
   yield held
-
-
-def append_sample(
-  workdir: epath.PathLike, step: int, request: Request, completion: Completion
-) -> None:
-  """Adds a line to the workdir's samples: request, text, step of the model."""
-  row = {'step': step, **dataclasses.asdict(request)}
-  row |= {'text': completion.text, 'num_tokens': completion.num_tokens}
-  path = epath.Path(workdir) / workdir_lib.SAMPLES
-  with path.open('a') as file:
-    file.write(json.dumps(row, ensure_ascii=False) + '\n')

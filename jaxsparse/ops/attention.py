@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsparse import mesh
+
 
 def document_mask(
   query_positions: Int[Array, 'B T'],
@@ -54,7 +56,8 @@ def attention(
   """
   B, T, N, H = query.shape
   K = key.shape[2]
-  query = query.reshape(B, T, K, N // K, H)
+  # With one key/value head `model` (of length 1) would go to its group.
+  query = query.reshape(B, T, K, N // K, H, out_sharding=mesh.act('BTKGH'))
   score = jnp.einsum(
     'btkgh,bskh->bkgts', query, key, preferred_element_type=jnp.float32
   )
@@ -66,7 +69,7 @@ def attention(
   score = jnp.where(mask_BTS[:, None, None], score * H**-0.5, bound)
   weight = jax.nn.softmax(score, axis=-1).astype(value.dtype)
   encoded = jnp.einsum('bkgts,bskh->btkgh', weight, value)
-  encoded = encoded.reshape(B, T, N, H)
+  encoded = encoded.reshape(B, T, N, H, out_sharding=mesh.act('BTNH'))
   sees_any = mask_BTS.any(axis=-1)[:, :, None, None]
   return jnp.where(sees_any, encoded, jnp.zeros_like(encoded))
 

@@ -1,0 +1,119 @@
+"""Generation against a loop that recomputes everything; seeds; padding."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsparse import mesh
+from jaxsparse.config import ModelConfig, UltraMemConfig
+from jaxsparse.errors import UserError
+from jaxsparse.inference.decoding import (
+  decode_step,
+  generate_tokens,
+  left_pad,
+)
+from jaxsparse.inference.sampling import Sampling
+from jaxsparse.nn.transformer import Transformer, init_cache
+
+CONFIG = ModelConfig(
+  num_layers=2,
+  model_dim=16,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=4,
+  mlp_dim=16,
+  vocab_size=19,
+  memory=UltraMemConfig(
+    num_keys=8,
+    key_dim=4,
+    num_selected=4,
+    value_dim=8,
+    query_conv_taps=3,
+    placements=((0, 1),),
+  ),
+)
+PROMPTS = [[3, 1, 4, 1, 5], [9, 2]]
+GREEDY = Sampling(temperature=0.0)
+
+
+@pytest.fixture(scope='module')
+def params():
+  one = jnp.ones((1, 4), jnp.int32)
+  init = jax.jit(Transformer(CONFIG).init)
+  return init(jax.random.key(0), one, one, one)['params']
+
+
+def generate(params, prompts=PROMPTS, max_tokens=6, sampling=None, seed=0):
+  tokens = generate_tokens(
+    CONFIG, params, prompts, max_tokens, sampling or Sampling(), seed
+  )
+  return np.stack(list(tokens), axis=1)
+
+
+@pytest.fixture(scope='module')
+def forward():
+  return jax.jit(Transformer(CONFIG).apply)
+
+
+def test_greedy_generation_of_a_ragged_batch(params, forward):
+  """Each token is the likeliest one by the full forward of all before it."""
+  drawn = generate(params, sampling=GREEDY)
+  positions = jnp.arange(11)[None]
+  for row, prompt in zip(drawn.tolist(), PROMPTS, strict=True):
+    length = len(prompt) + len(row)
+    tokens = jnp.array([prompt + row + [0] * (11 - length)])
+    segment_ids = (positions < length).astype(jnp.int32)
+    logits, _, _ = forward({'params': params}, tokens, positions, segment_ids)
+    best = jnp.argmax(logits[0], axis=-1)[len(prompt) - 1 : length - 1]
+    assert best.tolist() == row
+
+
+def test_the_seed_decides(params):
+  first = generate(params, seed=1)
+  np.testing.assert_array_equal(generate(params, seed=1), first)
+  assert (generate(params, seed=2) != first).any()
+
+
+def test_any_mesh_gives_the_same_tokens(params):
+  prompts, sampling = [*PROMPTS, [7, 7, 7], [1]], Sampling(top_k=9, top_p=0.9)
+  expected = generate(params, prompts, 4, sampling)
+  devices = jax.devices()[:4]
+  with jax.set_mesh(mesh.make_mesh(2, 2, 1, devices=devices)):
+    got = generate(jax.device_put(params, jax.P()), prompts, 4, sampling)
+  np.testing.assert_array_equal(got, expected)
+
+
+def test_tokens_come_one_by_one_and_reading_may_stop(params):
+  whole = generate(params)
+  tokens = generate_tokens(CONFIG, params, PROMPTS, 6, Sampling())
+  some = list(itertools.islice(tokens, 2))
+  np.testing.assert_array_equal(np.stack(some, axis=1), whole[:, :2])
+
+
+def test_the_cache_is_written_in_place(params):
+  inputs = tuple(map(jnp.asarray, left_pad(PROMPTS)))
+  cache = init_cache(CONFIG, 2, 8)
+  compiled = decode_step.lower(
+    CONFIG, GREEDY, params, cache, inputs, 0, 0
+  ).compile()
+  num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+  assert compiled.memory_analysis().alias_size_in_bytes == num_bytes
+
+
+def test_left_padding():
+  tokens, positions, segment_ids = left_pad([[5, 6, 7], [8]])
+  np.testing.assert_array_equal(tokens, [[5, 6, 7], [0, 0, 8]])
+  np.testing.assert_array_equal(positions, [[0, 1, 2], [0, 0, 0]])
+  np.testing.assert_array_equal(segment_ids, [[1, 1, 1], [0, 0, 1]])
+
+
+@pytest.mark.parametrize(
+  ('prompts', 'max_tokens', 'word'),
+  [([[1]], 0, 'max_tokens'), ([[1], []], 3, 'prompts'), ([], 3, 'prompts')],
+)
+def test_bad_requests_are_refused_at_once(prompts, max_tokens, word):
+  with pytest.raises(UserError, match=f'^{word} must'):
+    generate_tokens(CONFIG, {}, prompts, max_tokens, Sampling())

@@ -1,0 +1,81 @@
+"""Draws against the distribution that the limits leave."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsparse.errors import UserError
+from jaxsparse.inference.sampling import Sampling, keep_top_p, sample
+
+KEY = jax.random.key(0)
+PROBABILITY = np.array([0.1, 0.4, 0.05, 0.25, 0.2])
+LOGITS = jnp.log(jnp.asarray(PROBABILITY, jnp.float32)) + 3.0
+
+
+def frequencies(**limits):
+  tokens = sample(jnp.tile(LOGITS, (4000, 1)), KEY, Sampling(**limits))
+  assert tokens.dtype == jnp.int32
+  return np.bincount(tokens, minlength=5) / len(tokens)
+
+
+def limited(keep, temperature=1.0):
+  weight = PROBABILITY ** (1 / temperature) * np.isin(np.arange(5), keep)
+  return weight / weight.sum()
+
+
+# Standard deviation of a frequency: at most 0.008; four of them.
+@pytest.mark.parametrize(
+  ('limits', 'expected'),
+  [
+    (dict(), limited([0, 1, 2, 3, 4])),
+    (dict(temperature=0.5), limited([0, 1, 2, 3, 4], 0.5)),
+    (dict(temperature=2.0, top_k=3), limited([1, 3, 4], 2.0)),
+    (dict(top_k=9), limited([0, 1, 2, 3, 4])),
+    (dict(top_p=0.6), limited([1, 3])),
+    (dict(top_p=0.7), limited([1, 3, 4])),
+    (dict(top_p=1e-6), limited([1])),
+    # Of the three that top_k keeps, two make up 0.65 / 0.85 > 0.7.
+    (dict(top_k=3, top_p=0.7), limited([1, 3])),
+  ],
+  ids=str,
+)
+def test_frequencies_are_the_probabilities(limits, expected):
+  got = frequencies(**limits)
+  np.testing.assert_allclose(got, expected, atol=0.032)
+  np.testing.assert_array_equal(got[expected == 0], 0)
+
+
+def test_greedy_takes_the_likeliest():
+  logits = jax.random.normal(KEY, (7, 11))
+  got = sample(logits, KEY, Sampling(temperature=0.0, top_k=3, top_p=0.1))
+  np.testing.assert_array_equal(got, jnp.argmax(logits, axis=-1))
+
+
+def test_a_row_draws_the_same_in_any_batch():
+  logits = jnp.zeros((6, 50))
+  whole = sample(logits, KEY, Sampling())
+  np.testing.assert_array_equal(sample(logits[:2], KEY, Sampling()), whole[:2])
+  assert len(set(whole.tolist())) > 1
+  other = sample(logits, jax.random.key(1), Sampling())
+  assert whole.tolist() != other.tolist()
+
+
+def test_top_p_always_keeps_the_first():
+  kept = keep_top_p(jnp.array([[100.0, 0.0, 0.0]]), 1e-9)
+  np.testing.assert_array_equal(jnp.isfinite(kept), [[True, False, False]])
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [
+    ('temperature', -0.1),
+    ('temperature', float('nan')),
+    ('top_k', -1),
+    ('top_p', 0.0),
+    ('top_p', 1.1),
+  ],
+)
+def test_limits_are_checked(field, value):
+  with pytest.raises(UserError, match=f'^{field} must .* got {value}'):
+    Sampling(**{field: value})
