@@ -5,13 +5,18 @@ import pytest
 
 from jaxsparse.ops import tucker
 from jaxsparse.ops.tucker import (
-  leading_directions,
   lower_singular_loss,
   singular_values,
-  tucker_top_m,
   tucker_top_m_exhaustive_reference,
   tucker_top_m_two_stage_reference,
 )
+
+
+# Compiled as a whole: op by op takes seconds.
+tucker_top_m = jax.jit(
+  tucker.tucker_top_m, static_argnums=3, static_argnames='two_quadrants'
+)
+leading_directions = jax.jit(tucker.leading_directions)
 
 
 def _inputs(T=5, H=2, Q=24, r=2, c=2, seed=0):
@@ -78,10 +83,10 @@ def _recall(address, expected):
 
 
 @pytest.mark.parametrize(
-  ('two_quadrants', 'low', 'high'), [(False, 0.40, 0.50), (True, 0.93, 1.0)]
+  ('two_quadrants', 'low', 'high'), [(False, 0.40, 0.53), (True, 0.95, 1.0)]
 )
 def test_recall_of_gaussian_scores(two_quadrants, low, high):
-  row, column, cores = _inputs(T=2, H=24, Q=512, c=1)
+  row, column, cores = _inputs(T=1, H=64, Q=512, c=1)
   _, address = tucker_top_m(row, column, cores, 32, two_quadrants=two_quadrants)
   _, expected = tucker_top_m_exhaustive_reference(row, column, cores, 32)
   assert low <= _recall(address, expected) <= high
@@ -146,8 +151,8 @@ def test_gradients_equal_autodiff_of_the_kept_cells(two_quadrants):
     return (kept * factor).sum()
 
   for actual, wanted in zip(
-    jax.grad(loss, (0, 1, 2))(row, column, cores),
-    jax.grad(expected, (0, 1, 2))(row, column, cores),
+    jax.jit(jax.grad(loss, (0, 1, 2)))(row, column, cores),
+    jax.jit(jax.grad(expected, (0, 1, 2)))(row, column, cores),
     strict=True,
   ):
     np.testing.assert_allclose(actual, wanted, rtol=1e-5, atol=1e-4)
@@ -157,7 +162,7 @@ def test_tiles_of_tokens_change_nothing(monkeypatch):
   row, column, cores = _inputs(T=7)
   whole = tucker_top_m(row, column, cores, 6)
   monkeypatch.setattr(tucker, '_TILE_CELLS', 2 * 36 * 3)
-  tiled = tucker_top_m(row, column, cores, 6)
+  tiled = tucker.tucker_top_m(row, column, cores, 6)
   jax.tree.map(np.testing.assert_array_equal, whole, tiled)
 
 

@@ -1,0 +1,255 @@
+"""UltraMem: a memory layer of many small values (arXiv:2411.12364).
+
+A token's query meets Q row keys and Q column keys; a Tucker core turns their
+rank scores into the scores of Q x Q cells, of which each head keeps m. A kept
+cell's address is scattered to a virtual block and a physical slot; the slots'
+values, weighted by the scores (no softmax), are pooled per block, and one
+matrix maps the pools to the model width.
+
+The layer works in any Linen module; it needs no other part of jaxsparse:
+`y, metrics = UltraMem(UltraMemConfig())(x)`.
+
+Letters: B batch, T positions, D model width, k query width, w key width, Q
+logical keys per axis, P heads, r ranks, c cores, m kept cells per head, E
+virtual blocks, M slots, W value width.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxsparse import mesh
+from jaxsparse.config import UltraMemConfig
+from jaxsparse.nn.ultramem_init import parameters
+from jaxsparse.ops import addressing, usage
+from jaxsparse.ops.tucker import (
+  Directions,
+  lower_singular_loss,
+  singular_values,
+  tucker_top_m,
+)
+from jaxsparse.ops.value_bag import value_bag
+
+Metrics = dict[str, jax.Array]
+
+# The inputs before the first position, and their segment ids.
+Context = tuple[Float[Array, 'B S D'], Int[Array, 'B S']]
+
+_NORM_EPSILON = 1e-5
+
+
+class UltraMem(nn.Module):
+  """The memory layer.
+
+  Attributes:
+    config: sizes and variants.
+    num_layers: blocks of the model, for the scale of the values (`paper`).
+    dtype: type of the activations; parameters are f32, and so are scores,
+      norms and sums of values.
+    salt: picks the bijection of this layer's addresses. A trained layer needs
+      the salt it was trained with.
+  """
+
+  config: UltraMemConfig
+  num_layers: int = 1
+  dtype: jax.typing.DTypeLike = jnp.float32
+  salt: int = 0
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, 'B T D'],
+    segment_ids: Int[Array, 'B T'] | None = None,
+    context: Context | None = None,
+    *,
+    directions: Directions | None = None,
+    permutation: Int[Array, 'V'] | None = None,
+  ) -> tuple[Float[Array, 'B T D'], Metrics]:
+    """Reads the memory.
+
+    Args:
+      x: input of each position.
+      segment_ids: documents, between which the query convolution does not
+        look; by default all positions are of one.
+      context: the taps - 1 inputs before `x`, for the query convolution while
+        decoding; by default there is nothing before.
+      directions: pre-filter vectors of an imported checkpoint.
+      permutation: table of virtual addresses of an imported checkpoint.
+
+    Returns:
+      The output, and scalars: 'aux_loss', already weighted; 'slots_used' and
+      'unevenness' over the whole batch; 'score_mean' and 'score_std' of the
+      kept scores; 'core_singular_0' and on, mean over heads.
+    """
+    declared = parameters(self.config, x.shape[-1], self.num_layers)
+    params = {
+      name: self.param(name, mesh.sharded(init, dims), shape)
+      for name, (init, dims, shape) in declared.items()
+    }
+    y, read = ultramem_forward(
+      params,
+      x.astype(self.dtype),
+      self.config,
+      segment_ids=segment_ids,
+      context=context,
+      directions=directions,
+      permutation=permutation,
+      salt=self.salt,
+    )
+    self.sow('intermediates', 'slots', read['slots'])
+    return y, ultramem_metrics(params, read, self.config)
+
+
+def ultramem_forward(
+  params: dict[str, jax.Array],
+  x: Float[Array, 'B T D'],
+  config: UltraMemConfig,
+  *,
+  segment_ids: Int[Array, 'B T'] | None = None,
+  context: Context | None = None,
+  directions: Directions | None = None,
+  permutation: Int[Array, 'V'] | None = None,
+  salt: int = 0,
+) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array]]:
+  """The layer as a function of its parameters; `UltraMem` explains the rest.
+
+  Returns:
+    The output in the type of `x`, and what was read: 'scores' [B, T, P, m, c],
+    'slots' [B, T, P * m] and 'hits' [M], over the whole batch.
+  """
+  weights = {
+    name: mesh.gather(value, _COMPUTE_DIMS.get(name, '.' * value.ndim))
+    for name, value in params.items()
+  }
+  h = x
+  if 'query_conv' in weights:
+    h = _convolve(
+      x, weights['query_conv'].astype(x.dtype), segment_ids, context
+    )
+  query = jnp.einsum('btd,dsk->btsk', h, weights['query'].astype(x.dtype))
+  query = _rms_norm(query, weights['query_scale'], axis=-1)
+  keys = _rms_norm(weights['keys'], weights['key_scale'], axis=-2)
+
+  def read(query, keys, cores, table, directions, permutation):
+    return _read(
+      query, keys, cores, table, directions, permutation, config, salt
+    )
+
+  # From here to the pools everything is local to a device's tokens.
+  pooled, scores, slots, hits = mesh.over_tokens(read, (1, 2, 3, 4, 5))(
+    query, keys, weights['cores'], weights['value_table'], directions,
+    permutation,
+  )  # fmt: skip
+  output = weights['output'].astype(x.dtype)
+  y = jnp.einsum('btew,ewd->btd', pooled.astype(x.dtype), output)
+  return y, dict(scores=scores, slots=slots, hits=hits.sum(0))
+
+
+# Dimensions whose storage is spread over devices, see `ultramem_init`.
+_COMPUTE_DIMS = {
+  'query': 'D..', 'query_conv': '.D', 'value_table': 'M.', 'output': '..D'
+}  # fmt: skip
+
+
+def _read(
+  query, keys, cores, table, directions, permutation, config, salt
+):  # fmt: skip
+  """Retrieval and pooling on one device: query [B, T, 2, k] to pools."""
+  batch = query.shape[:2]
+  query = query.reshape(-1, *query.shape[2:])
+  row, column = (_rank_scores(query[:, s], keys[:, s]) for s in range(2))
+  scores, address = tucker_top_m(
+    row,
+    column,
+    cores,
+    config.num_selected,
+    directions=directions,
+    two_quadrants=config.use_two_quadrants,
+  )
+  if permutation is None:
+    virtual = addressing.shuffle(address, config.num_logical_keys, salt)
+  else:
+    virtual = addressing.look_up(address, permutation)
+  block, slot = addressing.split(virtual, config.num_slots)
+  num_tokens, E = len(query), config.expansion
+  slot = slot.reshape(num_tokens, -1)
+  pooled = value_bag(
+    table,
+    slot,
+    scores.reshape(*slot.shape, -1),
+    block.reshape(slot.shape) if E > 1 else None,
+    E,
+  )
+  pooled, scores, slot = (
+    x.reshape(*batch, *x.shape[1:]) for x in (pooled, scores, slot)
+  )
+  return pooled, scores, slot, usage.count_hits(slot, config.num_slots)[None]
+
+
+def _rank_scores(
+  query: Float[Array, 'T k'], keys: Float[Array, 'P Q w r']
+) -> Float[Array, 'T P Q r']:
+  """Inner products with all keys; narrow keys meet slices of the query."""
+  width, ranks = keys.shape[2:]
+  if query.shape[1] == width:
+    return jnp.einsum('tk,pqkr->tpqr', query, keys)
+  slices = query.reshape(-1, ranks, width)
+  return jnp.einsum('trk,pqkr->tpqr', slices, keys)
+
+
+def _rms_norm(x, scale, axis):
+  """x / rms(x) * scale along `axis`, in f32 at least."""
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  shape = [1] * x.ndim
+  shape[axis] = -1
+  square = jnp.mean(x * x, axis=axis, keepdims=True)
+  return x * jax.lax.rsqrt(square + _NORM_EPSILON) * scale.reshape(shape)
+
+
+def _convolve(x, kernel, segment_ids, context):
+  """Causal depth-wise convolution over time, within a document.
+
+  kernel[i] weighs the input i positions back. Inputs of other documents count
+  as zero.
+  """
+  num_taps, num_positions = kernel.shape[0], x.shape[1]
+  past = num_taps - 1
+  if context is None:
+    inputs = jnp.pad(x, ((0, 0), (past, 0), (0, 0)))
+    if segment_ids is not None:
+      segments = jnp.pad(segment_ids, ((0, 0), (past, 0)))
+  else:
+    inputs = jnp.concatenate([context[0].astype(x.dtype), x], axis=1)
+    if segment_ids is not None:
+      segments = jnp.concatenate([context[1], segment_ids], axis=1)
+  y = jnp.zeros_like(x)
+  for i in range(num_taps):
+    window = slice(past - i, past - i + num_positions)
+    earlier = inputs[:, window]
+    if segment_ids is not None:
+      is_same = segments[:, window] == segment_ids
+      earlier = jnp.where(is_same[..., None], earlier, 0)
+    y += kernel[i][None, None] * earlier
+  return y
+
+
+def ultramem_metrics(
+  params: dict[str, jax.Array],
+  read: dict[str, jax.Array],
+  config: UltraMemConfig,
+) -> Metrics:
+  """Scalars of one pass, from what `ultramem_forward` read."""
+  aux_loss = lower_singular_loss(params['cores'], config.aux_loss_margin)
+  values = singular_values(jax.lax.stop_gradient(params['cores'].sum(0)))
+  scores = jax.lax.stop_gradient(read['scores'])
+  metrics = {
+    'aux_loss': config.aux_loss_weight * aux_loss,
+    'slots_used': usage.share_used(read['hits']),
+    'unevenness': usage.unevenness(read['hits']),
+    'score_mean': scores.mean(),
+    'score_std': scores.std(),
+  }
+  for i, value in enumerate(values.mean(0)):
+    metrics[f'core_singular_{i}'] = value
+  return metrics

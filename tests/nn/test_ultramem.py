@@ -1,0 +1,498 @@
+import functools
+import math
+import pathlib
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from jaxsparse import mesh as mesh_lib
+from jaxsparse.config import UltraMemConfig
+from jaxsparse.nn.ultramem import UltraMem, ultramem_forward
+from jaxsparse.nn.ultramem_init import (
+  expected_cell_mean,
+  expected_top_mean,
+  initial_scales,
+)
+from jaxsparse.ops import addressing, usage
+from jaxsparse.ops.tucker import tucker_top_m
+
+FIXTURE = pathlib.Path(__file__).parents[1] / 'fixtures' / 'ultramem_v1.npz'
+
+
+def _config(**overrides):
+  sizes = dict(num_keys=8, key_dim=4, num_heads=2, num_selected=4, value_dim=6)
+  return UltraMemConfig(**(sizes | overrides))
+
+
+def _init(config, shape=(2, 6, 8), seed=0, **attributes):
+  x = jax.random.normal(jax.random.key(seed + 1), shape)
+  return _draw(config, shape[-1], seed, **attributes), x
+
+
+@functools.cache
+def _draw(config, dim, seed, **attributes):
+  layer = UltraMem(config, **attributes)
+  x = jnp.zeros((1, 1, dim))
+  # Compiled, because that drops the forward pass.
+  return jax.jit(layer.init)(jax.random.key(seed), x)['params']
+
+
+# Compiled once for each config and set of shapes.
+@functools.partial(jax.jit, static_argnames=('config',))
+def _forward(params, x, config, **options):
+  return ultramem_forward(params, x, config, **options)
+
+
+@functools.partial(jax.jit, static_argnames=('config',))
+def _apply(params, x, *args, config):
+  return UltraMem(config).apply({'params': params}, x, *args)
+
+
+# The official layer.
+
+
+def _official(case):
+  arrays = np.load(FIXTURE)
+  return {
+    name.removeprefix(f'{case}/'): arrays[name]
+    for name in arrays.files
+    if name.startswith(f'{case}/')
+  }
+
+
+def _to_params(arrays, config, prefix=''):
+  """Official names and layouts to ours; the same map holds for gradients."""
+  get = lambda name: jnp.asarray(arrays[prefix + name])  # noqa: E731
+  dim = arrays['x'].shape[-1]
+  return {
+    'query': get('query_proj.weight').T.reshape(dim, 2, config.key_dim),
+    'query_scale': get('query_norm.weight'),
+    'keys': get('keys'),
+    'key_scale': get('keys_norm.weight'),
+    'cores': jnp.stack([get(f'tucker_core.{i}') for i in range(2)]),
+    'value_table': get('values_for_look_up'),
+    'output': get('values_proj.weight').T.reshape(
+      config.expansion, config.value_dim, dim
+    ),
+  }
+
+
+@pytest.mark.parametrize('case', ['v1_H2_E4', 'v1_H2_E1', 'v1_H1_E4'])
+def test_equals_the_official_layer(case):
+  arrays = _official(case)
+  num_heads, expansion = int(case[4]), int(case[7])
+  config = UltraMemConfig(
+    num_keys=12, key_dim=8, num_heads=num_heads, num_selected=6, value_dim=16,
+    expansion=expansion, tucker_rank=2, num_cores=2,
+  )  # fmt: skip
+  with jax.enable_x64(True):
+    params = _to_params(arrays, config)
+    directions = tuple(
+      jnp.asarray(arrays[f'tucker_core_{s}']).reshape(num_heads, 2)
+      for s in 'uv'
+    )
+    permutation = jnp.asarray(arrays['shuffle_index'])
+    cotangent = jnp.asarray(arrays['cot'])
+
+    @jax.jit
+    def run(params, x):
+      def forward(params, x):
+        return ultramem_forward(
+          params, x, config, directions=directions, permutation=permutation
+        )[0]
+
+      y, vjp = jax.vjp(forward, params, x)
+      return y, *vjp(cotangent)
+
+    y, d_params, d_x = run(params, jnp.asarray(arrays['x']))
+    wanted = dict(
+      y=arrays['y'], x=arrays['gx'], **_to_params(arrays, config, 'grad/')
+    )
+    for name, actual in dict(y=y, x=d_x, **d_params).items():
+      error = np.abs(actual - wanted[name]).max()
+      assert error <= 1e-10 * np.abs(wanted[name]).max(), (name, error)
+  assert jnp.ones(1).dtype == jnp.float32
+
+
+# Structure.
+
+
+def test_pooling_per_block_equals_an_expanded_table():
+  """Pool then project is a lookup in [V W_1; ...; V W_E] by virtual address."""
+  config = _config()
+  params, x = _init(config)
+  address = jnp.arange(config.num_logical_keys**2)
+  y, read = _forward(params, x, config, permutation=address)
+  values = params['value_table'].reshape(64, 2, 3)
+  output = params['output'].reshape(4, 2, 3, 8)
+  expanded = jnp.einsum('mcw,ecwd->emcd', values, output).reshape(-1, 2, 8)
+  # The same keys on a table that needs no expansion: slots are addresses.
+  whole = dict(value_table=jnp.zeros((256, 6)), output=jnp.zeros((1, 6, 8)))
+  _, read_whole = _forward(
+    params | whole,
+    x,
+    _config(num_keys=16, expansion=1),
+    permutation=address,
+  )
+  scores = read['scores'].reshape(2, 6, 8, 2)
+  expected = jnp.einsum(
+    'btkc,btkcd->btd', scores, expanded[read_whole['slots']]
+  )
+  np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_table_and_arithmetic_forms_of_a_bijection_agree():
+  config = _config()
+  params, x = _init(config)
+  table = addressing.shuffle(jnp.arange(256), config.num_logical_keys, 0)
+  by_table = _forward(params, x, config, permutation=table)
+  jax.tree.map(
+    lambda a, e: np.testing.assert_allclose(a, e, atol=1e-6),
+    by_table,
+    _forward(params, x, config),
+  )
+  y, read = ultramem_forward(params, x, config, salt=1)
+  assert not np.array_equal(read['slots'], by_table[1]['slots'])
+  assert not np.allclose(y, by_table[0])
+
+
+def test_without_expansion_it_is_a_plain_bag_and_a_matrix():
+  config = _config(expansion=1, num_cores=1)
+  params, x = _init(config)
+  y, read = _forward(params, x, config, permutation=jnp.arange(64))
+  rows = params['value_table'][read['slots']]
+  scores = read['scores'].reshape(2, 6, 8)
+  expected = jnp.einsum('btk,btkw,wd->btd', scores, rows, params['output'][0])
+  np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-6)
+
+
+def test_each_core_weights_its_own_columns():
+  config = _config()
+  params, x = _init(config)
+  y, read = _forward(params, x, config)
+  # Moving half of core 1 to core 0 keeps the sum, and with it the slots.
+  moved = params['cores'][1] / 2
+  cores = jnp.stack([params['cores'][0] + moved, moved])
+  y_moved, read_moved = _forward(params | {'cores': cores}, x, config)
+  np.testing.assert_array_equal(
+    np.sort(read['slots']), np.sort(read_moved['slots'])
+  )
+  # Each block of columns followed its own core: block 1 now gives one half.
+  first = params['output'].at[:, 3:].set(0)
+  second = params['output'].at[:, :3].set(0)
+  y_first, _ = _forward(params | {'output': first}, x, config)
+  y_second, _ = _forward(params | {'output': second}, x, config)
+  np.testing.assert_allclose(y, y_first + y_second, atol=1e-6)
+  y_second_moved, _ = _forward(
+    params | {'output': second, 'cores': cores}, x, config
+  )
+  np.testing.assert_allclose(y_second_moved, y_second / 2, atol=1e-6)
+  assert not np.allclose(y_moved, y)
+
+
+@pytest.mark.parametrize('rank', [1, 4])
+def test_split_keys_meet_slices_of_the_query(rank):
+  config = _config(split_key_dim=True, tucker_rank=rank)
+  params, x = _init(config)
+  width = 4 // rank
+  assert params['keys'].shape == (2, 2, 16, width, rank)
+
+  def normed(x, scale, axis):
+    return x / np.sqrt(np.mean(x**2, axis, keepdims=True) + 1e-5) * scale
+
+  query = normed(
+    np.einsum('btd,dsk->btsk', x, params['query']),
+    np.asarray(params['query_scale']),
+    -1,
+  )
+  gain = np.asarray(params['key_scale'])[:, None]
+  keys = normed(np.asarray(params['keys']), gain, -2)
+  row, column = (
+    jnp.stack(
+      [
+        np.einsum(
+          'btk,pqk->btpq',
+          query[:, :, s, a * width : (a + 1) * width],
+          keys[:, s, :, :, a],
+        )
+        for a in range(rank)
+      ],
+      axis=-1,
+    ).reshape(12, 2, 16, rank)
+    for s in range(2)
+  )
+  expected, _ = tucker_top_m(row, column, params['cores'], 4)
+  _, read = _forward(params, x, config)
+  np.testing.assert_allclose(
+    read['scores'].reshape(expected.shape), expected, rtol=1e-4, atol=1e-5
+  )
+
+
+def test_two_quadrants_are_another_model():
+  params, x = _init(_config())
+  y, _ = _forward(params, x, _config())
+  y_two, read = _forward(params, x, _config(use_two_quadrants=True))
+  assert read['slots'].shape == (2, 6, 8)
+  assert not np.allclose(y, y_two)
+
+
+# Time.
+
+
+@pytest.mark.parametrize('taps', [0, 3])
+def test_is_causal(taps):
+  config = _config(query_conv_taps=taps)
+  params, x = _init(config)
+  y, _ = _forward(params, x, config)
+  y_changed, _ = _forward(params, x.at[:, 3].add(1.0), config)
+  np.testing.assert_allclose(y_changed[:, :3], y[:, :3], atol=1e-6)
+  is_changed = np.any(np.abs(np.asarray(y_changed - y)) > 1e-5, axis=(0, 2))
+  assert is_changed[3]
+  assert is_changed[4] == (taps > 1)
+
+
+def test_convolution_stops_at_documents():
+  config = _config(query_conv_taps=3)
+  params, x = _init(config)
+  segments = jnp.array([[1, 1, 1, 2, 2, 2], [0, 0, 0, 1, 1, 1]])
+  y, _ = _forward(params, x, config, segment_ids=segments)
+  alone, _ = _forward(params, x[:, 3:], config)
+  np.testing.assert_allclose(y[:, 3:], alone, rtol=1e-5, atol=1e-6)
+  without, _ = _forward(params, x, config)
+  assert not np.allclose(without[0, 3], y[0, 3])
+
+
+@pytest.mark.parametrize('taps', [1, 3])
+def test_decoding_with_a_context_equals_the_full_pass(taps):
+  config = _config(query_conv_taps=taps)
+  params, x = _init(config)
+  segments = jnp.array([[1, 1, 1, 1, 2, 2], [0, 0, 0, 1, 1, 1]])
+  full, _ = _apply(params, x, segments, config=config)
+  context = (jnp.zeros((2, taps - 1, 8)), jnp.zeros((2, taps - 1), jnp.int32))
+  for t in range(6):
+    now = (x[:, t : t + 1], segments[:, t : t + 1])
+    y, _ = _apply(params, *now, context, config=config)
+    np.testing.assert_allclose(y, full[:, t : t + 1], rtol=1e-5, atol=1e-6)
+    context = tuple(
+      jnp.concatenate([old, new], axis=1)[:, 1:]
+      for old, new in zip(context, now, strict=True)
+    )
+
+
+# Initial scales.
+
+
+@pytest.mark.parametrize(
+  ('n', 'm', 'expected'),
+  [(1616, 80, 2.06), (1138, 32, 2.28), (1056, 128, 1.66), (2000, 42, 2.39)],
+)
+def test_expected_top_mean(n, m, expected):
+  assert abs(expected_top_mean(n, m) - expected) < 0.01
+
+
+def test_expected_means_of_all_and_of_one():
+  assert abs(expected_top_mean(7, 7)) < 1e-12
+  # The larger of two normals: 1 / sqrt(pi).
+  assert abs(expected_top_mean(2, 1) - math.pi**-0.5) < 1e-12
+  assert abs(expected_cell_mean(2, 1) - 1 / math.pi) < 1e-12
+
+
+def test_release_init_gives_the_measured_scores():
+  """A width of 8 instead of 384: the statistics do not depend on it.
+
+  The reference gives the numbers of one draw, whose cores are not known. They
+  scale the scores, so the cores are drawn until their singular values agree.
+  """
+  config = _config(
+    num_keys=808, key_dim=192, num_selected=80, value_dim=8, init='release'
+  )
+  params, x = _init(config, (1, 48, 768), num_layers=20)
+  cores = jax.random.uniform(jax.random.key(4), (100, 2, 2, 2, 2))
+  leading = np.linalg.svd(np.asarray(cores.sum(1)), compute_uv=False)[..., 0]
+  draw = np.argmin(np.abs(leading - 1.82).sum(-1))
+  y, read = _forward(params | {'cores': cores[draw]}, x, config)
+  scores = np.asarray(read['scores'])
+  best = scores.mean(-1)
+  measured = np.array(
+    [y.std(), scores.mean(), best[..., 0].mean(), best[..., -1].mean()]
+  )
+  np.testing.assert_allclose(measured, [0.188, 1.42, 1.90, 1.28], rtol=0.05)
+  formula = math.sqrt(160 * 0.02**2 * (scores**2).mean() / 4)
+  np.testing.assert_allclose(y.std(), formula, rtol=0.03)
+
+
+@pytest.mark.parametrize(
+  'sizes',
+  [
+    dict(num_keys=64, key_dim=64, num_selected=16, value_dim=8),
+    dict(
+      num_keys=96, key_dim=64, num_selected=32, value_dim=8, expansion=1,
+      split_key_dim=True, num_cores=1,
+    ),
+  ],
+)  # fmt: skip
+def test_paper_init_gives_unit_scores(sizes):
+  config, num_layers = _config(**sizes), 12
+  means, ratios = [], []
+  for seed in range(8):
+    # The cores are all that does not average out within a layer.
+    params, x = _init(config, (1, 64, 128), num_layers=num_layers)
+    scale = initial_scales(config, 128, num_layers).cores
+    cores = scale * jax.random.uniform(
+      jax.random.key(seed), params['cores'].shape
+    )
+    y, read = _forward(params | {'cores': cores}, x, config)
+    means.append(read['scores'].mean())
+    square = (read['scores'] ** 2).mean()
+    ratios.append((y**2).mean() / square * 2 * num_layers)
+  assert abs(np.mean(means) - 1) < 0.15
+  assert abs(np.mean(ratios) - 1) < 0.1
+
+
+def test_initial_scales_follow_the_formulas():
+  config = _config(num_keys=808, key_dim=192, num_selected=80, init='paper')
+  scales = initial_scales(config, 768, 20)
+  np.testing.assert_allclose(scales.values, (4 / (2 * 160 * 20)) ** 0.5)
+  np.testing.assert_allclose(scales.values, 0.025, rtol=1e-6)
+  np.testing.assert_allclose(scales.query_scale, 2.064**-0.5, rtol=1e-3)
+  np.testing.assert_allclose(scales.key_scale, 192**-0.5)
+
+
+# Metrics.
+
+
+def test_usage_counts_what_was_read():
+  config = _config()
+  params, x = _init(config)
+
+  @jax.jit
+  def run(params, x):
+    layer = UltraMem(config)
+    return layer.apply({'params': params}, x, mutable='intermediates')
+
+  (_, metrics), state = run(params, x)
+  (slots,) = state['intermediates']['slots']
+  assert slots.shape == (2, 6, 8)
+  counts = np.bincount(np.asarray(slots).reshape(-1), minlength=64)
+  share = counts / counts.sum()
+  kept = share[share > 0]
+  np.testing.assert_allclose(metrics['slots_used'], np.mean(counts > 0))
+  np.testing.assert_allclose(
+    metrics['unevenness'], np.log(64) + np.sum(kept * np.log(kept)), rtol=1e-5
+  )
+  for name, value in metrics.items():
+    assert value.shape == (), name
+    assert value.dtype == jnp.float32, name
+
+
+def test_unevenness_of_the_extremes():
+  assert abs(usage.unevenness(jnp.full(50, 3))) < 1e-6
+  one = usage.count_hits(jnp.full((4, 5), 7), 50)
+  np.testing.assert_allclose(usage.unevenness(one), math.log(50), rtol=1e-6)
+  np.testing.assert_allclose(usage.share_used(one), 1 / 50)
+
+
+def test_aux_loss_is_weighted():
+  config = _config(num_cores=1, aux_loss_weight=1e-3)
+  params, x = _init(config)
+  core = jnp.broadcast_to(jnp.diag(jnp.array([1.0, 0.5])), (1, 2, 2, 2))
+  _, metrics = _apply(params | {'cores': core}, x, config=config)
+  np.testing.assert_allclose(metrics['aux_loss'], 1e-3 * 0.1225, rtol=1e-5)
+  np.testing.assert_allclose(metrics['core_singular_1'], 0.5, rtol=1e-6)
+
+
+# Meshes.
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'variant'),
+  [
+    ((8, 1, 1), {}),
+    ((2, 1, 4), {}),
+    ((2, 2, 2), dict(query_conv_taps=3, tucker_rank=3)),
+  ],
+)
+def test_sharded_equals_unsharded(sizes, variant):
+  config = _config(**variant)
+  params, x = _init(config, (8, 3, 8))
+  cotangent = jax.random.normal(jax.random.key(9), x.shape)
+  layer = UltraMem(config)
+
+  def run(params, x, cotangent):
+    def loss(params, x):
+      y, metrics = layer.apply({'params': params}, x)
+      return (y * cotangent).sum() + metrics['aux_loss'], metrics
+
+    return jax.value_and_grad(loss, (0, 1), has_aux=True)(params, x)
+
+  expected = jax.jit(run)(params, x, cotangent)
+  with jax.set_mesh(mesh_lib.make_mesh(*sizes)):
+    spec = mesh_lib.act('BTD')
+    x, cotangent = (jax.sharding.reshard(a, spec) for a in (x, cotangent))
+    sharded = jax.jit(layer.init)(jax.random.key(0), x)['params']
+    jax.tree.map(np.testing.assert_array_equal, sharded, params)
+    actual = jax.jit(run)(sharded, x, cotangent)
+    jax.tree.map(
+      lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5),
+      actual,
+      expected,
+    )
+    for name, gradient in actual[1][0].items():
+      assert gradient.sharding.spec == sharded[name].sharding.spec, name
+
+
+def test_activations_may_be_bf16():
+  params, x = _init(_config())
+
+  @jax.jit
+  def run(params, x):
+    return UltraMem(_config(), dtype=jnp.bfloat16).apply({'params': params}, x)
+
+  y, metrics = run(params, x)
+  assert y.dtype == jnp.bfloat16
+  assert metrics['score_mean'].dtype == jnp.float32
+
+
+# Elsewhere.
+
+
+class PlainModule(nn.Module):
+  """A module of somebody who knows nothing else of jaxsparse."""
+
+  @nn.compact
+  def __call__(self, x):
+    h = nn.LayerNorm()(nn.Dense(16)(x))
+    y, metrics = UltraMem(_config())(h)
+    return nn.Dense(3)(h + y), metrics['aux_loss']
+
+
+def test_inside_a_plain_linen_module():
+  x = jnp.ones((2, 5, 4))
+  module = PlainModule()
+  variables = jax.jit(module.init)(jax.random.key(0), x)
+  y, aux_loss = jax.jit(module.apply)(variables, x)
+  assert y.shape == (2, 5, 3)
+  assert aux_loss.shape == ()
+
+
+def test_inside_an_nnx_module():
+  class Model(nnx.Module):
+    def __init__(self, x, rngs):
+      self.dense = nnx.Linear(4, 8, rngs=rngs)
+      self.memory = nnx.bridge.ToNNX(UltraMem(_config()), rngs=rngs)
+      self.memory.lazy_init(self.dense(x))
+
+    def __call__(self, x):
+      y, metrics = self.memory(self.dense(x))
+      return y.sum() + metrics['aux_loss']
+
+  x = jax.random.normal(jax.random.key(0), (2, 5, 4))
+  model = Model(x, nnx.Rngs(0))
+  gradient = nnx.jit(nnx.grad(lambda m: m(x)))(model)
+  leaves = jax.tree.leaves(nnx.state(gradient, nnx.Param))
+  assert len(leaves) == 9
+  assert all(jnp.isfinite(leaf).all() for leaf in leaves)
