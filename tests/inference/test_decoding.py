@@ -35,6 +35,11 @@ CONFIG = ModelConfig(
     placements=((0, 1),),
   ),
 )
+# What runs once need not be compiled well.
+QUICKLY = {
+  'xla_backend_optimization_level': 0,
+  'xla_llvm_disable_expensive_passes': True,
+}
 PROMPTS = [[3, 1, 4, 1, 5], [9, 2]]
 GREEDY = Sampling(temperature=0.0)
 
@@ -42,7 +47,7 @@ GREEDY = Sampling(temperature=0.0)
 @pytest.fixture(scope='module')
 def params():
   one = jnp.ones((1, 4), jnp.int32)
-  init = jax.jit(Transformer(CONFIG).init)
+  init = jax.jit(Transformer(CONFIG).init, compiler_options=QUICKLY)
   return init(jax.random.key(0), one, one, one)['params']
 
 
@@ -55,7 +60,7 @@ def generate(params, prompts=PROMPTS, max_tokens=6, sampling=None, seed=0):
 
 @pytest.fixture(scope='module')
 def forward():
-  return jax.jit(Transformer(CONFIG).apply)
+  return jax.jit(Transformer(CONFIG).apply, compiler_options=QUICKLY)
 
 
 def test_greedy_generation_of_a_ragged_batch(params, forward):

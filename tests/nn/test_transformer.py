@@ -1,0 +1,301 @@
+"""The whole model: causality, packing, caches, placements, remat, meshes."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import traverse_util
+
+from jaxsparse import mesh
+from jaxsparse.config import ModelConfig, UltraMemConfig
+from jaxsparse.errors import UserError
+from jaxsparse.nn.transformer import Transformer, init_cache
+
+# The programs run once: compiling them well would take most of the time.
+jit = functools.partial(
+  jax.jit,
+  compiler_options={
+    'xla_backend_optimization_level': 0,
+    'xla_llvm_disable_expensive_passes': True,
+  },
+)
+
+KEY = jax.random.key(0)
+B, T, V = 2, 7, 23
+
+
+def make_config(placements=None, taps=0, **fields):
+  """Two narrow blocks; grouped heads unless `fields` says otherwise."""
+  memory = placements and UltraMemConfig(
+    num_keys=8,
+    key_dim=4,
+    num_selected=4,
+    value_dim=8,
+    query_conv_taps=taps,
+    placements=placements,
+  )
+  sizes = dict(num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2)
+  sizes |= dict(head_dim=4, mlp_dim=24, vocab_size=V, memory=memory)
+  return ModelConfig(**(sizes | fields))
+
+
+MODELS = dict(
+  plain=make_config(num_kv_heads=4, mlp='gelu', tie_embeddings=False),
+  qk_norm=make_config(use_qk_norm=True),
+  memory=make_config(((0, 1), (1, 1))),
+  conv=make_config(((0, 2), (1, 1)), taps=3, num_layers=3),
+)
+all_models = pytest.mark.parametrize('name', MODELS)
+
+
+def init_params(config, batch=B):
+  return jit(Transformer(config).init)(KEY, *one_document(batch=batch))
+
+
+# Without a mesh.
+make_params = functools.cache(init_params)
+
+
+def one_document(seed=0, batch=B, length=T):
+  rng = np.random.default_rng(seed)
+  tokens = rng.integers(0, V, (batch, length), np.int32)
+  positions = np.tile(np.arange(length, dtype=np.int32), (batch, 1))
+  return tokens, positions, np.ones_like(tokens)
+
+
+@functools.cache
+def jitted(config):
+  """(params, tokens, positions, segment_ids, cache) -> logits, cache."""
+  return jit(lambda *args: Transformer(config).apply(*args)[:2])
+
+
+def logits_of(config, *inputs):
+  return np.asarray(jitted(config)(make_params(config), *inputs, None)[0])
+
+
+@all_models
+def test_a_change_at_t_changes_nothing_before_t(name):
+  config = MODELS[name]
+  tokens, *rest = one_document()
+  before = logits_of(config, tokens, *rest)
+  changed = tokens.copy()
+  changed[:, 4] = (changed[:, 4] + 1) % V
+  after = logits_of(config, changed, *rest)
+  np.testing.assert_array_equal(before[:, :4], after[:, :4])
+  assert np.all(np.abs(before[:, 4:] - after[:, 4:]).max(axis=-1) > 1e-4)
+
+
+@all_models
+def test_packed_documents_see_nothing_of_each_other(name):
+  config = MODELS[name]
+  tokens, positions, segment_ids = one_document()
+  expected = logits_of(config, tokens, positions, segment_ids)
+  # 4 tokens of one document, 3 of the other; then padding around 5 of one.
+  segments = np.array([[1, 1, 1, 1, 2, 2, 2], [0, 3, 3, 3, 3, 3, 0]], np.int32)
+  positions = np.array([[0, 1, 2, 3, 0, 1, 2], [0, 0, 1, 2, 3, 4, 0]], np.int32)
+  row = np.concatenate([tokens[0, :4], tokens[1, :3]])
+  packed = logits_of(
+    config, np.stack([row, np.roll(tokens[1], 1)]), positions, segments
+  )
+  np.testing.assert_allclose(packed[0, :4], expected[0, :4], atol=1e-5)
+  np.testing.assert_allclose(packed[0, 4:], expected[1, :3], atol=1e-5)
+  np.testing.assert_allclose(packed[1, 1:6], expected[1, :5], atol=1e-5)
+  assert np.isfinite(packed).all()
+
+
+@all_models
+def test_decoding_equals_the_full_forward(name):
+  """Ragged prompts, padded on the left: 4 and 2 tokens, then one by one."""
+  config = MODELS[name]
+  params, apply = make_params(config), jitted(config)
+  tokens, positions, segment_ids = one_document()
+  expected = logits_of(config, tokens, positions, segment_ids)
+  starts = np.array([0, 2])
+  prompt = np.stack([tokens[0, :4], np.roll(tokens[1], 2)[:4]])
+  prompt_positions = np.maximum(np.arange(4) - starts[:, None], 0)
+  prompt_segments = (np.arange(4) >= starts[:, None]).astype(np.int32)
+  inputs = (prompt, prompt_positions.astype(np.int32), prompt_segments)
+  logits, cache = apply(params, *inputs, init_cache(config, B, T + 2))
+  np.testing.assert_allclose(logits[0], expected[0, :4], atol=1e-5)
+  np.testing.assert_allclose(logits[1, 2:], expected[1, :2], atol=1e-5)
+  for step in range(4, T):
+    at = step - starts
+    inputs = (tokens[[0, 1], at], at.astype(np.int32), np.ones(2, np.int32))
+    logits, cache = apply(params, *(a[:, None] for a in inputs), cache)
+    np.testing.assert_allclose(logits[:, 0], expected[[0, 1], at], atol=1e-5)
+  assert cache['shared']['index'] == T
+
+
+def streams(config, params=None):
+  """What every module returned in one pass, by path."""
+  params = params or make_params(config)
+  _, state = jit(
+    lambda params, *inputs: Transformer(config).apply(
+      params, *inputs, capture_intermediates=True
+    )
+  )(params, *one_document())
+  flat = traverse_util.flatten_dict(state['intermediates'], sep='/')
+  return {path: value[0] for path, value in flat.items()}
+
+
+def normalised(x, config):
+  mean_square = jnp.square(x).mean(-1, keepdims=True)
+  return x / jnp.sqrt(mean_square + config.norm_epsilon)
+
+
+def test_same_block_placement_is_a_parallel_branch():
+  config = MODELS['conv']
+  seen = streams(config)
+  middle = seen['block_00/__call__'][0] + seen['block_01/attention/__call__'][0]
+  branches = ('block_01/mlp/__call__', 'block_01/memory/__call__')
+  expected = middle + sum(seen[branch][0] for branch in branches)
+  np.testing.assert_allclose(
+    seen['block_02/attention_norm/__call__'],
+    normalised(expected, config),
+    atol=1e-5,
+  )
+
+
+def test_a_memory_on_its_way_touches_no_block():
+  """Golden check 8: with (0, 2), the inputs of blocks 1 and 2 stay as is."""
+  with_memory = make_config(((0, 2),), num_layers=3)
+  without = make_config(num_layers=3)
+  params = make_params(with_memory)
+  dense = {
+    path: leaf
+    for path, leaf in traverse_util.flatten_dict(params['params']).items()
+    if 'memory' not in path
+  }
+  expected = streams(without, {'params': traverse_util.unflatten_dict(dense)})
+  seen = streams(with_memory)
+  for i in range(3):
+    path = f'block_0{i}/__call__'
+    np.testing.assert_allclose(seen[path][0], expected[path][0], atol=1e-6)
+  last = seen['block_02/__call__'][0] + seen['block_00/memory/__call__'][0]
+  np.testing.assert_allclose(
+    seen['final_norm/__call__'], normalised(last, with_memory), atol=1e-5
+  )
+
+
+@pytest.mark.parametrize('name', ['memory', 'conv'])
+def test_two_memories_in_flight_land_where_they_should(name):
+  config = MODELS[name]
+  seen = streams(config)
+  landed = dict.fromkeys(range(config.num_layers), 0.0)
+  for read, write in config.memory.placements:
+    landed[write] += seen[f'block_0{read}/memory/__call__'][0]
+  norms = ['block_01/attention_norm', 'block_02/attention_norm']
+  norms = [*norms[: config.num_layers - 1], 'final_norm']
+  for i, norm in enumerate(norms):
+    x = seen[f'block_0{i}/__call__'][0] + landed[i]
+    np.testing.assert_allclose(
+      seen[f'{norm}/__call__'], normalised(x, config), atol=1e-5
+    )
+
+
+def loss_and_gradients(config, params, batch=B):
+  """With dropout; also the program, to see what remat does to it."""
+  inputs = [jnp.asarray(array) for array in one_document(batch=batch)]
+
+  def loss(params):
+    logits, _, metrics = Transformer(config).apply(
+      params, *inputs, deterministic=False, rngs=dict(dropout=KEY)
+    )
+    log_probs = jax.nn.log_softmax(logits)
+    return jnp.square(log_probs).mean() / 10 + metrics['aux_loss'], metrics
+
+  traced = jit(jax.value_and_grad(loss, has_aux=True)).trace(params)
+  compiled = traced.lower().compile()
+  (value, metrics), gradients = compiled(params)
+  flat = traverse_util.flatten_dict(gradients['params'], sep='/')
+  return float(value), metrics, flat, str(traced.jaxpr)
+
+
+def assert_same_gradients(got, want):
+  assert got.keys() == want.keys()
+  for path in want:
+    np.testing.assert_allclose(got[path], want[path], atol=1e-5, err_msg=path)
+
+
+def test_remat_changes_the_program_but_no_number():
+  config = dataclasses.replace(MODELS['memory'], dropout_rate=0.3)
+  remat = dataclasses.replace(config, use_remat=True)
+  params = make_params(MODELS['memory'])
+  value, metrics, gradients, program = loss_and_gradients(config, params)
+  again, remat_metrics, remat_gradients, remat_program = loss_and_gradients(
+    remat, params
+  )
+  assert 'prevent_cse' not in program
+  assert 'prevent_cse' in remat_program
+  assert again == pytest.approx(value, abs=1e-5)
+  assert metrics.keys() == remat_metrics.keys()
+  assert 'block_00/memory/unevenness' in metrics
+  assert_same_gradients(remat_gradients, gradients)
+
+
+def test_dropout_is_off_unless_asked_for():
+  config = dataclasses.replace(MODELS['qk_norm'], dropout_rate=0.5)
+  params, inputs = make_params(MODELS['qk_norm']), one_document()
+  expected = logits_of(MODELS['qk_norm'], *inputs)
+  quiet, _ = jitted(config)(params, *inputs, None)
+  np.testing.assert_allclose(quiet, expected, atol=1e-6)
+  noisy, _, _ = jit(
+    lambda *args: Transformer(config).apply(
+      *args, deterministic=False, rngs=dict(dropout=KEY)
+    )
+  )(params, *inputs)
+  assert np.abs(noisy - expected).max() > 0.1
+
+
+@pytest.fixture(scope='module')
+def unsharded():
+  config = make_config(
+    ((0, 1), (1, 1)), taps=3, num_heads=8, num_kv_heads=4, dropout_rate=0.1
+  )
+  return config, *loss_and_gradients(config, make_params(config), 8)
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 1, 4)], ids=str)
+def test_any_mesh_gives_the_same_loss_and_gradients(unsharded, sizes):
+  config, value, _, gradients, _ = unsharded
+  with jax.set_mesh(mesh.make_mesh(*sizes)):
+    params = init_params(config, batch=8)
+    sharded, _, sharded_gradients, _ = loss_and_gradients(config, params, 8)
+    query = jax.typeof(sharded_gradients['block_00/attention/query'])
+    assert query.sharding.spec == mesh.param('DNH')
+  assert sharded == pytest.approx(value, abs=1e-5)
+  assert_same_gradients(sharded_gradients, gradients)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'batch', 'word'),
+  [
+    (dict(num_heads=6, num_kv_heads=2), 8, 'num_heads'),
+    (dict(num_heads=4, num_kv_heads=2), 8, 'num_kv_heads'),
+    (dict(num_kv_heads=4, mlp_dim=22), 8, 'mlp_dim'),
+    (dict(num_kv_heads=4, model_dim=15), 8, 'model_dim'),
+    (dict(num_kv_heads=4), 7, 'batch_size'),
+    (dict(num_kv_heads=4, vocab_size=0), 8, 'vocab_size'),
+  ],
+)
+def test_sizes_that_do_not_fit_are_named(fields, batch, word):
+  inputs = one_document(batch=batch)
+  with (
+    jax.set_mesh(mesh.make_mesh(2, 1, 4)),
+    pytest.raises(UserError, match=f'^{word} must') as caught,
+  ):
+    jax.eval_shape(Transformer(make_config(**fields)).init, KEY, *inputs)
+  assert str(caught.value).count('.') == 1
+
+
+def test_leaves_and_initial_scale():
+  params = make_params(MODELS['qk_norm'])['params']
+  assert set(params) == {'embed', 'final_norm', 'block_00', 'block_01'}
+  names = {'attention_norm', 'attention', 'mlp_norm', 'mlp'}
+  assert set(params['block_01']) == names
+  logits = logits_of(MODELS['qk_norm'], *one_document())
+  assert logits.dtype == np.float32
+  assert 0.5 < np.std(logits) < 3
