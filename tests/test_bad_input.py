@@ -64,9 +64,11 @@ def run(main, argv, capsys):
   """The sentence with which `main` ends."""
   compiled = jax.config.jax_compilation_cache_dir
   try:
-    with pytest.raises(SystemExit) as ended:
-      with command_line.user_errors_end_in_a_sentence():
-        main(argv)
+    with (
+      pytest.raises(SystemExit) as ended,
+      command_line.user_errors_end_in_a_sentence(),
+    ):
+      main(argv)
   finally:
     jax.config.update('jax_compilation_cache_dir', compiled)
   error = capsys.readouterr().err

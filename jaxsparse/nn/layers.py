@@ -3,7 +3,7 @@
 No biases. A matrix is drawn from N(0, 1 / fan_in), such that an input of unit
 variance gives an output of unit variance. Matrices that write into the residual
 stream of an L-layer model are drawn from N(0, 1 / (2 L fan_in)): the 2L
-branches together then add about unit variance to a stream that starts at one.
+branches together then add about unit variance.
 """
 
 import flax.linen as nn
@@ -69,10 +69,11 @@ class RMSNorm(nn.Module):
 
 
 class Embed(nn.Module):
-  """Token table, drawn from N(0, 1 / D); lookups are scaled by sqrt(D).
+  """Token table, drawn from N(0, 1 / D).
 
-  So the residual stream starts at unit variance, and the same table as output
-  projection gives logits of unit variance.
+  The same table as output projection gives logits of unit variance. Lookups
+  are not scaled up to it: the residual stream would start as the token itself,
+  and a tied output would begin by predicting every token once more.
   """
 
   vocab_size: int
@@ -90,8 +91,7 @@ class Embed(nn.Module):
     )
 
   def __call__(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
-    x = self.table.at[tokens].get(out_sharding=mesh.act('BTD'))
-    return x * self.model_dim**0.5
+    return self.table.at[tokens].get(out_sharding=mesh.act('BTD'))
 
   def logits(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
     return project_to_vocabulary(x, self.table)

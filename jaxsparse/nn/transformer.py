@@ -68,14 +68,14 @@ def _placements(config: ModelConfig) -> tuple[tuple[int, int], ...]:
 
 
 class Block(nn.Module):
-  """Attention, then an MLP and, where `has_memory`, a memory layer beside it.
+  """Attention, then an MLP and, where a placement reads, a memory beside it.
 
   The memory layer's output is returned apart: its place in the residual stream
   may be after a later block.
   """
 
   config: ModelConfig
-  has_memory: bool
+  index: int
   deterministic: bool = True
 
   @nn.compact
@@ -107,7 +107,7 @@ class Block(nn.Module):
     x = x + self._drop(y)
     metrics = _prefixed('attention', metrics) | _prefixed('mlp', mlp_metrics)
     cache = cache | dict(attention=attention_cache) if cache else None
-    if not self.has_memory:
+    if self.index not in dict(_placements(config)):
       return x, None, cache, metrics
     memory_y, cache, memory_metrics = self._memory(h, segment_ids, cache)
     metrics |= _prefixed('memory', memory_metrics)
@@ -116,7 +116,11 @@ class Block(nn.Module):
   def _memory(self, h, segment_ids, cache):
     config = self.config
     memory = UltraMem(
-      config.memory, config.num_layers, jnp.dtype(config.dtype), name='memory'
+      config.memory,
+      config.num_layers,
+      jnp.dtype(config.dtype),
+      salt=self.index,
+      name='memory',
     )
     if cache is None or 'memory' not in cache:
       y, metrics = memory(h, segment_ids)
@@ -204,7 +208,7 @@ class Transformer(nn.Module):
     metrics = dict(aux_loss=jnp.zeros((), jnp.float32))
     new_cache = None if cache is None else dict(cache, blocks={})
     for i in range(config.num_layers):
-      block = block_type(config, i in write_of, deterministic, name=_name(i))
+      block = block_type(config, i, deterministic, name=_name(i))
       x, memory_y, block_cache, block_metrics = block(
         x, positions, segment_ids, _block_cache(cache, i)
       )

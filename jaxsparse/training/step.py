@@ -23,7 +23,8 @@ Metrics = dict[str, jax.Array]
 class TrainState:
   """Everything that a step changes."""
 
-  step: jax.Array
+  # int32 scalar; like the other leaves abstract while nothing is restored yet.
+  step: jax.Array | jax.ShapeDtypeStruct
   params: dict
   opt_state: optax.OptState
 
@@ -99,7 +100,7 @@ def train_step(
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
   metrics |= _rates(config, state.step) | {
-    'grad_norm': optax.global_norm(grads)
+    'grad_norm': optax.tree.norm(grads)
   }
   return TrainState(state.step + 1, params, opt_state), metrics
 

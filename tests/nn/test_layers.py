@@ -52,7 +52,7 @@ def test_initial_variances():
   )
   embed = Embed(1000, 512)
   x, params = embed.init_with_output(KEY, jnp.arange(1000)[None])
-  assert np.std(x) == pytest.approx(1.0, rel=0.02)
+  assert np.std(x) == pytest.approx(512**-0.5, rel=0.02)
   logits = embed.apply(
     params, jax.random.normal(KEY, (1, 50, 512)), method='logits'
   )
