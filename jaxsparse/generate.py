@@ -6,6 +6,7 @@ added to `samples.jsonl` in the workdir.
 
 import argparse
 import dataclasses
+import os
 import sys
 
 from jaxsparse import checkpoint, workdir
@@ -36,7 +37,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
   )
   add = parser.add_argument
-  add('--workdir', required=True, help='folder of the training run')
+  add(
+    '--workdir',
+    required=True,
+    default=argparse.SUPPRESS,
+    help='folder of the training run',
+  )
   add('--prompt', default='', help='text to continue; empty: a new document')
   add('--max_tokens', type=int, default=200, help='most tokens to write')
   add(
@@ -60,7 +66,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     default=1,
     help='texts to write; sample i has the seed --seed + i',
   )
-  add('--step', type=int, help='checkpoint to read; default: the newest')
+  add('--step', type=int, help='checkpoint to read; %(default)s: the newest')
   arguments = parser.parse_args(argv)
   if arguments.num_samples < 1:
     raise UserError(
@@ -148,3 +154,6 @@ if __name__ == '__main__':
     main(sys.argv[1:])
   except KeyboardInterrupt:
     sys.exit(130)
+  except BrokenPipeError:
+    # Whoever reads has enough; Python would complain again while it exits.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
