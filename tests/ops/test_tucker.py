@@ -11,7 +11,6 @@ from jaxsparse.ops.tucker import (
   tucker_top_m_two_stage_reference,
 )
 
-
 # Compiled as a whole: op by op takes seconds.
 tucker_top_m = jax.jit(
   tucker.tucker_top_m, static_argnums=3, static_argnames='two_quadrants'

@@ -48,7 +48,8 @@ def _gradients(function, table, slot, weight, group, num_groups):
     spec = mesh_lib.act('B..')
     return (pooled * mesh_lib.reshard(factor, spec)).sum(), pooled
 
-  return jax.grad(loss, (0, 1), has_aux=True)(table, weight)
+  # Compiled afresh: op by op is slow, and a cache would hide a patched form.
+  return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(table, weight)
 
 
 def _assert_equals_reference(table, slot, weight, group, num_groups, atol=1e-5):
@@ -79,12 +80,12 @@ def test_equals_reference(form, sizes):
   _assert_equals_reference(*args, num_groups)
 
 
-@pytest.mark.parametrize('value', [0, 10])
-def test_one_slot_for_all_collects_every_gradient(form, value):
+def test_one_slot_for_all_collects_every_gradient(form):
   table, slot, weight, group = _inputs()
-  _assert_equals_reference(
-    table, jnp.full_like(slot, value), weight, group, 4, atol=1e-4
-  )
+  for row in (0, 10):
+    _assert_equals_reference(
+      table, jnp.full_like(slot, row), weight, group, 4, atol=1e-4
+    )
 
 
 def test_chunks_of_tokens_that_do_not_divide(form, monkeypatch):
@@ -93,7 +94,7 @@ def test_chunks_of_tokens_that_do_not_divide(form, monkeypatch):
   _assert_equals_reference(*_inputs(T=7, k=3, M=13), 4)
 
 
-def test_zero_weights_give_zero_and_no_table_gradient(form):
+def test_zero_weights_give_zero_and_no_table_gradient():
   table, slot, weight, group = _inputs()
   (d_table, d_weight), pooled = _gradients(
     value_bag, table, slot, 0 * weight, group, 4
@@ -103,7 +104,7 @@ def test_zero_weights_give_zero_and_no_table_gradient(form):
   assert np.any(d_weight)
 
 
-def test_gradient_is_that_of_a_one_hot_matmul_and_zero_elsewhere(form):
+def test_gradient_is_that_of_a_one_hot_matmul_and_zero_elsewhere():
   table, slot, weight, group = _inputs(M=40, c=1)
 
   def dense(table, slot, weight, group, num_groups):
@@ -121,7 +122,9 @@ def test_gradient_is_that_of_a_one_hot_matmul_and_zero_elsewhere(form):
 
 def test_bf16_tables_are_summed_in_f32(form):
   table, slot, weight, group = _inputs(dtype=jnp.bfloat16, k=19)
-  pooled = value_bag(table, slot, weight, group, 4)
+  (d_table, d_weight), pooled = _gradients(
+    value_bag, table, slot, weight, group, 4
+  )
   assert pooled.dtype == jnp.float32
   np.testing.assert_allclose(
     pooled,
@@ -129,12 +132,11 @@ def test_bf16_tables_are_summed_in_f32(form):
     rtol=1e-5,
     atol=1e-5,
   )
-  (d_table, d_weight), _ = _gradients(value_bag, table, slot, weight, group, 4)
   assert d_table.dtype == jnp.bfloat16
   assert d_weight.dtype == jnp.float32
 
 
-def test_under_jit_remat_scan_and_vmap(form):
+def test_under_jit_remat_scan_and_vmap():
   table, slot, weight, group = _inputs()
   expected = _gradients(value_bag_reference, table, slot, weight, group, 4)
 
@@ -157,9 +159,7 @@ def test_under_jit_remat_scan_and_vmap(form):
     return jax.vmap(one)(slot, weight, group)
 
   for function in (remat, scan, vmap):
-    actual = jax.jit(
-      lambda t, w, f=function: _gradients(f, t, slot, w, group, 4)
-    )(table, weight)
+    actual = _gradients(function, table, slot, weight, group, 4)
     jax.tree.map(
       lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5),
       actual,
