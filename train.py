@@ -21,7 +21,7 @@ from jaxsparse.config import Config
 from jaxsparse.data import compression, pipeline, tokenizer
 from jaxsparse.data.corpus import Corpus, build_corpus
 from jaxsparse.errors import UserError
-from jaxsparse.inference import decoding, sampling
+from jaxsparse.inference import decoding, sampling, text
 from jaxsparse.training import loop, metrics, resume
 from jaxsparse.training.evaluation import Validation
 from jaxsparse.training.progress import Reporter
@@ -35,15 +35,13 @@ def main(argv: list[str]) -> None:
   config, changes = resume.claim_workdir(config, workdir)
   for change in changes:
     say(f'Changed since the last start: {change}.')
-  cache = pathlib.Path(config.data.cache_dir).expanduser()
-  jax.config.update('jax_compilation_cache_dir', str(cache / 'compiled'))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  command_line.keep_compiled_programs(config)
 
-  text = build_corpus(config.data, say)
-  tokens = tokenizer.make_tokenizer(config.data, text, workdir)
+  corpus = build_corpus(config.data, say)
+  tokens = tokenizer.make_tokenizer(config.data, corpus, workdir)
   config = with_vocabulary(config, tokens.vocab_size)
   resume.save_config(config, workdir)
-  describe_run(config, text, say)
+  describe_run(config, corpus, say)
 
   flops = cost.training_flops(config.model, config.data.seq_len)
   # Before the loop: a CPU's peak is measured, and needs the cores to itself.
@@ -52,7 +50,7 @@ def main(argv: list[str]) -> None:
     outcome = loop.fit(
       config,
       workdir,
-      training_data(config, text, tokens),
+      training_data(config, corpus, tokens),
       reporter,
       lambda speed: peak and speed * flops / (peak * jax.device_count()),
     )
@@ -60,7 +58,7 @@ def main(argv: list[str]) -> None:
       return
     if config.train.sample_tokens:
       write_sample(config, workdir, outcome.params, tokens, say)
-  compressed = compression.bits_per_byte(text)
+  compressed = compression.bits_per_byte(corpus)
   for name, bits in compressed.items():
     say(f'{name} -9 on the same text: {bits:.4f} bits/byte')
   draw(workdir, outcome.validation, compressed, say)
@@ -79,35 +77,38 @@ def with_vocabulary(config: Config, vocab_size: int) -> Config:
 
 
 def training_data(
-  config: Config, text: Corpus, tokens: tokenizer.Tokenizer
+  config: Config, corpus: Corpus, tokens: tokenizer.Tokenizer
 ) -> loop.TrainingData:
   process = dict(
     process_index=jax.process_index(), process_count=jax.process_count()
   )
   return loop.TrainingData(
     batches=pipeline.train_iterator(
-      config.data, text, tokens, config.train.seed, **process
+      config.data, corpus, tokens, config.train.seed, **process
     ),
     validation=functools.partial(
-      pipeline.validation_batches, config.data, text, tokens, **process
+      pipeline.validation_batches, config.data, corpus, tokens, **process
     ),
-    validation_bytes=text.validation_bytes,
-    bytes_per_target=bytes_per_target(text, tokens),
+    validation_bytes=corpus.validation_bytes,
+    bytes_per_target=bytes_per_target(corpus, tokens),
   )
 
 
-def bytes_per_target(text: Corpus, tokens: tokenizer.Tokenizer) -> float:
+def bytes_per_target(corpus: Corpus, tokens: tokenizer.Tokenizer) -> float:
   """Bytes of text for each target, on the first MB of validation text."""
   num_bytes = num_targets = 0
-  for piece in text.validation:
+  for piece in corpus.validation:
     num_bytes += len(piece.text)
-    num_targets += len(tokens.encode(piece.text.decode())) + piece.ends_document
+    num_targets += (
+      len(tokens.encode(piece.text.decode('utf-8', 'replace')))
+      + piece.ends_document
+    )
     if num_bytes > 1 << 20:
       break
   return num_bytes / num_targets
 
 
-def describe_run(config: Config, text: Corpus, say) -> None:
+def describe_run(config: Config, corpus: Corpus, say) -> None:
   parameters = cost.count_parameters(config.model)
   flops = cost.forward_flops(config.model, config.data.seq_len)
   batch = config.data.batch_size * config.data.seq_len
@@ -119,7 +120,7 @@ def describe_run(config: Config, text: Corpus, say) -> None:
   )
   say(
     f'{jax.device_count()} x {device.device_kind}, JAX {jax.__version__}; '
-    f'validation text {text.validation_bytes / 1e6:.2f} MB.'
+    f'validation text {corpus.validation_bytes / 1e6:.2f} MB.'
   )
 
 
@@ -132,7 +133,7 @@ def write_sample(
 ) -> None:
   """Shows what the model makes of the prompt, and adds it to the samples."""
   prompt = config.train.sample_prompt
-  ids = [tokens.boundary_id, *tokens.encode(prompt).tolist()]
+  ids = text.encode_prompt(tokens, prompt)
   # One row for each piece of the batch, as the mesh splits rows evenly.
   drawn = decoding.generate_tokens(
     config.model,
@@ -142,9 +143,11 @@ def write_sample(
     sampling.Sampling(temperature=0.8),
     config.train.seed,
   )
-  text = tokens.decode([row[0] for row in drawn])
-  say(f'A sample of {config.train.sample_tokens} tokens:\n{prompt}{text}')
-  workdir_lib.append_sample(workdir, {'prompt': prompt, 'text': text})
+  written = ''.join(
+    text.stream_text((int(row[0]) for row in drawn), tokens, ids)
+  )
+  say(f'A sample:\n{prompt}{written}')
+  workdir_lib.append_sample(workdir, {'prompt': prompt, 'text': written})
 
 
 def draw(

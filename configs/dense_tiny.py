@@ -24,5 +24,5 @@ def get_config() -> c.Config:
     ),
     data=c.DataConfig(tokenizer='bytes', seq_len=128, batch_size=16),
     optimizer=c.OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
-    train=c.TrainConfig(num_steps=800),
+    train=c.TrainConfig(num_steps=600),
   )

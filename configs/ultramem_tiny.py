@@ -44,5 +44,5 @@ def get_config() -> c.Config:
       value_lr_multiplier=10.0,
       value_weight_decay=0.0,
     ),
-    train=c.TrainConfig(num_steps=800),
+    train=c.TrainConfig(num_steps=600),
   )

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 from absl import flags
 from ml_collections import config_flags
 
@@ -24,6 +25,13 @@ def user_errors_end_in_a_sentence() -> Iterator[None]:
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
+
+
+def keep_compiled_programs(config: Config) -> None:
+  """Lets later starts load what XLA compiled, from the config's cache."""
+  folder = pathlib.Path(config.data.cache_dir).expanduser() / 'compiled'
+  jax.config.update('jax_compilation_cache_dir', str(folder))
+  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
 def parse_recipe(argv: list[str], description: str) -> tuple[Config, str]:

@@ -10,7 +10,10 @@ import os
 import sys
 
 from jaxsparse import checkpoint, workdir
-from jaxsparse.command_line import user_errors_end_in_a_sentence
+from jaxsparse.command_line import (
+  keep_compiled_programs,
+  user_errors_end_in_a_sentence,
+)
 from jaxsparse.config import Config
 from jaxsparse.data.tokenizer import load_from_workdir
 from jaxsparse.errors import UserError
@@ -103,6 +106,7 @@ def main(argv: list[str]) -> None:
     arguments = parse_arguments(argv)
     requests = to_requests(arguments)
     config = workdir.read_config(arguments.workdir)
+    keep_compiled_programs(config)
     tokenizer = load_from_workdir(arguments.workdir)
     step, params = checkpoint.load_params(arguments.workdir, arguments.step)
     _warn_of_length(config, tokenizer, requests[0])

@@ -3,11 +3,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsparse.ops.addressing import look_up, shuffle, split
+from jaxsparse.ops import addressing
+from jaxsparse.ops.addressing import look_up, split
+
+# Compiled as a whole: op by op takes seconds.
+shuffle = jax.jit(addressing.shuffle, static_argnums=(1, 2))
 
 
-@pytest.mark.parametrize('num_keys', [1, 2, 3, 5, 16, 37, 128, 255, 256, 1000])
-@pytest.mark.parametrize('salt', [0, 1, 7])
+@pytest.mark.parametrize('num_keys', [1, 2, 3, 16, 37, 255, 1000])
+@pytest.mark.parametrize('salt', [0, 7])
 def test_is_a_bijection(num_keys, salt):
   address = jnp.arange(num_keys**2, dtype=jnp.int32)
   virtual = np.asarray(shuffle(address, num_keys, salt))
@@ -82,5 +86,5 @@ def test_split_and_table_form():
 
 def test_runs_under_jit_with_the_same_result():
   address = jnp.arange(100, dtype=jnp.int32)
-  compiled = jax.jit(lambda a: shuffle(a, 10, 2))(address)
-  np.testing.assert_array_equal(compiled, shuffle(address, 10, 2))
+  by_op = addressing.shuffle(address, 10, 2)
+  np.testing.assert_array_equal(shuffle(address, 10, 2), by_op)

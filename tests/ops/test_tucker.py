@@ -47,8 +47,7 @@ def _assert_same_cells(actual, expected):
   )
 
 
-@pytest.mark.parametrize('r', [1, 2, 3])
-@pytest.mark.parametrize('c', [1, 2, 3])
+@pytest.mark.parametrize(('r', 'c'), [(1, 1), (2, 1), (2, 2), (2, 3), (3, 2)])
 def test_equals_the_two_stages_as_told(r, c):
   row, column, cores = _inputs(r=r, c=c)
   directions = leading_directions(cores.sum(0))
