@@ -8,7 +8,6 @@ defaults and what they mean; each can be set on the command line:
 
 import dataclasses
 import functools
-import pathlib
 import sys
 
 import jax
@@ -153,7 +152,8 @@ def write_sample(
 def draw(
   workdir: str, validation: Validation, compressed: dict[str, float], say
 ) -> None:
-  folder = pathlib.Path(workdir) / workdir_lib.PLOTS
+  files = workdir_lib.Files(workdir)
+  folder = files.folder / workdir_lib.PLOTS
   folder.mkdir(exist_ok=True)
   rows = metrics.read_rows(workdir)
   drawn = [folder / 'training.png']
@@ -161,7 +161,9 @@ def draw(
   if validation.slot_counts:
     drawn.append(folder / 'slot_usage.png')
     plots.plot_slot_usage(validation.slot_counts, drawn[1], rows)
-  say(f'Plots: {", ".join(map(str, drawn))}')
+  files.sync()
+  names = ', '.join(f'{workdir}/{workdir_lib.PLOTS}/{p.name}' for p in drawn)
+  say(f'Plots: {names}')
 
 
 if __name__ == '__main__':

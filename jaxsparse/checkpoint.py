@@ -202,7 +202,7 @@ def check_disk_space(workdir: epath.PathLike, num_bytes: int) -> None:
   Raises:
     UserError: there is less room than `num_bytes`.
   """
-  if '://' in str(workdir):
+  if workdir_lib.is_remote(workdir):
     return
   free = shutil.disk_usage(workdir).free
   if free < num_bytes:

@@ -1,6 +1,9 @@
 """The workdir: where training, inference and analysis meet."""
 
 import json
+import os
+import pathlib
+import tempfile
 
 from etils import epath
 
@@ -30,7 +33,44 @@ def read_config(workdir: epath.PathLike) -> config_lib.Config:
   return config_lib.from_json(path.read_text())
 
 
+def is_remote(workdir: epath.PathLike) -> bool:
+  return '://' in str(workdir)
+
+
+class Files:
+  """A local folder for files that are appended to or drawn.
+
+  It is the workdir itself, unless that is an object store such as gs://, which
+  knows neither: then `sync` uploads what has changed since.
+  """
+
+  def __init__(self, workdir: epath.PathLike):
+    self._remote = epath.Path(workdir) if is_remote(workdir) else None
+    self.folder = pathlib.Path(
+      tempfile.mkdtemp() if self._remote else os.fspath(workdir)
+    )
+    self._uploaded: dict[pathlib.Path, int] = {}
+
+  def sync(self) -> None:
+    """Uploads new and changed files; does nothing for a local workdir."""
+    if self._remote is None:
+      return
+    for path in self.folder.rglob('*'):
+      changed = path.stat().st_mtime_ns
+      if path.is_file() and self._uploaded.get(path) != changed:
+        target = self._remote / path.relative_to(self.folder).as_posix()
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_bytes(path.read_bytes())
+        self._uploaded[path] = changed
+
+
 def append_sample(workdir: epath.PathLike, sample: dict) -> None:
   """Adds one line to the samples of the workdir."""
-  with (epath.Path(workdir) / SAMPLES).open('a') as file:
-    file.write(json.dumps(sample, ensure_ascii=False) + '\n')
+  path = epath.Path(workdir) / SAMPLES
+  line = json.dumps(sample, ensure_ascii=False) + '\n'
+  if is_remote(workdir):
+    before = path.read_text() if path.exists() else ''
+    path.write_text(before + line)
+  else:
+    with path.open('a') as file:
+      file.write(line)

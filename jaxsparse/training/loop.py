@@ -222,6 +222,7 @@ class _Run:
       {'step': state.step, 'opt_state': state.opt_state},
       {'data': self.data.batches.get_state()},
     )
+    self.writer.sync()
     self.clock.restart()
 
   def _validate(

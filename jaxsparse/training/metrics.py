@@ -27,15 +27,16 @@ class MetricsWriter:
   """Appends rows, after forgetting those that the resumed run will repeat."""
 
   def __init__(self, workdir: epath.PathLike, first_step: int):
-    workdir = epath.Path(workdir)
-    path = workdir / workdir_lib.METRICS
     kept = [r for r in read_rows(workdir) if r['step'] <= first_step]
+    self._files = workdir_lib.Files(workdir)
+    path = self._files.folder / workdir_lib.METRICS
     new = path.with_suffix('.new')
     new.write_text(''.join(map(_to_line, kept)))
     new.replace(path)
     self._file = path.open('a')
     self._board = tensorboardX.SummaryWriter(
-      str(workdir / workdir_lib.TENSORBOARD), purge_step=first_step + 1
+      str(self._files.folder / workdir_lib.TENSORBOARD),
+      purge_step=first_step + 1,
     )
 
   def write(self, step: int, scalars: Row) -> None:
@@ -44,9 +45,14 @@ class MetricsWriter:
     for name, value in scalars.items():
       self._board.add_scalar(name, value, step)
 
+  def sync(self) -> None:
+    """Brings the rows to a remote workdir; local ones are there already."""
+    self._files.sync()
+
   def close(self) -> None:
     self._file.close()
     self._board.close()
+    self.sync()
 
 
 def _to_line(row: Row) -> str:

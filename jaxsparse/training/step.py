@@ -99,9 +99,7 @@ def train_step(
   optimizer = _optimizer(config)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
   params = optax.apply_updates(state.params, updates)
-  metrics |= _rates(config, state.step) | {
-    'grad_norm': optax.tree.norm(grads)
-  }
+  metrics |= _rates(config, state.step) | {'grad_norm': optax.tree.norm(grads)}
   return TrainState(state.step + 1, params, opt_state), metrics
 
 
