@@ -2,8 +2,9 @@
 
   python train.py --config=configs/ultramem_tiny.py --workdir=runs/ultramem_tiny
 
-The same command goes on where it was stopped. The fields of a recipe, their
-defaults and what they mean; each can be set on the command line:
+The same command goes on where it was stopped. --distributed joins the
+processes of a cluster job. The fields of a recipe, their defaults and what they
+mean; each can be set on the command line:
 """
 
 import dataclasses
@@ -21,25 +22,26 @@ from jaxsparse.data import compression, pipeline, tokenizer
 from jaxsparse.data.corpus import Corpus, build_corpus
 from jaxsparse.errors import UserError
 from jaxsparse.inference import decoding, sampling, text
-from jaxsparse.training import loop, metrics, resume
+from jaxsparse.training import hosts, loop, metrics, resume
 from jaxsparse.training.evaluation import Validation
 from jaxsparse.training.progress import Reporter
 
 
 def main(argv: list[str]) -> None:
   config, workdir = command_line.parse_recipe(argv, __doc__)
-  reporter = Reporter()
+  reporter = Reporter(is_silent=not hosts.is_lead())
   say = reporter.say
 
-  config, changes = resume.claim_workdir(config, workdir)
-  for change in changes:
-    say(f'Changed since the last start: {change}.')
-  command_line.keep_compiled_programs(config)
-
-  corpus = build_corpus(config.data, say)
-  tokens = tokenizer.make_tokenizer(config.data, corpus, workdir)
-  config = with_vocabulary(config, tokens.vocab_size)
-  resume.save_config(config, workdir)
+  with hosts.lead_first('workdir'):
+    config, changes = resume.claim_workdir(config, workdir)
+    for change in changes:
+      say(f'Changed since the last start: {change}.')
+    command_line.keep_compiled_programs(config)
+    corpus = build_corpus(config.data, say)
+    tokens = tokenizer.make_tokenizer(config.data, corpus, workdir)
+    config = with_vocabulary(config, tokens.vocab_size)
+    if hosts.is_lead():
+      resume.save_config(config, workdir)
   describe_run(config, corpus, say)
 
   flops = cost.training_flops(config.model, config.data.seq_len)
@@ -57,6 +59,8 @@ def main(argv: list[str]) -> None:
       return
     if config.train.sample_tokens:
       write_sample(config, workdir, outcome.params, tokens, say)
+  if not hosts.is_lead():
+    return
   compressed = compression.bits_per_byte(corpus)
   for name, bits in compressed.items():
     say(f'{name} -9 on the same text: {bits:.4f} bits/byte')
@@ -146,7 +150,8 @@ def write_sample(
     text.stream_text((int(row[0]) for row in drawn), tokens, ids)
   )
   say(f'A sample:\n{prompt}{written}')
-  workdir_lib.append_sample(workdir, {'prompt': prompt, 'text': written})
+  if hosts.is_lead():
+    workdir_lib.append_sample(workdir, {'prompt': prompt, 'text': written})
 
 
 def draw(

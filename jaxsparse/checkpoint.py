@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
+from jax.experimental import multihost_utils
 from orbax.checkpoint.experimental import v1 as ocp
 
 from jaxsparse import workdir as workdir_lib
@@ -139,11 +140,14 @@ class Checkpoints:
   def _set_aside(self, step: int) -> epath.Path:
     source = self._directory / str(step)
     target = self._directory.parent / 'damaged' / str(step)
-    while target.exists():
-      target = target.with_name(target.name + '_')
-    target.parent.mkdir(exist_ok=True)
-    source.rename(target)
     self._checkpointer.close()
+    if jax.process_index() == 0:
+      while target.exists():
+        target = target.with_name(target.name + '_')
+      target.parent.mkdir(exist_ok=True)
+      source.rename(target)
+    if jax.process_count() > 1:
+      multihost_utils.sync_global_devices(f'set aside {step}')
     self._open()
     return target
 

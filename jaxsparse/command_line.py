@@ -38,6 +38,7 @@ def parse_recipe(argv: list[str], description: str) -> tuple[Config, str]:
   """Reads `--config=FILE`, its overrides `--config.a.b=value` and `--workdir`.
 
   `--help` prints `description` and every field of the config, and exits.
+  `--distributed` joins this process with the others of its cluster job.
 
   Returns:
     The checked config and the workdir.
@@ -51,6 +52,7 @@ def parse_recipe(argv: list[str], description: str) -> tuple[Config, str]:
   values = flags.FlagValues()
   config_flags.DEFINE_config_file('config', flag_values=values)
   flags.DEFINE_string('workdir', None, '', flag_values=values)
+  flags.DEFINE_bool('distributed', False, '', flag_values=values)
   path = _config_path(argv)
   try:
     rest = values(argv)[1:]
@@ -78,7 +80,21 @@ def parse_recipe(argv: list[str], description: str) -> tuple[Config, str]:
     )
   if not values.workdir:
     raise UserError("--workdir=FOLDER is missing: name the run's folder.")
-  return config_lib.validated(config), values.workdir
+  config = config_lib.validated(config)
+  if values.distributed:
+    _join_cluster()
+  return config, values.workdir
+
+
+def _join_cluster() -> None:
+  try:
+    jax.distributed.initialize()
+  except (ValueError, RuntimeError) as error:
+    raise UserError(
+      f'--distributed found no cluster ({str(error).splitlines()[0]}): start '
+      'it under SLURM, Open MPI, Kubernetes or on a TPU pod slice, or leave '
+      'the flag out.'
+    ) from error
 
 
 def _config_path(argv: list[str]) -> str:

@@ -13,8 +13,9 @@ from etils import epath
 
 from jaxsparse import checkpoint, mesh
 from jaxsparse.config import Config
+from jaxsparse.data.pipeline import merge_states
 from jaxsparse.errors import UserError
-from jaxsparse.training import evaluation
+from jaxsparse.training import evaluation, hosts
 from jaxsparse.training.interrupt import StopRequest, stop_on_signals
 from jaxsparse.training.metrics import MetricsWriter, read_rows
 from jaxsparse.training.progress import Reporter
@@ -161,9 +162,9 @@ class _Run:
     train = jax.jit(
       functools.partial(train_step, self.config), donate_argnums=0
     )
-    pending = None
+    pending, stopped = None, False
     with self.reporter.steps(step, total, 'training'):
-      while step < total and not self.stop:
+      while step < total and not stopped:
         batch = evaluation.to_global(next(self.data.batches))
         state, metrics = train(state, batch)
         step += 1
@@ -178,17 +179,25 @@ class _Run:
         every = self.config.train.eval_every
         if every and step % every == 0 and step < total:
           self._validate(step, state)
+        stopped = self._is_to_stop(step)
       if pending is not None:
         self._report(*pending)
-    validation = None if self.stop else self._validate(step, state)
-    if self.stop:
+    validation = None if stopped else self._validate(step, state)
+    if validation is None:
       self._save(step, state)
       self.checkpoints.wait()
       self.reporter.say(
-        f'{self.stop.signal_name}: saved step {step} of {total}; the same '
-        'command goes on from there.'
+        f'{self.stop.signal_name or "A signal"}: saved step {step} of {total}; '
+        'the same command goes on from there.'
       )
     return Outcome(step, state.params, validation)
+
+  def _is_to_stop(self, step: int) -> bool:
+    if jax.process_count() == 1:
+      return bool(self.stop)
+    # All must leave at one step, and to ask each other takes a round trip.
+    is_time = step % self.config.train.log_every == 0
+    return is_time and hosts.any_of_all(bool(self.stop))
 
   def _report(self, step: int, metrics: dict[str, jax.Array]) -> None:
     scalars = {k: float(v) for k, v in jax.device_get(metrics).items()}
@@ -220,7 +229,7 @@ class _Run:
       step,
       state.params,
       {'step': state.step, 'opt_state': state.opt_state},
-      {'data': self.data.batches.get_state()},
+      {'data': merge_states(hosts.gather(self.data.batches.get_state()))},
     )
     self.writer.sync()
     self.clock.restart()
@@ -234,7 +243,7 @@ class _Run:
       self.data.validation(),
       self.data.validation_bytes,
       self.reporter,
-      self.stop,
+      self.stop if jax.process_count() == 1 else StopRequest(),
     )
     self.clock.restart()
     if result is None:

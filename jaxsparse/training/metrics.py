@@ -7,6 +7,7 @@ import tensorboardX
 from etils import epath
 
 from jaxsparse import workdir as workdir_lib
+from jaxsparse.training import hosts
 
 Row = dict[str, float]
 
@@ -24,9 +25,15 @@ def read_rows(workdir: epath.PathLike) -> list[Row]:
 
 
 class MetricsWriter:
-  """Appends rows, after forgetting those that the resumed run will repeat."""
+  """Appends rows, after forgetting those that the resumed run will repeat.
+
+  Only the lead of several processes writes.
+  """
 
   def __init__(self, workdir: epath.PathLike, first_step: int):
+    self._file = None
+    if not hosts.is_lead():
+      return
     kept = [r for r in read_rows(workdir) if r['step'] <= first_step]
     self._files = workdir_lib.Files(workdir)
     path = self._files.folder / workdir_lib.METRICS
@@ -40,6 +47,8 @@ class MetricsWriter:
     )
 
   def write(self, step: int, scalars: Row) -> None:
+    if self._file is None:
+      return
     self._file.write(_to_line({'step': step, **scalars}))
     self._file.flush()
     for name, value in scalars.items():
@@ -47,12 +56,14 @@ class MetricsWriter:
 
   def sync(self) -> None:
     """Brings the rows to a remote workdir; local ones are there already."""
-    self._files.sync()
+    if self._file is not None:
+      self._files.sync()
 
   def close(self) -> None:
-    self._file.close()
-    self._board.close()
-    self.sync()
+    if self._file is not None:
+      self._file.close()
+      self._board.close()
+      self._files.sync()
 
 
 def _to_line(row: Row) -> str:

@@ -17,8 +17,8 @@ _FIELDS = (
 class Reporter:
   """Prints sentences and keeps one line about each task under way."""
 
-  def __init__(self, console: rich.console.Console | None = None):
-    self._console = console or rich.console.Console(soft_wrap=True)
+  def __init__(self, is_silent: bool = False):
+    self._console = rich.console.Console(soft_wrap=True, quiet=is_silent)
     self._progress = rich.progress.Progress(
       rich.progress.TextColumn('{task.description}'),
       rich.progress.BarColumn(bar_width=20),

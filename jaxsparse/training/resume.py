@@ -32,7 +32,7 @@ def claim_workdir(
   with _sentences(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / '.writable').touch()
-    (workdir / '.writable').unlink()
+    (workdir / '.writable').unlink(missing_ok=True)
     if not (workdir / workdir_lib.CONFIG).exists():
       return config, []
   saved = workdir_lib.read_config(workdir)
