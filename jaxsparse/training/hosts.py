@@ -1,0 +1,53 @@
+"""What the processes of one run agree on; trivial with a single process."""
+
+import contextlib
+import json
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.experimental import multihost_utils
+
+
+def is_lead() -> bool:
+  """Whether this process is the one that talks and writes for all."""
+  return jax.process_index() == 0
+
+
+def wait_for_all(what: str) -> None:
+  """Returns when every process has come to the point named `what`."""
+  if jax.process_count() > 1:
+    multihost_utils.sync_global_devices(what)
+
+
+@contextlib.contextmanager
+def lead_first(what: str) -> Iterator[None]:
+  """The lead runs the block before all others, which find what it made."""
+  if not is_lead():
+    wait_for_all(what)
+  yield
+  if is_lead():
+    wait_for_all(what)
+
+
+def gather(value: Any) -> list[Any]:
+  """What every process has as `value`, anything JSON can hold, in order."""
+  if jax.process_count() == 1:
+    return [value]
+  text = np.frombuffer(json.dumps(value).encode(), np.uint8)
+  lengths = multihost_utils.process_allgather(np.array([len(text)]))
+  padded = np.zeros(lengths.max(), np.uint8)
+  padded[: len(text)] = text
+  rows = multihost_utils.process_allgather(padded)
+  return [
+    json.loads(row[:length].tobytes())
+    for row, length in zip(rows, lengths.ravel(), strict=True)
+  ]
+
+
+def any_of_all(value: bool) -> bool:
+  """Whether `value` holds in at least one process."""
+  if jax.process_count() == 1:
+    return value
+  return bool(multihost_utils.process_allgather(np.array([value])).any())
