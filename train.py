@@ -46,14 +46,14 @@ def main(argv: list[str]) -> None:
 
   flops = cost.training_flops(config.model, config.data.seq_len)
   # Before the loop: a CPU's peak is measured, and needs the cores to itself.
-  peak = hardware.peak_flops()
+  hardware.peak_flops()
   with jax.set_mesh(mesh.make_mesh(**dataclasses.asdict(config.mesh))):
     outcome = loop.fit(
       config,
       workdir,
       training_data(config, corpus, tokens),
       reporter,
-      lambda speed: peak and speed * flops / (peak * jax.device_count()),
+      lambda speed: hardware.utilisation(speed * flops, jax.device_count()),
     )
     if outcome.validation is None:
       return

@@ -7,7 +7,6 @@ runs every check again afterwards. Everything else treats them as constants.
 """
 
 import dataclasses
-import json
 import math
 import types
 import typing
@@ -33,6 +32,12 @@ def _require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
     value in choices,
     f'{name} must be one of {", ".join(choices)}; got {value!r}.',
   )
+
+
+def _require_not_negative(config: Any, *names: str) -> None:
+  for name in names:
+    value = getattr(config, name)
+    _require(value >= 0, f'{name} must not be negative, got {value}.')
 
 
 def _require_fraction(config: Any, *names: str) -> None:
@@ -118,14 +123,8 @@ class UltraMemConfig:
       'num_selected must be even when use_two_quadrants is set, got '
       f'{self.num_selected}.',
     )
-    _require(
-      self.query_conv_taps >= 0,
-      f'query_conv_taps must not be negative, got {self.query_conv_taps}.',
-    )
-    _require(
-      self.aux_loss_weight >= 0 and self.aux_loss_margin >= 0,
-      'aux_loss_weight and aux_loss_margin must not be negative, got '
-      f'{self.aux_loss_weight} and {self.aux_loss_margin}.',
+    _require_not_negative(
+      self, 'query_conv_taps', 'aux_loss_weight', 'aux_loss_margin'
     )
     for placement in self.placements:
       _require(
@@ -195,10 +194,7 @@ class ModelConfig:
     _require(
       self.head_dim % 2 == 0, f'head_dim must be even, got {self.head_dim}.'
     )
-    _require(
-      self.vocab_size >= 0,
-      f'vocab_size must not be negative, got {self.vocab_size}.',
-    )
+    _require_not_negative(self, 'vocab_size')
     _require(
       0 <= self.dropout_rate < 1,
       f'dropout_rate must be at least 0 and below 1, got {self.dropout_rate}.',
@@ -213,7 +209,7 @@ class ModelConfig:
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class DataConfig:
-  """Text, tokenizer and batches. Without `text` and `tfds`: Python's own."""
+  """Text, tokenizer and batches; with no text named, Python's own sources."""
 
   # Comma-separated globs of the user's UTF-8 text files.
   text: str = ''
@@ -263,9 +259,7 @@ class DataConfig:
       f'test_fraction; got {self.validation_fraction} and '
       f'{self.test_fraction}.',
     )
-    _require(
-      self.prefetch >= 0, f'prefetch must not be negative, got {self.prefetch}.'
-    )
+    _require_not_negative(self, 'prefetch')
     _require(
       self.bpe_vocab_size > 256,
       'bpe_vocab_size must be above 256, one token for each byte; '
@@ -317,11 +311,9 @@ class OptimizerConfig:
     for name in ('b1', 'b2'):
       value = getattr(self, name)
       _require(0 <= value < 1, f'{name} must be within 0 and 1, got {value}.')
-    for name in (
-      'warmup_steps', 'weight_decay', 'value_weight_decay', 'clip_norm'
-    ):  # fmt: skip
-      value = getattr(self, name)
-      _require(value >= 0, f'{name} must not be negative, got {value}.')
+    _require_not_negative(
+      self, 'warmup_steps', 'weight_decay', 'value_weight_decay', 'clip_norm'
+    )
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -347,9 +339,7 @@ class TrainConfig:
   def __post_init__(self):
     _require_positive(self, 'num_steps', 'log_every', 'save_every')
     _require_positive(self, 'keep_checkpoints')
-    for name in ('seed', 'eval_every', 'sample_tokens'):
-      value = getattr(self, name)
-      _require(value >= 0, f'{name} must not be negative, got {value}.')
+    _require_not_negative(self, 'seed', 'eval_every', 'sample_tokens')
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -425,51 +415,3 @@ def _check_type(name: str, value: Any, hint: Any) -> None:
   if not is_right or (isinstance(value, bool) and bool not in expected):
     names = ' or '.join(t.__name__ for t in expected)
     raise UserError(f'{name} must be of type {names}, got {value!r}.')
-
-
-def to_json(config: Config) -> str:
-  return json.dumps(dataclasses.asdict(config), indent=2) + '\n'
-
-
-def from_json(text: str) -> Config:
-  """The config that `to_json` wrote.
-
-  Raises:
-    UserError: the text is no JSON, or its fields are not this version's.
-  """
-  try:
-    return _from_dict(Config, json.loads(text))
-  except (TypeError, KeyError, AttributeError) as error:
-    raise UserError(
-      f'the saved config does not fit this version of jaxsparse: {error}.'
-    ) from error
-
-
-def _from_dict(cls: type, fields: dict[str, Any]) -> Any:
-  hints = typing.get_type_hints(cls)
-  return cls(**{k: _from_value(hints[k], v) for k, v in fields.items()})
-
-
-def _from_value(hint: Any, value: Any) -> Any:
-  if isinstance(hint, types.UnionType):
-    hint = next(t for t in typing.get_args(hint) if t is not type(None))
-  if dataclasses.is_dataclass(hint) and value is not None:
-    return _from_dict(hint, value)
-  if isinstance(value, list):
-    return tuple(_from_value(None, item) for item in value)
-  return value
-
-
-def differences(old: Any, new: Any, prefix: str = '') -> list[str]:
-  """Fields whose values differ, as 'model.num_layers: 4 -> 6'."""
-  if not (dataclasses.is_dataclass(old) and type(old) is type(new)):
-    return [] if old == new else [f'{prefix}: {old!r} -> {new!r}']
-  return [
-    line
-    for field in dataclasses.fields(old)
-    for line in differences(
-      getattr(old, field.name),
-      getattr(new, field.name),
-      f'{prefix}.{field.name}' if prefix else field.name,
-    )
-  ]

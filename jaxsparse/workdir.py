@@ -7,7 +7,8 @@ import tempfile
 
 from etils import epath
 
-from jaxsparse import config as config_lib
+from jaxsparse import saved_config
+from jaxsparse.config import Config
 from jaxsparse.errors import UserError
 
 CONFIG = 'config.json'
@@ -18,7 +19,7 @@ PLOTS = 'plots'
 TENSORBOARD = 'tensorboard'
 
 
-def read_config(workdir: epath.PathLike) -> config_lib.Config:
+def read_config(workdir: epath.PathLike) -> Config:
   """The config with which the workdir was trained.
 
   Raises:
@@ -30,7 +31,7 @@ def read_config(workdir: epath.PathLike) -> config_lib.Config:
       f'workdir {str(workdir)!r} holds no {CONFIG}: give the --workdir of a '
       'training run.'
     )
-  return config_lib.from_json(path.read_text())
+  return saved_config.from_json(path.read_text())
 
 
 def is_remote(workdir: epath.PathLike) -> bool:

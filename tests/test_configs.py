@@ -16,7 +16,7 @@ import pytest
 from recipes import CONFIGS, RECIPES
 
 from jaxsparse import config as config_lib
-from jaxsparse import mesh
+from jaxsparse import mesh, saved_config
 from jaxsparse.analysis import cost
 from jaxsparse.training.step import init_state, train_step
 
@@ -86,7 +86,7 @@ def test_every_recipe_has_a_stated_size():
 @pytest.mark.parametrize('name', sorted(RECIPES))
 def test_recipe_survives_json(name):
   config = config_lib.validated(RECIPES[name]())
-  assert config_lib.from_json(config_lib.to_json(config)) == config
+  assert saved_config.from_json(saved_config.to_json(config)) == config
 
 
 @pytest.mark.parametrize('name', sorted(RECIPES))

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from jaxsparse import config as config_lib
+from jaxsparse import saved_config
 from jaxsparse import workdir as workdir_lib
 from jaxsparse.config import Config
 from jaxsparse.errors import UserError
@@ -43,7 +43,7 @@ def claim_workdir(
         config.model, vocab_size=saved.model.vocab_size
       ),
     )
-  changes = config_lib.differences(saved, config)
+  changes = saved_config.differences(saved, config)
   refused = [
     c for c in changes if c.startswith(_FIXED) and not c.startswith(_FREE)
   ]
@@ -64,7 +64,7 @@ def save_config(config: Config, workdir: epath.PathLike) -> None:
   path = epath.Path(workdir) / workdir_lib.CONFIG
   with _sentences(path.parent):
     new = path.with_suffix('.new')
-    new.write_text(config_lib.to_json(config))
+    new.write_text(saved_config.to_json(config))
     new.replace(path)
 
 
