@@ -128,6 +128,10 @@ TRAIN = {
   'no devices': (C + 'mesh.model=0', 'mesh.model must be positive, got 0'),
   'too many devices': (C + 'mesh.model=16', 'must make up the 8 devices'),
   'heads on the mesh': (C + 'mesh.model=8', 'num_heads must be a multiple'),
+  'table on the mesh': (
+    C + 'model.memory.num_keys=63',
+    'memory.num_keys ** 2 must be a multiple of 8',
+  ),
   'warm-up': (C + 'optimizer.warmup_steps=601', 'at most num_steps = 600'),
   'rate': (C + 'optimizer.learning_rate=0', 'learning_rate must be positive'),
   'steps': (C + 'train.num_steps=0', 'num_steps must be positive'),

@@ -255,6 +255,8 @@ def _check_sizes(config: ModelConfig, batch_size: int) -> None:
     model_dim=(config.model_dim, 'D'),
     batch_size=(batch_size, 'B'),
   )
+  if config.memory:
+    sizes['memory.num_keys ** 2'] = (config.memory.num_slots, 'M')
   for name, (size, dim) in sizes.items():
     axes, num_shards = mesh.shards(dim)
     if size % num_shards:
