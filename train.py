@@ -9,7 +9,6 @@ mean; each can be set on the command line:
 
 import dataclasses
 import functools
-import sys
 
 import jax
 
@@ -27,8 +26,8 @@ from jaxsparse.training.evaluation import Validation
 from jaxsparse.training.progress import Reporter
 
 
-def main(argv: list[str]) -> None:
-  config, workdir = command_line.parse_recipe(argv, __doc__)
+def main() -> None:
+  config, workdir = command_line.parse_recipe(__doc__)
   reporter = Reporter(is_silent=not hosts.is_lead())
   say = reporter.say
 
@@ -173,4 +172,4 @@ def draw(
 
 if __name__ == '__main__':
   with command_line.user_errors_end_in_a_sentence():
-    main(sys.argv)
+    main()

@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import inspect
 import pathlib
+import runpy
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -34,7 +35,7 @@ def keep_compiled_programs(config: Config) -> None:
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
-def parse_recipe(argv: list[str], description: str) -> tuple[Config, str]:
+def parse_recipe(description: str) -> tuple[Config, str]:
   """Reads `--config=FILE`, its overrides `--config.a.b=value` and `--workdir`.
 
   `--help` prints `description` and every field of the config, and exits.
@@ -46,6 +47,8 @@ def parse_recipe(argv: list[str], description: str) -> tuple[Config, str]:
   Raises:
     UserError: a flag, the file, a field's name, type or value is wrong.
   """
+  # `ml_collections` looks for overrides there, whatever it is given to parse.
+  argv = sys.argv
   if {'--help', '-h', '--helpfull'} & set(argv):
     print(description, *describe(Config()), sep='\n')
     sys.exit(0)
@@ -53,30 +56,18 @@ def parse_recipe(argv: list[str], description: str) -> tuple[Config, str]:
   config_flags.DEFINE_config_file('config', flag_values=values)
   flags.DEFINE_string('workdir', None, '', flag_values=values)
   flags.DEFINE_bool('distributed', False, '', flag_values=values)
-  path = _config_path(argv)
+  _check_recipe(_config_path(argv))
   try:
     rest = values(argv)[1:]
     config = values.config
-  except UserError as error:
-    raise UserError(f'{path}: {error}') from error
   except (flags.Error, KeyError, AttributeError, TypeError) as error:
     message = str(error.args[0] if error.args else error).splitlines()[0]
     raise UserError(
       f'{message.rstrip(".")}: see --help for the fields and their types.'
     ) from error
-  except Exception as error:
-    raise UserError(
-      f'--config={path} could not be read ({type(error).__name__}: {error}): '
-      'give a Python file whose get_config() returns a jaxsparse Config.'
-    ) from error
   if rest:
     raise UserError(
       f'{rest[0]!r} is not a flag: write --config.section.field=value.'
-    )
-  if not isinstance(config, Config):
-    raise UserError(
-      f'get_config() in {path} must return a jaxsparse.config.Config, got '
-      f'{type(config).__name__}.'
     )
   if not values.workdir:
     raise UserError("--workdir=FOLDER is missing: name the run's folder.")
@@ -98,7 +89,7 @@ def _join_cluster() -> None:
 
 
 def _config_path(argv: list[str]) -> str:
-  """The value of `--config`, checked before `ml_collections` imports it."""
+  """The value of `--config`."""
   path = ''
   for flag, following in zip(argv, [*argv[1:], ''], strict=True):
     name, _, value = flag.partition('=')
@@ -109,12 +100,31 @@ def _config_path(argv: list[str]) -> str:
       '--config=FILE is missing: name a recipe, such as '
       'configs/ultramem_tiny.py.'
     )
-  if not pathlib.Path(path.split(':')[0]).is_file():
+  return path
+
+
+def _check_recipe(path: str) -> None:
+  """Reads the recipe once before `ml_collections`, for its clearer errors."""
+  if not pathlib.Path(path).is_file():
     raise UserError(
       f'--config={path} is no file: name a recipe, such as '
       'configs/ultramem_tiny.py.'
     )
-  return path
+  try:
+    config = runpy.run_path(path)['get_config']()
+  except UserError as error:
+    raise UserError(f'{path}: {error}') from error
+  except Exception as error:
+    raise UserError(
+      f'--config={path} could not be read ({type(error).__name__}: {error}): '
+      'give a Python file whose get_config() returns a jaxsparse Config.'
+    ) from error
+  if not isinstance(config, Config):
+    raise UserError(
+      f'get_config() in {path} must return a jaxsparse.config.Config, got '
+      f'{type(config).__name__}.'
+    )
+  config_lib.validated(config)
 
 
 def describe(config: Any, prefix: str = '--config') -> list[str]:
