@@ -112,8 +112,10 @@ def test_micro_batches_change_nothing():
   np.testing.assert_allclose(losses, losses_on_one_device(), atol=1e-5)
 
 
-def test_dropout_and_remat_train():
-  model = dataclasses.replace(CONFIG.model, dropout_rate=0.1, use_remat=True)
+def test_dropout_remat_and_bfloat16_train():
+  model = dataclasses.replace(
+    CONFIG.model, dropout_rate=0.1, use_remat=True, dtype='bfloat16'
+  )
   config = dataclasses.replace(CONFIG, model=model)
   losses, _ = run(config, (1, 1, 1))
   assert losses[0] != losses_on_one_device()[0]
