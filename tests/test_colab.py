@@ -25,9 +25,11 @@ def test_notebook(tmp_path, monkeypatch):
 
   for cell in cells:
     # Fewer steps, and a workdir outside the repository.
-    cell.source = cell.source.replace('STEPS = 150', 'STEPS = 60')
+    cell.source = cell.source.replace('STEPS = 150', 'STEPS = 55')
     cell.source = cell.source.replace("'runs/", f"'{tmp_path}/")
   monkeypatch.setenv('JAX_PLATFORMS', 'cpu')
+  # More is run than compiled here, unlike in the rest of the suite.
+  monkeypatch.delenv('XLA_FLAGS')
   monkeypatch.setenv('PYTHONPATH', os.fspath(COLAB.parent))
   client = nbclient.NotebookClient(
     notebook, timeout=300, resources={'metadata': {'path': os.fspath(COLAB)}}
@@ -41,9 +43,9 @@ def test_notebook(tmp_path, monkeypatch):
 
   assert "'value_table': (4096, 32)" in texts(cell_with('layer = UltraMem('))
   assert '(2, 64, 128)' in texts(cell_with('y, metrics'))
-  assert 'step 60/60' in texts(cell_with('%run ../train.py'))
+  assert 'step 55/55' in texts(cell_with('%run ../train.py'))
   assert 'validation_bits_per_byte' in texts(cell_with('lines ='))
-  assert 'def ' in texts(cell_with('%run -m jaxsparse.generate'))
+  assert 'def ' in texts(cell_with('generate.main('))
   pictures = [
     output.data['image/png']
     for cell in cells
