@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxsparse import checkpoint, config, generate
+from jaxsparse import checkpoint, config, generate, saved_config
 from jaxsparse.data.tokenizer import ByteTokenizer
 from jaxsparse.nn.transformer import Transformer
 
@@ -24,8 +24,10 @@ MODEL = config.ModelConfig(
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
   folder = tmp_path_factory.mktemp('run')
-  whole = config.Config(model=MODEL, data=config.DataConfig(seq_len=16))
-  (folder / 'config.json').write_text(config.to_json(whole))
+  whole = config.Config(
+    model=MODEL, data=config.DataConfig(seq_len=16, cache_dir=str(folder))
+  )
+  (folder / 'config.json').write_text(saved_config.to_json(whole))
   ByteTokenizer().save(folder)
   one = jnp.ones((1, 2), jnp.int32)
   init = jax.jit(Transformer(MODEL).init)
