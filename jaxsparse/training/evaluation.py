@@ -1,7 +1,6 @@
 """The validation pass: fixed, full, in nats per token and bits per byte."""
 
 import dataclasses
-import functools
 import math
 from collections.abc import Iterable
 
@@ -13,6 +12,9 @@ from jaxsparse.config import Config
 from jaxsparse.training.interrupt import StopRequest
 from jaxsparse.training.progress import Reporter
 from jaxsparse.training.step import eval_step
+
+# Compiled once for all passes of a run.
+_evaluate = jax.jit(eval_step, static_argnums=0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +53,13 @@ def validate(
     reporter: shows the progress.
     stop: is looked at before every batch.
   """
-  evaluate = jax.jit(functools.partial(eval_step, config))
   nats, targets, counts = 0.0, 0.0, {}
   batches = list(batches)
   with reporter.steps(0, len(batches), 'validation'):
     for index, batch in enumerate(batches):
       if stop:
         return None
-      sums = jax.device_get(evaluate(params, to_global(batch)))
+      sums = jax.device_get(_evaluate(config, params, to_global(batch)))
       nats += float(sums['nats'])
       targets += float(sums['targets'])
       for layer, hits in sums['slot_counts'].items():

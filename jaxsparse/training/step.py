@@ -1,6 +1,8 @@
-"""TrainState and the two jitted functions of training: train and eval step."""
+"""TrainState and the two pure functions of training: train and eval step."""
 
 import dataclasses
+import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -79,22 +81,8 @@ def train_step(
     objective = loss + metrics.get('aux_loss', 0.0)
     return objective, {'loss': loss, **metrics}
 
-  gradient = jax.grad(loss_fn, has_aux=True)
-  micros = _split(batch, num_micro)
-  first = jax.tree.map(lambda x: x[0], micros)
-  result = gradient(state.params, first, jax.random.fold_in(step_key, 0))
-  if num_micro > 1:
-
-    def add(result, xs):
-      index, micro = xs
-      key = jax.random.fold_in(step_key, index)
-      return jax.tree.map(
-        jnp.add, result, gradient(state.params, micro, key)
-      ), None
-
-    rest = jax.tree.map(lambda x: x[1:], micros)
-    result, _ = jax.lax.scan(add, result, (jnp.arange(1, num_micro), rest))
-  grads, metrics = result
+  gradient = functools.partial(jax.grad(loss_fn, has_aux=True), state.params)
+  grads, metrics = _sum_over_micro_batches(gradient, batch, num_micro, step_key)
 
   optimizer = _optimizer(config)
   updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
@@ -154,6 +142,25 @@ def _rates(config: Config, step: jax.Array) -> Metrics:
     name: schedule(config.optimizer, config.train.num_steps)(step)
     for name, schedule in schedules.items()
   }
+
+
+def _sum_over_micro_batches(
+  function: Callable, batch: Batch, num_micro: int, key: jax.Array
+):
+  """The sum of `function(micro_batch, its_key)` over the micro-batches."""
+  micros = _split(batch, num_micro)
+  first = jax.tree.map(lambda x: x[0], micros)
+  rest = jax.tree.map(lambda x: x[1:], micros)
+  total = function(first, jax.random.fold_in(key, 0))
+  if num_micro == 1:
+    return total
+
+  def add(total, xs):
+    index, micro = xs
+    result = function(micro, jax.random.fold_in(key, index))
+    return jax.tree.map(jnp.add, total, result), None
+
+  return jax.lax.scan(add, total, (jnp.arange(1, num_micro), rest))[0]
 
 
 def _split(batch: Batch, num_micro: int) -> Batch:
