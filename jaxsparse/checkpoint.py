@@ -28,7 +28,7 @@ class Checkpoints:
   """The checkpoints of one workdir: saved asynchronously, the last n kept."""
 
   def __init__(self, workdir: epath.PathLike, keep: int):
-    self._directory = epath.Path(workdir) / workdir_lib.CHECKPOINTS
+    self._directory = _checkpoints_folder(workdir)
     self._keep = keep
     self._open()
 
@@ -167,7 +167,7 @@ def load_params(
   Raises:
     UserError: there is no such checkpoint, or it can't be read.
   """
-  directory = epath.Path(workdir) / workdir_lib.CHECKPOINTS
+  directory = _checkpoints_folder(workdir)
   if not directory.exists():
     raise UserError(
       f'workdir {str(workdir)!r} holds no checkpoints yet: train first.'
@@ -194,6 +194,14 @@ def load_params(
         f'({_first_line(error)}): choose another of {steps} by --step.'
       ) from error
   return step, loaded[PARAMS]
+
+
+def _checkpoints_folder(workdir: epath.PathLike) -> epath.Path:
+  path = epath.Path(workdir)
+  if not workdir_lib.is_remote(workdir):
+    # Orbax takes no relative path, and says so only when it writes.
+    path = path.resolve()
+  return path / workdir_lib.CHECKPOINTS
 
 
 def check_disk_space(workdir: epath.PathLike, num_bytes: int) -> None:

@@ -73,6 +73,13 @@ def test_keeps_the_last_and_reads_params_alone(tmp_path):
     checkpoint.load_params(tmp_path, 1)
 
 
+def test_relative_workdir(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+  save('here')
+  assert restore('here')[0] == 1
+  assert checkpoint.load_params('here')[0] == 1
+
+
 def test_nothing_to_restore(tmp_path):
   assert restore(tmp_path) is None
 
