@@ -334,7 +334,8 @@ def main(argv: Sequence[str]) -> None:
     results[name]['peak_bytes'] = peaks[name]
   print_table(results)
   if args.json:
-    report = dict(machine=machine, arguments=vars(args), results=results)
+    arguments = {k: v for k, v in vars(args).items() if isinstance(v, int)}
+    report = dict(machine=machine, arguments=arguments, results=results)
     pathlib.Path(args.json).write_text(json.dumps(report, indent=2))
 
 
