@@ -12,38 +12,14 @@ import types
 import typing
 from typing import Any
 
-from jaxsparse.errors import UserError
-
-
-def _require(condition: bool, message: str) -> None:
-  if not condition:
-    raise UserError(message)
-
-
-def _require_positive(config: Any, *names: str) -> None:
-  for name in names:
-    value = getattr(config, name)
-    _require(value > 0, f'{name} must be positive, got {value}.')
-
-
-def _require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
-  value = getattr(config, name)
-  _require(
-    value in choices,
-    f'{name} must be one of {", ".join(choices)}; got {value!r}.',
-  )
-
-
-def _require_not_negative(config: Any, *names: str) -> None:
-  for name in names:
-    value = getattr(config, name)
-    _require(value >= 0, f'{name} must not be negative, got {value}.')
-
-
-def _require_fraction(config: Any, *names: str) -> None:
-  for name in names:
-    value = getattr(config, name)
-    _require(0 <= value <= 1, f'{name} must be within 0 and 1, got {value}.')
+from jaxsparse.errors import (
+  UserError,
+  require,
+  require_choice,
+  require_fraction,
+  require_not_negative,
+  require_positive,
+)
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -94,49 +70,49 @@ class UltraMemConfig:
     return math.isqrt(self.expansion) * self.num_keys
 
   def __post_init__(self):
-    _require_positive(
+    require_positive(
       self, 'num_keys', 'key_dim', 'num_heads', 'num_selected', 'value_dim'
     )
-    _require_positive(self, 'expansion', 'tucker_rank', 'num_cores')
-    _require_choice(self, 'init', ('paper', 'release'))
-    _require(
+    require_positive(self, 'expansion', 'tucker_rank', 'num_cores')
+    require_choice(self, 'init', ('paper', 'release'))
+    require(
       math.isqrt(self.expansion) ** 2 == self.expansion,
       f'expansion must be a perfect square, got {self.expansion}.',
     )
-    _require(
+    require(
       self.num_selected <= self.num_logical_keys,
       f'num_selected must be at most sqrt(expansion) * num_keys = '
       f'{self.num_logical_keys}, got {self.num_selected}.',
     )
-    _require(
+    require(
       self.value_dim % self.num_cores == 0,
       f'value_dim must be a multiple of num_cores = {self.num_cores}, '
       f'got {self.value_dim}.',
     )
-    _require(
+    require(
       not self.split_key_dim or self.key_dim % self.tucker_rank == 0,
       f'key_dim must be a multiple of tucker_rank = {self.tucker_rank} when '
       f'split_key_dim is set, got {self.key_dim}.',
     )
-    _require(
+    require(
       not self.use_two_quadrants or self.num_selected % 2 == 0,
       'num_selected must be even when use_two_quadrants is set, got '
       f'{self.num_selected}.',
     )
-    _require_not_negative(
+    require_not_negative(
       self, 'query_conv_taps', 'aux_loss_weight', 'aux_loss_margin'
     )
     for placement in self.placements:
-      _require(
+      require(
         isinstance(placement, tuple) and len(placement) == 2,
         f'placements must be (read, write) pairs, got {placement!r}.',
       )
       read, write = placement
-      _require(
+      require(
         0 <= read <= write,
         f'a placement (read, write) needs 0 <= read <= write, got {placement}.',
       )
-    _require(
+    require(
       len({read for read, _ in self.placements}) == len(self.placements),
       f'placements must read at different blocks, got {self.placements}.',
     )
@@ -180,27 +156,27 @@ class ModelConfig:
   use_remat: bool = False
 
   def __post_init__(self):
-    _require_positive(
+    require_positive(
       self, 'num_layers', 'model_dim', 'num_heads', 'num_kv_heads', 'head_dim'
     )
-    _require_positive(self, 'mlp_dim', 'rope_max_wavelength', 'norm_epsilon')
-    _require_choice(self, 'mlp', ('swiglu', 'gelu'))
-    _require_choice(self, 'dtype', ('float32', 'bfloat16'))
-    _require(
+    require_positive(self, 'mlp_dim', 'rope_max_wavelength', 'norm_epsilon')
+    require_choice(self, 'mlp', ('swiglu', 'gelu'))
+    require_choice(self, 'dtype', ('float32', 'bfloat16'))
+    require(
       self.num_heads % self.num_kv_heads == 0,
       f'num_kv_heads must divide num_heads = {self.num_heads}, '
       f'got {self.num_kv_heads}.',
     )
-    _require(
+    require(
       self.head_dim % 2 == 0, f'head_dim must be even, got {self.head_dim}.'
     )
-    _require_not_negative(self, 'vocab_size')
-    _require(
+    require_not_negative(self, 'vocab_size')
+    require(
       0 <= self.dropout_rate < 1,
       f'dropout_rate must be at least 0 and below 1, got {self.dropout_rate}.',
     )
     for placement in self.memory.placements if self.memory else ():
-      _require(
+      require(
         placement[1] < self.num_layers,
         f'a placement must name blocks below num_layers = {self.num_layers}, '
         f'got {placement}.',
@@ -245,27 +221,27 @@ class DataConfig:
   prefetch: int = 4
 
   def __post_init__(self):
-    _require(
+    require(
       not (self.text and self.tfds),
       f'give text or tfds, not both; got {self.text!r} and {self.tfds!r}.',
     )
-    _require_choice(self, 'split', ('file', 'bytes'))
-    _require_positive(self, 'seq_len', 'batch_size', 'bpe_vocab_size')
-    _require_fraction(self, 'validation_fraction', 'test_fraction')
-    _require(
+    require_choice(self, 'split', ('file', 'bytes'))
+    require_positive(self, 'seq_len', 'batch_size', 'bpe_vocab_size')
+    require_fraction(self, 'validation_fraction', 'test_fraction')
+    require(
       self.validation_fraction > 0
       and self.validation_fraction + self.test_fraction < 1,
       'validation_fraction must be above 0, and below 1 together with '
       f'test_fraction; got {self.validation_fraction} and '
       f'{self.test_fraction}.',
     )
-    _require_not_negative(self, 'prefetch')
-    _require(
+    require_not_negative(self, 'prefetch')
+    require(
       self.bpe_vocab_size > 256,
       'bpe_vocab_size must be above 256, one token for each byte; '
       f'got {self.bpe_vocab_size}.',
     )
-    _require(
+    require(
       self.num_lanes >= 0 and self.batch_size % (self.num_lanes or 1) == 0,
       f'num_lanes must divide batch_size = {self.batch_size}, '
       f'got {self.num_lanes}.',
@@ -305,13 +281,13 @@ class OptimizerConfig:
   grad_accumulation: int = 1
 
   def __post_init__(self):
-    _require_positive(self, 'learning_rate', 'epsilon', 'value_lr_multiplier')
-    _require_positive(self, 'value_lr_decay_fraction', 'grad_accumulation')
-    _require_fraction(self, 'final_lr_fraction', 'value_lr_decay_fraction')
+    require_positive(self, 'learning_rate', 'epsilon', 'value_lr_multiplier')
+    require_positive(self, 'value_lr_decay_fraction', 'grad_accumulation')
+    require_fraction(self, 'final_lr_fraction', 'value_lr_decay_fraction')
     for name in ('b1', 'b2'):
       value = getattr(self, name)
-      _require(0 <= value < 1, f'{name} must be within 0 and 1, got {value}.')
-    _require_not_negative(
+      require(0 <= value < 1, f'{name} must be within 0 and 1, got {value}.')
+    require_not_negative(
       self, 'warmup_steps', 'weight_decay', 'value_weight_decay', 'clip_norm'
     )
 
@@ -337,9 +313,9 @@ class TrainConfig:
   sample_tokens: int = 200
 
   def __post_init__(self):
-    _require_positive(self, 'num_steps', 'log_every', 'save_every')
-    _require_positive(self, 'keep_checkpoints')
-    _require_not_negative(self, 'seed', 'eval_every', 'sample_tokens')
+    require_positive(self, 'num_steps', 'log_every', 'save_every')
+    require_positive(self, 'keep_checkpoints')
+    require_not_negative(self, 'seed', 'eval_every', 'sample_tokens')
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -354,14 +330,14 @@ class MeshConfig:
   model: int = 1
 
   def __post_init__(self):
-    _require(
+    require(
       self.data == -1 or self.data > 0,
       f'mesh.data must be positive, or -1 for all that are left; '
       f'got {self.data}.',
     )
     for name in ('sparse', 'model'):
       value = getattr(self, name)
-      _require(value > 0, f'mesh.{name} must be positive, got {value}.')
+      require(value > 0, f'mesh.{name} must be positive, got {value}.')
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -377,12 +353,12 @@ class Config:
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
   def __post_init__(self):
-    _require(
+    require(
       self.data.batch_size % self.optimizer.grad_accumulation == 0,
       f'grad_accumulation must divide batch_size = {self.data.batch_size}, '
       f'got {self.optimizer.grad_accumulation}.',
     )
-    _require(
+    require(
       self.optimizer.warmup_steps <= self.train.num_steps,
       f'warmup_steps must be at most num_steps = {self.train.num_steps}, '
       f'got {self.optimizer.warmup_steps}.',
