@@ -28,8 +28,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse.command_line import user_errors_end_in_a_sentence
 from jaxsparse.config import UltraMemConfig
-from jaxsparse.errors import UserError
 from jaxsparse.nn.ultramem import ultramem_forward
 from jaxsparse.nn.ultramem_init import initial_scales, parameters
 from jaxsparse.ops.addressing import shuffle
@@ -340,8 +340,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == '__main__':
-  try:
+  with user_errors_end_in_a_sentence():
     main(sys.argv[1:])
-  except UserError as error:
-    print(error, file=sys.stderr)
-    sys.exit(2)
