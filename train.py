@@ -12,7 +12,7 @@ import functools
 
 import jax
 
-from jaxsparse import command_line, mesh
+from jaxsparse import command_line, hosts, mesh
 from jaxsparse import config as config_lib
 from jaxsparse import workdir as workdir_lib
 from jaxsparse.analysis import cost, hardware, plots
@@ -21,7 +21,7 @@ from jaxsparse.data import compression, pipeline, tokenizer
 from jaxsparse.data.corpus import Corpus, build_corpus
 from jaxsparse.errors import UserError
 from jaxsparse.inference import decoding, sampling, text
-from jaxsparse.training import hosts, loop, metrics, resume
+from jaxsparse.training import loop, metrics, resume
 from jaxsparse.training.evaluation import Validation
 from jaxsparse.training.progress import Reporter
 

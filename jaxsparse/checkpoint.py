@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from etils import epath
-from jax.experimental import multihost_utils
 from orbax.checkpoint.experimental import v1 as ocp
 
+from jaxsparse import hosts
 from jaxsparse import workdir as workdir_lib
 from jaxsparse.errors import UserError
 
@@ -141,13 +141,12 @@ class Checkpoints:
     source = self._directory / str(step)
     target = self._directory.parent / 'damaged' / str(step)
     self._checkpointer.close()
-    if jax.process_index() == 0:
+    if hosts.is_lead():
       while target.exists():
         target = target.with_name(target.name + '_')
       target.parent.mkdir(exist_ok=True)
       source.rename(target)
-    if jax.process_count() > 1:
-      multihost_utils.sync_global_devices(f'set aside {step}')
+    hosts.wait_for_all(f'set aside {step}')
     self._open()
     return target
 

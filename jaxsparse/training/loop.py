@@ -11,11 +11,11 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxsparse import checkpoint, mesh
+from jaxsparse import checkpoint, hosts, mesh
 from jaxsparse.config import Config
 from jaxsparse.data.pipeline import merge_states
 from jaxsparse.errors import UserError
-from jaxsparse.training import evaluation, hosts
+from jaxsparse.training import evaluation
 from jaxsparse.training.interrupt import StopRequest, stop_on_signals
 from jaxsparse.training.metrics import MetricsWriter, read_rows
 from jaxsparse.training.progress import Reporter

@@ -6,8 +6,8 @@ import math
 import tensorboardX
 from etils import epath
 
+from jaxsparse import hosts
 from jaxsparse import workdir as workdir_lib
-from jaxsparse.training import hosts
 
 Row = dict[str, float]
 
