@@ -6,29 +6,47 @@ import numpy as np
 import pytest
 
 from jaxsparse import mesh as mesh_lib
-from jaxsparse.ops import value_bag as module
+from jaxsparse.errors import UserError
+from jaxsparse.ops import bag_pieces
+from jaxsparse.ops import value_bag as bag
+from jaxsparse.ops import value_bag_gradient as gradient
 from jaxsparse.ops.value_bag import value_bag, value_bag_reference
 
 FORMS = {
   'platform': {},
-  'unrolled': {
-    '_forward': lambda t, s, w, g, G: module._forward_unrolled(
-      t, s, w, g, G, 28
-    )
-  },
-  'chunked': {
-    '_forward': lambda *args: module._forward_chunked(*args),
-    '_backward': lambda *args: module._backward_chunked(*args),
-  },
-  'whole': {'_backward': lambda *args: module._backward_whole(*args)},
+  'gpu': dict(
+    forward=lambda *args: bag._forward_unrolled(*args, 28),
+    of_weight=gradient._of_weight_whole,
+    scatter=gradient._scatter_whole,
+    sorted=gradient._sorted_whole,
+    deterministic=gradient._distinct_rows,
+  ),
+  'tpu': dict(
+    forward=bag._forward_chunked,
+    of_weight=gradient._of_weight_chunked,
+    scatter=gradient._scatter_chunked,
+    sorted=gradient._sorted_blocks,
+    deterministic=gradient._scatter_chunked,
+  ),
 }
+
+
+def _use_form(name, monkeypatch):
+  if not (form := FORMS[name]):
+    return
+  monkeypatch.setattr(bag, '_forward', lambda *a: form['forward'](*a))
+  monkeypatch.setattr(gradient, 'of_weight', form['of_weight'])
+  monkeypatch.setattr(
+    gradient,
+    'of_table',
+    lambda *args: form[args[-1]](*args[:-1]).astype(args[0].dtype),
+  )
 
 
 @pytest.fixture(params=FORMS)
 def form(request, monkeypatch):
   """Each backend's form, on this backend."""
-  for name, function in FORMS[request.param].items():
-    monkeypatch.setattr(module, name, function)
+  _use_form(request.param, monkeypatch)
   return request.param
 
 
@@ -41,9 +59,11 @@ def _inputs(T=6, k=5, c=2, G=4, M=11, W=8, dtype=jnp.float32, seed=0):
   return table, slot, weight, group
 
 
-def _gradients(function, table, slot, weight, group, num_groups):
+def _gradients(
+  function, table, slot, weight, group, num_groups, **options
+):  # fmt: skip
   def loss(table, weight):
-    pooled = function(table, slot, weight, group, num_groups)
+    pooled = function(table, slot, weight, group, num_groups, **options)
     factor = jnp.cos(jnp.arange(pooled.size).reshape(pooled.shape))
     spec = mesh_lib.act('B..')
     return (pooled * mesh_lib.reshard(factor, spec)).sum(), pooled
@@ -52,15 +72,29 @@ def _gradients(function, table, slot, weight, group, num_groups):
   return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(table, weight)
 
 
-def _assert_equals_reference(table, slot, weight, group, num_groups, atol=1e-5):
-  actual = _gradients(value_bag, table, slot, weight, group, num_groups)
-  expected = _gradients(
-    value_bag_reference, table, slot, weight, group, num_groups
-  )
+def _assert_close(actual, expected, atol=1e-5):
   jax.tree.map(
     lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=atol),
     actual,
     expected,
+  )
+
+
+def _assert_equals_reference(
+  table,
+  slot,
+  weight,
+  group,
+  num_groups,
+  atol=1e-5,
+  num_used=None,
+  way='scatter',
+):
+  args = (table, slot, weight, group, num_groups)
+  _assert_close(
+    _gradients(value_bag, *args, num_used=num_used, table_gradient=way),
+    _gradients(value_bag_reference, *args, num_used=num_used),
+    atol,
   )
 
 
@@ -88,8 +122,139 @@ def test_one_slot_for_all_collects_every_gradient(form):
     )
 
 
+NUM_USED = {
+  'all': [5] * 6,
+  'some': [0, 5, 3, 1, 0, 4],
+  'few': [0, 2, 1, 0, 0, 2],
+  'none': [0] * 6,
+}
+
+
+def _with_nonsense_beyond(num_used, slot, weight, group):
+  """Slots out of range and weights that are not numbers, where not in use."""
+  beyond = np.arange(slot.shape[1])[None] >= np.asarray(num_used)[:, None]
+  return (
+    jnp.where(beyond, 2**30, slot),
+    jnp.where(beyond[..., None], jnp.nan, weight),
+    None if group is None else jnp.where(beyond, -7, group),
+  )
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+  """Pieces of few entries or references, so that a loop goes over many."""
+  monkeypatch.setattr(bag_pieces, '_ENTRIES', 2)
+  monkeypatch.setattr(gradient, '_ENTRIES_GPU', 2)
+  monkeypatch.setattr(gradient, '_REFERENCES_GPU', 16)
+  monkeypatch.setattr(bag_pieces, 'CHUNK_BYTES', 16 * 8 * 4)
+
+
+@pytest.mark.parametrize('way', gradient.WAYS)
+def test_entries_beyond_those_in_use_do_not_matter(form, way, small_pieces):
+  table, slot, weight, group = _inputs(M=12)
+
+  @jax.jit
+  def actual(num_used, slot, weight, group):
+    options = dict(num_used=num_used, table_gradient=way)
+    return _gradients(value_bag, table, slot, weight, group, 4, **options)
+
+  @jax.jit
+  def expected(num_used):
+    options = dict(num_used=num_used)
+    args = (table, slot, weight, group, 4)
+    return _gradients(value_bag_reference, *args, **options)
+
+  for num_used in map(jnp.array, NUM_USED.values()):
+    nonsense = _with_nonsense_beyond(num_used, slot, weight, group)
+    _assert_close(actual(num_used, *nonsense), expected(num_used))
+
+
+@pytest.mark.parametrize('E', [1, 4])
+@pytest.mark.parametrize('c', [1, 2])
+@pytest.mark.parametrize('way', ['sorted', 'deterministic'])
+def test_every_way_to_add_up_the_table_gradient(form, way, E, c, small_pieces):
+  table, slot, weight, group = _inputs(T=9, c=c, G=E if E > 1 else 0, M=23)
+  rng = np.random.default_rng(0)
+  zipf = jnp.array(rng.zipf(1.2, slot.shape) % 23)
+
+  def gradient_of_table(function, **options):
+    def of_slot(slot):
+      args = (table, slot, weight, group, E)
+      return _gradients(function, *args, **options)[0][0]
+
+    return jax.jit(of_slot)
+
+  actual = gradient_of_table(value_bag, table_gradient=way)
+  expected = gradient_of_table(value_bag_reference)
+  for s in (slot, zipf, jnp.full_like(slot, 22)):
+    _assert_close(actual(s), expected(s), atol=1e-4)
+
+
+def test_time_follows_the_entries_in_use():
+  """A loop over pieces whose number is only known when it runs."""
+  table, slot, weight, group = _inputs(k=40)
+
+  def pool(num_used):
+    return value_bag(table, slot, weight, group, 4, num_used=num_used)
+
+  text = str(jax.make_jaxpr(pool)(jnp.full(6, 3)))
+  assert 'while[' in text
+  assert 'reduce_max' in text
+
+
+def test_an_unknown_way_is_refused():
+  with pytest.raises(UserError, match=r"table_gradient = 'fast' must be one"):
+    value_bag(*_inputs(), 4, table_gradient='fast')
+
+
+@pytest.mark.parametrize('name', FORMS)
+def test_deterministic_twice_is_the_same_bits(name, monkeypatch):
+  _use_form(name, monkeypatch)
+  args = _inputs(T=32, k=9, M=5)
+  first, second = (
+    _gradients(value_bag, *args, 4, table_gradient='deterministic')[0][0]
+    for _ in range(2)
+  )
+  np.testing.assert_array_equal(first, second)
+
+
+def test_no_two_adds_meet_on_a_gpu_in_the_deterministic_way():
+  update = jax.random.normal(jax.random.key(0), (8, 3))
+  for row in ([0, 0, 0, 1, 2, 2, 5, 5], [3] * 8, [0, 1, 2, 3, 4, 5, 5, 5]):
+    row = jnp.array(row)
+    distinct, total = gradient._sum_equal_rows(row, update, 5)
+    assert len(set(distinct.tolist())) == 8
+    zeros = jnp.zeros((5, 3))
+    np.testing.assert_allclose(
+      zeros.at[distinct].add(total, mode='drop'),
+      zeros.at[row].add(update, mode='drop'),
+      rtol=1e-5,
+      atol=1e-6,
+    )
+
+
+def _temp_bytes(function, *args):
+  compiled = jax.jit(function).lower(*args).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize('way', gradient.WAYS)
+def test_no_table_gradient_behind_stop_gradient(way):
+  """Nothing the size of the table, also in a rematerialized block."""
+  table, slot, weight, group = _inputs(M=2**14, W=64)
+
+  def loss(weight, table):
+    table = jax.lax.stop_gradient(table)
+    bag = jax.checkpoint(
+      lambda w: value_bag(table, slot, w, group, 4, table_gradient=way)
+    )
+    return (bag(weight) ** 2).sum()
+
+  assert _temp_bytes(jax.grad(loss), weight, table) < table.nbytes / 4
+
+
 def test_chunks_of_tokens_that_do_not_divide(form, monkeypatch):
-  monkeypatch.setattr(module, '_CHUNK_BYTES', 2 * 3 * 8 * 4)
+  monkeypatch.setattr(bag_pieces, 'CHUNK_BYTES', 2 * 3 * 8 * 4)
   # Sizes of their own: the jitted forms cache by shape, not by chunk size.
   _assert_equals_reference(*_inputs(T=7, k=3, M=13), 4)
 
@@ -160,11 +325,7 @@ def test_under_jit_remat_scan_and_vmap():
 
   for function in (remat, scan, vmap):
     actual = _gradients(function, table, slot, weight, group, 4)
-    jax.tree.map(
-      lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5),
-      actual,
-      expected,
-    )
+    _assert_close(actual, expected)
 
 
 def test_empty_bags():
@@ -194,11 +355,7 @@ def test_every_device_pools_its_tokens(sizes):
     actual = jax.jit(lambda t, s, w, g: _gradients(pool, t, s, w, g, 4))(
       table, slot, weight, group
     )
-    jax.tree.map(
-      lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5),
-      actual,
-      expected,
-    )
+    _assert_close(actual, expected)
 
 
 def test_no_gathered_rows_in_the_compiled_program():

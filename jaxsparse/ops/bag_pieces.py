@@ -1,0 +1,139 @@
+"""Cuts a bag's work into pieces: by entries, by tokens, by references.
+
+What a pooling of T tokens with k entries each reads is T * k rows, too many to
+be gathered at once. The loops here go over pieces of them; with `num_used`
+they end after the last piece in use, so their trip count is not static and
+only functions with a gradient of their own may call them.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+# Gathered rows of one piece.
+CHUNK_BYTES = 2**23
+_ENTRIES = 8
+
+
+def accumulator(*arrays):
+  """The type in which sums are kept: f32, or f64 where any array is."""
+  return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def rows(table, slot):
+  return table.at[slot].get(mode='promise_in_bounds')
+
+
+def to_same_varying(*arrays):
+  """Marks all as varying over the manual mesh axes over which any does.
+
+  What is added here is summed over in the gradient, so a table that is the
+  same on every device gets the gradient of all tokens.
+  """
+
+  def varying(x):
+    return jax.typeof(x).manual_axis_type.varying
+
+  axes = frozenset().union(*map(varying, jax.tree.leaves(arrays)))
+
+  def mark(x):
+    missing = tuple(sorted(axes - varying(x)))
+    return jax.lax.pcast(x, missing, to='varying') if missing else x
+
+  return jax.tree.map(mark, arrays)
+
+
+def zeros(shape, dtype, *like):
+  """Zeros that vary over the mesh axes over which any of `like` does."""
+  return to_same_varying(jnp.zeros(shape, dtype), *like)[0]
+
+
+def pad(x, size, axis):
+  padding = [(0, 0)] * x.ndim
+  padding[axis] = (0, size - x.shape[axis])
+  return jnp.pad(x, padding) if size > x.shape[axis] else x
+
+
+def entries_at_once(slot, num_used):
+  """Entries per piece: all, or few if the loop can end before the last."""
+  num_entries = slot.shape[1]
+  return num_entries if num_used is None else min(num_entries, _ENTRIES)
+
+
+def over_entries(step: Callable, carry, entries, num_used, at_once: int):
+  """Runs `step(carry, piece) -> carry, result` over pieces of the entries.
+
+  Args:
+    step: result is an array [T, entries of the piece, ...] or None.
+    entries: arrays [T, k, ...]; padded with zeros where k does not divide.
+    num_used: [T], entries in use; None for all. Pieces after the last entry
+      in use are left out, and their results are zero.
+    at_once: entries per piece, at most.
+
+  Returns:
+    The last carry, and results joined to [T, k, ...].
+  """
+  num_entries = jax.tree.leaves(entries)[0].shape[1]
+  num_pieces = math.ceil(num_entries / at_once)
+  at_once = math.ceil(num_entries / num_pieces)
+  if num_pieces == 1 and num_used is None:
+    return step(carry, entries)
+  entries = jax.tree.map(lambda x: pad(x, num_pieces * at_once, 1), entries)
+
+  def piece(i):
+    return jax.tree.map(
+      lambda x: jax.lax.dynamic_slice_in_dim(x, i * at_once, at_once, 1),
+      entries,
+    )
+
+  shape = jax.eval_shape(lambda c: step(c, piece(0))[1], carry)
+  results = jax.tree.map(
+    lambda x: zeros(
+      (x.shape[0], num_pieces * at_once, *x.shape[2:]), x.dtype, carry, entries
+    ),
+    shape,
+  )
+
+  def body(i, state):
+    carry, results = state
+    carry, result = step(carry, piece(i))
+    return carry, jax.tree.map(
+      lambda all, x: jax.lax.dynamic_update_slice_in_dim(
+        all, x, i * at_once, 1
+      ),
+      results,
+      result,
+    )
+
+  if num_used is not None:
+    num_pieces = (num_used.max() + at_once - 1) // at_once
+  carry, results = jax.lax.fori_loop(0, num_pieces, body, (carry, results))
+  return carry, jax.tree.map(lambda x: x[:, :num_entries], results)
+
+
+def over_tokens(pool: Callable, carry, arrays, row_bytes: int):
+  """Runs `pool(carry, chunk) -> carry, result` over chunks of the tokens.
+
+  Args:
+    pool: result is an array [t, ...].
+    arrays: [T, ...], padded with zeros where the chunks do not divide them.
+    row_bytes: what a token gathers, which decides the size of a chunk.
+
+  Returns:
+    The last carry, and results joined to [T, ...].
+  """
+  num_tokens = jax.tree.leaves(arrays)[0].shape[0]
+  size = max(1, min(num_tokens, CHUNK_BYTES // row_bytes))
+  num_chunks = math.ceil(num_tokens / size)
+  size = math.ceil(num_tokens / num_chunks)
+
+  def cut(x):
+    x = pad(x, num_chunks * size, axis=0)
+    return x.reshape(num_chunks, size, *x.shape[1:])
+
+  carry, results = jax.lax.scan(pool, carry, jax.tree.map(cut, arrays))
+  return carry, jax.tree.map(
+    lambda x: x.reshape(-1, *x.shape[2:])[:num_tokens], results
+  )

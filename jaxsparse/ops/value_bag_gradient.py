@@ -1,0 +1,275 @@
+"""Gradients of `value_bag`, with respect to its weights and to its table.
+
+  d weight[t, j, i] = d out[t, g, block i] . table[slot[t, j], block i]
+  d table[slot[t, j], block i] += weight[t, j, i] d out[t, g, block i]
+
+for g = group[t, j]. Neither keeps the T * k rows. The gradient of the table is
+dense, and adding to its rows has an order: on a CPU and a TPU that of the
+scatter's loop, on a GPU none, since its scatter adds atomically. A fixed order
+there takes a sort.
+
+Letters as in `value_bag`; R = T * k references to rows.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse.ops import bag_pieces
+
+WAYS = ('scatter', 'sorted', 'deterministic')
+
+# References summed at once on a GPU where not all can be, and entries.
+_REFERENCES_GPU = 2**14
+_ENTRIES_GPU = 8
+
+
+@jax.jit
+def of_weight(table, slot, weight, group, num_used, cotangent):
+  """Gradient [T, k, c] with respect to the weights."""
+  if slot.size == 0:
+    return jnp.zeros_like(weight)
+  return jax.lax.platform_dependent(
+    table, slot, weight, group, num_used, cotangent,
+    cpu=_of_weight_chunked, tpu=_of_weight_chunked, default=_of_weight_whole,
+  )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames=('way',))
+def of_table(table, slot, weight, group, num_used, cotangent, way):
+  """Gradient [M, W] with respect to the table, added up as `way` says."""
+  if slot.size == 0:
+    return jnp.zeros_like(table)
+  ways = dict(
+    scatter=(_scatter_chunked, _scatter_whole),
+    sorted=(_sorted_blocks, _sorted_whole),
+    deterministic=(_scatter_chunked, _distinct_rows),
+  )
+  sequential, parallel = ways[way]
+  return jax.lax.platform_dependent(
+    table, slot, weight, group, num_used, cotangent,
+    cpu=sequential, tpu=sequential, default=parallel,
+  ).astype(table.dtype)  # fmt: skip
+
+
+def _of_pool(cotangent_TGW, group):
+  """The cotangent of each entry's pool: [T, k, W], or [T, 1, W] for all."""
+  if group is None:
+    return cotangent_TGW
+  return jax.vmap(bag_pieces.rows)(cotangent_TGW, group)
+
+
+def _split(x, num_cores):
+  return x.reshape(*x.shape[:-1], num_cores, -1)
+
+
+def _add_weight_gradient(table, cotangent_TGW, num_cores, entries):
+  slot, group = entries
+  dtype = bag_pieces.accumulator(table, cotangent_TGW)
+  rows_TkW = bag_pieces.rows(table, slot).astype(dtype)
+  pooled_TkW = _of_pool(cotangent_TGW.astype(dtype), group)
+  return _split(rows_TkW * pooled_TkW, num_cores).sum(-1)
+
+
+def _of_weight_whole(table, slot, weight, group, num_used, cotangent):
+  def step(_, entries):
+    return None, _add_weight_gradient(
+      table, cotangent, weight.shape[-1], entries
+    )
+
+  at_once = slot.shape[1] if num_used is None else _ENTRIES_GPU
+  _, d_weight = bag_pieces.over_entries(
+    step, None, (slot, group), num_used, at_once
+  )
+  return d_weight.astype(weight.dtype)
+
+
+def _of_weight_chunked(table, slot, weight, group, num_used, cotangent):
+  at_once = bag_pieces.entries_at_once(slot, num_used)
+
+  def on_chunk(_, chunk):
+    cotangent, num_used, *entries = chunk
+
+    def step(_, entries):
+      return None, _add_weight_gradient(
+        table, cotangent, weight.shape[-1], entries
+      )
+
+    return bag_pieces.over_entries(
+      step, None, tuple(entries), num_used, at_once
+    )
+
+  _, d_weight = bag_pieces.over_tokens(
+    on_chunk,
+    None,
+    (cotangent, num_used, slot, group),
+    at_once * table[0].nbytes,
+  )
+  return d_weight.astype(weight.dtype)
+
+
+def _nothing(table, weight, slot):
+  dtype = bag_pieces.accumulator(table, weight)
+  return bag_pieces.zeros(table.shape, dtype, table, slot)
+
+
+def _scatter(d_table, cotangent_TGW, entries):
+  """Adds the entries' outer products to `d_table`.
+
+  Whole rows in f32: scalar and bf16 updates would each cost an order of
+  magnitude on some backend. Slot M is nobody's.
+  """
+  slot, weight, group = entries
+  dtype = d_table.dtype
+  pooled_TkW = _of_pool(cotangent_TGW.astype(dtype), group)
+  update = weight.astype(dtype)[..., None] * _split(
+    pooled_TkW, weight.shape[-1]
+  )
+  return d_table.at[slot.reshape(-1)].add(
+    update.reshape(-1, d_table.shape[1]), mode='drop'
+  )
+
+
+def _without_unused(slot, num_used, num_rows):
+  """Slots, M where not in use: else row 0 would take an add for each."""
+  if num_used is None:
+    return slot
+  in_use = jnp.arange(slot.shape[1])[None] < num_used[:, None]
+  return jnp.where(in_use, slot, num_rows)
+
+
+def _scatter_whole(table, slot, weight, group, num_used, cotangent):
+  def step(d_table, entries):
+    return _scatter(d_table, cotangent, entries), None
+
+  slot = _without_unused(slot, num_used, len(table))
+  at_once = slot.shape[1] if num_used is None else _ENTRIES_GPU
+  d_table, _ = bag_pieces.over_entries(
+    step,
+    _nothing(table, weight, slot),
+    (slot, weight, group),
+    num_used,
+    at_once,
+  )
+  return d_table
+
+
+def _scatter_chunked(table, slot, weight, group, num_used, cotangent):
+  at_once = bag_pieces.entries_at_once(slot, num_used)
+
+  def on_chunk(d_table, chunk):
+    cotangent, num_used, *entries = chunk
+
+    def step(d_table, entries):
+      return _scatter(d_table, cotangent, entries), None
+
+    return bag_pieces.over_entries(
+      step, d_table, tuple(entries), num_used, at_once
+    )
+
+  slot = _without_unused(slot, num_used, len(table))
+  d_table, _ = bag_pieces.over_tokens(
+    on_chunk,
+    _nothing(table, weight, slot),
+    (cotangent, num_used, slot, weight, group),
+    at_once * table[0].nbytes,
+  )
+  return d_table
+
+
+# Sorted by row. The sort is stable, so the order of adds is fixed.
+
+
+def _sort(slot, num_used, num_rows):
+  """References by row: their rows and positions in [T * k], and how many."""
+  slot = _without_unused(slot, num_used, num_rows).reshape(-1)
+  position = bag_pieces.to_same_varying(
+    jnp.arange(len(slot), dtype=slot.dtype), slot
+  )[0]
+  row, position = jax.lax.sort((slot, position), num_keys=1, is_stable=True)
+  return row, position, None if num_used is None else num_used.sum()
+
+
+def _updates(position, weight, group, cotangent_TGW, dtype):
+  """Outer products [n, W] of the references at `position`."""
+  num_entries, num_cores = weight.shape[1:]
+  token = position // num_entries
+  group = 0 if group is None else bag_pieces.rows(group.reshape(-1), position)
+  num_groups, width = cotangent_TGW.shape[1:]
+  pooled = bag_pieces.rows(
+    cotangent_TGW.reshape(-1, width), token * num_groups + group
+  )
+  weight = bag_pieces.rows(weight.reshape(-1, num_cores), position)
+  update = weight.astype(dtype)[..., None] * _split(
+    pooled.astype(dtype), num_cores
+  )
+  return update.reshape(-1, width)
+
+
+def _add_sorted(
+  add, table, slot, weight, group, num_used, cotangent, at_once
+):  # fmt: skip
+  """Runs add(d_table, row, update) over blocks of the sorted references."""
+  row, position, num_references = _sort(slot, num_used, len(table))
+  at_once = min(at_once, len(row))
+  size = math.ceil(len(row) / at_once) * at_once
+  row = jnp.pad(row, (0, size - len(row)), constant_values=len(table))
+  position = bag_pieces.pad(position, size, axis=0)
+
+  def step(d_table, block):
+    row, position = block
+    update = _updates(position[0], weight, group, cotangent, d_table.dtype)
+    return add(d_table, row[0], update), None
+
+  d_table, _ = bag_pieces.over_entries(
+    step,
+    _nothing(table, weight, slot),
+    (row[None], position[None]),
+    None if num_references is None else num_references[None],
+    at_once,
+  )
+  return d_table
+
+
+def _add_equal_after_equal(d_table, row, update):
+  return d_table.at[row].add(update, mode='drop', indices_are_sorted=True)
+
+
+def _sorted_blocks(table, slot, *args):
+  at_once = max(1, bag_pieces.CHUNK_BYTES // table[0].nbytes)
+  return _add_sorted(_add_equal_after_equal, table, slot, *args, at_once)
+
+
+def _sorted_whole(table, slot, weight, group, num_used, *args):
+  at_once = slot.size if num_used is None else _REFERENCES_GPU
+  return _add_sorted(
+    _add_equal_after_equal, table, slot, weight, group, num_used, *args, at_once
+  )
+
+
+def _sum_equal_rows(row, update, num_rows):
+  """Sorted references with those of one row summed up: rows are distinct.
+
+  The sum is a tree over each run of equal rows: in pass i a reference takes
+  what the one 2^i before it holds, if that is of the same row, and the last of
+  a run ends up with all of it. The others get slots of their own past the end.
+  """
+  size = len(row)
+  for i in range(math.ceil(math.log2(size))):
+    before = jnp.pad(row[: -(2**i)], (2**i, 0), constant_values=-1)
+    held = jnp.pad(update[: -(2**i)], ((2**i, 0), (0, 0)))
+    update += jnp.where((row == before)[:, None], held, 0)
+  is_last = row != jnp.append(row[1:], -1)
+  nobody = num_rows + jnp.arange(size, dtype=row.dtype)
+  return jnp.where(is_last & (row < num_rows), row, nobody), update
+
+
+def _add_once_per_row(d_table, row, update):
+  row, update = _sum_equal_rows(row, update, len(d_table))
+  return d_table.at[row].add(update, mode='drop', unique_indices=True)
+
+
+def _distinct_rows(*args):
+  return _add_sorted(_add_once_per_row, *args, _REFERENCES_GPU)
