@@ -1,0 +1,205 @@
+"""Updates of some rows of a table, beside updates of whole arrays.
+
+An optimizer step on a table whose gradient is a `RowGradient` ends in a
+`RowGradient` too: what to add to which rows. Here these are applied, rounded
+to narrow tables without losing what is too small for them, and measured.
+"""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from jaxsparse.ops.row_gradient import RowGradient
+
+# Rows are distinct and ascending, and the unused entries past the table.
+_SCATTER = dict(mode='drop', unique_indices=True, indices_are_sorted=True)
+
+
+def is_row_gradient(x: Any) -> bool:
+  """For `is_leaf` of tree functions."""
+  return isinstance(x, RowGradient)
+
+
+def take_rows(array: Array, rows: RowGradient) -> Array:
+  """Rows [U, ...] of a table or of its state; zero in unused entries."""
+  return array.at[rows.slot].get(
+    mode='fill', fill_value=0, unique_indices=True, indices_are_sorted=True
+  )
+
+
+def set_rows(array: Array, rows: RowGradient, value: Array) -> Array:
+  """`array` with these rows replaced, in place where it is donated."""
+  return array.at[rows.slot].set(value.astype(array.dtype), **_SCATTER)
+
+
+def squared_norm(gradient: RowGradient) -> Float[Array, '']:
+  """Sum of squares, in f32. Rows held by other devices are up to the caller."""
+  return jnp.sum(jnp.square(gradient.value.astype(jnp.float32)))
+
+
+def apply_updates(
+  params: optax.Params,
+  updates: optax.Updates,
+  rounding_key: jax.Array | None = None,
+) -> optax.Params:
+  """`optax.apply_updates` that also takes updates of some rows.
+
+  Sums are in f32 or what the parameter is wider. With a key, sums that become
+  bf16 parameters are rounded up or down at random, such that the mean is the
+  sum: updates far below a bf16 parameter's resolution then still move it.
+  Without, they are rounded to the nearest. A sum that bf16 can represent is
+  never changed.
+
+  Args:
+    params: arrays, changed in place where they are donated.
+    updates: of every array, or `RowGradient`s.
+    rounding_key: a new one every step. The random bits of an element depend on
+      the key and its place in the array as passed, so that inside shard_map
+      devices that hold different parts must fold their index into it, and
+      devices that hold copies must not.
+  """
+  leaves, structure = jax.tree.flatten(updates, is_leaf=is_row_gradient)
+  # Masked leaves of `updates` have no place; a None among params must match.
+  old = structure.flatten_up_to(params)
+  new = []
+  for i, (param, update) in enumerate(zip(old, leaves, strict=True)):
+    key = None
+    if rounding_key is not None:
+      key = jax.random.fold_in(rounding_key, i)
+    new.append(_apply(param, update, key))
+  return jax.tree.unflatten(structure, new)
+
+
+def _apply(param, update, key):
+  if not is_row_gradient(update):
+    total = jnp.asarray(param + update)
+    row = jnp.arange(param.shape[0] if param.ndim else 1)
+    return _round(total, param.dtype, key, row)
+  total = take_rows(param, update).astype(update.value.dtype) + update.value
+  return set_rows(param, update, _round(total, param.dtype, key, update.slot))
+
+
+class MasterState(NamedTuple):
+  """State of `with_float32_master`."""
+
+  master: optax.Params
+  inner: optax.OptState
+
+
+def with_float32_master(
+  inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Lets `inner` work on an f32 copy of bf16 parameters.
+
+  The copy is kept in the state, like the parameters in shape. The updates
+  bring the parameters to the copy, rounded to the nearest: apply them without
+  a rounding key.
+  """
+  inner = optax.with_extra_args_support(inner)
+
+  def init(params):
+    master = _to_float32(params)
+    return MasterState(master, inner.init(master))
+
+  def update(grads, state, params=None, **extra):
+    updates, inner_state = inner.update(
+      grads, state.inner, state.master, **extra
+    )
+    master = apply_updates(state.master, updates)
+
+    def difference(update, new, param):
+      if not is_row_gradient(update):
+        return _rounded_difference(new, param)
+      rows = take_rows(param, update)
+      value = _rounded_difference(take_rows(new, update), rows)
+      return RowGradient(update.slot, value)
+
+    updates = jax.tree.map(
+      difference, updates, master, params, is_leaf=is_row_gradient
+    )
+    return updates, MasterState(master, inner_state)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def in_float32(
+  inner: optax.GradientTransformation,
+) -> optax.GradientTransformationExtraArgs:
+  """Shows `inner` parameters and gradients in f32, so its state is in f32 too.
+
+  For optax's transformations on bf16 parameters without a master. Those of
+  `row_optimizers` have f32 states anyway.
+  """
+  inner = optax.with_extra_args_support(inner)
+
+  def init(params):
+    return inner.init(_to_float32(params))
+
+  def update(grads, state, params=None, **extra):
+    params = None if params is None else _to_float32(params)
+    return inner.update(_to_float32(grads), state, params, **extra)
+
+  return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _to_float32(tree):
+  def cast(x):
+    is_narrow = jnp.issubdtype(x.dtype, jnp.floating) and x.dtype.itemsize < 4
+    return x.astype(jnp.float32) if is_narrow else x
+
+  return jax.tree.map(cast, tree)
+
+
+def _rounded_difference(new, old):
+  rounded = new.astype(old.dtype).astype(new.dtype)
+  return rounded - old.astype(new.dtype)
+
+
+def _round(x, dtype, key, row):
+  if key is None or dtype != jnp.bfloat16 or x.dtype != jnp.float32:
+    return x.astype(dtype)
+  return round_stochastically(x, _random_bits(key, row, x.shape))
+
+
+def round_stochastically(
+  x: Float[Array, '*S'], bits: jax.Array
+) -> Float[Array, '*S']:
+  """Rounds f32 to bf16, away from zero with the probability that it leaves.
+
+  A bf16 number is the upper half of an f32 word, so adding uniform 16-bit
+  integers to the word and dropping its lower half does it (arXiv:2010.06192).
+
+  Args:
+    x: f32.
+    bits: uint32, uniform below 2^16.
+  """
+  word = jax.lax.bitcast_convert_type(x, jnp.uint32)
+  word = (word + bits) & jnp.uint32(0xFFFF0000)
+  rounded = jax.lax.bitcast_convert_type(word, jnp.float32)
+  # A sum would turn some NaNs into infinities and others into zeros.
+  return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
+
+
+def _random_bits(key, row, shape):
+  """16 random bits an element, a hash of the key and the element's place.
+
+  Ten times cheaper than the generator's, which matters as it is called for
+  every element of the update.
+  """
+  first, second = jax.random.bits(key, (2,), jnp.uint32)
+  row_hash = _mix(_mix(row.astype(jnp.uint32) ^ first) ^ second)
+  num_columns = math.prod(shape[1:])
+  # An odd constant, so that no two columns of a row share a counter.
+  column = jnp.arange(num_columns, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+  return (_mix(row_hash[:, None] + column[None]) >> 16).reshape(shape)
+
+
+def _mix(x):
+  """The 32-bit finalizer of MurmurHash3 (public domain)."""
+  x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
+  x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)
+  return x ^ (x >> 16)
