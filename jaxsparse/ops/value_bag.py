@@ -30,9 +30,11 @@ from jaxsparse.errors import UserError
 from jaxsparse.ops import bag_pieces
 from jaxsparse.ops import value_bag_gradient as gradient
 
-# Rows whose loads are fused into one loop. A GPU needs many in flight; on a
-# CPU the accumulator should stay in the cache and compile time counts.
-_UNROLL_GPU = 28
+# Rows whose loads are fused into one loop. On a GPU all of them, as pieces cost
+# a round trip of the sums through memory each, unless there can be fewer in
+# use; on a CPU the sums should stay in the cache, and compile time counts.
+_UNROLL_GPU = 128
+_UNROLL_GPU_IN_USE = 28
 _UNROLL_CPU = 8
 
 
@@ -155,14 +157,19 @@ def _forward(table, slot, weight, group, num_used, num_groups):
     table, slot, weight, group, num_used,
     cpu=chunked if is_narrow else unrolled(_UNROLL_CPU),
     tpu=chunked,
-    default=unrolled(_UNROLL_GPU),
+    default=unrolled(
+      _UNROLL_GPU if num_used is None else _UNROLL_GPU_IN_USE
+    ),
   )  # fmt: skip
 
 
-def _split_columns(table, weight):
-  num_rows, width = table.shape
-  num_cores = weight.shape[-1]
-  return table.reshape(num_rows, num_cores, width // num_cores)
+def _over_columns(weight, width):
+  """Weights [..., c] as [..., W]: each over its block of columns.
+
+  The table itself is never reshaped: XLA may give the new shape another
+  layout, and copy the whole table to it.
+  """
+  return jnp.repeat(weight, width // weight.shape[-1], axis=-1)
 
 
 def _with_groups(weight, group, num_groups):
@@ -177,49 +184,51 @@ def _forward_unrolled(
   table, slot, weight, group, num_used, num_groups, at_once
 ):  # fmt: skip
   dtype = bag_pieces.accumulator(table, weight)
-  table_Mcw = _split_columns(table, weight)
+  width = table.shape[1]
 
-  def add(pooled_TGcw, entries):
+  def add(pooled_TGW, entries):
     slot, weight, group = entries
     for j in range(slot.shape[1]):
-      rows_Tcw = bag_pieces.rows(table_Mcw, slot[:, j]).astype(dtype)
-      weight_TGc = _with_groups(
-        weight[:, j].astype(dtype),
-        None if group is None else group[:, j],
-        num_groups,
-      )
-      pooled_TGcw += weight_TGc[..., None] * rows_Tcw[:, None]
-    return pooled_TGcw, None
+      rows_TW = bag_pieces.rows(table, slot[:, j]).astype(dtype)
+      rows_TW *= _over_columns(weight[:, j].astype(dtype), width)
+      if group is None:
+        pooled_TGW += rows_TW[:, None]
+      else:
+        # A GPU would write weights by group, [T, G, c], to memory.
+        is_own = jax.nn.one_hot(group[:, j], num_groups, dtype=bool)
+        pooled_TGW += jnp.where(is_own[..., None], rows_TW[:, None], 0)
+    return pooled_TGW, None
 
-  shape = (slot.shape[0], num_groups, *table_Mcw.shape[1:])
-  pooled_TGcw, _ = bag_pieces.over_entries(
+  shape = (slot.shape[0], num_groups, width)
+  pooled_TGW, _ = bag_pieces.over_entries(
     add,
     bag_pieces.zeros(shape, dtype, table, slot),
     (slot, weight, group),
     num_used,
     at_once,
   )
-  return pooled_TGcw.reshape(slot.shape[0], num_groups, -1)
+  return pooled_TGW
 
 
 def _forward_chunked(table, slot, weight, group, num_used, num_groups):
   dtype = bag_pieces.accumulator(table, weight)
-  table_Mcw = _split_columns(table, weight)
+  num_cores, width = weight.shape[2], table.shape[1]
   at_once = bag_pieces.entries_at_once(slot, num_used)
 
   def add(pooled_tGcw, entries):
     slot, weight, group = entries
+    rows_tkW = bag_pieces.rows(table, slot).astype(dtype)
     pooled_tGcw += jnp.einsum(
       'tkgc,tkcw->tgcw',
       _with_groups(weight.astype(dtype), group, num_groups),
-      bag_pieces.rows(table_Mcw, slot).astype(dtype),
+      rows_tkW.reshape(*rows_tkW.shape[:2], num_cores, -1),
       precision=jax.lax.Precision.HIGHEST,
     )
     return pooled_tGcw, None
 
   def pool(_, chunk):
     *entries, num_used = chunk
-    shape = (len(entries[0]), num_groups, *table_Mcw.shape[1:])
+    shape = (len(entries[0]), num_groups, num_cores, width // num_cores)
     nothing = bag_pieces.zeros(shape, dtype, table, slot)
     pooled, _ = bag_pieces.over_entries(
       add, nothing, tuple(entries), num_used, at_once
@@ -229,4 +238,4 @@ def _forward_chunked(table, slot, weight, group, num_used, num_groups):
   _, pooled = bag_pieces.over_tokens(
     pool, None, (slot, weight, group, num_used), at_once * table[0].nbytes
   )
-  return pooled.reshape(slot.shape[0], num_groups, -1)
+  return pooled.reshape(slot.shape[0], num_groups, width)
