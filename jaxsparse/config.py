@@ -58,11 +58,30 @@ class UltraMemConfig:
   # (read, write) pairs of 0-based blocks: the layer reads the normalised mixer
   # input of block `read`; its output is added after block `write`.
   placements: tuple[tuple[int, int], ...] = ((1, 2),)
+  # Type of the value table: 'float32' or 'bfloat16'.
+  value_dtype: str = 'float32'
+  # How the table is split over devices: 'columns', 'rows', 'grid', or 'auto',
+  # the one that sends least and leaves slices wide enough.
+  scheme: str = 'auto'
+  # How a dense gradient of the table is added up: 'scatter', 'sorted' (fewer
+  # atomic additions where rows repeat), or 'deterministic' (to the last bit).
+  table_gradient: str = 'scatter'
 
   @property
   def num_slots(self) -> int:
-    """Physical rows M of one value table."""
+    """Slots M that are addressed."""
     return self.num_keys**2
+
+  @property
+  def table_rows(self) -> int:
+    """Rows of the value table: num_slots, and in large tables some unused.
+
+    A multiple of 256 in tables above 65,536 rows, so that up to 256 devices
+    can split them evenly.
+    """
+    if self.num_slots <= 2**16:
+      return self.num_slots
+    return -(-self.num_slots // 256) * 256
 
   @property
   def num_logical_keys(self) -> int:
@@ -75,6 +94,11 @@ class UltraMemConfig:
     )
     require_positive(self, 'expansion', 'tucker_rank', 'num_cores')
     require_choice(self, 'init', ('paper', 'release'))
+    require_choice(self, 'value_dtype', ('float32', 'bfloat16'))
+    require_choice(self, 'scheme', ('auto', 'columns', 'rows', 'grid'))
+    require_choice(
+      self, 'table_gradient', ('scatter', 'sorted', 'deterministic')
+    )
     require(
       math.isqrt(self.expansion) ** 2 == self.expansion,
       f'expansion must be a perfect square, got {self.expansion}.',
@@ -324,9 +348,9 @@ class MeshConfig:
 
   # Splits the batch and spreads dense parameters; -1: all remaining devices.
   data: int = -1
-  # Splits the batch; value tables will be split over it.
+  # Splits the batch and the value tables, see memory.scheme.
   sparse: int = 1
-  # Splits heads and the MLP's width.
+  # Splits heads, the MLP's width and the columns of value tables.
   model: int = 1
 
   def __post_init__(self):

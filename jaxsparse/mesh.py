@@ -3,11 +3,13 @@
 Every array's sharding is looked up letter by letter from the alphabet of
 dimensions (B batch, T positions, D model width, N query heads, K key/value
 heads, H head width, F feed-forward width, V vocabulary, M slots, W value
-width, Q sub-keys, P memory heads). The mesh always has all of its axes, of
+width, Q sub-keys, P memory heads). A value table's rows and columns are split
+as its scheme says, see `TABLE_LAYOUTS`. The mesh always has all of its axes, of
 length 1 when unused, so that no rule is conditional. With no mesh set every
 lookup gives None, and the same code runs on one device.
 """
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -20,8 +22,48 @@ AXES = ('data', 'sparse', 'model')
 # The axes over which tokens are split.
 TOKENS = ('data', 'sparse')
 
-ACTIVATION = dict(B=TOKENS, N='model', K='model', F='model')
-PARAMETER = dict(D='data', N='model', K='model', F='model', M='data')
+ACTIVATION = dict(B=TOKENS, N='model', K='model', F='model', W='model')
+PARAMETER = dict(D='data', N='model', K='model', F='model', W='model')
+
+
+@dataclasses.dataclass(frozen=True)
+class TableLayout:
+  """How a value table [M, W] lies on the mesh under one sharding scheme.
+
+  Columns are split over `model` first: the devices along `sparse` then hold
+  together one contiguous block of columns for each piece of `model`.
+  """
+
+  # Axes that split the rows, and those that split the columns.
+  rows: tuple[str, ...]
+  columns: tuple[str, ...]
+
+  @property
+  def spec(self) -> jax.P:
+    """Sharding of the table and of whatever has its shape."""
+    return jax.P(self.rows or None, self.columns)
+
+  @property
+  def group(self) -> tuple[str, ...]:
+    """Token axes along which devices hold parts of one table."""
+    return tuple(a for a in TOKENS if a in self.rows + self.columns)
+
+  @property
+  def copies(self) -> tuple[str, ...]:
+    """Token axes along which devices hold the same part."""
+    return tuple(a for a in TOKENS if a not in self.group)
+
+  @property
+  def exchanged(self) -> tuple[str, ...]:
+    """Token axes that split the columns: pools cross them to their tokens."""
+    return tuple(a for a in self.columns if a in TOKENS)
+
+
+TABLE_LAYOUTS = dict(
+  columns=TableLayout(rows=(), columns=('model', 'sparse')),
+  rows=TableLayout(rows=('sparse',), columns=('model',)),
+  grid=TableLayout(rows=('data',), columns=('model', 'sparse')),
+)
 
 
 def make_mesh(
@@ -56,6 +98,38 @@ def _spec(rules: dict, dims: str) -> jax.P | None:
 def act(dims: str) -> jax.P | None:
   """Sharding of an activation: act('TF') is P(None, 'model')."""
   return _spec(ACTIVATION, dims)
+
+
+def partial(dims: str) -> jax.P | None:
+  """Sharding of an activation whose sum over `model` is still to be taken.
+
+  `reshard(x, act(dims))` takes it; partial results are added first, so that
+  several of them cross the wire as one.
+  """
+  spec = act(dims)
+  return spec and jax.P(*spec, unreduced={'model'})
+
+
+def table_layout(scheme: str) -> TableLayout:
+  """The layout of `scheme` on the mesh in use.
+
+  An axis of length 1 that splits nothing is listed among those of the rows:
+  nothing is then summed over it, which some backends do with a copy.
+  """
+  layout, axes = TABLE_LAYOUTS[scheme], axis_sizes()
+  idle = tuple(a for a in layout.copies if axes[a] == 1)
+  return dataclasses.replace(layout, rows=idle + layout.rows)
+
+
+def table(scheme: str) -> jax.P | None:
+  """Sharding of a value table [M, W]."""
+  return None if axis_sizes() is None else table_layout(scheme).spec
+
+
+def axis_sizes() -> dict[str, int] | None:
+  """Length of every axis of the mesh in use; None with no mesh set."""
+  mesh = jax.sharding.get_abstract_mesh()
+  return None if mesh.empty else dict(mesh.shape)
 
 
 def param(dims: str) -> jax.P | None:
@@ -103,11 +177,11 @@ def over_tokens(function: Callable, replicated: Sequence[int] = ()) -> Callable:
   return mapped
 
 
-def sharded(init: Callable, dims: str) -> Callable:
-  """The initializer `init`, its result placed as `param(dims)` says."""
+def sharded(init: Callable, spec: jax.P | None) -> Callable:
+  """The initializer `init`, its result placed as `spec` says."""
 
   def sharded_init(*args, **kwargs):
-    return reshard(init(*args, **kwargs), param(dims))
+    return reshard(init(*args, **kwargs), spec)
 
   return sharded_init
 

@@ -16,6 +16,8 @@ _COLLECTIVES = (
 _INSTRUCTION = re.compile(
   rf'^\s*(?:ROOT )?%?\S+ = (.*?) ({_COLLECTIVES})(-start)?\('
 )
+# Every device by itself: some backends keep such transfers, which move nothing.
+_ALONE = re.compile(r'replica_groups=(\{(\{\d+\},?)+\}|\[\d+,1\]<=)')
 _COMPUTATION = re.compile(r'^(?:ENTRY )?%?(\S+) \(.*\{$')
 _CALL = re.compile(r'^\s*(?:ROOT )?%?\S+ = (.*?) fusion\(.*calls=%?([\w.\-]+)')
 _ARRAY = re.compile(r'\b([a-z]\w*\[[\d,]*\])')
@@ -48,7 +50,7 @@ def collectives(text: str) -> list[Collective]:
   for line in text.splitlines():
     if start := _COMPUTATION.match(line):
       computation = start[1]
-    elif match := _INSTRUCTION.match(line):
+    elif (match := _INSTRUCTION.match(line)) and not _ALONE.search(line):
       result, op, is_start = match.groups()
       found.append((computation, op, _results(result, op, bool(is_start))))
     elif match := _CALL.match(line):

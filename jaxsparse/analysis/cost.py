@@ -67,7 +67,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
   return dataclasses.replace(
     parameters,
     memory=num_memories * memory_parameters(memory, config.model_dim),
-    values=num_memories * memory.num_slots * memory.value_dim,
+    values=num_memories * memory.table_rows * memory.value_dim,
     gains=gains + num_memories * _memory_gains(memory),
   )
 

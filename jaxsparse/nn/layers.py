@@ -29,7 +29,7 @@ def weight(
   Gathered over `data` before the cast, such that its gradient is summed over
   the devices in float32.
   """
-  init = mesh.sharded(nn.initializers.normal(variance**0.5), dims)
+  init = mesh.sharded(nn.initializers.normal(variance**0.5), mesh.param(dims))
   return mesh.gather(module.param(name, init, shape), dims).astype(dtype)
 
 
@@ -58,7 +58,7 @@ class RMSNorm(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
-    init = mesh.sharded(nn.initializers.ones, self.dim)
+    init = mesh.sharded(nn.initializers.ones, mesh.param(self.dim))
     scale = mesh.gather(self.param('scale', init, x.shape[-1:]), self.dim)
     x = x.astype(jnp.float32)
     mean_square = jnp.square(x).mean(axis=-1, keepdims=True)
@@ -109,13 +109,15 @@ class MLP(nn.Module):
 
   'swiglu' is eq. 6 of Shazeer 2020 (arXiv:2002.05202), with the matrices
   `gate`, `up` and `down`; 'gelu' has `up` and `down` and the tanh form of GELU.
-  `num_layers` is the depth L of the model, for the initial values.
+  `num_layers` is the depth L of the model, for the initial values. With
+  `is_partial` the sum over `model` is left to the caller, see `mesh.partial`.
   """
 
   width: int
   kind: str = 'swiglu'
   num_layers: int = 1
   dtype: jax.typing.DTypeLike = jnp.float32
+  is_partial: bool = False
 
   @nn.compact
   def __call__(
@@ -136,5 +138,5 @@ class MLP(nn.Module):
       hidden = nn.gelu(project('up'))
     variance = 1 / (2 * self.num_layers * width)
     down = weight(self, 'down', 'FD', (width, model_dim), variance, self.dtype)
-    y = jnp.einsum('btf,fd->btd', hidden, down, out_sharding=mesh.act('BTD'))
-    return y, {}
+    spec = mesh.partial('BTD') if self.is_partial else mesh.act('BTD')
+    return jnp.einsum('btf,fd->btd', hidden, down, out_sharding=spec), {}

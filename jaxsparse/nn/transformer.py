@@ -71,7 +71,9 @@ class Block(nn.Module):
   """Attention, then an MLP and, where a placement reads, a memory beside it.
 
   The memory layer's output is returned apart: its place in the residual stream
-  may be after a later block.
+  may be after a later block, which gets it as `arriving`. It is added to the
+  MLP's while both are partial sums over `model`, such that a memory layer costs
+  no collective there.
   """
 
   config: ModelConfig
@@ -85,6 +87,7 @@ class Block(nn.Module):
     positions: Int[Array, 'B T'],
     segment_ids: Int[Array, 'B T'],
     cache: Cache | None = None,
+    arriving: tuple[Float[Array, 'B T D'], ...] = (),
   ) -> tuple[
     Float[Array, 'B T D'], Float[Array, 'B T D'] | None, Cache | None, Metrics
   ]:
@@ -102,16 +105,27 @@ class Block(nn.Module):
     x = x + self._drop(y)
     h = norm(name='mlp_norm')(x)
     y, mlp_metrics = MLP(
-      config.mlp_dim, config.mlp, config.num_layers, config.dtype, name='mlp'
+      config.mlp_dim,
+      config.mlp,
+      config.num_layers,
+      config.dtype,
+      is_partial=self._is_partial,
+      name='mlp',
     )(h)
-    x = x + self._drop(y)
+    y = self._drop(y)
     metrics = _prefixed('attention', metrics) | _prefixed('mlp', mlp_metrics)
     cache = cache | dict(attention=attention_cache) if cache else None
-    if self.index not in dict(_placements(config)):
-      return x, None, cache, metrics
-    memory_y, cache, memory_metrics = self._memory(h, segment_ids, cache)
-    metrics |= _prefixed('memory', memory_metrics)
-    return x, self._drop(memory_y), cache, metrics
+    memory_y = None
+    write = dict(_placements(config)).get(self.index)
+    if write is not None:
+      memory_y, cache, memory_metrics = self._memory(h, segment_ids, cache)
+      memory_y = self._drop(memory_y)
+      metrics |= _prefixed('memory', memory_metrics)
+    if write == self.index:
+      arriving, memory_y = (*arriving, memory_y), None
+    for other_y in arriving:
+      y += other_y
+    return x + mesh.reshard(y, mesh.act('BTD')), memory_y, cache, metrics
 
   def _memory(self, h, segment_ids, cache):
     config = self.config
@@ -120,6 +134,7 @@ class Block(nn.Module):
       config.num_layers,
       jnp.dtype(config.dtype),
       salt=self.index,
+      is_partial=self._is_partial,
       name='memory',
     )
     if cache is None or 'memory' not in cache:
@@ -133,6 +148,11 @@ class Block(nn.Module):
     )
     context = dict(inputs=inputs, segment_ids=segments)
     return y, cache | dict(memory=context), metrics
+
+  @property
+  def _is_partial(self) -> bool:
+    """Whether sums over `model` wait; dropout needs them before its mask."""
+    return self.deterministic or not self.config.dropout_rate
 
   def _drop(self, y: jax.Array) -> jax.Array:
     if self.deterministic or not self.config.dropout_rate:
@@ -210,12 +230,15 @@ class Transformer(nn.Module):
     for i in range(config.num_layers):
       block = block_type(config, i, deterministic, name=_name(i))
       x, memory_y, block_cache, block_metrics = block(
-        x, positions, segment_ids, _block_cache(cache, i)
+        x,
+        positions,
+        segment_ids,
+        _block_cache(cache, i),
+        pending.pop(i, ()),
       )
-      if i in write_of:
-        pending.setdefault(write_of[i], []).append(memory_y)
-      for y in pending.pop(i, []):
-        x = x + y
+      if memory_y is not None:
+        write = write_of[i]
+        pending[write] = (*pending.get(write, ()), memory_y)
       metrics['aux_loss'] += block_metrics.pop('aux_loss', 0.0)
       metrics |= _prefixed(_name(i), block_metrics)
       if new_cache is not None:
@@ -255,8 +278,6 @@ def _check_sizes(config: ModelConfig, batch_size: int) -> None:
     model_dim=(config.model_dim, 'D'),
     batch_size=(batch_size, 'B'),
   )
-  if config.memory:
-    sizes['memory.num_keys ** 2'] = (config.memory.num_slots, 'M')
   for name, (size, dim) in sizes.items():
     axes, num_shards = mesh.shards(dim)
     if size % num_shards:

@@ -23,18 +23,22 @@ from jaxsparse import mesh
 from jaxsparse.config import UltraMemConfig
 from jaxsparse.nn.ultramem_init import parameters
 from jaxsparse.ops import addressing, usage
+from jaxsparse.ops.sharded_bag import sharded_value_bag
+from jaxsparse.ops.table_scheme import TableUse, choose_scheme
 from jaxsparse.ops.tucker import (
   Directions,
   lower_singular_loss,
   singular_values,
   tucker_top_m,
 )
-from jaxsparse.ops.value_bag import value_bag
 
 Metrics = dict[str, jax.Array]
 
 # The inputs before the first position, and their segment ids.
 Context = tuple[Float[Array, 'B S D'], Int[Array, 'B S']]
+
+# Collections of variables for the row-sparse gradient of the value table.
+TAPS, ENTRIES = 'taps', 'entries'
 
 _NORM_EPSILON = 1e-5
 
@@ -49,12 +53,15 @@ class UltraMem(nn.Module):
       norms and sums of values.
     salt: picks the bijection of this layer's addresses. A trained layer needs
       the salt it was trained with.
+    is_partial: leave the output's sum over the mesh axis `model` to the caller,
+      see `mesh.partial`.
   """
 
   config: UltraMemConfig
   num_layers: int = 1
   dtype: jax.typing.DTypeLike = jnp.float32
   salt: int = 0
+  is_partial: bool = False
 
   @nn.compact
   def __call__(
@@ -77,16 +84,31 @@ class UltraMem(nn.Module):
       directions: pre-filter vectors of an imported checkpoint.
       permutation: table of virtual addresses of an imported checkpoint.
 
+    Given a variable 'pooled' in the collection `TAPS`, zeros in the shape of
+    the pools [B, T, E, W], the value table gets no gradient: that of the tap
+    and the entries sown in `ENTRIES` are the table's gradient row by row.
+
     Returns:
       The output, and scalars: 'aux_loss', already weighted; 'slots_used' and
       'unevenness' over the whole batch; 'score_mean' and 'score_std' of the
       kept scores; 'core_singular_0' and on, mean over heads.
+
+    Raises:
+      UserError: the scheme cuts the table into uneven or too narrow slices.
     """
-    declared = parameters(self.config, x.shape[-1], self.num_layers)
+    declared = parameters(
+      self.config,
+      x.shape[-1],
+      self.num_layers,
+      table_scheme(self.config, self.dtype),
+    )
     params = {
-      name: self.param(name, mesh.sharded(init, dims), shape)
-      for name, (init, dims, shape) in declared.items()
+      name: self.param(name, mesh.sharded(init, spec), shape)
+      for name, (init, spec, shape) in declared.items()
     }
+    tap = None
+    if self.has_variable(TAPS, 'pooled'):
+      tap = self.get_variable(TAPS, 'pooled')
     y, read = ultramem_forward(
       params,
       x.astype(self.dtype),
@@ -96,9 +118,41 @@ class UltraMem(nn.Module):
       directions=directions,
       permutation=permutation,
       salt=self.salt,
+      tap=tap,
+      is_partial=self.is_partial,
     )
     self.sow('intermediates', 'slots', read['slots'])
+    if tap is not None:
+      self.sow(
+        ENTRIES, 'pooled', (read['slots'], read['weights'], read['blocks'])
+      )
     return y, ultramem_metrics(params, read, self.config)
+
+
+def table_use(config: UltraMemConfig, dtype: jax.typing.DTypeLike) -> TableUse:
+  """Sizes of the layer's table and of what a token reads of it."""
+  return TableUse(
+    num_rows=config.table_rows,
+    width=config.value_dim,
+    num_reads=config.num_heads * config.num_selected,
+    num_cores=config.num_cores,
+    num_groups=config.expansion,
+    table_bytes=jnp.dtype(config.value_dtype).itemsize,
+    wire_bytes=jnp.dtype(dtype).itemsize,
+  )
+
+
+def table_scheme(config: UltraMemConfig, dtype: jax.typing.DTypeLike) -> str:
+  """The scheme in use on the present mesh, 'auto' resolved.
+
+  Raises:
+    UserError: the scheme cuts the table into uneven or too narrow slices.
+  """
+  axes = mesh.axis_sizes()
+  if axes is None:
+    return 'columns'
+  use = table_use(config, dtype)
+  return choose_scheme(config.scheme, use, axes, jax.default_backend())
 
 
 def ultramem_forward(
@@ -111,16 +165,20 @@ def ultramem_forward(
   directions: Directions | None = None,
   permutation: Int[Array, 'V'] | None = None,
   salt: int = 0,
+  tap: Float[Array, 'B T E W'] | None = None,
+  is_partial: bool = False,
 ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array]]:
   """The layer as a function of its parameters; `UltraMem` explains the rest.
 
   Returns:
-    The output in the type of `x`, and what was read: 'scores' [B, T, P, m, c],
-    'slots' [B, T, P * m] and 'hits' [M], over the whole batch.
+    The output in the type of `x`, and what was read: 'scores' [B, T, P, m, c];
+    'slots', 'weights' and 'blocks' [B, T, P * m (, c)], the entries of the
+    value bag; 'hits' [M], over the whole batch.
   """
   weights = {
     name: mesh.gather(value, _COMPUTE_DIMS.get(name, '.' * value.ndim))
     for name, value in params.items()
+    if name != 'value_table'
   }
   h = x
   if 'query_conv' in weights:
@@ -131,31 +189,42 @@ def ultramem_forward(
   query = _rms_norm(query, weights['query_scale'], axis=-1)
   keys = _rms_norm(weights['keys'], weights['key_scale'], axis=-2)
 
-  def read(query, keys, cores, table, directions, permutation):
-    return _read(
-      query, keys, cores, table, directions, permutation, config, salt
-    )
+  def retrieve(query, keys, cores, directions, permutation):
+    return _retrieve(query, keys, cores, directions, permutation, config, salt)
 
-  # From here to the pools everything is local to a device's tokens.
-  pooled, scores, slots, hits = mesh.over_tokens(read, (1, 2, 3, 4, 5))(
-    query, keys, weights['cores'], weights['value_table'], directions,
-    permutation,
-  )  # fmt: skip
-  output = weights['output'].astype(x.dtype)
-  y = jnp.einsum('btew,ewd->btd', pooled.astype(x.dtype), output)
-  return y, dict(scores=scores, slots=slots, hits=hits.sum(0))
+  scores, slots, blocks, hits = mesh.over_tokens(retrieve, (1, 2, 3, 4))(
+    query, keys, weights['cores'], directions, permutation
+  )
+  entry_weights = scores.reshape(*slots.shape, -1)
+  table = params['value_table']
+  pooled = sharded_value_bag(
+    table if tap is None else jax.lax.stop_gradient(table),
+    slots,
+    entry_weights,
+    blocks,
+    config.expansion,
+    scheme=table_scheme(config, x.dtype),
+    dtype=x.dtype,
+    table_gradient=config.table_gradient,
+  )
+  if tap is not None:
+    pooled += tap
+  y = jnp.einsum(
+    'btew,ewd->btd',
+    pooled,
+    weights['output'].astype(x.dtype),
+    out_sharding=mesh.partial('BTD') if is_partial else mesh.act('BTD'),
+  )
+  read = dict(scores=scores, slots=slots, weights=entry_weights, blocks=blocks)
+  return y, read | dict(hits=hits.sum(0))
 
 
 # Dimensions whose storage is spread over devices, see `ultramem_init`.
-_COMPUTE_DIMS = {
-  'query': 'D..', 'query_conv': '.D', 'value_table': 'M.', 'output': '..D'
-}  # fmt: skip
+_COMPUTE_DIMS = {'query': 'D..', 'query_conv': '.D', 'output': '.WD'}
 
 
-def _read(
-  query, keys, cores, table, directions, permutation, config, salt
-):  # fmt: skip
-  """Retrieval and pooling on one device: query [B, T, 2, k] to pools."""
+def _retrieve(query, keys, cores, directions, permutation, config, salt):
+  """One device's tokens: query [B, T, 2, k] to scores, slots, blocks, hits."""
   batch = query.shape[:2]
   query = query.reshape(-1, *query.shape[2:])
   row, column = (_rank_scores(query[:, s], keys[:, s]) for s in range(2))
@@ -172,19 +241,10 @@ def _read(
   else:
     virtual = addressing.look_up(address, permutation)
   block, slot = addressing.split(virtual, config.num_slots)
-  num_tokens, E = len(query), config.expansion
-  slot = slot.reshape(num_tokens, -1)
-  pooled = value_bag(
-    table,
-    slot,
-    scores.reshape(*slot.shape, -1),
-    block.reshape(slot.shape) if E > 1 else None,
-    E,
-  )
-  pooled, scores, slot = (
-    x.reshape(*batch, *x.shape[1:]) for x in (pooled, scores, slot)
-  )
-  return pooled, scores, slot, usage.count_hits(slot, config.num_slots)[None]
+  hits = usage.count_hits(slot, config.num_slots)
+  scores = scores.reshape(*batch, *scores.shape[1:])
+  slot, block = (x.reshape(*batch, -1) for x in (slot, block))
+  return scores, slot, block if config.expansion > 1 else None, hits[None]
 
 
 def _rank_scores(

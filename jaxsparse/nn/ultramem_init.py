@@ -15,9 +15,11 @@ import functools
 from collections.abc import Callable
 
 import flax.linen as nn
+import jax
 import numpy as np
 import scipy.special
 
+from jaxsparse import mesh
 from jaxsparse.config import UltraMemConfig
 
 
@@ -113,29 +115,44 @@ def initial_scales(
 
 
 def parameters(
-  config: UltraMemConfig, model_dim: int, num_layers: int
-) -> dict[str, tuple[Callable, str, tuple[int, ...]]]:
-  """Initializer, sharded dimensions and shape of every parameter."""
+  config: UltraMemConfig,
+  model_dim: int,
+  num_layers: int,
+  scheme: str = 'columns',
+) -> dict[str, tuple[Callable, jax.P | None, tuple[int, ...]]]:
+  """Initializer, sharding and shape of every parameter.
+
+  Args:
+    config: of the layer.
+    model_dim: width D.
+    num_layers: blocks L of the model.
+    scheme: of the value table: 'columns', 'rows' or 'grid'.
+  """
   scales = initial_scales(config, model_dim, num_layers)
   normal, constant = nn.initializers.normal, nn.initializers.constant
+  param = mesh.param
   k, r, P = config.key_dim, config.tucker_rank, config.num_heads
-  E, W, M = config.expansion, config.value_dim, config.num_slots
+  E, W, M = config.expansion, config.value_dim, config.table_rows
   w = k // r if config.split_key_dim else k
   Q, taps = config.num_logical_keys, config.query_conv_taps
   declared = {
-    'query': (normal(scales.query), 'D..', (model_dim, 2, k)),
-    'query_scale': (constant(scales.query_scale), '.', (k,)),
-    'keys': (normal(scales.keys), '.....', (P, 2, Q, w, r)),
-    'key_scale': (constant(scales.key_scale), '.', (w,)),
+    'query': (normal(scales.query), param('D..'), (model_dim, 2, k)),
+    'query_scale': (constant(scales.query_scale), param('.'), (k,)),
+    'keys': (normal(scales.keys), param('.....'), (P, 2, Q, w, r)),
+    'key_scale': (constant(scales.key_scale), param('.'), (w,)),
     'cores': (
       nn.initializers.uniform(scales.cores),
-      '....',
+      param('....'),
       (config.num_cores, P, r, r),
     ),
-    'value_table': (normal(scales.values), 'M.', (M, W)),
-    'output': (normal(scales.output), '..D', (E, W, model_dim)),
+    'value_table': (
+      normal(scales.values, config.value_dtype),
+      mesh.table(scheme),
+      (M, W),
+    ),
+    'output': (normal(scales.output), param('.WD'), (E, W, model_dim)),
   }
   if taps > 0:
-    conv = (normal(taps**-0.5), '.D', (taps, model_dim))
+    conv = (normal(taps**-0.5), param('.D'), (taps, model_dim))
     declared['query_conv'] = conv
   return declared

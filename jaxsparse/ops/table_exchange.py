@@ -1,0 +1,168 @@
+"""What devices that share a value table send each other, inside `shard_map`.
+
+A device has t tokens of its own and m rows x w columns of the table [M, W]; the
+devices of its group have together T tokens and the whole table (over `model`
+tokens are the same and columns are not, so nothing is sent). In the forward
+pass row numbers and weights are gathered, [t, k] to [T, k], and pools come
+home, [T, G, w] to [t, G, W]; what autodiff makes of it sends the mirror image.
+"""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsparse import mesh
+
+Entries = tuple[
+  Int[Array, 'T k'], Float[Array, 'T k c'], Int[Array, 'T k'] | None
+]
+
+
+@dataclasses.dataclass(frozen=True)
+class TableExchange:
+  """The exchange of one scheme on the mesh in use."""
+
+  layout: mesh.TableLayout
+  # Length of every mesh axis.
+  axes: dict[str, int]
+  # Rows of the whole table.
+  num_rows: int
+
+  def _split(self, axes: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(a for a in axes if self.axes[a] > 1)
+
+  @property
+  def sends(self) -> bool:
+    """Whether a group is more than one device."""
+    return bool(self._split(self.layout.group))
+
+  def gather(
+    self,
+    slot: Int[Array, 't k'],
+    weight: Float[Array, 't k c'],
+    group: Int[Array, 't k'] | None,
+  ) -> Entries:
+    """The entries of the whole group's tokens.
+
+    Row and pool of an entry travel as one 32-bit number.
+    """
+    over = self._split(self.layout.group)
+    if not over:
+      return slot, weight, group
+    virtual = slot.astype(jnp.uint32)
+    if group is not None:
+      virtual += group.astype(jnp.uint32) * jnp.uint32(self.num_rows)
+    virtual = jax.lax.all_gather(virtual, over, tiled=True)
+    weight = jax.lax.all_gather(weight, over, tiled=True)
+    if group is None:
+      return virtual.astype(jnp.int32), weight, None
+    group, slot = jnp.divmod(virtual, jnp.uint32(self.num_rows))
+    return slot.astype(jnp.int32), weight, group.astype(jnp.int32)
+
+  def bring_home(self, pooled: Float[Array, 'T G w']) -> Float[Array, 't G W']:
+    """Adds up the parts of each pool and sends them to their tokens."""
+    for axis in self._split(self.layout.rows):
+      pooled = jax.lax.psum_scatter(pooled, axis, tiled=True)
+    for axis in self._split(self.layout.exchanged):
+      pooled = jax.lax.all_to_all(pooled, axis, 0, 2, tiled=True)
+    return pooled
+
+  def send_out(self, pooled: Float[Array, 't G W']) -> Float[Array, 'T G w']:
+    """Brings every token's own columns to the devices that hold them."""
+    for axis in self._split(self.layout.exchanged):
+      pooled = jax.lax.all_to_all(pooled, axis, 2, 0, tiled=True)
+    for axis in self._split(self.layout.rows):
+      pooled = jax.lax.all_gather(pooled, axis, tiled=True)
+    return pooled
+
+  def add_up(self, parts: Float[Array, 'T k']) -> Float[Array, 't k']:
+    """Sums of the group's parts, each token's at its home."""
+    over = self._split(self.layout.group)
+    if over:
+      parts = jax.lax.psum_scatter(parts, over, tiled=True)
+    over = self._split(('model',))
+    return jax.lax.psum(parts, over) if over else parts
+
+  def first_row(self) -> Int[Array, ''] | int:
+    """Number of this device's first row."""
+    over = self._split(self.layout.rows)
+    if not over:
+      return 0
+    num_pieces = math.prod(self.axes[a] for a in over)
+    return jax.lax.axis_index(over) * (self.num_rows // num_pieces)
+
+  def own_cores(
+    self, weight: Float[Array, 'T k c'], width: int
+  ) -> Float[Array, 'T k b']:
+    """Weights of the blocks of this device's `width` columns.
+
+    Core i weighs the i-th of c equal blocks of all W columns; a slice may begin
+    or end inside one, so its blocks may be narrower than a core's.
+    """
+    over = self._split(self.layout.columns)
+    num_cores = weight.shape[-1]
+    if not over or num_cores == 1:
+      return weight
+    per_core = width * math.prod(self.axes[a] for a in over) // num_cores
+    block = math.gcd(width, per_core)
+    first = jax.lax.axis_index(over) * width
+    core = (first + jnp.arange(width // block) * block) // per_core
+    # A product with ones and zeros: the gradient of an index would add scalars
+    # one by one, which is slow on GPU.
+    is_own = jnp.arange(num_cores)[:, None] == core[None]
+    return jnp.einsum(
+      'tkc,cb->tkb',
+      weight,
+      is_own.astype(weight.dtype),
+      precision=jax.lax.Precision.HIGHEST,
+    )
+
+  def own_rows(
+    self, entries: Entries, num_rows: int
+  ) -> tuple[Entries, Int[Array, 'T'] | None]:
+    """Entries with this device's `num_rows` rows come first in each token.
+
+    Returns:
+      The entries, rows counted from this device's first, and how many of each
+      token's are its own; None when it has all rows.
+    """
+    slot, weight, group = entries
+    if not self._split(self.layout.rows):
+      return entries, None
+    local = slot - self.first_row()
+    is_own = (local >= 0) & (local < num_rows)
+    order, inverse = _front(is_own)
+    local = jnp.where(is_own, local, 0)
+    entries = (
+      jnp.take_along_axis(local, order, axis=1),
+      _permuted(weight, order, inverse),
+      None if group is None else jnp.take_along_axis(group, order, axis=1),
+    )
+    return entries, is_own.sum(axis=1, dtype=jnp.int32)
+
+
+def _front(
+  is_own: Bool[Array, 'T k'],
+) -> tuple[Int[Array, 'T k'], Int[Array, 'T k']]:
+  """The order that puts owned entries first, and its inverse."""
+  order = jnp.argsort(~is_own, axis=1, stable=True)
+  return order, jnp.argsort(order, axis=1)
+
+
+@jax.custom_vjp
+def _permuted(weight, order, inverse):
+  """Entries in another order, with a gradient that is an order as well."""
+  return jnp.take_along_axis(weight, order[..., None], axis=1)
+
+
+_permuted.defvjp(
+  lambda weight, order, inverse: (_permuted(weight, order, inverse), inverse),
+  lambda inverse, cotangent: (
+    jnp.take_along_axis(cotangent, inverse[..., None], axis=1),
+    None,
+    None,
+  ),
+)

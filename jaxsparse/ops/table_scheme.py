@@ -1,0 +1,132 @@
+"""Which way to split a value table over devices, and what each way sends.
+
+Letters: M rows, W value width, k rows read per token, c cores, E groups (pools
+per token), P devices that share one copy of the table, b bytes per element on
+the wire. Every device sends, per token of its own, in the forward pass
+
+  I = k (4 + b c)                        row numbers and weights
+  columns  (P - 1) I + (P - 1) / P  E W b
+  rows     (P - 1) I + (P - 1)      E W b
+  grid     (P - 1) I + (Pr - 1) E W b + (Pc - 1) / Pc  E W b,  P = Pr Pc
+
+and about as much again in the backward pass.
+"""
+
+import dataclasses
+import math
+
+from jaxsparse import mesh
+from jaxsparse.errors import UserError
+
+SCHEMES = tuple(mesh.TABLE_LAYOUTS)
+
+# Narrowest slice of a row that a backend reads at full speed: a GPU wants whole
+# cache lines, and a TPU pads to its lanes, which doubles the memory of a slice
+# half as wide. CPU devices stand in for the others, in tests.
+_FLOOR_BYTES = {'gpu': 128}
+_FLOOR_COLUMNS = {'tpu': 128}
+
+
+@dataclasses.dataclass(frozen=True)
+class TableUse:
+  """A table and what one token reads of it."""
+
+  # Rows M and columns W of the table.
+  num_rows: int
+  width: int
+  # Rows k that a token reads.
+  num_reads: int
+  # Weights c of each row read, and pools E of each token.
+  num_cores: int
+  num_groups: int
+  # Bytes of one element in the table, and of weights and pools on the wire.
+  table_bytes: int
+  wire_bytes: int
+
+
+def bytes_per_token(scheme: str, use: TableUse, axes: dict[str, int]) -> float:
+  """Bytes that a device sends for each of its tokens, forward.
+
+  Args:
+    scheme: 'columns', 'rows' or 'grid'.
+    use: sizes of the table and of the reads.
+    axes: length of every mesh axis.
+  """
+  layout = mesh.TABLE_LAYOUTS[scheme]
+  over = math.prod(axes[a] for a in layout.group)
+  over_rows = math.prod(axes[a] for a in layout.rows)
+  over_columns = math.prod(axes[a] for a in layout.exchanged)
+  index = use.num_reads * (4 + use.wire_bytes * use.num_cores)
+  pooled = use.num_groups * use.width / axes['model'] * use.wire_bytes
+  exchanged = (over_columns - 1) / over_columns
+  return (over - 1) * index + (over_rows - 1 + exchanged) * pooled
+
+
+def choose_scheme(
+  scheme: str, use: TableUse, axes: dict[str, int], platform: str
+) -> str:
+  """`scheme`, or for 'auto' the one that sends least of those that fit.
+
+  Args:
+    scheme: 'auto', 'columns', 'rows' or 'grid'.
+    use: sizes of the table and of the reads.
+    axes: length of every mesh axis.
+    platform: 'cpu', 'gpu' or 'tpu', which has a floor for the width of slices.
+
+  Raises:
+    UserError: the scheme, or with 'auto' every scheme, cuts slices that are
+      uneven or narrower than the floor.
+  """
+  if scheme != 'auto':
+    trouble = _trouble(scheme, use, axes, platform)
+    if trouble:
+      raise UserError(f'memory.scheme={scheme} {trouble}')
+    return scheme
+  troubles = {s: _trouble(s, use, axes, platform) for s in SCHEMES}
+  fitting = [s for s in SCHEMES if not troubles[s]]
+  if not fitting:
+    raise UserError(
+      f'memory.scheme=auto finds no way to split the value table: '
+      f'columns {troubles["columns"]}'
+    )
+  return min(fitting, key=lambda s: bytes_per_token(s, use, axes))
+
+
+def _trouble(
+  scheme: str, use: TableUse, axes: dict[str, int], platform: str
+) -> str:
+  """What speaks against the scheme; nothing: ''."""
+  layout = mesh.TABLE_LAYOUTS[scheme]
+  over_rows = math.prod(axes[a] for a in layout.rows)
+  over_columns = math.prod(axes[a] for a in layout.columns)
+  if use.num_rows % over_rows:
+    return (
+      f'splits rows over mesh.{" x mesh.".join(layout.rows)} = {over_rows}, '
+      f'which must divide the {use.num_rows} rows of the table.'
+    )
+  floor = max(
+    _FLOOR_COLUMNS.get(platform, 1),
+    math.ceil(_FLOOR_BYTES.get(platform, 1) / use.table_bytes),
+  )
+  columns = use.width / over_columns
+  if columns % 1 or columns < floor:
+    return (
+      f'splits memory.value_dim = {use.width} over '
+      f'mesh.{" x mesh.".join(layout.columns)} = {over_columns}, but a slice '
+      f'must be a whole number of at least {floor} columns on this platform: '
+      'lower these axes, or use rows.'
+    )
+  return ''
+
+
+def describe_scheme(scheme: str, use: TableUse, axes: dict[str, int]) -> str:
+  """One line: the scheme, a device's part of the table, bytes per token."""
+  layout = mesh.TABLE_LAYOUTS[scheme]
+  rows = use.num_rows // math.prod(axes[a] for a in layout.rows)
+  columns = use.width // math.prod(axes[a] for a in layout.columns)
+  sent = bytes_per_token(scheme, use, axes)
+  return (
+    f'value tables split by {scheme}: {rows:,} x {columns} of '
+    f'{use.num_rows:,} x {use.width} on a device; '
+    f'{sent / 1e3:.1f} KB sent per token and memory layer, forward.'
+  )
