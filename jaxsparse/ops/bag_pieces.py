@@ -12,8 +12,12 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-# Gathered rows of one piece.
+# Gathered rows of one chunk of tokens: for a TPU's fast memory, or for the
+# second-level cache of a CPU's core.
 CHUNK_BYTES = 2**23
+CHUNK_BYTES_CPU = 2**21
+
+# Entries per piece where a loop over them can end early.
 _ENTRIES = 8
 
 
@@ -107,25 +111,30 @@ def over_entries(step: Callable, carry, entries, num_used, at_once: int):
       result,
     )
 
-  if num_used is not None:
+  state = (carry, results)
+  if num_used is None:
+    # What the carry starts as is fused into the first piece.
+    state = jax.lax.fori_loop(1, num_pieces, body, body(0, state))
+  else:
     num_pieces = (num_used.max() + at_once - 1) // at_once
-  carry, results = jax.lax.fori_loop(0, num_pieces, body, (carry, results))
+    state = jax.lax.fori_loop(0, num_pieces, body, state)
+  carry, results = state
   return carry, jax.tree.map(lambda x: x[:, :num_entries], results)
 
 
-def over_tokens(pool: Callable, carry, arrays, row_bytes: int):
+def over_tokens(pool: Callable, carry, arrays, max_tokens: int):
   """Runs `pool(carry, chunk) -> carry, result` over chunks of the tokens.
 
   Args:
     pool: result is an array [t, ...].
     arrays: [T, ...], padded with zeros where the chunks do not divide them.
-    row_bytes: what a token gathers, which decides the size of a chunk.
+    max_tokens: tokens in a chunk, at most; one if it is 0.
 
   Returns:
     The last carry, and results joined to [T, ...].
   """
   num_tokens = jax.tree.leaves(arrays)[0].shape[0]
-  size = max(1, min(num_tokens, CHUNK_BYTES // row_bytes))
+  size = max(1, min(num_tokens, max_tokens))
   num_chunks = math.ceil(num_tokens / size)
   size = math.ceil(num_tokens / num_chunks)
 

@@ -149,14 +149,18 @@ def _forward(table, slot, weight, group, num_used, num_groups):
   def unrolled(at_once):
     return lambda *args: _forward_unrolled(*args, num_groups, at_once)
 
-  def chunked(*args):
-    return _forward_chunked(*args, num_groups)
+  def chunked(chunk_bytes):
+    return lambda *args: _forward_chunked(*args, num_groups, chunk_bytes)
 
   is_narrow = table.dtype.itemsize < 4
   return jax.lax.platform_dependent(
     table, slot, weight, group, num_used,
-    cpu=chunked if is_narrow else unrolled(_UNROLL_CPU),
-    tpu=chunked,
+    cpu=(
+      chunked(bag_pieces.CHUNK_BYTES_CPU)
+      if is_narrow
+      else unrolled(_UNROLL_CPU)
+    ),
+    tpu=chunked(bag_pieces.CHUNK_BYTES),
     default=unrolled(
       _UNROLL_GPU if num_used is None else _UNROLL_GPU_IN_USE
     ),
@@ -210,7 +214,9 @@ def _forward_unrolled(
   return pooled_TGW
 
 
-def _forward_chunked(table, slot, weight, group, num_used, num_groups):
+def _forward_chunked(
+  table, slot, weight, group, num_used, num_groups, chunk_bytes
+):  # fmt: skip
   dtype = bag_pieces.accumulator(table, weight)
   num_cores, width = weight.shape[2], table.shape[1]
   at_once = bag_pieces.entries_at_once(slot, num_used)
@@ -236,6 +242,9 @@ def _forward_chunked(table, slot, weight, group, num_used, num_groups):
     return None, pooled
 
   _, pooled = bag_pieces.over_tokens(
-    pool, None, (slot, weight, group, num_used), at_once * table[0].nbytes
+    pool,
+    None,
+    (slot, weight, group, num_used),
+    chunk_bytes // (at_once * table[0].nbytes),
   )
   return pooled.reshape(slot.shape[0], num_groups, width)

@@ -33,7 +33,9 @@ def of_weight(table, slot, weight, group, num_used, cotangent):
     return jnp.zeros_like(weight)
   return jax.lax.platform_dependent(
     table, slot, weight, group, num_used, cotangent,
-    cpu=_of_weight_chunked, tpu=_of_weight_chunked, default=_of_weight_whole,
+    cpu=_of_weight_chunked(bag_pieces.CHUNK_BYTES_CPU),
+    tpu=_of_weight_chunked(bag_pieces.CHUNK_BYTES),
+    default=_of_weight_whole,
   )  # fmt: skip
 
 
@@ -50,7 +52,9 @@ def of_table(table, slot, weight, group, num_used, cotangent, way):
   sequential, parallel = ways[way]
   return jax.lax.platform_dependent(
     table, slot, weight, group, num_used, cotangent,
-    cpu=sequential, tpu=sequential, default=parallel,
+    cpu=sequential(bag_pieces.CHUNK_BYTES_CPU),
+    tpu=sequential(bag_pieces.CHUNK_BYTES),
+    default=parallel,
   ).astype(table.dtype)  # fmt: skip
 
 
@@ -65,19 +69,15 @@ def _split(x, num_cores):
   return x.reshape(*x.shape[:-1], num_cores, -1)
 
 
-def _add_weight_gradient(table, cotangent_TGW, num_cores, entries):
-  slot, group = entries
-  dtype = bag_pieces.accumulator(table, cotangent_TGW)
-  rows_TkW = bag_pieces.rows(table, slot).astype(dtype)
-  pooled_TkW = _of_pool(cotangent_TGW.astype(dtype), group)
-  return _split(rows_TkW * pooled_TkW, num_cores).sum(-1)
-
-
 def _of_weight_whole(table, slot, weight, group, num_used, cotangent):
+  """By a sum of products, which a GPU fuses with the gather of the rows."""
+  dtype = bag_pieces.accumulator(table, cotangent)
+
   def step(_, entries):
-    return None, _add_weight_gradient(
-      table, cotangent, weight.shape[-1], entries
-    )
+    slot, group = entries
+    rows_TkW = bag_pieces.rows(table, slot).astype(dtype)
+    pooled_TkW = _of_pool(cotangent.astype(dtype), group)
+    return None, _split(rows_TkW * pooled_TkW, weight.shape[-1]).sum(-1)
 
   at_once = slot.shape[1] if num_used is None else _ENTRIES_GPU
   _, d_weight = bag_pieces.over_entries(
@@ -86,28 +86,46 @@ def _of_weight_whole(table, slot, weight, group, num_used, cotangent):
   return d_weight.astype(weight.dtype)
 
 
-def _of_weight_chunked(table, slot, weight, group, num_used, cotangent):
-  at_once = bag_pieces.entries_at_once(slot, num_used)
+def _of_weight_chunked(chunk_bytes):
+  """By a matmul of gathered rows with all of a token's pools.
 
-  def on_chunk(_, chunk):
-    cotangent, num_used, *entries = chunk
+  A CPU adds up a sum of products one by one.
+  """
 
-    def step(_, entries):
-      return None, _add_weight_gradient(
-        table, cotangent, weight.shape[-1], entries
+  def of_weight(table, slot, weight, group, num_used, cotangent):
+    dtype = bag_pieces.accumulator(table, cotangent)
+    at_once = bag_pieces.entries_at_once(slot, num_used)
+    num_cores = weight.shape[-1]
+
+    def on_chunk(_, chunk):
+      cotangent_tGW, num_used, *entries = chunk
+
+      def step(_, entries):
+        slot, group = entries
+        d_weight_tkGc = jnp.einsum(
+          'tkcw,tgcw->tkgc',
+          _split(bag_pieces.rows(table, slot).astype(dtype), num_cores),
+          _split(cotangent_tGW.astype(dtype), num_cores),
+          precision=jax.lax.Precision.HIGHEST,
+        )
+        if group is None:
+          return None, d_weight_tkGc[:, :, 0]
+        is_own = jax.nn.one_hot(group, d_weight_tkGc.shape[2], dtype=bool)
+        return None, jnp.where(is_own[..., None], d_weight_tkGc, 0).sum(2)
+
+      return bag_pieces.over_entries(
+        step, None, tuple(entries), num_used, at_once
       )
 
-    return bag_pieces.over_entries(
-      step, None, tuple(entries), num_used, at_once
+    _, d_weight = bag_pieces.over_tokens(
+      on_chunk,
+      None,
+      (cotangent, num_used, slot, group),
+      chunk_bytes // (at_once * table[0].nbytes),
     )
+    return d_weight.astype(weight.dtype)
 
-  _, d_weight = bag_pieces.over_tokens(
-    on_chunk,
-    None,
-    (cotangent, num_used, slot, group),
-    at_once * table[0].nbytes,
-  )
-  return d_weight.astype(weight.dtype)
+  return of_weight
 
 
 def _nothing(table, weight, slot):
@@ -156,27 +174,30 @@ def _scatter_whole(table, slot, weight, group, num_used, cotangent):
   return d_table
 
 
-def _scatter_chunked(table, slot, weight, group, num_used, cotangent):
-  at_once = bag_pieces.entries_at_once(slot, num_used)
+def _scatter_chunked(chunk_bytes):
+  def of_table(table, slot, weight, group, num_used, cotangent):
+    at_once = bag_pieces.entries_at_once(slot, num_used)
 
-  def on_chunk(d_table, chunk):
-    cotangent, num_used, *entries = chunk
+    def on_chunk(d_table, chunk):
+      cotangent, num_used, *entries = chunk
 
-    def step(d_table, entries):
-      return _scatter(d_table, cotangent, entries), None
+      def step(d_table, entries):
+        return _scatter(d_table, cotangent, entries), None
 
-    return bag_pieces.over_entries(
-      step, d_table, tuple(entries), num_used, at_once
+      return bag_pieces.over_entries(
+        step, d_table, tuple(entries), num_used, at_once
+      )
+
+    slot = _without_unused(slot, num_used, len(table))
+    d_table, _ = bag_pieces.over_tokens(
+      on_chunk,
+      _nothing(table, weight, slot),
+      (cotangent, num_used, slot, weight, group),
+      chunk_bytes // (at_once * table[0].nbytes),
     )
+    return d_table
 
-  slot = _without_unused(slot, num_used, len(table))
-  d_table, _ = bag_pieces.over_tokens(
-    on_chunk,
-    _nothing(table, weight, slot),
-    (cotangent, num_used, slot, weight, group),
-    at_once * table[0].nbytes,
-  )
-  return d_table
+  return of_table
 
 
 # Sorted by row. The sort is stable, so the order of adds is fixed.
@@ -237,9 +258,12 @@ def _add_equal_after_equal(d_table, row, update):
   return d_table.at[row].add(update, mode='drop', indices_are_sorted=True)
 
 
-def _sorted_blocks(table, slot, *args):
-  at_once = max(1, bag_pieces.CHUNK_BYTES // table[0].nbytes)
-  return _add_sorted(_add_equal_after_equal, table, slot, *args, at_once)
+def _sorted_blocks(chunk_bytes):
+  def of_table(table, *args):
+    at_once = max(1, chunk_bytes // table[0].nbytes)
+    return _add_sorted(_add_equal_after_equal, table, *args, at_once)
+
+  return of_table
 
 
 def _sorted_whole(table, slot, weight, group, num_used, *args):

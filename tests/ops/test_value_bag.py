@@ -12,6 +12,8 @@ from jaxsparse.ops import value_bag as bag
 from jaxsparse.ops import value_bag_gradient as gradient
 from jaxsparse.ops.value_bag import value_bag, value_bag_reference
 
+# Two tokens, or 16 rows, of the inputs below.
+_CHUNK_BYTES = 16 * 8 * 4
 FORMS = {
   'platform': {},
   'gpu': dict(
@@ -22,11 +24,11 @@ FORMS = {
     deterministic=gradient._distinct_rows,
   ),
   'tpu': dict(
-    forward=bag._forward_chunked,
-    of_weight=gradient._of_weight_chunked,
-    scatter=gradient._scatter_chunked,
-    sorted=gradient._sorted_blocks,
-    deterministic=gradient._scatter_chunked,
+    forward=lambda *args: bag._forward_chunked(*args, _CHUNK_BYTES),
+    of_weight=gradient._of_weight_chunked(_CHUNK_BYTES),
+    scatter=gradient._scatter_chunked(_CHUNK_BYTES),
+    sorted=gradient._sorted_blocks(_CHUNK_BYTES),
+    deterministic=gradient._scatter_chunked(_CHUNK_BYTES),
   ),
 }
 
@@ -105,6 +107,7 @@ def _assert_equals_reference(
     dict(c=4, k=1, T=1),
     dict(k=30, M=7),
     dict(G=0, k=9),
+    dict(T=7, k=3, M=13),
   ],
   ids=str,
 )
@@ -146,7 +149,7 @@ def small_pieces(monkeypatch):
   monkeypatch.setattr(bag_pieces, '_ENTRIES', 2)
   monkeypatch.setattr(gradient, '_ENTRIES_GPU', 2)
   monkeypatch.setattr(gradient, '_REFERENCES_GPU', 16)
-  monkeypatch.setattr(bag_pieces, 'CHUNK_BYTES', 16 * 8 * 4)
+  monkeypatch.setattr(bag_pieces, 'CHUNK_BYTES_CPU', _CHUNK_BYTES)
 
 
 @pytest.mark.parametrize('way', gradient.WAYS)
@@ -251,12 +254,6 @@ def test_no_table_gradient_behind_stop_gradient(way):
     return (bag(weight) ** 2).sum()
 
   assert _temp_bytes(jax.grad(loss), weight, table) < table.nbytes / 4
-
-
-def test_chunks_of_tokens_that_do_not_divide(form, monkeypatch):
-  monkeypatch.setattr(bag_pieces, 'CHUNK_BYTES', 2 * 3 * 8 * 4)
-  # Sizes of their own: the jitted forms cache by shape, not by chunk size.
-  _assert_equals_reference(*_inputs(T=7, k=3, M=13), 4)
 
 
 def test_zero_weights_give_zero_and_no_table_gradient():
