@@ -27,7 +27,7 @@ from jaxsparse.ops.varying import to_same_varying
 
 # Bytes of the updates that are formed at once. A GPU forms them in registers,
 # and each turn of the loop costs it a wait for the host.
-_BLOCK_BYTES = 2**20
+_BLOCK_BYTES = 2**18
 _BLOCK_BYTES_GPU = 2**27
 
 
@@ -41,10 +41,12 @@ class RowGradient:
       the table, so scatters take `mode='drop', unique_indices=True,
       indices_are_sorted=True`.
     value: of each row; zero in unused entries.
+
+  Leading dimensions S are for stacks of them, as `jax.lax.scan` takes apart.
   """
 
-  slot: Int[Array, 'U']
-  value: Float[Array, 'U W']
+  slot: Int[Array, '*S U']
+  value: Float[Array, '*S U W']
 
 
 @jax.tree_util.register_dataclass

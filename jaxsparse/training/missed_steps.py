@@ -27,15 +27,19 @@ it is linear, and the rest is a geometric series.
 """
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float, Int
 
-# Steps back from now for which tails and decays are summed step by step.
-HORIZON = 1024
+# Steps back from now for which tails and decays are summed step by step, in
+# as many blocks as a block is long.
+_BLOCK = 32
+HORIZON = _BLOCK**2
 
 
 class Recent(NamedTuple):
@@ -72,19 +76,13 @@ class MissedSteps:
   def recent(self, step: Int[Array, '']) -> Recent:
     """Tails and decays of rows up to `step`, by how many steps they missed."""
     steps = step - jnp.arange(HORIZON)
-    log_decay = jnp.cumsum(self.log_decay(steps))
-    # To the sums of 1, 2, ... steps: the decay after each of them.
-    after = jnp.concatenate([jnp.zeros(1), log_decay])
-    force = self._size(steps) * jnp.exp(after[:-1])
+    log_decay = _running_sums(self.log_decay(steps), 1.0)
+    # By missed steps from none on; force is that of the first missed one.
+    log_decay = jnp.concatenate([jnp.zeros(1), log_decay])
+    force = self._size(steps) * jnp.exp(log_decay[:-1])
     force = jnp.where(steps > 0, force, 0.0)
-
-    def compose(first, second):
-      factor, offset = second
-      return factor * first[0], factor * first[1] + offset
-
-    rho = jnp.full(HORIZON, self._rho, jnp.float32)
-    _, tail = jax.lax.associative_scan(compose, (rho, rho * force))
-    return Recent(jnp.concatenate([jnp.zeros(1), tail]), after)
+    tail = self._rho * _running_sums(force, self._rho)
+    return Recent(jnp.concatenate([jnp.zeros(1), tail]), log_decay)
 
   def catch_up(
     self,
@@ -143,3 +141,20 @@ class MissedSteps:
     middle = last + length
     since = jnp.exp(-length * self.log_decay(middle))
     return self._rho / (1 - self._rho) * self._size(middle) * since
+
+
+def _running_sums(x: Float[Array, 'H'], factor: float) -> Float[Array, 'H']:
+  """y[i] = x[i] + factor * y[i - 1], within blocks and then over them."""
+  power = np.arange(_BLOCK)[:, None] - np.arange(_BLOCK)[None]
+
+  def weights(factor, first):
+    return jnp.asarray(
+      np.where(power >= first, factor ** np.maximum(power - first, 0), 0),
+      jnp.float32,
+    )
+
+  matmul = functools.partial(jnp.matmul, precision=jax.lax.Precision.HIGHEST)
+  within = matmul(x.reshape(_BLOCK, _BLOCK), weights(factor, 0).T)
+  before = matmul(weights(factor**_BLOCK, 1), within[:, -1])
+  reach = jnp.asarray(factor ** np.arange(1, _BLOCK + 1), jnp.float32)
+  return (within + before[:, None] * reach[None]).reshape(-1)

@@ -28,7 +28,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int
 
 from jaxsparse.errors import require
 from jaxsparse.ops.row_gradient import RowGradient
@@ -137,14 +137,16 @@ def row_adam(
       rows = take_rows(param, grad).astype(jnp.float32)
       mu_rows, nu_rows, last = (take_rows(x, grad) for x in (mu, nu, touched))
       shift = 0.0
-      now = jnp.full_like(last, 0) + step + 1
+      now = jnp.maximum(last, step + 1)
       count = step + 1
       if catch_up:
         long_log_decay = None
         if keeps_decay:
-          long_log_decay = decay_before - take_rows(row_log_decay, grad)
-          decay = jnp.zeros_like(long_log_decay) + decay_after
-          row_log_decay = set_rows(row_log_decay, grad, decay)
+          decay_rows = take_rows(row_log_decay, grad)
+          long_log_decay = decay_before - decay_rows
+          row_log_decay = set_rows(
+            row_log_decay, grad, jnp.minimum(decay_rows, decay_after)
+          )
         shift, mu_rows, nu_rows = missed.catch_up(
           rows, mu_rows, nu_rows, last, step, recent, long_log_decay
         )
@@ -335,4 +337,9 @@ def _zeros(param):
 
 
 def _row_zeros(param, dtype=jnp.float32):
-  return jnp.zeros_like(param[:, 0], dtype=dtype)
+  """Zeros [M], split over devices as the rows of `param` are."""
+  zeros = jnp.zeros(param.shape[:1], dtype)
+  if jax.sharding.get_abstract_mesh().empty:
+    return zeros
+  rows = jax.P(*jax.typeof(param).sharding.spec[:1])
+  return jax.sharding.reshard(zeros, rows)
