@@ -167,15 +167,6 @@ def _forward(table, slot, weight, group, num_used, num_groups):
   )  # fmt: skip
 
 
-def _over_columns(weight, width):
-  """Weights [..., c] as [..., W]: each over its block of columns.
-
-  The table itself is never reshaped: XLA may give the new shape another
-  layout, and copy the whole table to it.
-  """
-  return jnp.repeat(weight, width // weight.shape[-1], axis=-1)
-
-
 def _with_groups(weight, group, num_groups):
   """Weights [..., G, c]: an entry's own in its group, zero in the others."""
   if group is None:
@@ -188,26 +179,24 @@ def _forward_unrolled(
   table, slot, weight, group, num_used, num_groups, at_once
 ):  # fmt: skip
   dtype = bag_pieces.accumulator(table, weight)
-  width = table.shape[1]
+  num_tokens, num_cores, width = len(slot), weight.shape[2], table.shape[1]
 
   def add(pooled_TGW, entries):
-    slot, weight, group = entries
+    slot, weight_TkGc = entries
     for j in range(slot.shape[1]):
+      # Weights are spread over the columns, and the table is not split by
+      # them: XLA may give a reshaped table another layout, and copy all of it.
+      weight_TGW = jnp.repeat(weight_TkGc[:, j], width // num_cores, axis=2)
       rows_TW = bag_pieces.rows(table, slot[:, j]).astype(dtype)
-      rows_TW *= _over_columns(weight[:, j].astype(dtype), width)
-      if group is None:
-        pooled_TGW += rows_TW[:, None]
-      else:
-        # A GPU would write weights by group, [T, G, c], to memory.
-        is_own = jax.nn.one_hot(group[:, j], num_groups, dtype=bool)
-        pooled_TGW += jnp.where(is_own[..., None], rows_TW[:, None], 0)
+      pooled_TGW += weight_TGW * rows_TW[:, None]
     return pooled_TGW, None
 
-  shape = (slot.shape[0], num_groups, width)
+  # Weights by group at once: a GPU would write them entry by entry.
+  weight_TkGc = _with_groups(weight.astype(dtype), group, num_groups)
   pooled_TGW, _ = bag_pieces.over_entries(
     add,
-    bag_pieces.zeros(shape, dtype, table, slot),
-    (slot, weight, group),
+    bag_pieces.zeros((num_tokens, num_groups, width), dtype, table, slot),
+    (slot, weight_TkGc),
     num_used,
     at_once,
   )
