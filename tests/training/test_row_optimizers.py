@@ -120,7 +120,7 @@ def test_catch_up_beyond_the_horizon():
   rate = optax.linear_schedule(1e-2, 2e-3, 1300)
 
   def is_touched(step, row):
-    return step in (100 + row, 100 + row + HORIZON) and row < M - 1
+    return step in (100 + row, 120 + row + HORIZON) and row < M - 1
 
   expected, actual, state = _train_both(
     optax.adamw(rate, **hyper), row_adam(rate, **hyper), 1300, is_touched
