@@ -111,13 +111,14 @@ def row_adam(
   missed = MissedSteps(learning_rate, b1, b2, epsilon, weight_decay)
 
   def init(params):
-    zero = jnp.zeros((), jnp.float32)
+    # Two arrays, as none may be donated twice.
+    log_decay = jnp.zeros((), jnp.float32), jnp.zeros((), jnp.float32)
     return RowAdamState(
       count=jnp.zeros((), jnp.int32),
       mu=jax.tree.map(_zeros, params),
       nu=jax.tree.map(_zeros, params),
       touched=jax.tree.map(lambda p: _row_zeros(p, jnp.int32), params),
-      log_decay=(zero, zero) if keeps_decay else None,
+      log_decay=log_decay if keeps_decay else None,
       row_log_decay=jax.tree.map(_row_zeros, params) if keeps_decay else None,
     )
 

@@ -216,7 +216,7 @@ def test_rows_of_a_step_in_several_calls(optimizer):
   _, gradients = _gradients(15, _every_7th)
   expected, expected_state = _train(optimizer, _table(), gradients)
 
-  @jax.jit
+  @functools.partial(jax.jit, donate_argnums=(0, 1))
   def in_windows(params, state, gradient):
     step = state.count
     for i in range(0, M, 5):
