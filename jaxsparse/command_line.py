@@ -10,8 +10,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-from absl import flags
-from ml_collections import config_flags
 
 from jaxsparse import config as config_lib
 from jaxsparse.config import Config
@@ -47,6 +45,10 @@ def parse_recipe(description: str) -> tuple[Config, str]:
   Raises:
     UserError: a flag, the file, a field's name, type or value is wrong.
   """
+  # Only recipes need them; a bench may run where they are not installed.
+  from absl import flags
+  from ml_collections import config_flags
+
   # `ml_collections` looks for overrides there, whatever it is given to parse.
   argv = sys.argv
   if {'--help', '-h', '--helpfull'} & set(argv):

@@ -299,6 +299,16 @@ class OptimizerConfig:
   # to 1 over the first value_lr_decay_fraction of training.
   value_lr_multiplier: float = 1.0
   value_lr_decay_fraction: float = 1.0
+  # Optimizer of the value tables: 'adamw', or one whose cost follows the rows
+  # that a step reads: 'row_adam' (an absent row gets AdamW's missed steps when
+  # it returns), 'lazy_row_adam' (it does not), 'row_adagrad' (one rate a row).
+  value_optimizer: str = 'adamw'
+  # Rows of a table whose gradient is held at once by a row optimizer; more take
+  # more passes. 0: all that a step can read.
+  value_row_budget: int = 0
+  # Keep a float32 copy of bfloat16 tables; without it their updates are rounded
+  # stochastically.
+  value_master: bool = False
   # Largest global norm of the gradient; 0 does not clip.
   clip_norm: float = 1.0
   # Micro-batches whose gradients are averaged into one step.
@@ -308,6 +318,22 @@ class OptimizerConfig:
     require_positive(self, 'learning_rate', 'epsilon', 'value_lr_multiplier')
     require_positive(self, 'value_lr_decay_fraction', 'grad_accumulation')
     require_fraction(self, 'final_lr_fraction', 'value_lr_decay_fraction')
+    require_choice(
+      self,
+      'value_optimizer',
+      ('adamw', 'row_adam', 'lazy_row_adam', 'row_adagrad'),
+    )
+    require_not_negative(self, 'value_row_budget')
+    require(
+      self.value_optimizer != 'row_adagrad' or self.value_weight_decay == 0,
+      'value_weight_decay must be 0 with row_adagrad, which has none; got '
+      f'{self.value_weight_decay}.',
+    )
+    require(
+      self.value_optimizer != 'row_adam' or self.b1**2 < self.b2,
+      f'b1 must be below the square root of b2 = {self.b2} with row_adam, got '
+      f'{self.b1}.',
+    )
     for name in ('b1', 'b2'):
       value = getattr(self, name)
       require(0 <= value < 1, f'{name} must be within 0 and 1, got {value}.')

@@ -126,6 +126,20 @@ def table(scheme: str) -> jax.P | None:
   return None if axis_sizes() is None else table_layout(scheme).spec
 
 
+def split_copies(x: jax.Array, scheme: str) -> jax.Array:
+  """A value table's copies, or what has its shape, each cut down to some rows.
+
+  `x` itself where there are no copies or their rows can't be split evenly.
+  """
+  if axis_sizes() is None:
+    return x
+  layout = table_layout(scheme)
+  rows = layout.rows + layout.copies
+  if x.shape[0] % math.prod(axis_sizes()[a] for a in rows):
+    return x
+  return jax.sharding.reshard(x, jax.P(rows or None, layout.columns))
+
+
 def axis_sizes() -> dict[str, int] | None:
   """Length of every axis of the mesh in use; None with no mesh set."""
   mesh = jax.sharding.get_abstract_mesh()

@@ -27,7 +27,10 @@ def accumulator(*arrays):
 
 
 def rows(table, slot):
-  return table.at[slot].get(mode='promise_in_bounds')
+  # Negative slots would be taken to count from the end, at a cost.
+  return table.at[slot].get(
+    mode='promise_in_bounds', wrap_negative_indices=False
+  )
 
 
 def to_same_varying(*arrays):

@@ -9,6 +9,7 @@ home, [T, G, w] to [t, G, W]; what autodiff makes of it sends the mirror image.
 
 import dataclasses
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -86,6 +87,41 @@ class TableExchange:
     over = self._split(('model',))
     return jax.lax.psum(parts, over) if over else parts
 
+  def to_copies(self, tree: Any) -> Any:
+    """What all devices hold that have the same part of the table, gathered.
+
+    Arrays of tokens; every copy gets those of all, in the same order.
+    """
+    over = self._split(self.layout.copies)
+    if not over:
+      return tree
+    return jax.tree.map(lambda x: jax.lax.all_gather(x, over, tiled=True), tree)
+
+  def total(self, x: Array) -> Array:
+    """The sum over the parts of one table of what each part has."""
+    over = self._split(self.layout.rows + self.layout.columns)
+    return jax.lax.psum(x, over) if over else x
+
+  def total_rows(self, x: Array) -> Array:
+    """`total` of what devices with the same rows have alike."""
+    over = self._split(self.layout.rows)
+    return jax.lax.psum(x, over) if over else x
+
+  def most(self, x: Array) -> Array:
+    """The largest over the parts of one table."""
+    over = self._split(self.layout.rows)
+    return jax.lax.pmax(x, over) if over else x
+
+  def part(self) -> Int[Array, ''] | int:
+    """Number of this device's part of the table."""
+    over = self._split(self.layout.rows + self.layout.columns)
+    return jax.lax.axis_index(over) if over else 0
+
+  @property
+  def column_axes(self) -> tuple[str, ...]:
+    """Mesh axes that split the columns."""
+    return self._split(self.layout.columns)
+
   def first_row(self) -> Int[Array, ''] | int:
     """Number of this device's first row."""
     over = self._split(self.layout.rows)
@@ -102,7 +138,7 @@ class TableExchange:
     Core i weighs the i-th of c equal blocks of all W columns; a slice may begin
     or end inside one, so its blocks may be narrower than a core's.
     """
-    over = self._split(self.layout.columns)
+    over = self.column_axes
     num_cores = weight.shape[-1]
     if not over or num_cores == 1:
       return weight

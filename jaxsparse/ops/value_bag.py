@@ -11,8 +11,9 @@ The obvious code, gather then einsum, writes all T * k rows to memory, and
 autodiff keeps them for the backward pass. Here the gradient is written by hand
 and recomputes them, and each backend gets the form that its compiler turns
 into code without that buffer:
-  * GPU, and CPU in f32: the sum over k is unrolled, in pieces inside a scan,
-    so that gather, product and sum fuse into one loop;
+  * GPU: the sum over k is unrolled, so that all gathers, products and sums fuse
+    into one kernel, for as many tokens at once as XLA agrees to fuse;
+  * CPU in f32: the same in pieces of the k entries, over which a loop goes;
   * TPU, and CPU in bf16: tokens go in chunks whose rows stay in fast memory.
 Sums are in f32 (f64 for f64) throughout. The gradients are in
 `value_bag_gradient`.
@@ -21,6 +22,7 @@ Letters: M slots, W value width, T tokens, k slots per token, c cores.
 """
 
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -30,12 +32,18 @@ from jaxsparse.errors import UserError
 from jaxsparse.ops import bag_pieces
 from jaxsparse.ops import value_bag_gradient as gradient
 
-# Rows whose loads are fused into one loop. On a GPU all of them, as pieces cost
-# a round trip of the sums through memory each, unless there can be fewer in
-# use; on a CPU the sums should stay in the cache, and compile time counts.
-_UNROLL_GPU = 128
-_UNROLL_GPU_IN_USE = 28
+# Entries of a piece, where not all are fused. On a CPU the sums should stay in
+# the cache, and compile time counts.
+_UNROLL_GPU = 28
 _UNROLL_CPU = 8
+
+# A GPU fuses all entries up to this many; more take too long to compile.
+_FUSED_ENTRIES = 128
+
+# Elements read by one GPU kernel, the same row for several groups counting for
+# each. With more than 2^26, XLA's cost model begins to split the kernel: then
+# slots, weights and at last rows go through memory.
+_FUSED_READS = 3 * 2**24
 
 
 def value_bag(
@@ -152,7 +160,11 @@ def _forward(table, slot, weight, group, num_used, num_groups):
   def chunked(chunk_bytes):
     return lambda *args: _forward_chunked(*args, num_groups, chunk_bytes)
 
+  def fused(table, slot, weight, group, _):
+    return _forward_fused(table, slot, weight, group, num_groups)
+
   is_narrow = table.dtype.itemsize < 4
+  is_fused = num_used is None and slot.shape[1] <= _FUSED_ENTRIES
   return jax.lax.platform_dependent(
     table, slot, weight, group, num_used,
     cpu=(
@@ -161,9 +173,7 @@ def _forward(table, slot, weight, group, num_used, num_groups):
       else unrolled(_UNROLL_CPU)
     ),
     tpu=chunked(bag_pieces.CHUNK_BYTES),
-    default=unrolled(
-      _UNROLL_GPU if num_used is None else _UNROLL_GPU_IN_USE
-    ),
+    default=fused if is_fused else unrolled(_UNROLL_GPU),
   )  # fmt: skip
 
 
@@ -201,6 +211,48 @@ def _forward_unrolled(
     at_once,
   )
   return pooled_TGW
+
+
+def _forward_fused(table, slot, weight, group, num_groups):
+  dtype = bag_pieces.accumulator(table, weight)
+  (num_tokens, num_entries), width = slot.shape, table.shape[1]
+  num_cores = weight.shape[2]
+
+  def pool(slot, weight, group):
+    shape = (len(slot), num_groups, width)
+    pooled_tGW = bag_pieces.zeros(shape, dtype, table, slot)
+    for j in range(num_entries):
+      rows_tW = bag_pieces.rows(table, slot[:, j]).astype(dtype)
+      weight_tc = weight[:, j].astype(dtype)
+      rows_tW *= jnp.repeat(weight_tc, width // num_cores, axis=1)
+      if group is None:
+        pooled_tGW += rows_tW[:, None]
+      else:
+        # Not by weights that are zero in other groups: XLA would write those.
+        is_own = jax.nn.one_hot(group[:, j], num_groups, dtype=bool)
+        pooled_tGW += jnp.where(is_own[..., None], rows_tW[:, None], 0)
+    return pooled_tGW
+
+  at_once = max(1, _FUSED_READS // (num_entries * num_groups * width))
+  at_once = 1 << (at_once.bit_length() - 1)  # XLA splits odd sizes earlier.
+  if num_tokens <= at_once:
+    return pool(slot, weight, group)
+
+  def pool_some(i, pooled_TGW):
+    # Cuts that reach beyond the end are moved back: the last tokens are pooled
+    # twice where at_once does not divide them, to the same sums.
+    some = jax.tree.map(
+      lambda x: jax.lax.dynamic_slice_in_dim(x, i * at_once, at_once),
+      (slot, weight, group),
+    )
+    return jax.lax.dynamic_update_slice_in_dim(
+      pooled_TGW, pool(*some), i * at_once, axis=0
+    )
+
+  shape = (num_tokens, num_groups, width)
+  pooled_TGW = bag_pieces.zeros(shape, dtype, table, slot)
+  num_kernels = math.ceil(num_tokens / at_once)
+  return jax.lax.fori_loop(0, num_kernels, pool_some, pooled_TGW)
 
 
 def _forward_chunked(

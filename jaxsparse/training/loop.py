@@ -19,7 +19,12 @@ from jaxsparse.training import evaluation
 from jaxsparse.training.interrupt import StopRequest, stop_on_signals
 from jaxsparse.training.metrics import MetricsWriter, read_rows
 from jaxsparse.training.progress import Reporter
-from jaxsparse.training.step import TrainState, init_state, train_step
+from jaxsparse.training.step import (
+  TrainState,
+  init_state,
+  params_to_use,
+  train_step,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,6 +153,7 @@ class _Run:
     self.checkpoints, self.reporter = checkpoints, reporter
     self.utilization, self.stop = utilization, stop
     self.clock = _Clock(config.data.batch_size * config.data.seq_len)
+    self.params_to_use = jax.jit(functools.partial(params_to_use, config))
     self.writer: MetricsWriter | None = None
 
   def close(self) -> None:
@@ -190,7 +196,7 @@ class _Run:
         f'{self.stop.signal_name or "A signal"}: saved step {step} of {total}; '
         'the same command goes on from there.'
       )
-    return Outcome(step, state.params, validation)
+    return Outcome(step, self.params_to_use(state), validation)
 
   def _is_to_stop(self, step: int) -> bool:
     if jax.process_count() == 1:
@@ -239,7 +245,7 @@ class _Run:
   ) -> evaluation.Validation | None:
     result = evaluation.validate(
       self.config,
-      state.params,
+      self.params_to_use(state),
       self.data.validation(),
       self.data.validation_bytes,
       self.reporter,

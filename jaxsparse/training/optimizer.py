@@ -1,4 +1,4 @@
-"""AdamW with labelled groups: value tables, decayed and undecayed leaves.
+"""Optimizers by labelled groups: value tables, decayed and undecayed leaves.
 
 The value tables of memory layers have a learning rate of their own, a multiple
 of the model's that falls linearly to it over training (UltraMem,
@@ -9,7 +9,10 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxsparse import mesh
 from jaxsparse.config import OptimizerConfig
+from jaxsparse.training.row_optimizers import row_adagrad, row_adam
+from jaxsparse.training.row_updates import in_float32, with_float32_master
 
 # The release's warm-up starts from this share of the peak.
 WARMUP_START = 0.1
@@ -18,40 +21,89 @@ VALUES, DECAYED, UNDECAYED = 'values', 'decayed', 'undecayed'
 
 
 def make_optimizer(
-  config: OptimizerConfig, num_steps: int
+  config: OptimizerConfig, num_steps: int, scheme: str = 'columns'
 ) -> optax.GradientTransformation:
-  """Clipping by global norm, Adam's moments, then each group's decay and rate.
+  """AdamW, each group with its decay and rate.
+
+  Gradients come clipped. The state of value tables is in f32 and split over
+  all devices, those that hold copies of a table included; a bf16 table has an
+  f32 master there with `value_master`. Where there are copies, each device
+  takes the step for its rows, and the updates are gathered (ZeRO, stage 1,
+  arXiv:1910.02054).
 
   Args:
     config: rates and decays.
     num_steps: optimizer steps of the whole run, over which schedules spread.
+    scheme: by which value tables are split over the mesh.
   """
   rate = learning_rate_schedule(config, num_steps)
   value_rate = value_learning_rate_schedule(config, num_steps)
 
   def group(weight_decay: float, schedule: optax.Schedule):
     return optax.chain(
+      optax.scale_by_adam(config.b1, config.b2, config.epsilon),
       optax.add_decayed_weights(weight_decay),
       optax.scale_by_learning_rate(schedule),
     )
 
-  clip = (
-    optax.clip_by_global_norm(config.clip_norm)
-    if config.clip_norm
-    else optax.identity()
+  wide = with_float32_master if config.value_master else in_float32
+  values = wide(group(config.value_weight_decay, value_rate))
+  return optax.partition(
+    {
+      VALUES: _split_over_copies(values, scheme),
+      DECAYED: group(config.weight_decay, rate),
+      UNDECAYED: group(0.0, rate),
+    },
+    labels,
   )
-  return optax.chain(
-    clip,
-    optax.scale_by_adam(config.b1, config.b2, config.epsilon),
-    optax.partition(
-      {
-        VALUES: group(config.value_weight_decay, value_rate),
-        DECAYED: group(config.weight_decay, rate),
-        UNDECAYED: group(0.0, rate),
-      },
-      labels,
-    ),
-  )
+
+
+def make_row_optimizer(
+  config: OptimizerConfig, num_steps: int, column_axes: tuple[str, ...] = ()
+) -> optax.GradientTransformationExtraArgs:
+  """The optimizer of value tables whose gradient is kept row by row.
+
+  Args:
+    config: its `value_optimizer` is one of `ROW_OPTIMIZERS`.
+    num_steps: optimizer steps of the whole run.
+    column_axes: mesh axes that split the tables' columns.
+  """
+  rate = value_learning_rate_schedule(config, num_steps)
+  if config.value_optimizer == 'row_adagrad':
+    optimizer = row_adagrad(rate, config.epsilon, column_axes)
+  else:
+    optimizer = row_adam(
+      rate,
+      config.b1,
+      config.b2,
+      config.epsilon,
+      config.value_weight_decay,
+      catch_up=config.value_optimizer == 'row_adam',
+    )
+  return with_float32_master(optimizer) if config.value_master else optimizer
+
+
+def clip_scale(norm: jax.Array, max_norm: float) -> jax.Array:
+  """Factor that brings a gradient's norm to at most `max_norm`; 0: no limit."""
+  if not max_norm:
+    return jnp.ones_like(norm)
+  return jnp.minimum(1.0, max_norm / jnp.maximum(norm, max_norm))
+
+
+def _split_over_copies(
+  inner: optax.GradientTransformation, scheme: str
+) -> optax.GradientTransformation:
+  """`inner` on tables split over the devices that hold copies of them too."""
+
+  def split(tables):
+    return jax.tree.map(lambda x: mesh.split_copies(x, scheme), tables)
+
+  def update(updates, state, params=None):
+    updates, state = inner.update(split(updates), state, split(params))
+    table = mesh.table(scheme)
+    return jax.tree.map(lambda x: mesh.reshard(x, table), updates), state
+
+  return optax.GradientTransformation(lambda p: inner.init(split(p)), update)
 
 
 def labels(params: dict) -> dict:

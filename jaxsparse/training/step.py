@@ -1,7 +1,6 @@
 """TrainState and the two pure functions of training: train and eval step."""
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import jax
@@ -11,9 +10,13 @@ import optax
 from jaxsparse import mesh
 from jaxsparse.config import Config
 from jaxsparse.nn.transformer import Transformer
+from jaxsparse.nn.ultramem import ENTRIES, table_scheme
 from jaxsparse.ops.usage import count_hits
 from jaxsparse.training import optimizer as optimizer_lib
+from jaxsparse.training import table_step
 from jaxsparse.training.losses import token_losses
+from jaxsparse.training.optimizer import clip_scale
+from jaxsparse.training.row_updates import apply_updates
 
 # tokens, targets, positions, segment_ids, loss_weight: each [B, T].
 Batch = dict[str, jax.Array]
@@ -41,7 +44,14 @@ def init_state(config: Config) -> TrainState:
   model = Transformer(config.model)
   key = jax.random.key(config.train.seed)
   params = model.init(key, tokens, tokens, tokens)['params']
-  opt_state = _optimizer(config).init(params)
+  if not has_row_optimizer(config):
+    opt_state = _optimizer(config).init(params)
+  else:
+    rest, tables = table_step.split_tables(params)
+    opt_state = {
+      'rest': _optimizer(config).init(rest),
+      'tables': table_step.init_row_state(config, tables),
+    }
   return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
 
@@ -60,35 +70,98 @@ def train_step(
 
   Returns:
     The next state and scalars: loss in nats a target, gradient norm, learning
-    rates, what the layers report.
+    rates, what the layers report; with a row optimizer how many rows it took.
   """
   total_weight = jnp.maximum(jnp.sum(batch['loss_weight']), 1.0)
   num_micro = config.optimizer.grad_accumulation
-  step_key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+  key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
+  params, tables, taps = state.params, {}, {}
+  if has_row_optimizer(config):
+    params, tables = table_step.split_tables(params)
+    num_rows, length = batch['tokens'].shape
+    taps = table_step.make_taps(config.model, num_rows // num_micro, length)
 
-  def loss_fn(params, micro, key):
-    logits, _, metrics = Transformer(config.model).apply(
-      {'params': params},
+  def loss_fn(params, taps, micro, key):
+    (logits, _, metrics), sown = Transformer(config.model).apply(
+      {'params': table_step.with_tables(params, tables), **taps},
       micro['tokens'],
       micro['positions'],
       micro['segment_ids'],
       deterministic=config.model.dropout_rate == 0,
       rngs={'dropout': key},
+      mutable=[ENTRIES],
     )
     losses = token_losses(logits, micro['targets']) * micro['loss_weight']
     loss = jnp.sum(losses) / total_weight
     metrics = jax.tree.map(lambda m: m / num_micro, metrics)
     objective = loss + metrics.get('aux_loss', 0.0)
-    return objective, {'loss': loss, **metrics}
+    return objective, ({'loss': loss, **metrics}, sown)
 
-  gradient = functools.partial(jax.grad(loss_fn, has_aux=True), state.params)
-  grads, metrics = _sum_over_micro_batches(gradient, batch, num_micro, step_key)
+  def gradient(micro, key):
+    gradients, (metrics, sown) = jax.grad(loss_fn, (0, 1), has_aux=True)(
+      params, taps, micro, key
+    )
+    read = table_step.table_gradients(gradients[1], sown)
+    return (gradients[0], metrics), read
 
+  (grads, metrics), read = _over_micro_batches(gradient, batch, num_micro, key)
+  metrics |= _rates(config, state.step)
+  params, opt_state, more = _update(config, state, grads, read, key)
+  return TrainState(state.step + 1, params, opt_state), metrics | more
+
+
+def params_to_use(config: Config, state: TrainState) -> dict:
+  """The parameters with which to validate: absent rows brought up to date."""
+  is_behind = config.optimizer.value_optimizer == 'row_adam'
+  if not (is_behind and has_row_optimizer(config)):
+    return state.params
+  rest, tables = table_step.split_tables(state.params)
+  tables = table_step.caught_up_tables(
+    config, tables, state.opt_state['tables']
+  )
+  return table_step.with_tables(rest, tables)
+
+
+def has_row_optimizer(config: Config) -> bool:
+  """Whether value tables have an optimizer of their own, by rows."""
+  has_tables = config.model.memory is not None
+  return has_tables and config.optimizer.value_optimizer != 'adamw'
+
+
+def _update(
+  config: Config, state: TrainState, grads: dict, read: dict, key: jax.Array
+) -> tuple[dict, optax.OptState, Metrics]:
+  """Parameters and optimizer state after the step, and scalars."""
   optimizer = _optimizer(config)
-  updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-  params = optax.apply_updates(state.params, updates)
-  metrics |= _rates(config, state.step) | {'grad_norm': optax.tree.norm(grads)}
-  return TrainState(state.step + 1, params, opt_state), metrics
+  # Numbers below it are those of the micro-batches.
+  num_micro = config.optimizer.grad_accumulation
+  rounding_key = jax.random.fold_in(key, num_micro)
+
+  def update(params, opt_state, norm):
+    scale = clip_scale(norm, config.optimizer.clip_norm)
+    scaled = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+    updates, opt_state = optimizer.update(scaled, opt_state, params)
+    return apply_updates(params, updates, rounding_key), opt_state
+
+  if not has_row_optimizer(config):
+    norm = optax.tree.norm(grads)
+    params, opt_state = update(state.params, state.opt_state, norm)
+    return params, opt_state, {'grad_norm': norm}
+  params, tables = table_step.split_tables(state.params)
+  opt_state = state.opt_state
+  tables, row_state, norm, rows = table_step.update_tables(
+    config,
+    tables,
+    opt_state['tables'],
+    read,
+    optax.tree.norm(grads, squared=True),
+    state.step,
+    rounding_key,
+  )
+  params, rest_state = update(params, opt_state['rest'], norm)
+  opt_state = {'rest': rest_state, 'tables': row_state}
+  params = table_step.with_tables(params, tables)
+  return params, opt_state, rows | {'grad_norm': norm}
 
 
 def eval_step(config: Config, params: dict, batch: Batch) -> dict:
@@ -128,7 +201,11 @@ def _count_reads(config: Config, slots: jax.Array, batch: Batch) -> jax.Array:
 
 
 def _optimizer(config: Config) -> optax.GradientTransformation:
-  return optimizer_lib.make_optimizer(config.optimizer, config.train.num_steps)
+  memory = config.model.memory
+  scheme = table_scheme(memory, config.model.dtype) if memory else 'columns'
+  return optimizer_lib.make_optimizer(
+    config.optimizer, config.train.num_steps, scheme
+  )
 
 
 def _rates(config: Config, step: jax.Array) -> Metrics:
@@ -144,23 +221,33 @@ def _rates(config: Config, step: jax.Array) -> Metrics:
   }
 
 
-def _sum_over_micro_batches(
+def _over_micro_batches(
   function: Callable, batch: Batch, num_micro: int, key: jax.Array
 ):
-  """The sum of `function(micro_batch, its_key)` over the micro-batches."""
+  """What `function(micro_batch, its_key)` gives for all micro-batches.
+
+  Of the two trees that it returns the first is summed; arrays [B, ...] of the
+  second come together as [B, num_micro, ...].
+  """
   micros = _split(batch, num_micro)
   first = jax.tree.map(lambda x: x[0], micros)
   rest = jax.tree.map(lambda x: x[1:], micros)
-  total = function(first, jax.random.fold_in(key, 0))
+  total, kept = function(first, jax.random.fold_in(key, 0))
   if num_micro == 1:
-    return total
+    return total, kept
 
   def add(total, xs):
     index, micro = xs
-    result = function(micro, jax.random.fold_in(key, index))
-    return jax.tree.map(jnp.add, total, result), None
+    result, kept = function(micro, jax.random.fold_in(key, index))
+    return jax.tree.map(jnp.add, total, result), kept
 
-  return jax.lax.scan(add, total, (jnp.arange(1, num_micro), rest))[0]
+  total, others = jax.lax.scan(add, total, (jnp.arange(1, num_micro), rest))
+  kept = jax.tree.map(
+    lambda x, xs: jnp.moveaxis(jnp.concatenate([x[None], xs]), 0, 1),
+    kept,
+    others,
+  )
+  return total, kept
 
 
 def _split(batch: Batch, num_micro: int) -> Batch:

@@ -1,0 +1,303 @@
+"""The step of value tables whose gradient is kept row by row.
+
+The gradient of a table never exists: a tap, zeros added to what a memory layer
+has pooled, gets the pools' gradient, and with the entries that the layer read
+this is the table's whole gradient. Every device then gathers what concerns its
+part of the tables, sums it per row that was read, and changes those rows and
+their optimizer state, in place.
+
+Beside the forward and backward pass this sends the entries and the pools'
+gradient once more, and, where copies of a table are kept along `data`, to all
+of these, which take the same step.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxsparse import mesh
+from jaxsparse.config import Config, ModelConfig
+from jaxsparse.nn.ultramem import ENTRIES, TAPS, table_scheme
+from jaxsparse.ops.row_gradient import (
+  RowGradient,
+  row_gradient,
+  sort_references,
+)
+from jaxsparse.ops.table_exchange import TableExchange
+from jaxsparse.training import row_optimizers
+from jaxsparse.training.optimizer import (
+  clip_scale,
+  make_row_optimizer,
+  value_learning_rate_schedule,
+)
+from jaxsparse.training.row_updates import apply_updates, squared_norm
+
+# By the name of the block that reads.
+Tables = dict[str, jax.Array]
+
+
+def split_tables(params: dict) -> tuple[dict, Tables]:
+  """The parameters without the value tables, and these."""
+  tables = {
+    block: leaves['memory']['value_table']
+    for block, leaves in params.items()
+    if 'memory' in leaves
+  }
+  rest = dict(params)
+  for block in tables:
+    memory = dict(params[block]['memory'])
+    del memory['value_table']
+    rest[block] = params[block] | {'memory': memory}
+  return rest, tables
+
+
+def with_tables(rest: dict, tables: Tables) -> dict:
+  """What `split_tables` has split."""
+  params = dict(rest)
+  for block, table in tables.items():
+    memory = rest[block]['memory'] | {'value_table': table}
+    params[block] = rest[block] | {'memory': memory}
+  return params
+
+
+def make_taps(config: ModelConfig, batch_size: int, length: int) -> dict:
+  """Zeros to add to every memory layer's pools: a collection of variables."""
+  memory = config.memory
+  shape = (batch_size, length, memory.expansion, memory.value_dim)
+  taps = {}
+  for read, _ in memory.placements:
+    tap = jnp.zeros(shape, config.dtype)
+    tap = mesh.reshard(tap, mesh.act('BT.W'))
+    taps[f'block_{read:02}'] = {'memory': {'pooled': tap}}
+  return {TAPS: taps}
+
+
+def table_gradients(taps: dict, sown: dict) -> dict[str, tuple]:
+  """By block what makes up a table's gradient: slots, weights, groups, taps.
+
+  Args:
+    taps: gradient of `make_taps`.
+    sown: the collection of what the layers read.
+  """
+  return {
+    block: (
+      *leaves['memory']['pooled'][0],
+      taps[TAPS][block]['memory']['pooled'],
+    )
+    for block, leaves in sown.get(ENTRIES, {}).items()
+  }
+
+
+def init_row_state(config: Config, tables: Tables) -> optax.OptState:
+  """The row optimizer's state, split over devices as the tables are."""
+  init = make_row_optimizer(config.optimizer, config.train.num_steps).init
+  return _on_each_device(init, _state_specs(config, tables))(tables)
+
+
+def update_tables(
+  config: Config,
+  tables: Tables,
+  state: optax.OptState,
+  gradients: dict[str, tuple],
+  other_square: jax.Array,
+  step: jax.Array,
+  key: jax.Array,
+) -> tuple[Tables, optax.OptState, jax.Array, dict[str, jax.Array]]:
+  """One optimizer step on the rows that were read.
+
+  Args:
+    config: of the run.
+    tables: by block; like `state` changed in place where donated.
+    state: of the row optimizer.
+    gradients: what `table_gradients` returns.
+    other_square: squared norm of the gradient of all other parameters.
+    step: optimizer steps before.
+    key: for stochastic rounding.
+
+  Returns:
+    Tables and state after the step, the norm of the gradient of all parameters
+    before clipping, and 'value_rows_touched' and 'value_rows_over_budget', how
+    many rows were read and how many of them took another pass; over all tables.
+  """
+  exchange = _exchange(config)
+
+  def on_device(tables, state, gradients, other_square, step, key):
+    windows = {
+      block: _Windows(exchange, config, tables[block], *gradient)
+      for block, gradient in gradients.items()
+    }
+    return _step(
+      config, exchange, windows, tables, state, other_square, step, key
+    )
+
+  rows = dict.fromkeys(_ROW_COUNTS, jax.P())
+  table_specs = dict.fromkeys(tables, mesh.table(_scheme(config)))
+  specs = (table_specs, _state_specs(config, tables), jax.P(), rows)
+  return _on_each_device(on_device, specs)(
+    tables, state, gradients, other_square, step, key
+  )
+
+
+def caught_up_tables(
+  config: Config, tables: Tables, state: optax.OptState
+) -> Tables:
+  """The tables where dense AdamW would have them, see `row_optimizers`."""
+  settings = config.optimizer
+
+  def on_device(tables, state):
+    rows = tables
+    if settings.value_master:
+      rows, state = state
+    rows = row_optimizers.caught_up(
+      rows,
+      state,
+      value_learning_rate_schedule(settings, config.train.num_steps),
+      settings.b1,
+      settings.b2,
+      settings.epsilon,
+      settings.value_weight_decay,
+    )
+    return jax.tree.map(
+      lambda row, table: row.astype(table.dtype), rows, tables
+    )
+
+  specs = dict.fromkeys(tables, mesh.table(_scheme(config)))
+  return _on_each_device(on_device, specs)(tables, state)
+
+
+_ROW_COUNTS = ('value_rows_touched', 'value_rows_over_budget')
+
+
+def _scheme(config: Config) -> str:
+  return table_scheme(config.model.memory, config.model.dtype)
+
+
+def _exchange(config: Config) -> TableExchange:
+  axes = mesh.axis_sizes()
+  if axes is None:
+    layout, axes = mesh.TABLE_LAYOUTS['columns'], dict.fromkeys(mesh.AXES, 1)
+  else:
+    layout = mesh.table_layout(_scheme(config))
+  return TableExchange(layout, axes, config.model.memory.table_rows)
+
+
+def _state_specs(config: Config, tables: Tables) -> Any:
+  """Shardings of the row optimizer's state: by the table or by its rows."""
+  if mesh.axis_sizes() is None:
+    return None
+  layout = mesh.table_layout(_scheme(config))
+  optimizer = make_row_optimizer(config.optimizer, config.train.num_steps)
+  whole = {
+    block: jax.ShapeDtypeStruct(table.shape, table.dtype)
+    for block, table in tables.items()
+  }
+  specs = {2: layout.spec, 1: jax.P(layout.rows or None), 0: jax.P()}
+  return jax.tree.map(
+    lambda x: specs[len(x.shape)], jax.eval_shape(optimizer.init, whole)
+  )
+
+
+def _on_each_device(function: Callable, out_specs: Any) -> Callable:
+  if mesh.axis_sizes() is None:
+    return function
+  # What devices with copies of a table compute alike is not seen to be alike.
+  return jax.shard_map(function, out_specs=out_specs, check_vma=False)
+
+
+class _Windows:
+  """The gradient of a device's part of one table, some rows at a time."""
+
+  def __init__(
+    self,
+    exchange: TableExchange,
+    config: Config,
+    table: jax.Array,
+    slot: jax.Array,
+    weight: jax.Array,
+    group: jax.Array | None,
+    cotangent: jax.Array,
+  ):
+    num_rows, width = table.shape
+    slot = slot.reshape(-1, slot.shape[-1])
+    weight = weight.reshape(*slot.shape, -1)
+    group = None if group is None else group.reshape(slot.shape)
+    cotangent = cotangent.reshape(len(slot), *cotangent.shape[-2:])
+    entries = exchange.gather(slot, weight.astype(cotangent.dtype), group)
+    cotangent = exchange.send_out(cotangent)
+    entries, self._cotangent = exchange.to_copies((entries, cotangent))
+    slot, weight, self._group = entries
+    self._weight = exchange.own_cores(weight, width)
+    self._references = sort_references(slot, num_rows, exchange.first_row())
+    self.num_distinct = self._references.num_distinct
+    most = min(slot.size, num_rows)
+    self.budget = min(config.optimizer.value_row_budget or most, most)
+    # Whether one window is sure to hold all rows, and how many it takes now.
+    self.is_one = self.budget == most
+    self.num_passes = jnp.maximum(1, -(-self.num_distinct // self.budget))
+
+  def __call__(self, index: jax.Array | int) -> RowGradient:
+    return row_gradient(
+      self._references,
+      self._weight,
+      self._cotangent,
+      self._group,
+      self.budget,
+      index * self.budget,
+    )
+
+
+def _step(config, exchange, windows, tables, state, other_square, step, key):
+  """One device's part of `update_tables`."""
+  optimizer = make_row_optimizer(
+    config.optimizer, config.train.num_steps, exchange.column_axes
+  )
+  is_one_pass = all(w.is_one for w in windows.values())
+  if is_one_pass:
+    gradients = {block: window(0) for block, window in windows.items()}
+    square = _square(gradients)
+  else:
+    # Rows beyond the budget wait for another pass; the norm needs them first.
+    num_passes = exchange.most(
+      jnp.stack([w.num_passes for w in windows.values()]).max()
+    )
+
+    def add_square(i, square):
+      return square + _square({b: window(i) for b, window in windows.items()})
+
+    square = jax.lax.fori_loop(0, num_passes, add_square, jnp.float32(0))
+  norm = jnp.sqrt(other_square + exchange.total(square))
+  scale = clip_scale(norm, config.optimizer.clip_norm)
+  key = jax.random.fold_in(key, exchange.part())
+
+  def one_pass(gradients, tables, state):
+    gradients = {
+      block: RowGradient(g.slot, g.value * scale)
+      for block, g in gradients.items()
+    }
+    updates, state = optimizer.update(gradients, state, tables, step=step)
+    return apply_updates(tables, updates, key), state
+
+  if is_one_pass:
+    tables, state = one_pass(gradients, tables, state)
+  else:
+    tables, state = jax.lax.fori_loop(
+      0,
+      num_passes,
+      lambda i, carry: one_pass(
+        {block: window(i) for block, window in windows.items()}, *carry
+      ),
+      (tables, state),
+    )
+  touched = sum(w.num_distinct for w in windows.values())
+  over = sum(
+    jnp.maximum(w.num_distinct - w.budget, 0) for w in windows.values()
+  )
+  counts = (exchange.total_rows(x) for x in (touched, over))
+  return tables, state, norm, dict(zip(_ROW_COUNTS, counts, strict=True))
+
+
+def _square(gradients):
+  return sum(squared_norm(g) for g in gradients.values())
