@@ -41,9 +41,9 @@ _UNROLL_CPU = 8
 _FUSED_ENTRIES = 128
 
 # Elements read by one GPU kernel, the same row for several groups counting for
-# each. With more than 2^26, XLA's cost model begins to split the kernel: then
-# slots, weights and at last rows go through memory.
-_FUSED_READS = 3 * 2**24
+# each. From twice as many on, XLA's cost model splits some kernels: then slots,
+# weights and at last rows go through memory.
+_FUSED_READS = 2**24
 
 
 def value_bag(

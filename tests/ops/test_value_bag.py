@@ -17,7 +17,7 @@ _CHUNK_BYTES = 16 * 8 * 4
 FORMS = {
   'platform': {},
   'gpu': dict(
-    forward=lambda *args: bag._forward_unrolled(*args, 28),
+    forward=lambda *args: _forward_gpu(*args),
     of_weight=gradient._of_weight_whole,
     scatter=gradient._scatter_whole,
     sorted=gradient._sorted_whole,
@@ -33,10 +33,20 @@ FORMS = {
 }
 
 
+def _forward_gpu(table, slot, weight, group, num_used, num_groups):
+  if num_used is None:
+    return bag._forward_fused(table, slot, weight, group, num_groups)
+  return bag._forward_unrolled(
+    table, slot, weight, group, num_used, num_groups, 28
+  )
+
+
 def _use_form(name, monkeypatch):
   if not (form := FORMS[name]):
     return
   monkeypatch.setattr(bag, '_forward', lambda *a: form['forward'](*a))
+  # Two tokens of the inputs below in one kernel.
+  monkeypatch.setattr(bag, '_FUSED_READS', 2 * 5 * 4 * 8)
   monkeypatch.setattr(gradient, 'of_weight', form['of_weight'])
   monkeypatch.setattr(
     gradient,
