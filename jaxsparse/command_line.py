@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+from absl import flags
 
 from jaxsparse import config as config_lib
 from jaxsparse.config import Config
@@ -45,8 +46,7 @@ def parse_recipe(description: str) -> tuple[Config, str]:
   Raises:
     UserError: a flag, the file, a field's name, type or value is wrong.
   """
-  # Only recipes need them; a bench may run where they are not installed.
-  from absl import flags
+  # Only a recipe needs it; a bench may run where it is not installed.
   from ml_collections import config_flags
 
   # `ml_collections` looks for overrides there, whatever it is given to parse.

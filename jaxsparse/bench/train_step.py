@@ -10,6 +10,7 @@ arguments, without what is not of the table.
 """
 
 import argparse
+import dataclasses
 import math
 import runpy
 
@@ -84,16 +85,40 @@ def _recipe(path: str) -> Config:
   if path:
     return runpy.run_path(path)['get_config']()
   memory = config_lib.UltraMemConfig(
-    num_keys=128, key_dim=16, num_selected=16, value_dim=64
+    num_keys=128,
+    key_dim=16,
+    num_selected=16,
+    value_dim=64,
+    placements=((0, 0),),
   )
-  return Config(model=config_lib.ModelConfig(memory=memory))
+  model = config_lib.ModelConfig(num_layers=1, memory=memory)
+  return Config(model=model)
+
+
+def _draw_state(config: Config) -> TrainState:
+  """A state of the right shapes, without compiling the model for it.
+
+  Matrices are random, so that memory layers read all over their tables.
+  """
+  shapes = jax.eval_shape(lambda: init_state(config))
+
+  def draw(path, x):
+    key = jax.random.key(len(jax.tree_util.keystr(path)))
+    if x.ndim < 2:
+      return jnp.ones(x.shape, x.dtype)
+    return (0.1 * jax.random.normal(key, x.shape)).astype(x.dtype)
+
+  return dataclasses.replace(
+    jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes),
+    params=jax.tree_util.tree_map_with_path(draw, shapes.params),
+  )
 
 
 class _Run:
   """A compiled step and the state that it takes from call to call."""
 
   def __init__(self, config: Config):
-    self._state = jax.jit(lambda: init_state(config))()
+    state = _draw_state(config)
     key = jax.random.key(0)
     shape = (config.data.batch_size, config.data.seq_len)
     tokens = jax.random.randint(key, shape, 0, config.model.vocab_size)
@@ -104,21 +129,27 @@ class _Run:
       segment_ids=jnp.ones(shape, jnp.int32),
       loss_weight=jnp.ones(shape),
     )
-    step = jax.jit(
-      lambda state, batch: train_step(config, state, batch), donate_argnums=0
-    )
-    self._program = step.lower(self._state, self._batch).compile()
+    # Leaves, as a compiled program describes its arguments in their place.
+    self._leaves, structure = jax.tree.flatten(state)
+
+    def step(leaves, batch):
+      state = jax.tree.unflatten(structure, leaves)
+      state, metrics = train_step(config, state, batch)
+      return jax.tree.leaves(state), metrics
+
+    step = jax.jit(step, donate_argnums=0)
+    self._program = step.lower(self._leaves, self._batch).compile()
     self._memory = self._program.memory_analysis()
-    self._counted = count_table_bytes(self._state)
+    self._counted = count_table_bytes(state)
     self._num_bytes = sum(
-      x.nbytes for x in jax.tree.leaves((self._state, self._batch))
+      x.nbytes for x in jax.tree.leaves((state, self._batch))
     )
     self.contender = measuring.Contender(
       self._next, temp_bytes=self._memory.temp_size_in_bytes
     )
 
   def _next(self):
-    self._state, metrics = self._program(self._state, self._batch)
+    self._leaves, metrics = self._program(self._leaves, self._batch)
     return metrics
 
   def bytes_per_value(self) -> dict:
@@ -134,15 +165,17 @@ class _Run:
 
 def count_table_bytes(state: TrainState) -> tuple[int, int]:
   """Bytes of value tables and their optimizer state; number of values."""
-  num_bytes = num_values = 0
-  leaves = jax.tree_util.tree_leaves_with_path
-  for path, leaf in leaves((state.params, state.opt_state)):
-    if 'value_table' in jax.tree_util.keystr(path):
-      num_bytes += leaf.nbytes
-  for path, leaf in leaves(state.params):
-    if 'value_table' in jax.tree_util.keystr(path):
-      num_values += leaf.size
-  return num_bytes, num_values
+
+  def table_leaves(tree, *names):
+    leaves = jax.tree_util.tree_leaves_with_path(tree)
+    keys = [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves]
+    return [leaf for key, leaf in keys if any(name in key for name in names)]
+
+  tables = table_leaves(state.params, 'value_table')
+  # Optimizers by rows keep what they know of tables apart.
+  kept = table_leaves(state.opt_state, 'value_table', "['tables']")
+  num_bytes = sum(x.nbytes for x in tables + kept)
+  return num_bytes, sum(x.size for x in tables)
 
 
 def show(records: list[dict]) -> None:

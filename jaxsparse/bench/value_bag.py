@@ -71,8 +71,8 @@ def contenders(
 ) -> tuple[dict[str, Contender], dict[str, Contender]]:
   """The forward pass and that with gradients, by contender."""
   args = {name: jnp.asarray(array) for name, array in arrays.items()}
-  cotangent = args.pop('cotangent')
-  group = args.pop('group') if options.groups > 1 else None
+  cotangent, group = args.pop('cotangent'), args.pop('group')
+  group = group if options.groups > 1 else None
 
   def bag(table, slot, weight, way='scatter'):
     return value_bag(
