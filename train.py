@@ -2,9 +2,11 @@
 
   python train.py --config=configs/ultramem_tiny.py --workdir=runs/ultramem_tiny
 
-The same command goes on where it was stopped. --distributed joins the
-processes of a cluster job. The fields of a recipe, their defaults and what they
-mean; each can be set on the command line:
+The same command goes on where it was stopped. With several hosts, start it on
+each: with --distributed, which finds the others on Cloud TPU and under SLURM,
+Open MPI and Kubernetes; elsewhere with --coordinator=HOST:PORT (of process 0),
+--num_processes=N and --process_id=I. The fields of a recipe, their defaults and
+what they mean; each can be set on the command line:
 """
 
 import dataclasses
@@ -21,6 +23,7 @@ from jaxsparse.data import compression, pipeline, tokenizer
 from jaxsparse.data.corpus import Corpus, build_corpus
 from jaxsparse.errors import UserError
 from jaxsparse.inference import decoding, sampling, text
+from jaxsparse.nn import ultramem
 from jaxsparse.training import loop, metrics, resume
 from jaxsparse.training.evaluation import Validation
 from jaxsparse.training.progress import Reporter
@@ -47,6 +50,8 @@ def main() -> None:
   # Before the loop: a CPU's peak is measured, and needs the cores to itself.
   hardware.peak_flops()
   with jax.set_mesh(mesh.make_mesh(**dataclasses.asdict(config.mesh))):
+    if config.model.memory:
+      say(ultramem.describe_table(config.model.memory, config.model.dtype))
     outcome = loop.fit(
       config,
       workdir,

@@ -103,7 +103,8 @@ class Checkpoints:
       step, params, optimizer, record; None if there is no checkpoint.
 
     Raises:
-      UserError: there are checkpoints, but none that can be read.
+      UserError: there are checkpoints, but none that can be read, or they have
+        other arrays.
     """
     steps = self.steps()
     for step in reversed(steps):
@@ -130,12 +131,26 @@ class Checkpoints:
       metadata = self._checkpointer.checkpointables_metadata(step)
       saved = metadata.custom_metadata
       expected, record = saved['fingerprints'], saved['record']
+      self._check_structure(step, len(expected), abstract)
       arrays = self._checkpointer.load_checkpointables(step, abstract)
+    except UserError:
+      raise
     except Exception as error:  # Orbax has no type for 'damaged'.
       return None, _first_line(error)
     if np.asarray(_fingerprints(arrays)).tolist() != expected:
       return None, 'its arrays differ from those that were saved'
     return (arrays[PARAMS], arrays[OPTIMIZER], record), ''
+
+  def _check_structure(self, step: int, num_saved: int, abstract: Any) -> None:
+    """Tells another optimizer's state from a damaged one."""
+    num_expected = len(jax.tree.leaves(abstract))
+    if num_saved != num_expected:
+      raise UserError(
+        f'the checkpoint of step {step} in {str(self._directory)!r} has '
+        f'{num_saved} arrays where this run has {num_expected}: it is of '
+        'another optimizer or of an older jaxsparse, so go on with that or '
+        'give another --workdir.'
+      )
 
   def _set_aside(self, step: int) -> epath.Path:
     source = self._directory / str(step)

@@ -38,7 +38,8 @@ def parse_recipe(description: str) -> tuple[Config, str]:
   """Reads `--config=FILE`, its overrides `--config.a.b=value` and `--workdir`.
 
   `--help` prints `description` and every field of the config, and exits.
-  `--distributed` joins this process with the others of its cluster job.
+  `--distributed` joins this process with the others of its cluster job, and
+  `--coordinator`, `--num_processes` and `--process_id` with those named so.
 
   Returns:
     The checked config and the workdir.
@@ -58,6 +59,9 @@ def parse_recipe(description: str) -> tuple[Config, str]:
   config_flags.DEFINE_config_file('config', flag_values=values)
   flags.DEFINE_string('workdir', None, '', flag_values=values)
   flags.DEFINE_bool('distributed', False, '', flag_values=values)
+  flags.DEFINE_string('coordinator', None, '', flag_values=values)
+  for name in ('num_processes', 'process_id'):
+    flags.DEFINE_integer(name, None, '', flag_values=values)
   _check_recipe(_config_path(argv))
   try:
     rest = values(argv)[1:]
@@ -74,19 +78,52 @@ def parse_recipe(description: str) -> tuple[Config, str]:
   if not values.workdir:
     raise UserError("--workdir=FOLDER is missing: name the run's folder.")
   config = config_lib.validated(config)
-  if values.distributed:
-    _join_cluster()
+  _join_processes(values)
   return config, values.workdir
 
 
-def _join_cluster() -> None:
+def _join_processes(values: flags.FlagValues) -> None:
+  """Makes this process one of several, if the flags say so."""
+  named = [values.coordinator, values.num_processes, values.process_id]
+  given = [value for value in named if value is not None]
+  if not given:
+    if values.distributed:
+      _initialize(
+        'found no cluster',
+        'start it under SLURM, Open MPI, Kubernetes or on a TPU pod slice, '
+        'give --coordinator, --num_processes and --process_id, or leave the '
+        'flag out',
+      )
+    return
+  if len(given) < len(named):
+    raise UserError(
+      '--coordinator=HOST:PORT, --num_processes and --process_id belong '
+      f'together, got {", ".join(map(str, given))} only.'
+    )
+  address, num_processes, process_id = named
+  if not 0 <= process_id < num_processes:
+    raise UserError(
+      f'--process_id must be 0 to {num_processes - 1} of --num_processes='
+      f'{num_processes}, got {process_id}.'
+    )
+  if not address.rpartition(':')[2].isdigit():
+    raise UserError(
+      '--coordinator must be HOST:PORT of process 0, such as 10.0.0.1:1234, '
+      f'got {address!r}.'
+    )
+  _initialize(
+    f'did not meet {num_processes} processes at {address}',
+    'start all of them, with the same --coordinator',
+    *named,
+  )
+
+
+def _initialize(trouble: str, advice: str, *args: Any) -> None:
   try:
-    jax.distributed.initialize()
+    jax.distributed.initialize(*args)
   except (ValueError, RuntimeError) as error:
     raise UserError(
-      f'--distributed found no cluster ({str(error).splitlines()[0]}): start '
-      'it under SLURM, Open MPI, Kubernetes or on a TPU pod slice, or leave '
-      'the flag out.'
+      f'--distributed {trouble} ({str(error).splitlines()[0]}): {advice}.'
     ) from error
 
 

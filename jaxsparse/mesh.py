@@ -214,6 +214,12 @@ def reshard(x: jax.Array, spec: jax.P | None) -> jax.Array:
   return x if spec is None else jax.sharding.reshard(x, spec)
 
 
+def spec_of(x: jax.Array) -> jax.P | None:
+  """The sharding of `x`; None where none is to be given, as in `shard_map`."""
+  spec = jax.typeof(x).sharding.spec
+  return spec if any(spec) else None
+
+
 def num_token_shards() -> int:
   """Pieces into which a batch is split under the mesh in use."""
   return shards('B')[1]

@@ -24,7 +24,11 @@ from jaxsparse.config import UltraMemConfig
 from jaxsparse.nn.ultramem_init import parameters
 from jaxsparse.ops import addressing, usage
 from jaxsparse.ops.sharded_bag import sharded_value_bag
-from jaxsparse.ops.table_scheme import TableUse, choose_scheme
+from jaxsparse.ops.table_scheme import (
+  TableUse,
+  choose_scheme,
+  describe_scheme,
+)
 from jaxsparse.ops.tucker import (
   Directions,
   lower_singular_loss,
@@ -153,6 +157,17 @@ def table_scheme(config: UltraMemConfig, dtype: jax.typing.DTypeLike) -> str:
     return 'columns'
   use = table_use(config, dtype)
   return choose_scheme(config.scheme, use, axes, jax.default_backend())
+
+
+def describe_table(config: UltraMemConfig, dtype: jax.typing.DTypeLike) -> str:
+  """One line: how the value table is split, and what a token sends.
+
+  Raises:
+    UserError: the scheme cuts the table into uneven or too narrow slices.
+  """
+  axes = mesh.axis_sizes() or dict.fromkeys(mesh.AXES, 1)
+  scheme = table_scheme(config, dtype)
+  return describe_scheme(scheme, table_use(config, dtype), axes)
 
 
 def ultramem_forward(

@@ -112,11 +112,6 @@ class TableExchange:
     over = self._split(self.layout.rows)
     return jax.lax.pmax(x, over) if over else x
 
-  def part(self) -> Int[Array, ''] | int:
-    """Number of this device's part of the table."""
-    over = self._split(self.layout.rows + self.layout.columns)
-    return jax.lax.axis_index(over) if over else 0
-
   @property
   def column_axes(self) -> tuple[str, ...]:
     """Mesh axes that split the columns."""
@@ -129,6 +124,11 @@ class TableExchange:
       return 0
     num_pieces = math.prod(self.axes[a] for a in over)
     return jax.lax.axis_index(over) * (self.num_rows // num_pieces)
+
+  def first_column(self, width: int) -> Int[Array, ''] | int:
+    """Number of this device's first column, of its `width`."""
+    over = self.column_axes
+    return jax.lax.axis_index(over) * width if over else 0
 
   def own_cores(
     self, weight: Float[Array, 'T k c'], width: int
@@ -144,8 +144,9 @@ class TableExchange:
       return weight
     per_core = width * math.prod(self.axes[a] for a in over) // num_cores
     block = math.gcd(width, per_core)
-    first = jax.lax.axis_index(over) * width
-    core = (first + jnp.arange(width // block) * block) // per_core
+    core = (
+      self.first_column(width) + jnp.arange(width // block) * block
+    ) // per_core
     # A product with ones and zeros: the gradient of an index would add scalars
     # one by one, which is slow on GPU.
     is_own = jnp.arange(num_cores)[:, None] == core[None]

@@ -12,8 +12,15 @@ from jaxsparse.config import Config
 from jaxsparse.errors import UserError
 
 # The state or the order of the data would no longer fit.
-_FIXED = ('model.', 'data.', 'train.seed')
-_FREE = ('data.prefetch', 'data.cache_dir')
+_FIXED = ('model.', 'data.', 'train.seed', 'optimizer.value_')
+_FREE = (
+  'data.prefetch',
+  'data.cache_dir',
+  'model.memory.scheme',
+  'model.memory.table_gradient',
+  'optimizer.value_lr_',
+  'optimizer.value_row_budget',
+)
 
 
 def claim_workdir(

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
+from jaxsparse import mesh
 from jaxsparse.ops.row_gradient import RowGradient
 
 # Rows are distinct and ascending, and the unused entries past the table.
@@ -45,6 +46,7 @@ def apply_updates(
   params: optax.Params,
   updates: optax.Updates,
   rounding_key: jax.Array | None = None,
+  origin: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] = (0, 0),
 ) -> optax.Params:
   """`optax.apply_updates` that also takes updates of some rows.
 
@@ -58,9 +60,9 @@ def apply_updates(
     params: arrays, changed in place where they are donated.
     updates: of every array, or `RowGradient`s.
     rounding_key: a new one every step. The random bits of an element depend on
-      the key and its place in the array as passed, so that inside shard_map
-      devices that hold different parts must fold their index into it, and
-      devices that hold copies must not.
+      the key and its place in the array, so a run is the same on every mesh.
+    origin: row and column of the arrays' first element, inside `jax.shard_map`,
+      where they are parts of larger ones.
   """
   leaves, structure = jax.tree.flatten(updates, is_leaf=is_row_gradient)
   # Masked leaves of `updates` have no place; a None among params must match.
@@ -70,17 +72,18 @@ def apply_updates(
     key = None
     if rounding_key is not None:
       key = jax.random.fold_in(rounding_key, i)
-    new.append(_apply(param, update, key))
+    new.append(_apply(param, update, key, origin))
   return jax.tree.unflatten(structure, new)
 
 
-def _apply(param, update, key):
+def _apply(param, update, key, origin):
   if not is_row_gradient(update):
     total = jnp.asarray(param + update)
     row = jnp.arange(param.shape[0] if param.ndim else 1)
-    return _round(total, param.dtype, key, row)
+    return _round(total, param.dtype, key, row, origin)
   total = take_rows(param, update).astype(update.value.dtype) + update.value
-  return set_rows(param, update, _round(total, param.dtype, key, update.slot))
+  rounded = _round(total, param.dtype, key, update.slot, origin)
+  return set_rows(param, update, rounded)
 
 
 class MasterState(NamedTuple):
@@ -102,7 +105,8 @@ def with_float32_master(
   inner = optax.with_extra_args_support(inner)
 
   def init(params):
-    master = _to_float32(params)
+    # Without a barrier XLA may skip the rounding to bf16 and back, or not.
+    master = _to_float32(jax.lax.optimization_barrier(params))
     return MasterState(master, inner.init(master))
 
   def update(grads, state, params=None, **extra):
@@ -159,10 +163,11 @@ def _rounded_difference(new, old):
   return rounded - old.astype(new.dtype)
 
 
-def _round(x, dtype, key, row):
+def _round(x, dtype, key, row, origin):
   if key is None or dtype != jnp.bfloat16 or x.dtype != jnp.float32:
     return x.astype(dtype)
-  return round_stochastically(x, _random_bits(key, row, x.shape))
+  bits = _random_bits(key, row + origin[0], origin[1], x.shape)
+  return round_stochastically(x, mesh.reshard(bits, mesh.spec_of(x)))
 
 
 def round_stochastically(
@@ -184,7 +189,7 @@ def round_stochastically(
   return jnp.where(jnp.isfinite(x), rounded, x).astype(jnp.bfloat16)
 
 
-def _random_bits(key, row, shape):
+def _random_bits(key, row, first_column, shape):
   """16 random bits an element, a hash of the key and the element's place.
 
   Ten times cheaper than the generator's, which matters as it is called for
@@ -194,7 +199,9 @@ def _random_bits(key, row, shape):
   row_hash = _mix(_mix(row.astype(jnp.uint32) ^ first) ^ second)
   num_columns = math.prod(shape[1:])
   # An odd constant, so that no two columns of a row share a counter.
-  column = jnp.arange(num_columns, dtype=jnp.uint32) * jnp.uint32(0x9E3779B9)
+  column = jnp.arange(num_columns, dtype=jnp.uint32)
+  column += jnp.asarray(first_column, jnp.uint32)
+  column *= jnp.uint32(0x9E3779B9)
   return (_mix(row_hash[:, None] + column[None]) >> 16).reshape(shape)
 
 

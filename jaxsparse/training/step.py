@@ -133,9 +133,11 @@ def _update(
 ) -> tuple[dict, optax.OptState, Metrics]:
   """Parameters and optimizer state after the step, and scalars."""
   optimizer = _optimizer(config)
-  # Numbers below it are those of the micro-batches.
-  num_micro = config.optimizer.grad_accumulation
-  rounding_key = jax.random.fold_in(key, num_micro)
+  rounding_key = None
+  if not config.optimizer.value_master:
+    # Numbers below this are those of the micro-batches.
+    num_micro = config.optimizer.grad_accumulation
+    rounding_key = jax.random.fold_in(key, num_micro)
 
   def update(params, opt_state, norm):
     scale = clip_scale(norm, config.optimizer.clip_norm)

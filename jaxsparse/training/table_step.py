@@ -104,7 +104,7 @@ def update_tables(
   gradients: dict[str, tuple],
   other_square: jax.Array,
   step: jax.Array,
-  key: jax.Array,
+  key: jax.Array | None,
 ) -> tuple[Tables, optax.OptState, jax.Array, dict[str, jax.Array]]:
   """One optimizer step on the rows that were read.
 
@@ -115,7 +115,7 @@ def update_tables(
     gradients: what `table_gradients` returns.
     other_square: squared norm of the gradient of all other parameters.
     step: optimizer steps before.
-    key: for stochastic rounding.
+    key: for stochastic rounding; None rounds to the nearest.
 
   Returns:
     Tables and state after the step, the norm of the gradient of all parameters
@@ -270,7 +270,10 @@ def _step(config, exchange, windows, tables, state, other_square, step, key):
     square = jax.lax.fori_loop(0, num_passes, add_square, jnp.float32(0))
   norm = jnp.sqrt(other_square + exchange.total(square))
   scale = clip_scale(norm, config.optimizer.clip_norm)
-  key = jax.random.fold_in(key, exchange.part())
+  origin = (
+    exchange.first_row(),
+    exchange.first_column(next(iter(tables.values())).shape[1]),
+  )
 
   def one_pass(gradients, tables, state):
     gradients = {
@@ -278,7 +281,7 @@ def _step(config, exchange, windows, tables, state, other_square, step, key):
       for block, g in gradients.items()
     }
     updates, state = optimizer.update(gradients, state, tables, step=step)
-    return apply_updates(tables, updates, key), state
+    return apply_updates(tables, updates, key, origin), state
 
   if is_one_pass:
     tables, state = one_pass(gradients, tables, state)
