@@ -57,7 +57,7 @@ class TableExchange:
     if group is not None:
       virtual += group.astype(jnp.uint32) * jnp.uint32(self.num_rows)
     virtual = jax.lax.all_gather(virtual, over, tiled=True)
-    weight = jax.lax.all_gather(weight, over, tiled=True)
+    weight = _as_matrix(jax.lax.all_gather, weight, over)
     if group is None:
       return virtual.astype(jnp.int32), weight, None
     group, slot = jnp.divmod(virtual, jnp.uint32(self.num_rows))
@@ -66,7 +66,7 @@ class TableExchange:
   def bring_home(self, pooled: Float[Array, 'T G w']) -> Float[Array, 't G W']:
     """Adds up the parts of each pool and sends them to their tokens."""
     for axis in self._split(self.layout.rows):
-      pooled = jax.lax.psum_scatter(pooled, axis, tiled=True)
+      pooled = _as_matrix(jax.lax.psum_scatter, pooled, axis)
     for axis in self._split(self.layout.exchanged):
       pooled = jax.lax.all_to_all(pooled, axis, 0, 2, tiled=True)
     return pooled
@@ -179,6 +179,16 @@ class TableExchange:
       None if group is None else jnp.take_along_axis(group, order, axis=1),
     )
     return entries, is_own.sum(axis=1, dtype=jnp.int32)
+
+
+def _as_matrix(collective, x, axes):
+  """A collective along tokens that is, or whose gradient is, a reduce-scatter.
+
+  A TPU has these for matrices. With more dimensions it takes an all-reduce,
+  twice the bytes, and a slice of it.
+  """
+  y = collective(x.reshape(len(x), -1), axes, tiled=True)
+  return y.reshape(len(y), *x.shape[1:])
 
 
 def _front(
