@@ -27,7 +27,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxsparse import mesh
-from jaxsparse.ops.table_exchange import TableExchange
+from jaxsparse.ops.row_products import row_products
+from jaxsparse.ops.table_exchange import TableExchange, put_back
 from jaxsparse.ops.value_bag import value_bag
 
 
@@ -73,7 +74,8 @@ def sharded_value_bag(
     if exchange.sends:
       weight = weight.astype(dtype)
     entries = exchange.gather(slot, weight, group)
-    (slot, weight, group), num_used = exchange.own_rows(entries, num_rows)
+    entries, num_used, _ = exchange.own_rows(entries, num_rows)
+    slot, weight, group = entries
     weight = exchange.own_cores(weight, width)
     pooled = pool(table, slot, weight, group, num_used=num_used)
     return exchange.bring_home(pooled.astype(dtype))
@@ -85,6 +87,53 @@ def sharded_value_bag(
     in_specs=(layout.spec, tokens, tokens, tokens),
     out_specs=pools,
   )(table, slot, weight, group)
+
+
+def sharded_row_products(
+  table: Float[Array, 'M W'],
+  slot: Int[Array, '*T k'],
+  vector: Float[Array, '*T W'],
+  *,
+  scheme: str = 'columns',
+  dtype: jax.typing.DTypeLike = jnp.float32,
+  table_gradient: str = 'scatter',
+) -> Float[Array, '*T k']:
+  """`row_products` of global arrays; with no mesh set it is that very function.
+
+  A device knows a product in part only, where it has some of the columns: what
+  `columns` and `grid` send more than a bag does are the parts, [T, k].
+
+  Args:
+    table: sharded as `mesh.table(scheme)`.
+    slot: row of each entry, split over tokens along the first dimension.
+    vector: of each token, columns split over `model`.
+    scheme: 'columns', 'rows' or 'grid'.
+    dtype: of the result and on the wire, where parts are added up in it.
+    table_gradient: how the table's gradient is added up, see `value_bag`.
+  """
+  products = functools.partial(row_products, table_gradient=table_gradient)
+  axes = mesh.axis_sizes()
+  if axes is None:
+    return _over_flat_tokens(products)(table, slot, vector, None).astype(dtype)
+  layout = mesh.table_layout(scheme)
+  exchange = TableExchange(layout, axes, table.shape[0])
+
+  def on_device(table, slot, vector, _):
+    entries = exchange.gather(slot, None, None)
+    entries, num_used, place = exchange.own_rows(entries, len(table))
+    vector = exchange.send_out(vector[:, None].astype(dtype))[:, 0]
+    parts = products(table, entries[0], vector, num_used=num_used)
+    if place is not None:
+      parts = put_back(parts, place)
+    return exchange.add_up(parts.astype(dtype))
+
+  tokens = jax.P(mesh.TOKENS)
+  vectors = jax.P(mesh.TOKENS, *[None] * (slot.ndim - 2), 'model')
+  return jax.shard_map(
+    _over_flat_tokens(on_device),
+    in_specs=(layout.spec, tokens, vectors, None),
+    out_specs=tokens,
+  )(table, slot, vector, None)
 
 
 def _over_flat_tokens(function: Callable) -> Callable:

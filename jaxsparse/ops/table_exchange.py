@@ -18,7 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsparse import mesh
 
 Entries = tuple[
-  Int[Array, 'T k'], Float[Array, 'T k c'], Int[Array, 'T k'] | None
+  Int[Array, 'T k'], Float[Array, 'T k c'] | None, Int[Array, 'T k'] | None
 ]
 
 
@@ -43,7 +43,7 @@ class TableExchange:
   def gather(
     self,
     slot: Int[Array, 't k'],
-    weight: Float[Array, 't k c'],
+    weight: Float[Array, 't k c'] | None,
     group: Int[Array, 't k'] | None,
   ) -> Entries:
     """The entries of the whole group's tokens.
@@ -57,7 +57,8 @@ class TableExchange:
     if group is not None:
       virtual += group.astype(jnp.uint32) * jnp.uint32(self.num_rows)
     virtual = jax.lax.all_gather(virtual, over, tiled=True)
-    weight = _as_matrix(jax.lax.all_gather, weight, over)
+    if weight is not None:
+      weight = _as_matrix(jax.lax.all_gather, weight, over)
     if group is None:
       return virtual.astype(jnp.int32), weight, None
     group, slot = jnp.divmod(virtual, jnp.uint32(self.num_rows))
@@ -159,26 +160,27 @@ class TableExchange:
 
   def own_rows(
     self, entries: Entries, num_rows: int
-  ) -> tuple[Entries, Int[Array, 'T'] | None]:
+  ) -> tuple[Entries, Int[Array, 'T'] | None, Int[Array, 'T k'] | None]:
     """Entries with this device's `num_rows` rows come first in each token.
 
     Returns:
-      The entries, rows counted from this device's first, and how many of each
-      token's are its own; None when it has all rows.
+      The entries, rows counted from this device's first; how many of each
+      token's are its own; and the places to which they have moved. Both are
+      None when it has all rows.
     """
     slot, weight, group = entries
     if not self._split(self.layout.rows):
-      return entries, None
+      return entries, None, None
     local = slot - self.first_row()
     is_own = (local >= 0) & (local < num_rows)
     order, inverse = _front(is_own)
     local = jnp.where(is_own, local, 0)
     entries = (
       jnp.take_along_axis(local, order, axis=1),
-      _permuted(weight, order, inverse),
+      None if weight is None else _permuted(weight, order, inverse),
       None if group is None else jnp.take_along_axis(group, order, axis=1),
     )
-    return entries, is_own.sum(axis=1, dtype=jnp.int32)
+    return entries, is_own.sum(axis=1, dtype=jnp.int32), inverse
 
 
 def _as_matrix(collective, x, axes):
@@ -197,6 +199,14 @@ def _front(
   """The order that puts owned entries first, and its inverse."""
   order = jnp.argsort(~is_own, axis=1, stable=True)
   return order, jnp.argsort(order, axis=1)
+
+
+def put_back(
+  parts: Float[Array, 'T k'], place: Int[Array, 'T k']
+) -> Float[Array, 'T k']:
+  """What was computed of entries in the order of `own_rows`, in the first."""
+  order = jnp.argsort(place, axis=1)
+  return _permuted(parts[..., None], place, order)[..., 0]
 
 
 @jax.custom_vjp

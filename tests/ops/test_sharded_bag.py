@@ -10,7 +10,8 @@ import pytest
 from compiled import arrays_of_size, payloads
 
 from jaxsparse import mesh as mesh_lib
-from jaxsparse.ops.sharded_bag import sharded_value_bag
+from jaxsparse.ops.row_products import row_products_reference
+from jaxsparse.ops.sharded_bag import sharded_row_products, sharded_value_bag
 from jaxsparse.ops.value_bag import value_bag_reference
 
 # Rows that 8 devices can split, and that are no power of two.
@@ -130,6 +131,50 @@ def test_under_remat_and_summed_over_micro_batches(scheme, table_gradient):
   with jax.set_mesh(mesh_lib.make_mesh(2, 2, 2)):
     args = place(scheme, *inputs())
     check(jax.jit(in_micro_batches)(*args), expected(4, 2, 'zipf'))
+
+
+@pytest.mark.parametrize('scheme', ['columns', 'rows', 'grid'])
+def test_bag_of_values_scaled_by_pre_values(scheme):
+  """Of UltraMemV2: products with one table's rows scale those of another."""
+  table, slot, weight, _, cotangent = inputs(1, 2)
+  vector = jnp.cos(jnp.arange(B * T * W, dtype=jnp.float32)).reshape(B, T, W)
+  pre_table = jnp.sin(table)
+
+  def layer(bag, products, pre_table, table, slot, weight, vector, cotangent):
+    def loss(pre_table, table, weight, vector):
+      scale = jax.nn.relu(products(pre_table, slot, vector))[..., None]
+      pooled = bag(table, slot, weight * scale, None, 1)
+      return (pooled * cotangent).sum(), pooled
+
+    gradients, pooled = jax.grad(loss, (0, 1, 2, 3), has_aux=True)(
+      pre_table, table, weight, vector
+    )
+    return pooled, *gradients
+
+  def products(table, slot, vector):
+    flat = row_products_reference(
+      table, slot.reshape(-1, k), vector.reshape(-1, W)
+    )
+    return flat.reshape(slot.shape)
+
+  expected = jax.jit(functools.partial(layer, reference, products))(
+    pre_table, table, slot, weight, vector, cotangent
+  )
+  sharded = functools.partial(
+    layer,
+    functools.partial(sharded_value_bag, scheme=scheme),
+    functools.partial(sharded_row_products, scheme=scheme),
+  )
+  with jax.set_mesh(mesh_lib.make_mesh(2, 2, 2)):
+    vectors = jax.P(mesh_lib.TOKENS, None, 'model')
+    table, slot, weight, _, cotangent = place(
+      scheme, table, slot, weight, None, cotangent
+    )
+    pre_table = jax.sharding.reshard(pre_table, mesh_lib.table(scheme))
+    vector = jax.sharding.reshard(vector, vectors)
+    actual = jax.jit(sharded)(pre_table, table, slot, weight, vector, cotangent)
+  for a, e in zip(actual, expected, strict=True):
+    np.testing.assert_allclose(a, e, rtol=0, atol=1e-5 * np.abs(e).max())
 
 
 def test_a_slice_may_begin_inside_a_core():
