@@ -140,9 +140,20 @@ def test_peak_memory_of_one_contender(capsys):
   assert int(capsys.readouterr().out) > 10**7
 
 
+SMALL_RECIPE = """
+from jaxsparse import config as c
+
+def get_config():
+  memory = c.UltraMemConfig(key_dim=8, num_selected=4, placements=((0, 0),))
+  return c.Config(model=c.ModelConfig(num_layers=1, memory=memory))
+"""
+
+
 def test_train_step_counts_bytes_of_tables_and_their_state(capsys, tmp_path):
-  path = tmp_path / 'bench.json'
-  command.main(['train_step', *_flags(STEP), f'--json={path}'])
+  path, recipe = tmp_path / 'bench.json', tmp_path / 'recipe.py'
+  recipe.write_text(SMALL_RECIPE)
+  flags = _flags(STEP | dict(config=recipe))
+  command.main(['train_step', *flags, f'--json={path}'])
   small, large = json.loads(path.read_text())['results']
   assert [small['contender'], large['contender']] == ['1x table', '4x table']
   assert [small['num_values'], large['num_values']] == [64 * 64, 256 * 64]

@@ -1,6 +1,7 @@
 """train_step: a step of training, with a small value table and a larger one.
 
-Same tokens, so the same number of rows is read; what grows is the table. With
+Same tokens, so the same number of rows is read; what grows is the table, and by
+its root the number of keys, which are scored and are trained densely. With
 an optimizer that touches every value the step's time follows the table, with
 one that touches rows it follows what is read.
 
@@ -31,8 +32,8 @@ OPTIONS = dict(
   # Value optimizers, with commas between.
   optimizers=','.join(OPTIMIZERS),
   # Tokens of a step, in sequences of seq_len.
-  tokens=64,
-  seq_len=32,
+  tokens=256,
+  seq_len=64,
   # Sub-keys a side of the small table; 0: the recipe's.
   num_keys=0,
   # How many times larger the other table is; a square.
@@ -86,13 +87,22 @@ def _recipe(path: str) -> Config:
     return runpy.run_path(path)['get_config']()
   memory = config_lib.UltraMemConfig(
     num_keys=128,
-    key_dim=16,
+    key_dim=32,
     num_selected=16,
-    value_dim=64,
-    placements=((0, 0),),
+    value_dim=128,
+    placements=((1, 2),),
   )
-  model = config_lib.ModelConfig(num_layers=1, memory=memory)
-  return Config(model=model)
+  return Config(
+    model=config_lib.ModelConfig(
+      num_layers=4,
+      model_dim=512,
+      num_heads=8,
+      num_kv_heads=8,
+      head_dim=64,
+      mlp_dim=2048,
+      memory=memory,
+    )
+  )
 
 
 def _draw_state(config: Config) -> TrainState:
