@@ -19,6 +19,7 @@ _INSTRUCTION = re.compile(
 # Every device by itself: some backends keep such transfers, which move nothing.
 _ALONE = re.compile(r'replica_groups=(\{(\{\d+\},?)+\}|\[\d+,1\]<=)')
 _COMPUTATION = re.compile(r'^(?:ENTRY )?%?(\S+) \(.*\{$')
+_CHAIN = re.compile(r'chain_id="(\d+)"')
 _CALL = re.compile(r'^\s*(?:ROOT )?%?\S+ = (.*?) fusion\(.*calls=%?([\w.\-]+)')
 _ARRAY = re.compile(r'\b([a-z]\w*\[[\d,]*\])')
 _LAYOUT = re.compile(r'\{[^{}]*\}')
@@ -42,9 +43,11 @@ class Payload(NamedTuple):
 def collectives(text: str) -> list[Collective]:
   """All collectives of a compiled program, sorted.
 
-  An instruction counts once, wherever it is, in a loop's body too.
+  An instruction counts once, wherever it is, in a loop's body too; and so do
+  the instructions into which a TPU splits one that overlaps with others.
   """
   found = []
+  chains = set()
   computation = ''
   reduce_scatters = {}
   for line in text.splitlines():
@@ -52,6 +55,10 @@ def collectives(text: str) -> list[Collective]:
       computation = start[1]
     elif (match := _INSTRUCTION.match(line)) and not _ALONE.search(line):
       result, op, is_start = match.groups()
+      chain = _CHAIN.search(line)
+      if chain and (op, chain[1]) in chains:
+        continue
+      chains |= {(op, chain[1])} if chain else set()
       found.append((computation, op, _results(result, op, bool(is_start))))
     elif match := _CALL.match(line):
       reduce_scatters[match[2]] = _results(match[1], 'fusion', False)

@@ -21,6 +21,14 @@ ENTRY %main (a: f32[64,4], b: s32[64,4]) -> f32[8] {
 """  # noqa: E501
 
 TPU = """
+%async_collective_fusion (a: f32[2,8]) -> f32[16,8] {
+  ROOT %all-gather.1 = f32[16,8]{1,0:T(8,128)} all-gather(%a), frontend_attributes={chain_id="0"}
+}
+
+%async_collective_fusion.1 (a: f32[2,8]) -> f32[16,8] {
+  ROOT %all-gather.2 = f32[16,8]{1,0:T(8,128)} all-gather(%a), frontend_attributes={chain_id="0"}
+}
+
 %all-reduce-scatter (input: f32[256,8]) -> f32[64,8] {
   %all-reduce.1 = f32[256,8]{1,0:T(8,128)} all-reduce(%input), to_apply=%add
   ROOT %slice = f32[64,8]{1,0:T(8,128)} dynamic-slice(%all-reduce.1, %i, %j)
@@ -48,6 +56,7 @@ def test_instructions_of_every_backend():
     Collective('reduce-scatter', ('f32[64,8]',)),
   ]
   assert collectives(TPU) == [
+    Collective('all-gather', ('f32[16,8]',)),
     Collective('collective-permute', ('f32[8]',)),
     Collective('reduce-scatter', ('f32[64,8]',)),
   ]
