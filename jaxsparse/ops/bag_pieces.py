@@ -12,6 +12,8 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from jaxsparse.ops.varying import to_same_varying
+
 # Gathered rows of one chunk of tokens: for a TPU's fast memory, or for the
 # second-level cache of a CPU's core.
 CHUNK_BYTES = 2**23
@@ -31,25 +33,6 @@ def rows(table, slot):
   return table.at[slot].get(
     mode='promise_in_bounds', wrap_negative_indices=False
   )
-
-
-def to_same_varying(*arrays):
-  """Marks all as varying over the manual mesh axes over which any does.
-
-  What is added here is summed over in the gradient, so a table that is the
-  same on every device gets the gradient of all tokens.
-  """
-
-  def varying(x):
-    return jax.typeof(x).manual_axis_type.varying
-
-  axes = frozenset().union(*map(varying, jax.tree.leaves(arrays)))
-
-  def mark(x):
-    missing = tuple(sorted(axes - varying(x)))
-    return jax.lax.pcast(x, missing, to='varying') if missing else x
-
-  return jax.tree.map(mark, arrays)
 
 
 def zeros(shape, dtype, *like):

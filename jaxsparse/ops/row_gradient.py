@@ -23,6 +23,11 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxsparse.errors import require
+from jaxsparse.ops.references import (
+  REFERENCES_GPU,
+  sum_equal_rows,
+  updates_at,
+)
 from jaxsparse.ops.varying import to_same_varying
 
 # Bytes of the updates that are formed at once. A GPU forms them in registers,
@@ -97,6 +102,8 @@ def row_gradient(
   group: Int[Array, 'T k'] | None,
   budget: int,
   first_rank: Int[Array, ''] | int = 0,
+  *,
+  is_deterministic: bool = False,
 ) -> RowGradient:
   """Sums the gradients of `budget` distinct rows, from `first_rank` on.
 
@@ -111,6 +118,8 @@ def row_gradient(
     group: bag of each reference; None if there is one bag per token.
     budget: U, the rows of the window.
     first_rank: rank of the window's first row.
+    is_deterministic: add in a fixed order on a GPU too, where atomic additions
+      are faster; devices with copies of a table need it to stay alike.
 
   Returns:
     The gradient in f32 (f64 for f64), rows counted from the device's first.
@@ -128,11 +137,17 @@ def row_gradient(
     add = functools.partial(
       _add_window, references, weight, cotangent, group, first_rank
     )
+    if is_deterministic:
+      on_gpu = functools.partial(
+        add, _add_once_per_row, REFERENCES_GPU * value[0].nbytes
+      )
+    else:
+      on_gpu = functools.partial(add, _add_equal_rows, _BLOCK_BYTES_GPU)
     value = jax.lax.platform_dependent(
       value,
-      cuda=functools.partial(add, block_bytes=_BLOCK_BYTES_GPU),
-      rocm=functools.partial(add, block_bytes=_BLOCK_BYTES_GPU),
-      default=functools.partial(add, block_bytes=_BLOCK_BYTES),
+      cuda=on_gpu,
+      rocm=on_gpu,
+      default=functools.partial(add, _add_equal_rows, _BLOCK_BYTES),
     )
   return RowGradient(slot, value)
 
@@ -167,8 +182,17 @@ def _window_rows(references, budget, first_rank):
   return jnp.where(rank < references.num_distinct, row, unused)
 
 
+def _add_equal_rows(value, target, update):
+  return value.at[target].add(update, mode='drop', indices_are_sorted=True)
+
+
+def _add_once_per_row(value, target, update):
+  target, update = sum_equal_rows(target, update, len(value))
+  return value.at[target].add(update, mode='drop', unique_indices=True)
+
+
 def _add_window(
-  references, weight, cotangent, group, first_rank, value, *, block_bytes
+  references, weight, cotangent, group, first_rank, add, block_bytes, value
 ):
   """Adds the window's references to `value`, a block at a time."""
   budget, width = value.shape
@@ -185,28 +209,10 @@ def _add_window(
     is_in = at < end
     position = references.position.at[at].get(mode='clip')
     rank = references.rank.at[at].get(mode='clip')
-    update = _updates(weight, cotangent, group, position).astype(value.dtype)
+    update = updates_at(position, weight, group, cotangent, value.dtype)
     # Beyond the window: past the buffer, whose scatter drops it.
     target = jnp.where(is_in, rank - first_rank, budget)
-    return value.at[target].add(update, mode='drop', indices_are_sorted=True)
+    return add(value, target, update)
 
   num_blocks = (end - start + size - 1) // size
   return jax.lax.fori_loop(0, num_blocks, add_block, value)
-
-
-def _updates(weight, cotangent, group, position):
-  """What the references at `position` add to their rows: [size, W]."""
-  num_entries, num_cores = weight.shape[1:]
-  token = position // num_entries
-  weight_Rc = weight.reshape(-1, num_cores)
-  weight_rc = weight_Rc.at[position].get(mode='promise_in_bounds')
-  if group is None:
-    group_r = 0
-  else:
-    group_r = group.reshape(-1).at[position].get(mode='promise_in_bounds')
-  cotangent_rW = cotangent.at[token, group_r].get(mode='promise_in_bounds')
-  dtype = jnp.promote_types(weight.dtype, jnp.float32)
-  update_rcw = weight_rc[..., None].astype(dtype) * cotangent_rW.reshape(
-    position.size, num_cores, -1
-  ).astype(dtype)
-  return update_rcw.reshape(position.size, -1)

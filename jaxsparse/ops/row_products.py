@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from jaxsparse.ops import bag_pieces
 from jaxsparse.ops import value_bag_gradient as gradient
 from jaxsparse.ops.value_bag import value_bag
+from jaxsparse.ops.varying import to_same_varying
 
 
 def row_products(
@@ -41,12 +42,12 @@ def row_products(
   """
   if num_used is None:
     return _row_products(
-      *bag_pieces.to_same_varying(table, slot, vector, None), table_gradient
+      *to_same_varying(table, slot, vector, None), table_gradient
     )
   in_use = jnp.arange(slot.shape[1])[None] < num_used[:, None]
   slot = jnp.where(in_use, slot, 0)
   products = _row_products(
-    *bag_pieces.to_same_varying(table, slot, vector, num_used), table_gradient
+    *to_same_varying(table, slot, vector, num_used), table_gradient
   )
   return jnp.where(in_use, products, 0)
 
@@ -65,7 +66,7 @@ def _row_products(table, slot, vector, num_used, table_gradient):
   dtype = bag_pieces.accumulator(table, vector)
   # Only shape and type matter of the weights whose gradient this would be.
   weight = jnp.zeros((*slot.shape, 1), dtype)
-  weight, _ = bag_pieces.to_same_varying(weight, slot)
+  weight, _ = to_same_varying(weight, slot)
   products = gradient.of_weight(
     table, slot, weight, None, num_used, vector[:, None]
   )

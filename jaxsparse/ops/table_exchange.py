@@ -40,6 +40,11 @@ class TableExchange:
     """Whether a group is more than one device."""
     return bool(self._split(self.layout.group))
 
+  @property
+  def has_copies(self) -> bool:
+    """Whether several devices hold the same part of the table."""
+    return bool(self._split(self.layout.copies))
+
   def gather(
     self,
     slot: Int[Array, 't k'],

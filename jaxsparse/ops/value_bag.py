@@ -31,6 +31,7 @@ from jaxtyping import Array, Float, Int
 from jaxsparse.errors import UserError
 from jaxsparse.ops import bag_pieces
 from jaxsparse.ops import value_bag_gradient as gradient
+from jaxsparse.ops.varying import to_same_varying
 
 # Entries of a piece, where not all are fused. On a CPU the sums should stay in
 # the cache, and compile time counts.
@@ -97,7 +98,7 @@ def value_bag(
     weight = jnp.where(in_use[..., None], weight, 0)
     group = None if group is None else jnp.where(in_use, group, 0)
   return _value_bag(
-    *bag_pieces.to_same_varying(table, slot, weight, group, num_used),
+    *to_same_varying(table, slot, weight, group, num_used),
     num_groups,
     table_gradient,
   )

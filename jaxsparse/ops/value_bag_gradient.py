@@ -18,11 +18,16 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse.ops import bag_pieces
+from jaxsparse.ops.references import (
+  REFERENCES_GPU,
+  sum_equal_rows,
+  updates_at,
+)
+from jaxsparse.ops.varying import to_same_varying
 
 WAYS = ('scatter', 'sorted', 'deterministic')
 
-# References summed at once on a GPU where not all can be, and entries.
-_REFERENCES_GPU = 2**14
+# Entries of a piece on a GPU where not all can be fused.
 _ENTRIES_GPU = 8
 
 
@@ -206,27 +211,9 @@ def _scatter_chunked(chunk_bytes):
 def _sort(slot, num_used, num_rows):
   """References by row: their rows and positions in [T * k], and how many."""
   slot = _without_unused(slot, num_used, num_rows).reshape(-1)
-  position = bag_pieces.to_same_varying(
-    jnp.arange(len(slot), dtype=slot.dtype), slot
-  )[0]
+  position = to_same_varying(jnp.arange(len(slot), dtype=slot.dtype), slot)[0]
   row, position = jax.lax.sort((slot, position), num_keys=1, is_stable=True)
   return row, position, None if num_used is None else num_used.sum()
-
-
-def _updates(position, weight, group, cotangent_TGW, dtype):
-  """Outer products [n, W] of the references at `position`."""
-  num_entries, num_cores = weight.shape[1:]
-  token = position // num_entries
-  group = 0 if group is None else bag_pieces.rows(group.reshape(-1), position)
-  num_groups, width = cotangent_TGW.shape[1:]
-  pooled = bag_pieces.rows(
-    cotangent_TGW.reshape(-1, width), token * num_groups + group
-  )
-  weight = bag_pieces.rows(weight.reshape(-1, num_cores), position)
-  update = weight.astype(dtype)[..., None] * _split(
-    pooled.astype(dtype), num_cores
-  )
-  return update.reshape(-1, width)
 
 
 def _add_sorted(
@@ -241,7 +228,7 @@ def _add_sorted(
 
   def step(d_table, block):
     row, position = block
-    update = _updates(position[0], weight, group, cotangent, d_table.dtype)
+    update = updates_at(position[0], weight, group, cotangent, d_table.dtype)
     return add(d_table, row[0], update), None
 
   d_table, _ = bag_pieces.over_entries(
@@ -267,33 +254,16 @@ def _sorted_blocks(chunk_bytes):
 
 
 def _sorted_whole(table, slot, weight, group, num_used, *args):
-  at_once = slot.size if num_used is None else _REFERENCES_GPU
+  at_once = slot.size if num_used is None else REFERENCES_GPU
   return _add_sorted(
     _add_equal_after_equal, table, slot, weight, group, num_used, *args, at_once
   )
 
 
-def _sum_equal_rows(row, update, num_rows):
-  """Sorted references with those of one row summed up: rows are distinct.
-
-  The sum is a tree over each run of equal rows: in pass i a reference takes
-  what the one 2^i before it holds, if that is of the same row, and the last of
-  a run ends up with all of it. The others get slots of their own past the end.
-  """
-  size = len(row)
-  for i in range(math.ceil(math.log2(size))):
-    before = jnp.pad(row[: -(2**i)], (2**i, 0), constant_values=-1)
-    held = jnp.pad(update[: -(2**i)], ((2**i, 0), (0, 0)))
-    update += jnp.where((row == before)[:, None], held, 0)
-  is_last = row != jnp.append(row[1:], -1)
-  nobody = num_rows + jnp.arange(size, dtype=row.dtype)
-  return jnp.where(is_last & (row < num_rows), row, nobody), update
-
-
 def _add_once_per_row(d_table, row, update):
-  row, update = _sum_equal_rows(row, update, len(d_table))
+  row, update = sum_equal_rows(row, update, len(d_table))
   return d_table.at[row].add(update, mode='drop', unique_indices=True)
 
 
 def _distinct_rows(*args):
-  return _add_sorted(_add_once_per_row, *args, _REFERENCES_GPU)
+  return _add_sorted(_add_once_per_row, *args, REFERENCES_GPU)

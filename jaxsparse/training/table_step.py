@@ -229,6 +229,9 @@ class _Windows:
     cotangent = exchange.send_out(cotangent)
     entries, self._cotangent = exchange.to_copies((entries, cotangent))
     slot, weight, self._group = entries
+    # Else copies of a table would drift apart.
+    is_fixed = config.model.memory.table_gradient == 'deterministic'
+    self._is_deterministic = is_fixed or exchange.has_copies
     self._weight = exchange.own_cores(weight, width)
     self._references = sort_references(slot, num_rows, exchange.first_row())
     self.num_distinct = self._references.num_distinct
@@ -246,6 +249,7 @@ class _Windows:
       self._group,
       self.budget,
       index * self.budget,
+      is_deterministic=self._is_deterministic,
     )
 
 

@@ -178,3 +178,22 @@ def test_refuses_an_empty_budget():
   slot, *rest = _inputs()
   with pytest.raises(UserError, match='budget must be positive, got 0'):
     row_gradient(sort_references(slot, 11), *rest, budget=0)
+
+
+def test_sums_in_a_fixed_order_are_the_same_sums(monkeypatch):
+  """A GPU's form for copies of a table, run here."""
+  rng = np.random.default_rng(0)
+  slot = jnp.asarray(np.minimum(rng.zipf(1.3, (20, 7)), 30) - 1, jnp.int32)
+  weight = jnp.asarray(rng.normal(size=(20, 7, 2)), jnp.float32)
+  cotangent = jnp.asarray(rng.normal(size=(20, 1, 8)), jnp.float32)
+  references = module.sort_references(slot, 30)
+  value = jnp.zeros((30, 8))
+  sums = [
+    module._add_window(
+      references, weight, cotangent, None, 0, add, num_bytes, value
+    )
+    for add in (module._add_equal_rows, module._add_once_per_row)
+    for num_bytes in (17 * 32, 2**20)
+  ]
+  for other in sums[1:]:
+    np.testing.assert_allclose(other, sums[0], rtol=1e-5, atol=1e-5)

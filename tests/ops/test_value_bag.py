@@ -158,7 +158,7 @@ def small_pieces(monkeypatch):
   """Pieces of few entries or references, so that a loop goes over many."""
   monkeypatch.setattr(bag_pieces, '_ENTRIES', 2)
   monkeypatch.setattr(gradient, '_ENTRIES_GPU', 2)
-  monkeypatch.setattr(gradient, '_REFERENCES_GPU', 16)
+  monkeypatch.setattr(gradient, 'REFERENCES_GPU', 16)
   monkeypatch.setattr(bag_pieces, 'CHUNK_BYTES_CPU', _CHUNK_BYTES)
 
 
@@ -235,7 +235,7 @@ def test_no_two_adds_meet_on_a_gpu_in_the_deterministic_way():
   update = jax.random.normal(jax.random.key(0), (8, 3))
   for row in ([0, 0, 0, 1, 2, 2, 5, 5], [3] * 8, [0, 1, 2, 3, 4, 5, 5, 5]):
     row = jnp.array(row)
-    distinct, total = gradient._sum_equal_rows(row, update, 5)
+    distinct, total = gradient.sum_equal_rows(row, update, 5)
     assert len(set(distinct.tolist())) == 8
     zeros = jnp.zeros((5, 3))
     np.testing.assert_allclose(
