@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import payloads
 from flax import traverse_util
 
 from jaxsparse import mesh
@@ -268,6 +269,23 @@ def test_any_mesh_gives_the_same_loss_and_gradients(unsharded, sizes):
     assert query.sharding.spec == mesh.param('DNH')
   assert sharded == pytest.approx(value, abs=1e-5)
   assert_same_gradients(sharded_gradients, gradients)
+
+
+def test_a_memory_costs_no_collective_over_model():
+  """Its output, split over `model` like the MLP's, joins that one's sum."""
+
+  def sent(placements):
+    config = make_config(placements, num_kv_heads=4)
+    inputs = [jnp.asarray(array) for array in one_document(batch=2)]
+    with jax.set_mesh(mesh.make_mesh(1, 1, 4, devices=jax.devices()[:4])):
+      init = functools.partial(Transformer(config).init, KEY, *inputs)
+      params = mesh.abstract(init, mesh=jax.sharding.get_mesh())
+      forward = jax.jit(Transformer(config).apply)
+      return payloads(forward.lower(params, *inputs).compile().as_text())
+
+  sums = sent(None)
+  assert [op for op, _, _ in sums] == 4 * ['all-reduce']
+  assert sent(((0, 1), (1, 1))) == sums
 
 
 @pytest.mark.parametrize(
