@@ -128,9 +128,42 @@ TRAIN = {
   'no devices': (C + 'mesh.model=0', 'mesh.model must be positive, got 0'),
   'too many devices': (C + 'mesh.model=16', 'must make up the 8 devices'),
   'heads on the mesh': (C + 'mesh.model=8', 'num_heads must be a multiple'),
-  'table on the mesh': (
-    C + 'model.memory.num_keys=63',
-    'memory.num_keys ** 2 must be a multiple of 8',
+  'rows on the mesh': (
+    C + 'model.memory.num_keys=63 ' + C + 'model.memory.scheme=grid',
+    'must divide the 3969 rows',
+  ),
+  'columns on the mesh': (
+    C
+    + 'mesh.sparse=8 '
+    + C
+    + 'model.memory.value_dim=4 '
+    + C
+    + 'model.memory.scheme=columns',
+    'value_dim = 4',
+  ),
+  'unknown scheme': (C + 'model.memory.scheme=hash', 'columns, rows, grid'),
+  'unknown sum': (C + 'model.memory.table_gradient=atomic', 'deterministic'),
+  'unknown optimizer': (C + 'optimizer.value_optimizer=sgd', 'row_adagrad'),
+  'decay of adagrad': (
+    C
+    + 'optimizer.value_optimizer=row_adagrad '
+    + C
+    + 'optimizer.value_weight_decay=0.1',
+    'value_weight_decay must be 0',
+  ),
+  'moments of row_adam': (
+    C + 'optimizer.value_optimizer=row_adam ' + C + 'optimizer.b1=0.98',
+    'b1 must be below',
+  ),
+  'no cluster': ('--distributed', 'found no cluster'),
+  'one of three flags': ('--num_processes=2', 'belong together, got 2 only'),
+  'process too many': (
+    '--coordinator=localhost:1234 --num_processes=2 --process_id=2',
+    '--process_id must be 0 to 1',
+  ),
+  'no port': (
+    '--coordinator=localhost --num_processes=2 --process_id=1',
+    '--coordinator must be HOST:PORT',
   ),
   'warm-up': (C + 'optimizer.warmup_steps=601', 'at most num_steps = 600'),
   'rate': (C + 'optimizer.learning_rate=0', 'learning_rate must be positive'),
@@ -145,7 +178,8 @@ TRAIN = {
 def test_train(name, train, folder, tmp_path, capsys, monkeypatch):
   flag, said = TRAIN[name]
   argv = ['train.py', f'--config={folder}/recipe.py', f'--workdir={tmp_path}/w']
-  monkeypatch.setattr(sys, 'argv', [*argv, flag.format(folder=folder)])
+  flags = flag.format(folder=folder).split(' ')
+  monkeypatch.setattr(sys, 'argv', [*argv, *flags])
   assert said in ending(train, capsys)
 
 
