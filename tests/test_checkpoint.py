@@ -64,6 +64,20 @@ def test_restores_on_every_mesh(tmp_path, shape):
   jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
+def test_another_optimizer_is_no_damage(tmp_path):
+  save(tmp_path)
+
+  def with_more_state():
+    params, optimizer = make_state()
+    return params, optimizer | {'v': jnp.zeros(3)}
+
+  abstract = jax.eval_shape(with_more_state)
+  checkpoints = checkpoint.Checkpoints(tmp_path, 2)
+  with pytest.raises(UserError, match='has 5 arrays where this run has 6'):
+    checkpoints.restore(*abstract, print)
+  assert checkpoints.steps() == [1]
+
+
 def test_keeps_the_last_and_reads_params_alone(tmp_path):
   save(tmp_path, steps=(1, 2, 3))
   step, params = checkpoint.load_params(tmp_path)
