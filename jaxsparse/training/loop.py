@@ -22,8 +22,8 @@ from jaxsparse.training.progress import Reporter
 from jaxsparse.training.step import (
   TrainState,
   init_state,
-  params_to_use,
   train_step,
+  up_to_date,
 )
 
 
@@ -153,7 +153,7 @@ class _Run:
     self.checkpoints, self.reporter = checkpoints, reporter
     self.utilization, self.stop = utilization, stop
     self.clock = _Clock(config.data.batch_size * config.data.seq_len)
-    self.params_to_use = jax.jit(functools.partial(params_to_use, config))
+    self.up_to_date = jax.jit(functools.partial(up_to_date, config))
     self.writer: MetricsWriter | None = None
 
   def close(self) -> None:
@@ -174,6 +174,8 @@ class _Run:
         batch = evaluation.to_global(next(self.data.batches))
         state, metrics = train(state, batch)
         step += 1
+        if step == total:
+          state = self.up_to_date(state)
         if pending is not None:
           # The next step runs while the host waits for the one before it.
           self._report(*pending)
@@ -196,7 +198,7 @@ class _Run:
         f'{self.stop.signal_name or "A signal"}: saved step {step} of {total}; '
         'the same command goes on from there.'
       )
-    return Outcome(step, self.params_to_use(state), validation)
+    return Outcome(step, state.params, validation)
 
   def _is_to_stop(self, step: int) -> bool:
     if jax.process_count() == 1:
@@ -245,7 +247,7 @@ class _Run:
   ) -> evaluation.Validation | None:
     result = evaluation.validate(
       self.config,
-      self.params_to_use(state),
+      self.up_to_date(state).params,
       self.data.validation(),
       self.data.validation_bytes,
       self.reporter,

@@ -191,11 +191,11 @@ def caught_up(
   b2: float = 0.999,
   epsilon: float = 1e-8,
   weight_decay: float = 0.0,
-) -> optax.Params:
-  """The parameters where dense AdamW would have them, absent rows included.
+) -> tuple[optax.Params, RowAdamState]:
+  """Parameters and state where dense AdamW would have them, all rows included.
 
   One pass over the tables, for validation and export. Training goes on from
-  `params` and `state`, with which it gives the same as without this call.
+  either pair, the given or the returned, to the same rows but for rounding.
 
   Args:
     params: the tables; under `with_float32_master` its master. Leaves that the
@@ -208,23 +208,37 @@ def caught_up(
   recent = missed.recent(step)
   log_decay = _log_decay_before(missed, state, step)
 
-  def bring(mu, param, nu, touched, row_log_decay=None):
+  def bring(mu, param, nu, touched, row_log_decay):
     if isinstance(mu, optax.MaskedNode):
-      return param
+      return param, mu, nu, touched, row_log_decay
     long_log_decay = None
     if row_log_decay is not None:
       long_log_decay = sum(log_decay) - row_log_decay
+      row_log_decay = row_log_decay + long_log_decay
     rows = param.astype(jnp.float32)
-    shift, _, _ = missed.catch_up(
+    shift, mu, nu = missed.catch_up(
       rows, mu, nu, touched, step, recent, long_log_decay
     )
-    return (rows + shift).astype(param.dtype)
+    rows = (rows + shift).astype(param.dtype)
+    return rows, mu, nu, jnp.full_like(touched, step), row_log_decay
 
-  trees = [state.mu, params, state.nu, state.touched]
-  if state.row_log_decay is not None:
-    trees.append(state.row_log_decay)
-  return jax.tree.map(
-    bring, *trees, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
+  leaves, structure = jax.tree.flatten(
+    state.mu, is_leaf=lambda x: isinstance(x, optax.MaskedNode)
+  )
+  trees = (params, state.nu, state.touched, state.row_log_decay)
+  others = [
+    [None] * len(leaves) if tree is None else structure.flatten_up_to(tree)
+    for tree in trees
+  ]
+  columns = zip(*map(bring, leaves, *others), strict=True)
+  params, mu, nu, touched, row_log_decay = (
+    jax.tree.unflatten(structure, column) for column in columns
+  )
+  return params, state._replace(
+    mu=mu,
+    nu=nu,
+    touched=touched,
+    row_log_decay=None if state.row_log_decay is None else row_log_decay,
   )
 
 

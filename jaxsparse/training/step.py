@@ -110,16 +110,24 @@ def train_step(
   return TrainState(state.step + 1, params, opt_state), metrics | more
 
 
-def params_to_use(config: Config, state: TrainState) -> dict:
-  """The parameters with which to validate: absent rows brought up to date."""
+def up_to_date(config: Config, state: TrainState) -> TrainState:
+  """The state with all rows of value tables where dense AdamW has them.
+
+  To validate and to export: `row_adam` brings absent rows up to date only when
+  they return.
+  """
   is_behind = config.optimizer.value_optimizer == 'row_adam'
   if not (is_behind and has_row_optimizer(config)):
-    return state.params
+    return state
   rest, tables = table_step.split_tables(state.params)
-  tables = table_step.caught_up_tables(
+  tables, row_state = table_step.caught_up_tables(
     config, tables, state.opt_state['tables']
   )
-  return table_step.with_tables(rest, tables)
+  return TrainState(
+    state.step,
+    table_step.with_tables(rest, tables),
+    state.opt_state | {'tables': row_state},
+  )
 
 
 def has_row_optimizer(config: Config) -> bool:

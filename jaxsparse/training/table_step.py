@@ -143,16 +143,13 @@ def update_tables(
 
 def caught_up_tables(
   config: Config, tables: Tables, state: optax.OptState
-) -> Tables:
-  """The tables where dense AdamW would have them, see `row_optimizers`."""
+) -> tuple[Tables, optax.OptState]:
+  """Tables and state where dense AdamW would have them, of `row_adam`."""
   settings = config.optimizer
 
-  def on_device(tables, state):
-    rows = tables
-    if settings.value_master:
-      rows, state = state
-    rows = row_optimizers.caught_up(
-      rows,
+  def catch_up(tables, state):
+    return row_optimizers.caught_up(
+      tables,
       state,
       value_learning_rate_schedule(settings, config.train.num_steps),
       settings.b1,
@@ -160,11 +157,16 @@ def caught_up_tables(
       settings.epsilon,
       settings.value_weight_decay,
     )
-    return jax.tree.map(
-      lambda row, table: row.astype(table.dtype), rows, tables
-    )
+
+  def on_device(tables, state):
+    if not settings.value_master:
+      return catch_up(tables, state)
+    master, inner = catch_up(*state)
+    tables = jax.tree.map(lambda t, m: m.astype(t.dtype), tables, master)
+    return tables, type(state)(master, inner)
 
   specs = dict.fromkeys(tables, mesh.table(_scheme(config)))
+  specs = (specs, _state_specs(config, tables))
   return _on_each_device(on_device, specs)(tables, state)
 
 

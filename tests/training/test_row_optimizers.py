@@ -47,13 +47,13 @@ def _every_7th(step, row):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _train(optimizer, params, gradients):
+def _train(optimizer, params, gradients, state=None):
   def step(carry, gradient):
     params, state = carry
     updates, state = optimizer.update(gradient, state, params)
     return (apply_updates(params, updates), state), None
 
-  carry = params, optimizer.init(params)
+  carry = params, state or optimizer.init(params)
   return jax.lax.scan(step, carry, gradients)[0]
 
 
@@ -103,8 +103,26 @@ def test_catch_up_ends_where_dense_adamw_does(weight_decay, rate):
   )
   # Rows are still on their way to where their return will find them.
   assert np.abs(actual - expected).max() > 1e-3
-  actual = caught_up(actual, state, rate, **hyper)
+  actual, _ = caught_up(actual, state, rate, **hyper)
   np.testing.assert_allclose(actual, expected, rtol=0, atol=5e-6)
+
+
+def test_training_goes_on_from_what_was_caught_up():
+  optimizer = row_adam(WARMUP, weight_decay=0.1)
+  _, gradients = _gradients(40, _every_7th)
+  first, second = (
+    jax.tree.map(lambda x, s=part: x[s], gradients)
+    for part in (slice(20), slice(20, None))
+  )
+  params, state = _train(optimizer, _table(), first)
+  ends = []
+  for start in (
+    (params, state),
+    caught_up(params, state, WARMUP, weight_decay=0.1),
+  ):
+    end = _train(optimizer, start[0], second, start[1])
+    ends.append(caught_up(*end, WARMUP, weight_decay=0.1)[0])
+  np.testing.assert_allclose(*ends, rtol=0, atol=2e-6)
 
 
 def test_lazy_adam_is_another_optimizer():
@@ -127,7 +145,7 @@ def test_catch_up_beyond_the_horizon():
   )
   moved = np.abs(expected - _table())[: M - 1].mean()
   assert moved > 0.05
-  for params in (actual, caught_up(actual, state, rate, **hyper)):
+  for params in (actual, caught_up(actual, state, rate, **hyper)[0]):
     is_up_to_date = params is not actual
     error = np.abs(params - expected).max()
     assert (error < 1e-4) == is_up_to_date
@@ -138,7 +156,7 @@ def test_epsilon_near_the_gradients_is_caught_up_closely():
   expected, actual, state = _train_both(
     optax.adamw(1e-2, weight_decay=0.0), row_adam(1e-2), 120, _every_7th, 1e-7
   )
-  actual = caught_up(actual, state, 1e-2)
+  actual, _ = caught_up(actual, state, 1e-2)
   moved = np.abs(expected - _table()).max()
   np.testing.assert_allclose(actual, expected, rtol=0, atol=5e-3 * moved)
 
@@ -253,7 +271,7 @@ def test_beside_dense_leaves_in_partition_and_chain():
   expected, _ = _train(reference, _table(), dense)
   assert np.all(np.asarray(actual['dense']) < 0.99)
   inner = state[1].inner_states['rows'].inner_state
-  brought = caught_up(actual, inner, 1e-2)
+  brought, _ = caught_up(actual, inner, 1e-2)
   np.testing.assert_allclose(brought['table'], expected, rtol=0, atol=1e-6)
   np.testing.assert_array_equal(brought['dense'], actual['dense'])
 
