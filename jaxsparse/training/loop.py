@@ -155,6 +155,7 @@ class _Run:
     self.clock = _Clock(config.data.batch_size * config.data.seq_len)
     self.up_to_date = jax.jit(functools.partial(up_to_date, config))
     self.writer: MetricsWriter | None = None
+    self.told_of_budget = False
 
   def close(self) -> None:
     if self.writer is not None:
@@ -217,6 +218,14 @@ class _Run:
         f'step {step}: the last good state kept is '
         f'{f"step {kept[-1]}" if kept else "none yet"}; lower '
         'optimizer.learning_rate or set optimizer.clip_norm.'
+      )
+    over_budget = int(scalars.get('value_rows_over_budget', 0))
+    if over_budget and not self.told_of_budget:
+      self.told_of_budget = True
+      self.reporter.say(
+        f'Step {step} read {over_budget:,} rows of value tables beyond '
+        'optimizer.value_row_budget: they take further passes, no gradient is '
+        'lost. value_rows_over_budget in the metrics has all steps.'
       )
     scalars['bits_per_byte'] = loss / math.log(2) / self.data.bytes_per_target
     speed = self.clock.tick()

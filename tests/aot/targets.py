@@ -81,7 +81,8 @@ def compile_for(
 
   Args:
     name: one of `NAMES`; the test skips if its compiler is not installed.
-    args: trees of `jax.ShapeDtypeStruct`, or of pairs (shape, `jax.P`).
+    args: trees of `jax.ShapeDtypeStruct`; whole on every device where they have
+      no sharding.
     sizes: of the mesh's axes, up to 8 devices in all.
     donate: positions of arguments that the program may overwrite.
     dump: folder, empty, to which kernels are written to be read as PTX.
@@ -93,10 +94,17 @@ def compile_for(
     sharding = jax.sharding.NamedSharding(mesh, spec)
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
+  # Leaves only: JAX would describe the arguments by dataclasses of ours with
+  # objects that their types do not allow.
+  leaves, tree = jax.tree.flatten(jax.tree.map(place, args))
+  owner = [i for i, arg in enumerate(args) for _ in jax.tree.leaves(arg)]
+  donated = [i for i, arg in enumerate(owner) if arg in donate]
+
+  def of_leaves(*leaves):
+    return jax.tree.leaves(function(*jax.tree.unflatten(tree, leaves)))
+
   with jax.set_mesh(mesh):
-    lowered = jax.jit(function, donate_argnums=donate).lower(
-      *jax.tree.map(place, args)
-    )
+    lowered = jax.jit(of_leaves, donate_argnums=donated).lower(*leaves)
     compiled = lowered.compile(compiler_options=_options(name, dump))
   memory = compiled.memory_analysis()
   return Program(
