@@ -161,6 +161,11 @@ def row_adam(
       direction /= jnp.sqrt(nu_rows / (1 - b2**count)) + epsilon
       direction += weight_decay * rows
       delta = shift - missed.rate(step + 1) * direction
+      # All old rows are read before any is written: else XLA fuses the reading
+      # of one array's into the writing of another's, and keeps a copy of it.
+      delta, mu_rows, nu_rows = jax.lax.optimization_barrier(
+        (delta, mu_rows, nu_rows)
+      )
       return (
         RowGradient(grad.slot, delta),
         set_rows(mu, grad, mu_rows),
