@@ -81,15 +81,20 @@ def test_gpu_forward_is_one_kernel_without_temporaries(variant):
 
 
 @pytest.mark.parametrize('sizes', [(16384, 32, 256), (32768, 84, 1024)])
-@pytest.mark.parametrize('variant', ['f32', 'bf16_groups'])
-def test_gpu_forward_of_many_tokens_repeats_it(variant, sizes, tmp_path):
+@pytest.mark.parametrize('variant', ['f32', 'bf16', 'bf16_groups'])
+def test_gpu_forward_of_many_tokens_repeats_it(variant, sizes):
   forward, arguments = _forward(variant, **dict(zip('TkW', sizes, strict=True)))
-  program = targets.compile_for('h100', forward, *arguments, dump=tmp_path)
+  program = targets.compile_for('h100', forward, *arguments)
   assert program.temp_bytes < 1024  # the loop's counter
-  # Rows come in vectors, of four values but where few tokens make a kernel.
-  is_narrow = VARIANTS[variant]['dtype'] == jnp.bfloat16
-  vectors = r'v[24]\.b16' if is_narrow else r'v4\.b32'
-  assert any(re.search(vectors, load) for load in ptx.loads(program.ptx))
+
+
+@pytest.mark.parametrize(
+  ('variant', 'width'), [('f32', 'b32'), ('bf16', 'b16')]
+)
+def test_gpu_forward_reads_vectors_of_four(variant, width, tmp_path):
+  forward, arguments = _forward(variant)
+  program = targets.compile_for('h100', forward, *arguments, dump=tmp_path)
+  assert f'ld.global.nc.v4.{width}' in ptx.loads(program.ptx)
 
 
 def test_the_obvious_form_would_write_all_rows_to_memory():

@@ -82,14 +82,14 @@ def _program(device, scheme, with_gradients):
 @schemes
 @devices
 def test_forward_sends_entries_and_pools(device, scheme):
-  program = _program(device, scheme, with_gradients=False)
+  program = _program(device, scheme, False)
   assert payloads(program.text) == sorted(ENTRIES + FORWARD[scheme])
 
 
 @schemes
 @devices
 def test_gradients_send_entries_and_pools(device, scheme):
-  program = _program(device, scheme, with_gradients=True)
+  program = _program(device, scheme, True)
   sent = ENTRIES + BACKWARD[scheme] + WEIGHTS[device]
   assert payloads(program.text) == sorted(sent)
 
