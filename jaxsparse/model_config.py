@@ -65,12 +65,12 @@ class UltraMemConfig:
   def table_rows(self) -> int:
     """Rows of the value table: num_slots, and in large tables some unused.
 
-    A multiple of 256 in tables above 65,536 rows, so that up to 256 devices
-    can split them evenly.
+    A multiple of 64 in tables above 65,536 rows, so that up to 64 devices can
+    split them evenly.
     """
     if self.num_slots <= 2**16:
       return self.num_slots
-    return -(-self.num_slots // 256) * 256
+    return -(-self.num_slots // 64) * 64
 
   @property
   def num_logical_keys(self) -> int:

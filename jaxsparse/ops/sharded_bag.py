@@ -46,7 +46,7 @@ def sharded_value_bag(
   """`value_bag` of global arrays; with no mesh set it is that very function.
 
   Args:
-    table: sharded as `mesh.table(scheme)`.
+    table: sharded as `mesh.table(scheme)`, or it will be.
     slot: row of each entry. Like the other arguments it is split over tokens
       along its first dimension.
     weight: c weights of each entry, one for each of c blocks of columns.
@@ -86,7 +86,7 @@ def sharded_value_bag(
     _over_flat_tokens(on_device),
     in_specs=(layout.spec, tokens, tokens, tokens),
     out_specs=pools,
-  )(table, slot, weight, group)
+  )(mesh.reshard(table, layout.spec), slot, weight, group)
 
 
 def sharded_row_products(
@@ -133,7 +133,7 @@ def sharded_row_products(
     _over_flat_tokens(on_device),
     in_specs=(layout.spec, tokens, vectors, None),
     out_specs=tokens,
-  )(table, slot, vector, None)
+  )(mesh.reshard(table, layout.spec), slot, vector, None)
 
 
 def _over_flat_tokens(function: Callable) -> Callable:

@@ -457,7 +457,7 @@ def test_sharded_equals_unsharded(sizes, variant):
 
 
 def test_init_does_not_depend_on_the_mesh():
-  config = _config()
+  config = _config(value_dim=8)
   x = jnp.ones((8, 1, 8))
   expected = _draw(config, x, 1)
   with jax.set_mesh(mesh_lib.make_mesh(2, 1, 4)):
