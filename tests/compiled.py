@@ -18,6 +18,7 @@ _INSTRUCTION = re.compile(
 )
 # Every device by itself: some backends keep such transfers, which move nothing.
 _ALONE = re.compile(r'replica_groups=(\{(\{\d+\},?)+\}|\[\d+,1\]<=)')
+_NAMED = re.compile(r'replica_groups=mesh\[([^\]]*)\] \{([^}]*)\}')
 _COMPUTATION = re.compile(r'^(?:ENTRY )?%?(\S+) \(.*\{$')
 _CHAIN = re.compile(r'chain_id="(\d+)"')
 _CALL = re.compile(r'^\s*(?:ROOT )?%?\S+ = (.*?) fusion\(.*calls=%?([\w.\-]+)')
@@ -53,7 +54,7 @@ def collectives(text: str) -> list[Collective]:
   for line in text.splitlines():
     if start := _COMPUTATION.match(line):
       computation = start[1]
-    elif (match := _INSTRUCTION.match(line)) and not _ALONE.search(line):
+    elif (match := _INSTRUCTION.match(line)) and not _is_alone(line):
       result, op, is_start = match.groups()
       chain = _CHAIN.search(line)
       if chain and (op, chain[1]) in chains:
@@ -94,6 +95,14 @@ def arrays_of_size(text: str, op: str, size: int) -> list[str]:
   """Results of instructions `op` with `size` elements or more."""
   results = re.findall(rf'= (\S+?\[[\d,]*\])\S* {re.escape(op)}\(', text)
   return [shape for shape in results if _dtype_and_size(shape)[1] >= size]
+
+
+def _is_alone(line: str) -> bool:
+  """Whether every device of a transfer is by itself."""
+  if named := _NAMED.search(line):
+    sizes = dict(axis.split('=') for axis in named[1].split(','))
+    return all(sizes[axis] == '1' for axis in named[2].split(','))
+  return bool(_ALONE.search(line))
 
 
 def _results(result: str, op: str, is_start: bool) -> tuple[str, ...]:
