@@ -34,7 +34,7 @@ def get_config() -> c.Config:
       dropout_rate=0.1,
       dtype='bfloat16',
       use_remat=True,
-      memory=c.UltraMemConfig(
+      memory=c.MemoryConfig(
         num_keys=1100,
         key_dim=480,
         num_heads=2,

@@ -35,7 +35,7 @@ def get_config() -> c.Config:
       vocab_size=50_304,
       dtype='bfloat16',
       use_remat=True,
-      memory=c.UltraMemConfig(
+      memory=c.MemoryConfig(
         num_keys=808,
         key_dim=192,
         num_heads=2,

@@ -26,7 +26,7 @@ def get_config() -> c.Config:
       head_dim=32,
       mlp_dim=280,
       mlp='swiglu',
-      memory=c.UltraMemConfig(
+      memory=c.MemoryConfig(
         num_keys=128,
         key_dim=32,
         num_heads=2,

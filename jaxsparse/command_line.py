@@ -182,7 +182,11 @@ def describe(config: Any, prefix: str = '--config') -> list[str]:
         lines += describe(value, f'{prefix}.{name}')
       else:
         lines.append(f'  {prefix}.{name}={value}  {" ".join(comment)}'.rstrip())
-        if name == 'memory':
-          lines += describe(config_lib.UltraMemConfig(), f'{prefix}.memory')
+        if name in _OPTIONAL:
+          lines += describe(_OPTIONAL[name](), f'{prefix}.{name}')
     comment = []
   return lines
+
+
+# What a recipe may have or not: described by its defaults.
+_OPTIONAL = dict(memory=config_lib.MemoryConfig, moe=config_lib.MoEConfig)

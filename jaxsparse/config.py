@@ -20,8 +20,9 @@ from jaxsparse.errors import (
   require_not_negative,
   require_positive,
 )
+from jaxsparse.memory_config import MemoryConfig as MemoryConfig
 from jaxsparse.model_config import ModelConfig
-from jaxsparse.model_config import UltraMemConfig as UltraMemConfig
+from jaxsparse.model_config import MoEConfig as MoEConfig
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)

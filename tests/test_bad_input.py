@@ -17,7 +17,7 @@ from jaxsparse import config as c
 
 def get_config():
   return c.Config(
-    model=c.ModelConfig(memory=c.UltraMemConfig()),
+    model=c.ModelConfig(memory=c.MemoryConfig()),
     data=c.DataConfig(text={text!r}, cache_dir={cache!r}),
   )
 """

@@ -144,7 +144,7 @@ SMALL_RECIPE = """
 from jaxsparse import config as c
 
 def get_config():
-  memory = c.UltraMemConfig(key_dim=8, num_selected=4, placements=((0, 0),))
+  memory = c.MemoryConfig(key_dim=8, num_selected=4, placements=((0, 0),))
   return c.Config(model=c.ModelConfig(num_layers=1, memory=memory))
 """
 

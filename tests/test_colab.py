@@ -41,7 +41,7 @@ def test_notebook(tmp_path, monkeypatch):
   def cell_with(text):
     return next(c for source, c in by_source.items() if text in source)
 
-  assert "'value_table': (4096, 32)" in texts(cell_with('layer = UltraMem('))
+  assert "'value_table': (4096, 32)" in texts(cell_with('layer = MemoryLayer('))
   assert '(2, 64, 128)' in texts(cell_with('y, metrics'))
   assert 'step 55/55' in texts(cell_with('%run ../train.py'))
   assert 'validation_bits_per_byte' in texts(cell_with('lines ='))

@@ -18,7 +18,7 @@ def test_layer_in_linen_and_in_nnx():
   names = {}
   exec(linen, names)
   assert names['y'].shape == (2, 16, 128)
-  table = names['params']['params']['UltraMem_0']['value_table']
+  table = names['params']['params']['MemoryLayer_0']['value_table']
   assert table.shape == (4096, 64)
 
   def loss(params):
@@ -26,7 +26,7 @@ def test_layer_in_linen_and_in_nnx():
     return y.sum() + aux_loss
 
   gradient = jax.grad(loss)(names['params'])
-  touched = np.any(gradient['params']['UltraMem_0']['value_table'], axis=1)
+  touched = np.any(gradient['params']['MemoryLayer_0']['value_table'], axis=1)
   assert 0 < touched.sum() <= 2 * 16 * 32
 
   exec(nnx_block, names)

@@ -10,7 +10,7 @@ width, m slots kept per head.
 
 import dataclasses
 
-from jaxsparse.config import ModelConfig, UltraMemConfig
+from jaxsparse.config import MemoryConfig, ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -72,7 +72,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
   )
 
 
-def memory_parameters(memory: UltraMemConfig, model_dim: int) -> int:
+def memory_parameters(memory: MemoryConfig, model_dim: int) -> int:
   """Dense parameters of one UltraMem layer, without its two gains."""
   rank, heads = memory.tucker_rank, memory.num_heads
   query = model_dim * (2 * memory.key_dim + memory.query_conv_taps)
@@ -110,7 +110,7 @@ def training_flops(config: ModelConfig, seq_len: int) -> int:
   return 3 * forward_flops(config, seq_len)
 
 
-def memory_flops(memory: UltraMemConfig, model_dim: int) -> int:
+def memory_flops(memory: MemoryConfig, model_dim: int) -> int:
   """Forward FLOPs per token of one UltraMem layer, scoring and lookup too."""
   rank, heads = memory.tucker_rank, memory.num_heads
   selected, keys = memory.num_selected, memory.num_logical_keys
@@ -170,11 +170,11 @@ def _mlp(config: ModelConfig) -> int:
   return num_matrices * config.model_dim * config.mlp_dim
 
 
-def _key_width(memory: UltraMemConfig) -> int:
+def _key_width(memory: MemoryConfig) -> int:
   """Width of a sub-key, all ranks together."""
   return memory.key_dim * (1 if memory.split_key_dim else memory.tucker_rank)
 
 
-def _memory_gains(memory: UltraMemConfig) -> int:
+def _memory_gains(memory: MemoryConfig) -> int:
   """One gain for both queries, and one for the keys of every rank."""
   return memory.key_dim + _key_width(memory) // memory.tucker_rank

@@ -19,9 +19,9 @@ import numpy as np
 
 from jaxsparse.bench import measuring, memory_layer_peers
 from jaxsparse.bench.measuring import Contender
-from jaxsparse.config import UltraMemConfig
-from jaxsparse.nn.ultramem import ultramem_forward
-from jaxsparse.nn.ultramem_init import initial_scales, parameters
+from jaxsparse.config import MemoryConfig
+from jaxsparse.nn.memory import memory_forward
+from jaxsparse.nn.memory_init import initial_scales, parameters
 from jaxsparse.ops.addressing import shuffle
 from jaxsparse.ops.tucker import leading_directions
 
@@ -42,7 +42,7 @@ COLUMNS = {
 class Problem:
   """Inputs that every contender gets, as NumPy arrays."""
 
-  config: UltraMemConfig
+  config: MemoryConfig
   params: dict[str, np.ndarray]
   x: np.ndarray
   permutation: np.ndarray
@@ -55,7 +55,7 @@ def make_problem(options: argparse.Namespace) -> Problem:
     for name in OPTIONS
     if name not in ('tokens', 'model_dim', 'rounds')
   }
-  config, model_dim = UltraMemConfig(**sizes), options.model_dim
+  config, model_dim = MemoryConfig(**sizes), options.model_dim
   rng = np.random.default_rng(0)
   scales = dataclasses.asdict(initial_scales(config, model_dim, 20))
   params = {}
@@ -78,7 +78,7 @@ def make_problem(options: argparse.Namespace) -> Problem:
 
 def jaxsparse_passes(problem: Problem) -> dict[str, Contender]:
   def forward(params, x, permutation):
-    return ultramem_forward(params, x, problem.config)[0]
+    return memory_forward(params, x, problem.config)[0]
 
   return _jax_passes(forward, problem)
 

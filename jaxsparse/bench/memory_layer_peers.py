@@ -13,7 +13,7 @@ EPSILON = 1e-5
 
 
 def naive_forward(params, x, permutation, config, top):
-  """The layer written down step by step; E, P and c as in `nn.ultramem`."""
+  """The layer written down step by step; E, P and c as in `nn.memory`."""
   m, Q = config.num_selected, config.num_logical_keys
   T = x.shape[1]
   query = jnp.einsum('td,dsk->tsk', x[0], params['query'])

@@ -85,7 +85,7 @@ def make_config(
 def _recipe(path: str) -> Config:
   if path:
     return runpy.run_path(path)['get_config']()
-  memory = config_lib.UltraMemConfig(
+  memory = config_lib.MemoryConfig(
     num_keys=128,
     key_dim=32,
     num_selected=16,

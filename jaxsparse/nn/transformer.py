@@ -26,7 +26,7 @@ from jaxsparse.nn.layers import (
   project_to_vocabulary,
   weight,
 )
-from jaxsparse.nn.ultramem import UltraMem
+from jaxsparse.nn.memory import MemoryLayer
 
 # What all layers share, and one entry for each block.
 Cache = dict
@@ -129,7 +129,7 @@ class Block(nn.Module):
 
   def _memory(self, h, segment_ids, cache):
     config = self.config
-    memory = UltraMem(
+    memory = MemoryLayer(
       config.memory,
       config.num_layers,
       jnp.dtype(config.dtype),

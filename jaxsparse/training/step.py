@@ -9,8 +9,8 @@ import optax
 
 from jaxsparse import mesh
 from jaxsparse.config import Config
+from jaxsparse.nn.memory import ENTRIES, table_scheme
 from jaxsparse.nn.transformer import Transformer
-from jaxsparse.nn.ultramem import ENTRIES, table_scheme
 from jaxsparse.ops.usage import count_hits
 from jaxsparse.training import optimizer as optimizer_lib
 from jaxsparse.training import table_step

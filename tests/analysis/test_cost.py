@@ -10,7 +10,7 @@ import pytest
 from recipes import RECIPES
 
 from jaxsparse.analysis import cost
-from jaxsparse.config import ModelConfig, UltraMemConfig
+from jaxsparse.config import MemoryConfig, ModelConfig
 
 BYTES = 257
 
@@ -111,7 +111,7 @@ def _pkm(num_keys, **kwargs):
 
 
 def _split(**kwargs):
-  memory = UltraMemConfig(
+  memory = MemoryConfig(
     num_keys=1000,
     key_dim=500,
     num_selected=42,
@@ -176,7 +176,7 @@ def test_ablation_query_convolution():
   [(1, 1224, 1024, 1.534), (1, 1728, 512, 1.529), (3, 1000, 512, 1.536)],
 )
 def test_ablation_sparse_column(num_layers, num_keys, value_dim, billions):
-  memory = UltraMemConfig(
+  memory = MemoryConfig(
     num_keys=num_keys,
     value_dim=value_dim,
     placements=((2, 4), (5, 7), (8, 10))[:num_layers],

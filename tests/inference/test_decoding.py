@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from jaxsparse import mesh
-from jaxsparse.config import ModelConfig, UltraMemConfig
+from jaxsparse.config import MemoryConfig, ModelConfig
 from jaxsparse.errors import UserError
 from jaxsparse.inference.decoding import (
   decode_step,
@@ -26,7 +26,7 @@ CONFIG = ModelConfig(
   head_dim=4,
   mlp_dim=16,
   vocab_size=19,
-  memory=UltraMemConfig(
+  memory=MemoryConfig(
     num_keys=8,
     key_dim=4,
     num_selected=4,

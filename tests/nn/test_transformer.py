@@ -11,7 +11,7 @@ from compiled import payloads
 from flax import traverse_util
 
 from jaxsparse import mesh
-from jaxsparse.config import ModelConfig, UltraMemConfig
+from jaxsparse.config import MemoryConfig, ModelConfig
 from jaxsparse.errors import UserError
 from jaxsparse.nn.transformer import Transformer, init_cache
 
@@ -30,7 +30,7 @@ B, T, V = 2, 7, 23
 
 def make_config(placements=None, taps=0, **fields):
   """Two narrow blocks; grouped heads unless `fields` says otherwise."""
-  memory = placements and UltraMemConfig(
+  memory = placements and MemoryConfig(
     num_keys=8,
     key_dim=4,
     num_selected=4,

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from jaxsparse.config import Config, ModelConfig, UltraMemConfig
+from jaxsparse.config import Config, MemoryConfig, ModelConfig
 from jaxsparse.errors import UserError
 from jaxsparse.training.resume import claim_workdir, save_config
 
-CONFIG = Config(model=ModelConfig(memory=UltraMemConfig()))
+CONFIG = Config(model=ModelConfig(memory=MemoryConfig()))
 
 
 def changed(section, **fields):

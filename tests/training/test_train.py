@@ -21,7 +21,7 @@ def get_config():
     model=c.ModelConfig(
       num_layers=2, model_dim=16, num_heads=2, num_kv_heads=2, head_dim=8,
       mlp_dim=32,
-      memory=c.UltraMemConfig(
+      memory=c.MemoryConfig(
         num_keys=8, key_dim=4, num_selected=4, value_dim=4,
         placements=((0, 1),),
       ),

@@ -10,9 +10,9 @@ import pytest
 from flax import nnx
 
 from jaxsparse import mesh as mesh_lib
-from jaxsparse.config import UltraMemConfig
-from jaxsparse.nn.ultramem import UltraMem, ultramem_forward
-from jaxsparse.nn.ultramem_init import (
+from jaxsparse.config import MemoryConfig
+from jaxsparse.nn.memory import MemoryLayer, memory_forward
+from jaxsparse.nn.memory_init import (
   expected_cell_mean,
   expected_top_mean,
   initial_scales,
@@ -26,7 +26,7 @@ FIXTURE = pathlib.Path(__file__).parents[1] / 'fixtures' / 'ultramem_v1.npz'
 
 def _config(**overrides):
   sizes = dict(num_keys=8, key_dim=4, num_heads=2, num_selected=4, value_dim=6)
-  return UltraMemConfig(**(sizes | overrides))
+  return MemoryConfig(**(sizes | overrides))
 
 
 def _init(config, shape=(2, 6, 8)):
@@ -40,19 +40,19 @@ def _init(config, shape=(2, 6, 8)):
 
 
 def _draw(config, x, num_layers):
-  init = jax.jit(UltraMem(config, num_layers).init)
+  init = jax.jit(MemoryLayer(config, num_layers).init)
   return init(jax.random.key(0), x)['params']
 
 
 # Compiled once for each config and set of shapes.
 @functools.partial(jax.jit, static_argnames=('config',))
 def _forward(params, x, config, **options):
-  return ultramem_forward(params, x, config, **options)
+  return memory_forward(params, x, config, **options)
 
 
 @functools.partial(jax.jit, static_argnames=('config',))
 def _apply(params, x, *args, config):
-  return UltraMem(config).apply({'params': params}, x, *args)
+  return MemoryLayer(config).apply({'params': params}, x, *args)
 
 
 # The official layer.
@@ -88,7 +88,7 @@ def _to_params(arrays, config, prefix=''):
 def test_equals_the_official_layer(case):
   arrays = _official(case)
   num_heads, expansion = int(case[4]), int(case[7])
-  config = UltraMemConfig(
+  config = MemoryConfig(
     num_keys=12, key_dim=8, num_heads=num_heads, num_selected=6, value_dim=16,
     expansion=expansion, tucker_rank=2, num_cores=2,
   )  # fmt: skip
@@ -104,7 +104,7 @@ def test_equals_the_official_layer(case):
     @jax.jit
     def run(params, x):
       def forward(params, x):
-        return ultramem_forward(
+        return memory_forward(
           params, x, config, directions=directions, permutation=permutation
         )[0]
 
@@ -158,7 +158,7 @@ def test_table_and_arithmetic_forms_of_a_bijection_agree():
     by_table,
     _forward(params, x, config),
   )
-  y, read = ultramem_forward(params, x, config, salt=1)
+  y, read = memory_forward(params, x, config, salt=1)
   assert not np.array_equal(read['slots'], by_table[1]['slots'])
   assert not np.allclose(y, by_table[0])
 
@@ -376,7 +376,7 @@ def test_usage_counts_what_was_read():
 
   @jax.jit
   def run(params, x):
-    layer = UltraMem(config)
+    layer = MemoryLayer(config)
     return layer.apply({'params': params}, x, mutable='intermediates')
 
   (_, metrics), state = run(params, x)
@@ -425,7 +425,7 @@ def test_sharded_equals_unsharded(sizes, variant):
   config = _config(value_dim=16, num_cores=2, **variant)
   params, x = _init(config, (8, 3, 8))
   cotangent = jax.random.normal(jax.random.key(9), x.shape)
-  layer = UltraMem(config)
+  layer = MemoryLayer(config)
 
   def run(params, x, cotangent):
     def loss(params, x):
@@ -475,7 +475,9 @@ def test_activations_may_be_bf16():
 
   @jax.jit
   def run(params, x):
-    return UltraMem(_config(), dtype=jnp.bfloat16).apply({'params': params}, x)
+    return MemoryLayer(_config(), dtype=jnp.bfloat16).apply(
+      {'params': params}, x
+    )
 
   y, metrics = run(params, x)
   assert y.dtype == jnp.bfloat16
@@ -491,7 +493,7 @@ class PlainModule(nn.Module):
   @nn.compact
   def __call__(self, x):
     h = nn.LayerNorm()(nn.Dense(16)(x))
-    y, metrics = UltraMem(_config())(h)
+    y, metrics = MemoryLayer(_config())(h)
     return nn.Dense(3)(h + y), metrics['aux_loss']
 
 
@@ -508,7 +510,7 @@ def test_inside_an_nnx_module():
   class Model(nnx.Module):
     def __init__(self, x, rngs):
       self.dense = nnx.Linear(4, 8, rngs=rngs)
-      self.memory = nnx.bridge.ToNNX(UltraMem(_config()), rngs=rngs)
+      self.memory = nnx.bridge.ToNNX(MemoryLayer(_config()), rngs=rngs)
       self.memory.lazy_init(self.dense(x))
 
     def __call__(self, x):

@@ -7,7 +7,7 @@ values, weighted by the scores (no softmax), are pooled per block, and one
 matrix maps the pools to the model width.
 
 The layer works in any Linen module; it needs no other part of jaxsparse:
-`y, metrics = UltraMem(UltraMemConfig())(x)`.
+`y, metrics = MemoryLayer(MemoryConfig())(x)`.
 
 Letters: B batch, T positions, D model width, k query width, w key width, Q
 logical keys per axis, P heads, r ranks, c cores, m kept cells per head, E
@@ -20,8 +20,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxsparse import mesh
-from jaxsparse.config import UltraMemConfig
-from jaxsparse.nn.ultramem_init import parameters
+from jaxsparse.config import MemoryConfig
+from jaxsparse.nn.memory_init import parameters
 from jaxsparse.ops import addressing, usage
 from jaxsparse.ops.sharded_bag import sharded_value_bag
 from jaxsparse.ops.table_scheme import (
@@ -47,7 +47,7 @@ TAPS, ENTRIES = 'taps', 'entries'
 _NORM_EPSILON = 1e-5
 
 
-class UltraMem(nn.Module):
+class MemoryLayer(nn.Module):
   """The memory layer.
 
   Attributes:
@@ -61,7 +61,7 @@ class UltraMem(nn.Module):
       see `mesh.partial`.
   """
 
-  config: UltraMemConfig
+  config: MemoryConfig
   num_layers: int = 1
   dtype: jax.typing.DTypeLike = jnp.float32
   salt: int = 0
@@ -113,7 +113,7 @@ class UltraMem(nn.Module):
     tap = None
     if self.has_variable(TAPS, 'pooled'):
       tap = self.get_variable(TAPS, 'pooled')
-    y, read = ultramem_forward(
+    y, read = memory_forward(
       params,
       x.astype(self.dtype),
       self.config,
@@ -130,10 +130,10 @@ class UltraMem(nn.Module):
       self.sow(
         ENTRIES, 'pooled', (read['slots'], read['weights'], read['blocks'])
       )
-    return y, ultramem_metrics(params, read, self.config)
+    return y, memory_metrics(params, read, self.config)
 
 
-def table_use(config: UltraMemConfig, dtype: jax.typing.DTypeLike) -> TableUse:
+def table_use(config: MemoryConfig, dtype: jax.typing.DTypeLike) -> TableUse:
   """Sizes of the layer's table and of what a token reads of it."""
   return TableUse(
     num_rows=config.table_rows,
@@ -146,7 +146,7 @@ def table_use(config: UltraMemConfig, dtype: jax.typing.DTypeLike) -> TableUse:
   )
 
 
-def table_scheme(config: UltraMemConfig, dtype: jax.typing.DTypeLike) -> str:
+def table_scheme(config: MemoryConfig, dtype: jax.typing.DTypeLike) -> str:
   """The scheme in use on the present mesh, 'auto' resolved.
 
   Raises:
@@ -159,7 +159,7 @@ def table_scheme(config: UltraMemConfig, dtype: jax.typing.DTypeLike) -> str:
   return choose_scheme(config.scheme, use, axes, jax.default_backend())
 
 
-def describe_table(config: UltraMemConfig, dtype: jax.typing.DTypeLike) -> str:
+def describe_table(config: MemoryConfig, dtype: jax.typing.DTypeLike) -> str:
   """One line: how the value table is split, and what a token sends.
 
   Raises:
@@ -170,10 +170,10 @@ def describe_table(config: UltraMemConfig, dtype: jax.typing.DTypeLike) -> str:
   return describe_scheme(scheme, table_use(config, dtype), axes)
 
 
-def ultramem_forward(
+def memory_forward(
   params: dict[str, jax.Array],
   x: Float[Array, 'B T D'],
-  config: UltraMemConfig,
+  config: MemoryConfig,
   *,
   segment_ids: Int[Array, 'B T'] | None = None,
   context: Context | None = None,
@@ -183,7 +183,7 @@ def ultramem_forward(
   tap: Float[Array, 'B T E W'] | None = None,
   is_partial: bool = False,
 ) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array]]:
-  """The layer as a function of its parameters; `UltraMem` explains the rest.
+  """The layer as a function of its parameters; `MemoryLayer` explains the rest.
 
   Returns:
     The output in the type of `x`, and what was read: 'scores' [B, T, P, m, c];
@@ -234,7 +234,7 @@ def ultramem_forward(
   return y, read | dict(hits=hits.sum(0))
 
 
-# Dimensions whose storage is spread over devices, see `ultramem_init`.
+# Dimensions whose storage is spread over devices, see `memory_init`.
 _COMPUTE_DIMS = {'query': 'D..', 'query_conv': '.D', 'output': '.WD'}
 
 
@@ -309,12 +309,12 @@ def _convolve(x, kernel, segment_ids, context):
   return y
 
 
-def ultramem_metrics(
+def memory_metrics(
   params: dict[str, jax.Array],
   read: dict[str, jax.Array],
-  config: UltraMemConfig,
+  config: MemoryConfig,
 ) -> Metrics:
-  """Scalars of one pass, from what `ultramem_forward` read."""
+  """Scalars of one pass, from what `memory_forward` read."""
   aux_loss = lower_singular_loss(params['cores'], config.aux_loss_margin)
   values = singular_values(jax.lax.stop_gradient(params['cores'].sum(0)))
   scores = jax.lax.stop_gradient(read['scores'])

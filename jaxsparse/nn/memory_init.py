@@ -20,7 +20,7 @@ import numpy as np
 import scipy.special
 
 from jaxsparse import mesh
-from jaxsparse.config import UltraMemConfig
+from jaxsparse.config import MemoryConfig
 
 
 @functools.lru_cache
@@ -71,7 +71,7 @@ class InitialScales:
 
 
 def initial_scales(
-  config: UltraMemConfig, model_dim: int, num_layers: int
+  config: MemoryConfig, model_dim: int, num_layers: int
 ) -> InitialScales:
   """The scales of `config.init`.
 
@@ -115,7 +115,7 @@ def initial_scales(
 
 
 def parameters(
-  config: UltraMemConfig,
+  config: MemoryConfig,
   model_dim: int,
   num_layers: int,
   scheme: str = 'columns',

@@ -1,0 +1,95 @@
+"""A model that trains in a moment, and its runs on any mesh."""
+
+import dataclasses
+import functools
+
+import jax
+import numpy as np
+
+from jaxsparse import mesh
+from jaxsparse.config import (
+  Config,
+  DataConfig,
+  MemoryConfig,
+  ModelConfig,
+  OptimizerConfig,
+  TrainConfig,
+)
+from jaxsparse.training import evaluation
+from jaxsparse.training.step import init_state, train_step
+
+CONFIG = Config(
+  model=ModelConfig(
+    num_layers=3,
+    model_dim=32,
+    num_heads=4,
+    num_kv_heads=4,
+    head_dim=8,
+    mlp_dim=64,
+    vocab_size=50,
+    memory=MemoryConfig(
+      num_keys=16,
+      key_dim=8,
+      num_selected=6,
+      value_dim=8,
+      query_conv_taps=3,
+      placements=((0, 1), (1, 2)),
+    ),
+  ),
+  data=DataConfig(seq_len=16, batch_size=16),
+  optimizer=OptimizerConfig(warmup_steps=1, value_lr_multiplier=4.0),
+  train=TrainConfig(num_steps=10),
+)
+
+
+def make_batch(seed):
+  rng = np.random.default_rng(seed)
+  shape = (CONFIG.data.batch_size, CONFIG.data.seq_len)
+  segment_ids = np.repeat([[1] * 6 + [2] * 8 + [0] * 2], shape[0], 0)
+  positions = np.repeat([[*range(6), *range(8), 0, 0]], shape[0], 0)
+  tokens = rng.integers(50, size=shape)
+  return dict(
+    tokens=tokens.astype(np.int32),
+    targets=np.roll(tokens, -1, 1).astype(np.int32),
+    positions=positions.astype(np.int32),
+    segment_ids=segment_ids.astype(np.int32),
+    loss_weight=(segment_ids > 0).astype(np.float32),
+  )
+
+
+def make_mesh(shape):
+  return mesh.make_mesh(*shape, devices=jax.devices()[: np.prod(shape)])
+
+
+@functools.cache
+def run(config, shape):
+  """Losses of the first steps, and the state after them."""
+  with jax.set_mesh(make_mesh(shape)):
+    state = jax.jit(functools.partial(init_state, config))()
+    step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
+    losses = []
+    for seed in range(3):
+      state, metrics = step(state, evaluation.to_global(make_batch(seed)))
+      losses.append(float(metrics['loss']))
+  return losses, state
+
+
+def losses_on_one_device():
+  return run(CONFIG, (1, 1, 1))[0]
+
+
+def with_tables(scheme='auto', value_optimizer='adamw', **settings):
+  """CONFIG with a table wide enough to be split, and its optimizer."""
+  memory = dataclasses.replace(CONFIG.model.memory, scheme=scheme, value_dim=16)
+  return dataclasses.replace(
+    CONFIG,
+    model=dataclasses.replace(CONFIG.model, memory=memory),
+    optimizer=dataclasses.replace(
+      CONFIG.optimizer, value_optimizer=value_optimizer, **settings
+    ),
+  )
+
+
+def equal_losses(actual, expected):
+  np.testing.assert_allclose(actual, expected, rtol=0, atol=1e-5)
+  assert actual[0] != actual[1]

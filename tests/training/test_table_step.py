@@ -1,0 +1,66 @@
+"""The train step of value tables by rows: the same on every mesh."""
+
+import functools
+
+import jax
+import numpy as np
+import pytest
+from small_model import equal_losses, make_batch, make_mesh, run, with_tables
+
+from jaxsparse.training import evaluation
+from jaxsparse.training.step import init_state, train_step
+
+
+@functools.cache
+def run_rows(value_optimizer, scheme, shape, **settings):
+  return run(with_tables(scheme, value_optimizer, **settings), shape)
+
+
+@pytest.mark.parametrize(
+  ('value_optimizer', 'scheme', 'shape'),
+  [
+    ('row_adam', 'columns', (2, 4, 1)),
+    ('row_adam', 'rows', (2, 2, 2)),
+    ('lazy_row_adam', 'grid', (2, 2, 2)),
+    ('row_adagrad', 'columns', (2, 2, 2)),
+    ('row_adagrad', 'grid', (8, 1, 1)),
+  ],
+)
+def test_row_optimizers_give_the_same_on_every_mesh(
+  value_optimizer, scheme, shape
+):
+  expected, one = run_rows(value_optimizer, 'auto', (1, 1, 1))
+  losses, many = run_rows(value_optimizer, scheme, shape)
+  equal_losses(losses, expected)
+  for block in ('block_00', 'block_01'):
+    a, b = (s.params[block]['memory']['value_table'] for s in (many, one))
+    np.testing.assert_allclose(a, b, atol=1e-3)
+
+
+@pytest.mark.parametrize('scheme', ['columns', 'rows'])
+def test_passes_and_micro_batches_change_nothing_by_rows(scheme):
+  """A budget of 20 rows, of about 200 that are read, over two micro-batches."""
+  losses, _ = run_rows(
+    'row_adam', scheme, (2, 2, 2), value_row_budget=20, grad_accumulation=2
+  )
+  equal_losses(losses, run_rows('row_adam', 'auto', (1, 1, 1))[0])
+
+
+def test_first_step_by_rows_is_the_dense_one():
+  """The tap's gradient is whole: one norm, one clipping, one first step."""
+
+  def first(config):
+    with jax.set_mesh(make_mesh((2, 2, 1))):
+      state = jax.jit(functools.partial(init_state, config))()
+      step = jax.jit(functools.partial(train_step, config))
+      state, metrics = step(state, evaluation.to_global(make_batch(0)))
+    return metrics, state.params['block_01']['memory']['value_table']
+
+  dense, table = first(with_tables(clip_norm=0.1))
+  rows, row_table = first(with_tables('rows', 'row_adam', clip_norm=0.1))
+  np.testing.assert_allclose(rows['grad_norm'], dense['grad_norm'], rtol=1e-5)
+  assert dense['grad_norm'] > 0.1
+  # Adam's first step is of the full rate, but for gradients near epsilon.
+  np.testing.assert_allclose(row_table, table, atol=1e-4)
+  assert 0 < rows['value_rows_touched'] <= 2 * 256
+  assert rows['value_rows_over_budget'] == 0
