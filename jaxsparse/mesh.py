@@ -2,11 +2,11 @@
 
 Every array's sharding is looked up letter by letter from the alphabet of
 dimensions (B batch, T positions, D model width, N query heads, K key/value
-heads, H head width, F feed-forward width, V vocabulary, M slots, W value
-width, Q sub-keys, P memory heads). A value table's rows and columns are split
-as its scheme says, see `TABLE_LAYOUTS`. The mesh always has all of its axes, of
-length 1 when unused, so that no rule is conditional. With no mesh set every
-lookup gives None, and the same code runs on one device.
+heads, H head width, F feed-forward width, X experts, V vocabulary, M slots, W
+value width, Q sub-keys, P memory heads). A value table's rows and columns are
+split as its scheme says, see `TABLE_LAYOUTS`. The mesh always has all of its
+axes, of length 1 when unused, so that no rule is conditional. With no mesh set
+every lookup gives None, and the same code runs on one device.
 """
 
 import dataclasses
@@ -23,7 +23,9 @@ AXES = ('data', 'sparse', 'model')
 TOKENS = ('data', 'sparse')
 
 ACTIVATION = dict(B=TOKENS, N='model', K='model', F='model', W='model')
-PARAMETER = dict(D='data', N='model', K='model', F='model', W='model')
+PARAMETER = dict(
+  D='data', N='model', K='model', F='model', W='model', X='sparse'
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,8 +159,12 @@ def gather(x: jax.Array, dims: str) -> jax.Array:
   Parameters are stored spread over `data`; here that axis is gathered, and
   what `model` splits stays split. The gradient is reduce-scattered back.
   """
-  compute = {d: a for d, a in PARAMETER.items() if a != 'data'}
-  return reshard(x, _spec(compute, dims))
+  return reshard(x, gathered(dims))
+
+
+def gathered(dims: str) -> jax.P | None:
+  """Sharding of a parameter after `gather`."""
+  return _spec({d: a for d, a in PARAMETER.items() if a != 'data'}, dims)
 
 
 def over_tokens(function: Callable, replicated: Sequence[int] = ()) -> Callable:

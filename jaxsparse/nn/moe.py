@@ -1,0 +1,163 @@
+"""A mixture of experts in place of a block's MLP.
+
+Every token passes k of X MLPs, chosen by a router, and adds up their outputs by
+the router's weights (Switch Transformer, arXiv:2101.03961; Mixtral,
+arXiv:2401.04088), and shared experts that all tokens pass (DeepSeekMoE,
+arXiv:2401.06066). No token is dropped.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxsparse import mesh
+from jaxsparse.errors import UserError
+from jaxsparse.model_config import MoEConfig
+from jaxsparse.nn.layers import MLP, Metrics, weight
+from jaxsparse.ops import routing, usage
+from jaxsparse.ops.expert_mlp import sharded_expert_mlp
+
+
+class MoE(nn.Module):
+  """The mixture, with the interface of `MLP`.
+
+  Attributes:
+    config: sizes and variants.
+    kind: of each expert's MLP, 'swiglu' or 'gelu'.
+    num_layers: blocks of the model, for the initial values.
+    dtype: type of the activations; the router computes in f32.
+    is_partial: leave the output's sum over the mesh axis `model` to the caller,
+      see `mesh.partial`.
+  """
+
+  config: MoEConfig
+  kind: str = 'swiglu'
+  num_layers: int = 1
+  dtype: jax.typing.DTypeLike = jnp.float32
+  is_partial: bool = False
+
+  @nn.compact
+  def __call__(
+    self, x: Float[Array, 'B T D']
+  ) -> tuple[Float[Array, 'B T D'], Metrics]:
+    """Runs the experts.
+
+    Returns:
+      The output, and scalars over the whole batch: 'aux_loss', already
+      weighted; 'experts_used', the share of experts with a token; 'unevenness'
+      of the load in nats, and 'load_max', the largest load in units of the
+      mean; 'router_entropy' of a token's scores in nats.
+
+    Raises:
+      UserError: the mesh can't split the experts, or their width, evenly.
+    """
+    config = self.config
+    _check_split(config)
+    model_dim = x.shape[-1]
+    router = weight(
+      self,
+      'router',
+      'D.',
+      (model_dim, config.num_experts),
+      1 / model_dim,
+      jnp.float32,
+    )
+    logits = jnp.einsum(
+      'btd,dx->btx',
+      x.astype(jnp.float32),
+      router,
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    bias = None
+    if config.bias_update_rate > 0:
+      init = mesh.sharded(nn.initializers.zeros, mesh.param('.'))
+      bias = self.param('router_bias', init, (config.num_experts,))
+    weights, experts, load = _route(logits, bias, config)
+    self.sow('intermediates', 'experts', experts)
+    x = x.astype(self.dtype)
+    y = sharded_expert_mlp(
+      x, weights, experts, self._matrices(model_dim), is_partial=self.is_partial
+    )
+    if config.num_shared:
+      y += self._shared(x)
+    return y, _metrics(logits, bias, load, config)
+
+  def _matrices(self, model_dim):
+    """Matrices of all experts, in f32: they are cast where they are used."""
+    num_experts, width = self.config.num_experts, self.config.expert_dim
+
+    def declare(name, dims, shape, variance):
+      return weight(
+        self, name, dims, (num_experts, *shape), variance, jnp.float32
+      )
+
+    variance = 1 / (2 * self.num_layers * width)
+    matrices = dict(
+      up=declare('up', 'XDF', (model_dim, width), 1 / model_dim),
+      down=declare('down', 'XFD', (width, model_dim), variance),
+    )
+    if self.kind == 'swiglu':
+      gate = declare('gate', 'XDF', (model_dim, width), 1 / model_dim)
+      matrices['gate'] = gate
+    return matrices
+
+  def _shared(self, x):
+    """The experts that all tokens pass: together one wider MLP."""
+    width = self.config.num_shared * self.config.expert_dim
+    shared = MLP(
+      width, self.kind, self.num_layers, self.dtype, self.is_partial,
+      name='shared',
+    )  # fmt: skip
+    return shared(x)[0]
+
+
+def _route(logits, bias, config):
+  """Weights and experts [B, T, k], and the load [X] of the whole batch."""
+
+  def on_device(logits, bias):
+    weights, experts = routing.route(
+      logits.reshape(-1, config.num_experts),
+      config.num_used,
+      kind=config.router,
+      normalize=config.normalize_weights,
+      bias=bias,
+    )
+    load = usage.count_hits(experts, config.num_experts)
+    shape = (*logits.shape[:-1], config.num_used)
+    return weights.reshape(shape), experts.reshape(shape), load[None]
+
+  weights, experts, load = mesh.over_tokens(on_device, (1,))(logits, bias)
+  return weights, experts, load.sum(0)
+
+
+def _metrics(logits, bias, load, config):
+  """Scalars of one pass; means and loads are over all tokens of all devices."""
+  shares = routing.shares_of_scores(logits, config.router)
+  aux_loss = config.balance_loss_weight * routing.load_balance_loss(
+    shares, load
+  )
+  aux_loss += config.router_z_loss_weight * routing.router_z_loss(logits)
+  if bias is not None:
+    aux_loss += routing.bias_balance_term(mesh.gather(bias, '.'), load)
+  entropy = -jax.scipy.special.xlogy(shares, shares).sum(-1).mean()
+  return {
+    'aux_loss': aux_loss,
+    'experts_used': usage.share_used(load),
+    'unevenness': usage.unevenness(load),
+    'load_max': routing.load_shares(load).max() * config.num_experts,
+    'router_entropy': jax.lax.stop_gradient(entropy),
+  }
+
+
+def _check_split(config):
+  for name, size, dim in (
+    ('num_experts', config.num_experts, 'X'),
+    ('expert_dim', config.expert_dim, 'F'),
+  ):
+    axes, num_shards = mesh.shards(dim)
+    if size % num_shards:
+      raise UserError(
+        f'{name} must be a multiple of {num_shards}, the size of the mesh '
+        f'along {axes}; got {size}.'
+      )

@@ -1,0 +1,234 @@
+"""The mixture by its definition, and the same on every mesh."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsparse import mesh as mesh_lib
+from jaxsparse.errors import UserError
+from jaxsparse.model_config import MoEConfig
+from jaxsparse.nn.layers import MLP
+from jaxsparse.nn.moe import MoE
+from jaxsparse.ops.expert_mlp import expert_mlp_reference
+from jaxsparse.ops.routing import route_reference
+
+B, T, D = 8, 3, 8
+KEY = jax.random.key(0)
+CONFIG = MoEConfig(
+  num_experts=8, num_used=2, expert_dim=6, num_shared=1, router='sigmoid',
+  balance_loss_weight=0.1, router_z_loss_weight=0.1, bias_update_rate=0.01,
+)  # fmt: skip
+X = jax.random.normal(KEY, (B, T, D))
+
+
+def init(layer, x=X):
+  """Parameters, with a bias and a router that prefer some of the experts."""
+  params = jax.jit(layer.init)(KEY, x)['params']
+  if 'router_bias' in params:
+    params['router_bias'] = jnp.linspace(-0.2, 0.2, layer.config.num_experts)
+  return {'params': params}
+
+
+def run(layer, params, x):
+  """Output, metrics and gradients of a loss with the auxiliary one."""
+
+  def loss(params, x):
+    y, metrics = layer.apply(params, x)
+    y = mesh_lib.reshard(y, mesh_lib.act('BTD'))
+    weight = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
+    weight = mesh_lib.reshard(weight, mesh_lib.act('BTD'))
+    return (y * weight).sum() + metrics['aux_loss'], (y, metrics)
+
+  gradients, results = jax.grad(loss, (0, 1), has_aux=True)(params, x)
+  return *results, *gradients
+
+
+@functools.cache
+def expected(kind):
+  layer = MoE(CONFIG, kind)
+  params = init(layer)
+  return params, jax.jit(functools.partial(run, layer))(params, X)
+
+
+def check(actual, expected, **tolerance):
+  tolerance = dict(rtol=1e-5, atol=1e-5) | tolerance
+  jax.tree.map(
+    lambda a, e: np.testing.assert_allclose(a, e, **tolerance), actual, expected
+  )
+
+
+@pytest.mark.parametrize(
+  ('kind', 'changes'),
+  [
+    ('swiglu', dict(router='softmax', num_shared=0, bias_update_rate=0.0)),
+    ('gelu', dict(num_shared=2, normalize_weights=False)),
+  ],
+)
+def test_mixture_is_its_definition(kind, changes):
+  config = dataclasses.replace(CONFIG, **changes)
+  layer = MoE(config, kind)
+  params = init(layer)
+  (y, metrics), state = jax.jit(
+    functools.partial(layer.apply, mutable='intermediates')
+  )(params, X)
+  p, flat = params['params'], X.reshape(-1, D)
+  weights, experts = route_reference(
+    flat @ p['router'],
+    config.num_used,
+    kind=config.router,
+    normalize=config.normalize_weights,
+    bias=p.get('router_bias'),
+  )
+  names = ('gate', 'up', 'down') if kind == 'swiglu' else ('up', 'down')
+  matrices = {name: p[name] for name in names}
+  sums = expert_mlp_reference(flat, weights, experts, matrices).reshape(X.shape)
+  if config.num_shared:
+    width = config.num_shared * config.expert_dim
+    sums += MLP(width, kind).apply({'params': p['shared']}, X)[0]
+  check(y, sums)
+  assert ('router_bias' in p) == (config.bias_update_rate > 0)
+  sown = state['intermediates']['experts'][0]
+  np.testing.assert_array_equal(sown.reshape(experts.shape), experts)
+  load = np.bincount(experts.reshape(-1), minlength=8)
+  assert metrics['experts_used'] == pytest.approx((load > 0).mean())
+  assert metrics['load_max'] == pytest.approx(load.max() / load.mean())
+  assert 0 < metrics['router_entropy'] <= np.log(8)
+
+
+def test_initial_variances():
+  config = MoEConfig(num_experts=32, expert_dim=128)
+  layer = MoE(config, num_layers=8)
+  params = jax.jit(layer.init)(KEY, jnp.zeros((1, 1, 64)))['params']
+  for name, variance in dict(
+    router=1 / 64, gate=1 / 64, up=1 / 64, down=1 / (2 * 8 * 128)
+  ).items():
+    assert np.std(params[name]) == pytest.approx(variance**0.5, rel=0.05)
+
+
+@pytest.mark.parametrize(
+  ('sizes', 'is_partial'),
+  [
+    ((8, 1, 1), False),
+    ((2, 4, 1), False),
+    ((2, 2, 2), True),
+    ((1, 8, 1), False),
+  ],
+)
+def test_every_mesh_computes_the_same(sizes, is_partial):
+  params, results = expected('gelu')
+  layer = MoE(CONFIG, 'gelu', is_partial=is_partial)
+  with jax.set_mesh(mesh_lib.make_mesh(*sizes)):
+    specs = shardings(layer)
+
+    @jax.jit
+    def on_mesh(params, x):
+      return run(layer, jax.tree.map(mesh_lib.reshard, params, specs), place(x))
+
+    actual = on_mesh(params, X)
+  check(actual, results)
+  got = jax.tree.map(lambda x: x.sharding.spec, actual[2])
+  assert jax.tree.leaves(got) == jax.tree.leaves(specs)
+  assert specs['params']['up'] == jax.P('sparse', 'data', 'model')
+
+
+def test_a_mesh_adds_up_the_parts_of_swiglu():
+  layer = MoE(CONFIG)
+  params = init(layer)
+  expected = jax.jit(layer.apply)(params, X)
+  with jax.set_mesh(mesh_lib.make_mesh(1, 4, 2)):
+    y, metrics = jax.jit(lambda p, x: layer.apply(p, place(x)))(params, X)
+  check((y, metrics), expected)
+  assert y.sharding.spec == jax.P(mesh_lib.TOKENS, None, None)
+
+
+def shardings(layer):
+  """Those of the layer's own initial values."""
+  shapes = jax.eval_shape(lambda x: layer.init(KEY, place(x)), X)
+  return jax.tree.map(lambda x: x.sharding.spec, shapes)
+
+
+def place(x):
+  return mesh_lib.reshard(x, mesh_lib.act('BTD'))
+
+
+def test_initial_values_are_the_same_on_a_mesh():
+  layer = MoE(CONFIG)
+  params = jax.jit(layer.init)(KEY, X)
+  with jax.set_mesh(mesh_lib.make_mesh(2, 2, 2)):
+    placed = jax.jit(lambda x: layer.init(KEY, place(x)))(X)
+  check(placed, params, atol=0)
+
+
+def test_under_remat():
+  params, results = expected('gelu')
+  layer = MoE(CONFIG, 'gelu')
+
+  def loss(params, x):
+    y, metrics = jax.checkpoint(layer.apply)(params, x)
+    weight = jnp.cos(jnp.arange(y.size, dtype=y.dtype)).reshape(y.shape)
+    return (y * weight).sum() + metrics['aux_loss']
+
+  check(jax.jit(jax.grad(loss))(params, X), results[2])
+
+
+def test_decoding_equals_the_whole_sequence():
+  """One position has fewer assignments than experts, the whole has more."""
+  params, (y, *_) = expected('gelu')
+  step = jax.jit(MoE(CONFIG, 'gelu').apply)
+  for t in range(T):
+    for b in range(2):
+      one, _ = step(params, X[b : b + 1, t : t + 1])
+      check(one[0, 0], y[b, t])
+
+
+def test_bf16_keeps_the_choice_of_experts():
+  params, (y, metrics, *_) = expected('gelu')
+  low, low_metrics = jax.jit(MoE(CONFIG, 'gelu', dtype=jnp.bfloat16).apply)(
+    params, X
+  )
+  assert low.dtype == jnp.bfloat16
+  check(low.astype(jnp.float32), y, rtol=0.05, atol=0.05)
+  check(low_metrics, metrics)
+
+
+def test_the_bias_gets_the_load_as_its_gradient():
+  """Steps against its sign pull an uneven load even, and nothing else moves."""
+  config = dataclasses.replace(
+    CONFIG, balance_loss_weight=0.0, router_z_loss_weight=0.0, num_shared=0
+  )
+  layer = MoE(config)
+  x = jax.random.normal(KEY, (8, 32, D)) + 0.7
+
+  @jax.jit
+  def step(params):
+    def loss(params):
+      _, metrics = layer.apply(params, x)
+      return metrics['aux_loss'], metrics
+
+    gradient, metrics = jax.grad(loss, has_aux=True)(params)
+    params = jax.tree.map(lambda p, g: p - 0.01 * jnp.sign(g), params, gradient)
+    return params, metrics
+
+  params = start = jax.jit(layer.init)(KEY, x)
+  loads = []
+  for _ in range(40):
+    params, metrics = step(params)
+    assert metrics['aux_loss'] == 0
+    loads.append(float(metrics['load_max']))
+  del params['params']['router_bias'], start['params']['router_bias']
+  check(params, start, atol=0)
+  assert loads[0] > 1.5
+  assert min(loads[-5:]) < 1.3
+
+
+def test_uneven_splits_are_told_in_a_sentence():
+  with jax.set_mesh(mesh_lib.make_mesh(1, 4, 2)):
+    for changes in dict(num_experts=6), dict(expert_dim=5):
+      config = dataclasses.replace(CONFIG, **changes)
+      (name,) = changes
+      with pytest.raises(UserError, match=f'{name} must be a multiple of'):
+        MoE(config).init(KEY, place(X))
