@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from jaxsparse.bench import (
   first_session,
+  grouped_matmul,
   host_memory,
   measuring,
   memory_layer,
@@ -23,6 +24,7 @@ from jaxsparse.command_line import user_errors_end_in_a_sentence
 
 BENCHES = dict(
   value_bag=value_bag,
+  grouped_matmul=grouped_matmul,
   top_m=top_m,
   memory_layer=memory_layer,
   train_step=train_step,
