@@ -58,7 +58,7 @@ def plot_training(
     baselines: bits per byte of other codes for the validation text, such as
       {'gzip': 2.6, 'xz': 2.1}, drawn as level lines.
   """
-  with _figure(path, height=6.0) as figure:
+  with new_figure(path, height=6.0) as figure:
     grid = figure.add_gridspec(2, 2, height_ratios=(2, 1))
     _plot_loss(figure.add_subplot(grid[0, :]), rows, baselines or {})
     _plot_rates(figure.add_subplot(grid[1, 0]), rows)
@@ -83,7 +83,7 @@ def plot_slot_usage(
   has_history = bool(used or uneven)
   layers = sorted({*counts, *used, *uneven})
   colours = {layer: COLOURS[i % len(COLOURS)] for i, layer in enumerate(layers)}
-  with _figure(path, height=6.5 if has_history else 4.0) as figure:
+  with new_figure(path, height=6.5 if has_history else 4.0) as figure:
     grid = figure.add_gridspec(
       1 + has_history, 2, height_ratios=(2, 1)[: 1 + has_history]
     )
@@ -100,7 +100,7 @@ def plot_slot_usage(
 
 
 @contextlib.contextmanager
-def _figure(path: str | os.PathLike, height: float) -> Iterator[Any]:
+def new_figure(path: str | os.PathLike, height: float) -> Iterator[Any]:
   """A styled figure that is written to `path` at the end of the block."""
   import matplotlib  # Slow to import, and only needed when a run ends.
   from matplotlib.figure import Figure

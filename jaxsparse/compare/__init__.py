@@ -1,0 +1,1 @@
+"""Comparisons of architectures at equal budget."""

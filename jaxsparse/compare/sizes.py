@@ -1,0 +1,161 @@
+"""Sizes of an architecture, derived from a budget.
+
+All have the base's forward FLOPs per token, by the width of their MLPs or
+experts; sparse ones have a given total of parameters, by their number of keys
+or experts. Keys cost FLOPs and widths hold parameters, so the one is solved
+inside the other: for a number of keys, FLOPs are a straight line over the
+width; the total grows with the number of keys.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+from jaxsparse.analysis import cost
+from jaxsparse.compare.suite import Architecture
+from jaxsparse.config import ModelConfig
+from jaxsparse.errors import UserError
+
+# How far from the budget a derived size may be.
+FLOPS_TOLERANCE = 0.01
+TOTAL_TOLERANCE = 0.03
+
+# No model of ours has more sub-keys per axis, or experts.
+_MOST = 1 << 20
+
+
+def fit(
+  base: ModelConfig,
+  name: str,
+  architecture: Architecture,
+  *,
+  total_parameters: int,
+  seq_len: int,
+  width_multiple: int = 1,
+) -> ModelConfig:
+  """The base with the architecture in it, at the base's FLOPs.
+
+  Args:
+    base: the dense model; its vocabulary is set.
+    name: of the architecture, for errors.
+    architecture: the base itself is returned for a dense one.
+    total_parameters: without embeddings and gains, of a sparse architecture.
+    seq_len: tokens over which attention counts.
+    width_multiple: of what the width is to be a multiple.
+
+  Raises:
+    UserError: no width or no number of keys or experts meets the budget.
+  """
+  if architecture.is_dense:
+    return base
+  budget = cost.forward_flops(base, seq_len)
+  template = dataclasses.replace(
+    base, memory=architecture.memory, moe=architecture.moe
+  )
+
+  def sized(count: int) -> ModelConfig | None:
+    model = _with_count(template, count)
+    return _at_budget(model, budget, seq_len, width_multiple)
+
+  count = _nearest(sized, _least_count(template), total_parameters)
+  model = None if count is None else sized(count)
+  if model is None:
+    raise UserError(
+      f'{name}: nothing is left of {budget:,} FLOPs per token for its MLPs or '
+      'experts: make its keys or heads smaller, or the base model larger.'
+    )
+  total = cost.count_parameters(model).published
+  if abs(total / total_parameters - 1) > TOTAL_TOLERANCE:
+    what = 'experts' if architecture.moe else 'keys'
+    raise UserError(
+      f'{name}: no number of {what} comes within {TOTAL_TOLERANCE:.0%} of '
+      f'{total_parameters:,} parameters at {budget:,} FLOPs per token, the '
+      f'nearest has {total:,}: change total_parameters, or its other sizes.'
+    )
+  flops = cost.forward_flops(model, seq_len)
+  if abs(flops / budget - 1) > FLOPS_TOLERANCE:
+    raise UserError(
+      f'{name}: no width that is a multiple of {width_multiple} comes within '
+      f'{FLOPS_TOLERANCE:.0%} of {budget:,} FLOPs per token, the nearest has '
+      f'{flops:,}: lower width_multiple.'
+    )
+  return model
+
+
+def describe(model: ModelConfig) -> str:
+  """The derived sizes, in words."""
+  if model.moe:
+    return f'{model.moe.num_experts} experts of width {model.moe.expert_dim}'
+  if model.memory:
+    rows = model.memory.num_tables * model.memory.table_rows
+    return (
+      f'{model.memory.num_keys} keys an axis, {rows:,} rows of '
+      f'{model.memory.value_dim}, MLP {model.mlp_dim}'
+    )
+  return f'MLP {model.mlp_dim}'
+
+
+def _with_count(template: ModelConfig, count: int) -> ModelConfig:
+  """The template with `count` experts, or sub-keys on each axis."""
+  if template.moe:
+    moe = dataclasses.replace(template.moe, num_experts=count)
+    return dataclasses.replace(template, moe=moe)
+  memory = template.memory
+  ratio = memory.shared_rows / memory.num_slots
+  memory = dataclasses.replace(
+    memory, num_keys=count, shared_rows=round(ratio * count**2)
+  )
+  return dataclasses.replace(template, memory=memory)
+
+
+def _with_width(model: ModelConfig, width: int) -> ModelConfig:
+  if model.moe:
+    moe = dataclasses.replace(model.moe, expert_dim=width)
+    return dataclasses.replace(model, moe=moe)
+  return dataclasses.replace(model, mlp_dim=width)
+
+
+def _least_count(template: ModelConfig) -> int:
+  if template.moe:
+    return template.moe.num_used
+  memory = template.memory
+  return -(-memory.num_selected // math.isqrt(memory.expansion))
+
+
+def _at_budget(
+  model: ModelConfig, budget: int, seq_len: int, multiple: int
+) -> ModelConfig | None:
+  """The model with the width that meets the budget; None if there is none."""
+
+  def flops(width: int) -> int:
+    return cost.forward_flops(_with_width(model, width), seq_len)
+
+  slope = flops(2) - flops(1)
+  if slope <= 0:
+    return None
+  width = (budget - flops(1)) / slope + 1
+  width = multiple * round(width / multiple)
+  return _with_width(model, width) if width > 0 else None
+
+
+def _nearest(
+  sized: Callable[[int], ModelConfig | None], least: int, total: int
+) -> int | None:
+  """The count whose total is nearest; None if the least one has no width."""
+
+  def excess(count: int) -> float:
+    """Above 0 where there are too many parameters, or no width is left."""
+    model = sized(count)
+    if model is None:
+      return math.inf
+    return float(cost.count_parameters(model).published - total)
+
+  if sized(least) is None:
+    return None
+  low, high = least, least + 1
+  while excess(high) < 0 and high < _MOST:
+    low, high = high, 2 * high
+  while high - low > 1:
+    middle = (low + high) // 2
+    low, high = (middle, high) if excess(middle) < 0 else (low, middle)
+  return min(low, high, key=lambda count: abs(excess(count)))

@@ -1,0 +1,176 @@
+"""What a comparison is: a budget, architectures, seeds, data."""
+
+import dataclasses
+import pathlib
+import runpy
+from collections.abc import Mapping
+from typing import Any
+
+from jaxsparse import config as config_lib
+from jaxsparse.config import Config, MemoryConfig, MoEConfig
+from jaxsparse.errors import UserError, require
+
+DENSE = 'dense'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Architecture:
+  """What stands in, or beside, the MLPs of the base model.
+
+  Its number of keys or experts, and the width of its MLPs or experts, are only
+  a start: `sizes.fit` derives them from the budget. Rows that placements share
+  keep their ratio to num_keys ** 2.
+  """
+
+  memory: MemoryConfig | None = None
+  moe: MoEConfig | None = None
+  # Fields of the `OptimizerConfig` that differ from the base's.
+  optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  # In a walk: what the step to this architecture changed in a publication, in
+  # nats of training and validation loss.
+  published: tuple[float, float] | None = None
+
+  @property
+  def is_dense(self) -> bool:
+    return self.memory is None and self.moe is None
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Suite:
+  """A comparison; a file in `configs/compare/` builds one."""
+
+  # The dense model, whose forward FLOPs per token all architectures have, and
+  # the data, optimizer and number of steps of all. Its vocab_size must be set,
+  # because the logits are part of the budget.
+  base: Config
+  # Parameters of each sparse architecture, without embeddings and gains.
+  total_parameters: int
+  # By the names that tables and plots show; each name is a folder's, too.
+  architectures: Mapping[str, Architecture]
+  # One run of everything for each.
+  seeds: tuple[int, ...] = (0, 1, 2)
+  # Numbers of people of generated biographies, one run of everything for each;
+  # with none, the text is the base's.
+  people: tuple[int, ...] = ()
+  # Different biographies of each person.
+  num_phrasings: int = 16
+  # Widths of MLPs and experts are multiples of this.
+  width_multiple: int = 1
+  # Each architecture is one step further than the one before it, and the table
+  # shows what the step changed.
+  is_walk: bool = False
+
+  def __post_init__(self):
+    require(
+      self.base.model.vocab_size > 0,
+      'base.model.vocab_size must be set in a suite, got 0.',
+    )
+    require(bool(self.architectures), 'a suite needs an architecture.')
+    require(bool(self.seeds), 'a suite needs a seed.')
+    for field in ('seeds', 'people'):
+      values = getattr(self, field)
+      require(
+        len(set(values)) == len(values),
+        f'{field} must differ from each other, got {values}.',
+      )
+    for name, architecture in self.architectures.items():
+      require(
+        name.replace('_', '').replace('-', '').isalnum(),
+        f'an architecture is named by letters, digits, - and _; got {name!r}.',
+      )
+      require(
+        architecture.memory is None or architecture.moe is None,
+        f'architecture {name!r} has both memory and moe: set one of them.',
+      )
+    require(
+      not (self.people and (self.base.data.text or self.base.data.tfds)),
+      'people and a text in base.data exclude each other: set one of them.',
+    )
+    require(self.width_multiple > 0, 'width_multiple must be positive.')
+    require(self.num_phrasings > 0, 'num_phrasings must be positive.')
+
+
+def load(path: str) -> Suite:
+  """The suite of a file.
+
+  Raises:
+    UserError: there is no such file, or it makes no valid suite.
+  """
+  if not pathlib.Path(path).is_file():
+    raise UserError(
+      f'--suite={path} is no file: name a suite, such as '
+      'configs/compare/facts.py.'
+    )
+  try:
+    suite = runpy.run_path(path)['get_suite']()
+  except UserError as error:
+    raise UserError(f'{path}: {error}') from error
+  except Exception as error:
+    raise UserError(
+      f'--suite={path} could not be read ({type(error).__name__}: {error}): '
+      'give a Python file whose get_suite() returns a Suite.'
+    ) from error
+  if not isinstance(suite, Suite):
+    raise UserError(
+      f'get_suite() in {path} must return a jaxsparse.compare.suite.Suite, '
+      f'got {type(suite).__name__}.'
+    )
+  return suite
+
+
+def narrowed(
+  suite: Suite,
+  *,
+  only: tuple[str, ...] = (),
+  seeds: tuple[int, ...] = (),
+  people: tuple[int, ...] = (),
+  num_steps: int = 0,
+  text: str = '',
+) -> Suite:
+  """The suite with less in it, or on another text.
+
+  Args:
+    suite: as its file has it.
+    only: names of architectures to keep; all by default.
+    seeds: instead of the suite's.
+    people: instead of the suite's.
+    num_steps: instead of the suite's.
+    text: globs of files to train on, for a suite without people.
+
+  Raises:
+    UserError: an architecture is unknown, or something does not fit the suite.
+  """
+  unknown = [name for name in only if name not in suite.architectures]
+  require(
+    not unknown,
+    f'--only names {", ".join(unknown)}, but the suite has '
+    f'{", ".join(suite.architectures)}.',
+  )
+  require(
+    not (people and not suite.people),
+    '--people needs a suite of generated biographies, such as '
+    'configs/compare/facts.py.',
+  )
+  require(
+    not (text and suite.people),
+    '--text needs a suite of language, such as configs/compare/cpu.py.',
+  )
+  base = suite.base
+  if text:
+    data = dataclasses.replace(base.data, text=text)
+    base = dataclasses.replace(base, data=data)
+  if num_steps:
+    train = dataclasses.replace(base.train, num_steps=num_steps)
+    base = dataclasses.replace(base, train=train)
+  kept = {
+    name: architecture
+    for name, architecture in suite.architectures.items()
+    if not only or name in only
+  }
+  return dataclasses.replace(
+    suite,
+    base=config_lib.validated(base),
+    architectures=kept,
+    seeds=seeds or suite.seeds,
+    people=people or suite.people,
+  )

@@ -1,0 +1,63 @@
+"""What the loop reads, made from a config: its batches and its vocabulary."""
+
+import dataclasses
+import functools
+
+import jax
+
+from jaxsparse import config as config_lib
+from jaxsparse.config import Config
+from jaxsparse.data import pipeline
+from jaxsparse.data.pieces import Corpus
+from jaxsparse.data.tokenizer import Tokenizer
+from jaxsparse.errors import UserError
+from jaxsparse.training.loop import TrainingData
+
+
+def with_vocabulary(config: Config, vocab_size: int) -> Config:
+  """The config with its vocabulary: the tokenizer's, unless it is larger.
+
+  Raises:
+    UserError: it is set, and smaller than the tokenizer's.
+  """
+  given = config.model.vocab_size
+  if 0 < given < vocab_size:
+    raise UserError(
+      f"model.vocab_size must be at least the tokenizer's {vocab_size}, or 0 "
+      f'to take it; got {given}.'
+    )
+  model = dataclasses.replace(config.model, vocab_size=given or vocab_size)
+  return config_lib.validated(dataclasses.replace(config, model=model))
+
+
+def training_data(
+  config: Config, corpus: Corpus, tokens: Tokenizer
+) -> TrainingData:
+  """This process's batches, and its rows of the validation pass."""
+  process = dict(
+    process_index=jax.process_index(), process_count=jax.process_count()
+  )
+  return TrainingData(
+    batches=pipeline.train_iterator(
+      config.data, corpus, tokens, config.train.seed, **process
+    ),
+    validation=functools.partial(
+      pipeline.validation_batches, config.data, corpus, tokens, **process
+    ),
+    validation_bytes=corpus.validation_bytes,
+    bytes_per_target=bytes_per_target(corpus, tokens),
+  )
+
+
+def bytes_per_target(corpus: Corpus, tokens: Tokenizer) -> float:
+  """Bytes of text for each target, on the first MB of validation text."""
+  num_bytes = num_targets = 0
+  for piece in corpus.validation:
+    num_bytes += len(piece.text)
+    num_targets += (
+      len(tokens.encode(piece.text.decode('utf-8', 'replace')))
+      + piece.ends_document
+    )
+    if num_bytes > 1 << 20:
+      break
+  return num_bytes / num_targets

@@ -1,0 +1,101 @@
+"""A whole comparison: stopped, resumed, tabled and drawn."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from small_suite import facts_suite
+
+from jaxsparse.compare import __main__ as entry
+from jaxsparse.compare import runs
+from jaxsparse.errors import UserError
+from jaxsparse.training.progress import Reporter
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """A comparison that a signal stopped in its second run, then ended."""
+  folder = tmp_path_factory.mktemp('comparison')
+  script = pathlib.Path(__file__).with_name('stopped_comparison.py')
+  environment = os.environ | dict(
+    JAX_PLATFORMS='cpu', PYTHONPATH=str(script.parents[2])
+  )
+  ended = subprocess.run(
+    [sys.executable, str(script), str(folder)],
+    env=environment,
+    capture_output=True,
+    text=True,
+  )
+  assert ended.returncode == 0, (ended.stdout, ended.stderr)
+  starts = json.loads(ended.stdout.splitlines()[-1])
+  return facts_suite(folder / 'cache'), folder / 'work', starts
+
+
+def test_finished_runs_are_not_trained_again(finished):
+  _, _, starts = finished
+  # Two starts, the second stopped; one to go on; none when all is done.
+  assert starts == [2, 3, 3]
+
+
+def test_results_stand_alone(finished):
+  _, work, _ = finished
+  found = sorted(work.glob('runs/*/*/result.json'))
+  assert [path.parent.name for path in found] == ['dense_0', 'ultramem_0']
+  assert not list(work.glob('runs/*/*/checkpoints'))
+  dense, sparse = (json.loads(path.read_text()) for path in found)
+  assert dense['batches'] == sparse['batches']
+  assert abs(sparse['flops_per_token'] / dense['flops_per_token'] - 1) < 0.01
+  assert abs(sparse['parameters'] / 60_000 - 1) < 0.03
+  assert sparse['config']['optimizer']['value_lr_multiplier'] == 3
+  for result in (dense, sparse):
+    assert result['num_facts'] == 72
+    assert 0 <= result['recall'] <= 1
+    assert 0 <= result['bits'] <= result['bits_of_all']
+    assert [point[0] for point in result['curve']] == [1, 2, 3]
+    assert result['tokens_per_second'] > 0
+  assert list(sparse['slots_used']) == ['block_01']
+
+
+def test_table_and_plots_are_written(finished):
+  _, work, _ = finished
+  table = (work / 'comparison.md').read_text()
+  for part in ('| dense |', '| ultramem |', 'of 72 (', 'bits/parameter'):
+    assert part in table
+  record = json.loads((work / 'comparison.json').read_text())
+  assert len(record['runs']) == 2
+  for name in ('loss', 'bars', 'recall'):
+    image = (work / 'plots' / f'{name}.png').read_bytes()
+    assert image.startswith(b'\x89PNG')
+
+
+def test_another_config_is_refused_in_the_same_workdir(finished):
+  suite, work, _ = finished
+  changed = entry.suite_lib.narrowed(suite, num_steps=4)
+  with pytest.raises(UserError, match='the result of another config'):
+    entry.compare(changed, str(work))
+
+
+def test_other_batches_are_refused(finished, tmp_path):
+  suite, work, _ = finished
+  results = json.loads((work / 'comparison.json').read_text())['runs']
+  other = dict(results[0], batches='those of another text')
+  run = runs.plan(suite, str(tmp_path))[0]
+  with pytest.raises(UserError, match='would train on other batches'):
+    runs.train(run, Reporter(is_silent=True), [other])
+
+
+def test_seeds_are_complete_one_after_another(tmp_path):
+  suite = facts_suite(tmp_path, seeds=(0, 1), people=(12, 24))
+  planned = [
+    (run.seed, run.people, run.architecture) for run in runs.plan(suite, 'work')
+  ]
+  assert planned == [
+    (seed, people, name)
+    for seed in (0, 1)
+    for people in (12, 24)
+    for name in ('dense', 'ultramem')
+  ]
+  assert len({run.folder for run in runs.plan(suite, 'work')}) == 8
