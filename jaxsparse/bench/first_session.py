@@ -9,6 +9,7 @@ from types import ModuleType
 import jax
 
 from jaxsparse.bench import (
+  grouped_matmul,
   host_memory,
   memory_layer,
   top_m,
@@ -29,6 +30,13 @@ def sections() -> list[tuple[str, ModuleType, list[dict]]]:
   on_cpu = jax.default_backend() == 'cpu'
   return [
     ('bag and its gradients', value_bag, _CPU_BAGS if on_cpu else _GPU_BAGS),
+    (
+      'products with experts',
+      grouped_matmul,
+      [dict(rounds=3)]
+      if on_cpu
+      else [dict(depth=2048, width=4096, rows=rows) for rows in (64, 1024)],
+    ),
     (
       'best m of many scores',
       top_m,

@@ -1,5 +1,6 @@
 """Products with experts equal their references and read only what they need."""
 
+import argparse
 import functools
 import json
 import os
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 from compiled import arrays_of_size
 
+from jaxsparse.bench import grouped_matmul as bench
 from jaxsparse.errors import UserError
 from jaxsparse.ops import expert_mlp as mlp
 from jaxsparse.ops import grouped_matmul as ops
@@ -178,6 +180,18 @@ def test_mlp_of_experts_equals_its_reference(num_tokens, kind):
   check(run(mlp.expert_mlp), expected)
   if num_tokens == 2:
     check(run(mlp.expert_mlp, implementation='loop'), expected)
+
+
+def test_contenders_of_the_bench_compute_the_same():
+  options = argparse.Namespace(experts=5, depth=8, width=6, rows=9, used=2)
+  dense, *others = bench.token_contenders(options).values()
+  for _ in range(options.experts):
+    expected = dense.run()
+    for contender in others:
+      # Both in ascending order of experts.
+      check([contender.run()], [expected])
+  for contender in bench.hit_contenders(options, [1, 4]).values():
+    assert contender.run().shape == (9, 6)
 
 
 @pytest.mark.slow
