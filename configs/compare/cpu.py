@@ -1,0 +1,85 @@
+"""Language modelling by every architecture: bytes, minutes a run on one core.
+
+  python -m jaxsparse.compare --suite=configs/compare/cpu.py \\
+    --workdir=runs/compare_cpu --text='books/*.txt'
+
+Without --text on Python's own sources. The dense model is `dense_tiny`, the
+sparse ones have its FLOPs per token and 2.2 times its parameters. At this size
+architectures differ by about as much as seeds do: it shows that all of them
+train, and their speeds; `facts` is where a CPU can rank them.
+"""
+
+from jaxsparse import config as c
+from jaxsparse.compare.suite import Architecture, Suite
+from jaxsparse.memory_config import (
+  memory_plus,
+  peer,
+  pkm,
+  ultramem,
+  ultramem_v2,
+)
+
+WIDTH = 128
+# Reads block 1 and is added after block 2; or stands in place of block 2's MLP.
+BESIDE, INSTEAD = ((1, 2),), ((2, 2),)
+
+
+def get_suite() -> Suite:
+  base = c.Config(
+    model=c.ModelConfig(
+      num_layers=4,
+      model_dim=WIDTH,
+      num_heads=4,
+      num_kv_heads=4,
+      head_dim=32,
+      mlp_dim=352,
+      # 256 bytes and the boundary.
+      vocab_size=257,
+    ),
+    data=c.DataConfig(tokenizer='bytes', seq_len=128, batch_size=16),
+    optimizer=c.OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
+    train=c.TrainConfig(num_steps=400, log_every=10, save_every=100),
+  )
+  # What made most of UltraMem at this size, see configs/ultramem_tiny.py.
+  fast = dict(value_lr_multiplier=10.0)
+  small = dict(key_dim=32, num_heads=2, num_selected=16)
+  return Suite(
+    base=base,
+    total_parameters=1_850_000,
+    architectures=dict(
+      dense=Architecture(),
+      moe=Architecture(moe=c.MoEConfig(num_experts=8, num_used=2)),
+      pkm=Architecture(
+        memory=pkm(value_dim=WIDTH, placements=BESIDE, **small),
+        optimizer=fast,
+      ),
+      peer=Architecture(
+        memory=peer(
+          value_dim=WIDTH, pre_value_dim=WIDTH, placements=INSTEAD, **small
+        ),
+        optimizer=fast,
+      ),
+      memory_plus=Architecture(
+        memory=memory_plus(
+          value_dim=WIDTH, shared_rows=128**2, placements=INSTEAD, **small
+        ),
+        optimizer=fast,
+      ),
+      ultramem=Architecture(
+        memory=ultramem(value_dim=WIDTH // 2, placements=BESIDE, **small),
+        optimizer=fast,
+      ),
+      ultramem_v2=Architecture(
+        memory=ultramem_v2(
+          key_dim=32,
+          num_selected=16,
+          value_dim=WIDTH // 4,
+          pre_value_dim=WIDTH // 4,
+          # Each of the four layers sees half of the rows.
+          shared_rows=2 * 128**2,
+          placements=((0, 0), (1, 1), (2, 2), (3, 3)),
+        ),
+        optimizer=fast,
+      ),
+    ),
+  )
