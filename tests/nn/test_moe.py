@@ -7,13 +7,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compiled import payloads
 
 from jaxsparse import mesh as mesh_lib
 from jaxsparse.errors import UserError
 from jaxsparse.model_config import MoEConfig
 from jaxsparse.nn.layers import MLP
 from jaxsparse.nn.moe import MoE
-from jaxsparse.ops.expert_mlp import expert_mlp_reference
+from jaxsparse.ops.expert_mlp import expert_mlp_reference, sharded_expert_mlp
 from jaxsparse.ops.routing import route_reference
 
 B, T, D = 8, 3, 8
@@ -143,6 +144,39 @@ def test_a_mesh_adds_up_the_parts_of_swiglu():
     y, metrics = jax.jit(lambda p, x: layer.apply(p, place(x)))(params, X)
   check((y, metrics), expected)
   assert y.sharding.spec == jax.P(mesh_lib.TOKENS, None, None)
+
+
+@pytest.mark.parametrize(('sizes', 'group'), [((1, 8, 1), 8), ((2, 2, 2), 2)])
+def test_only_tokens_and_their_choices_are_sent(sizes, group):
+  """Never experts; with `model`, each token's sum once more."""
+  k = 2
+  with jax.set_mesh(mesh_lib.make_mesh(*sizes)):
+    tokens = jax.P(mesh_lib.TOKENS)
+    args = [
+      jax.ShapeDtypeStruct(shape, dtype, sharding=tokens)
+      for shape, dtype in (
+        ((B, T, D), jnp.float32),
+        ((B, T, k), jnp.float32),
+        ((B, T, k), jnp.int32),
+      )
+    ]
+    matrices = {
+      name: jax.ShapeDtypeStruct(
+        (8, *shape), jnp.float32, sharding=mesh_lib.gathered(dims)
+      )
+      for name, dims, shape in (('up', 'XDF', (D, 6)), ('down', 'XFD', (6, D)))
+    }
+    program = jax.jit(sharded_expert_mlp).lower(*args, matrices).compile()
+  here = B * T // (sizes[0] * sizes[1])
+  expected = [
+    ('all-gather', 'f32', group * here * D),
+    ('all-gather', 'f32', group * here * k),
+    ('all-gather', 's32', group * here * k),
+    ('reduce-scatter', 'f32', here * D),
+  ]
+  if sizes[2] > 1:
+    expected.append(('all-reduce', 'f32', here * D))
+  assert payloads(program.as_text()) == sorted(expected)
 
 
 def shardings(layer):
