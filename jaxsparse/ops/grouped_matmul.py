@@ -11,7 +11,7 @@ matrix, as dots there take whole buffers; for an expert with few rows the sum of
 scaled matrix rows is written out instead, which XLA fuses with the cut.
 
 Sums are in f32 (f64 for f64). Matrices may be stored in another type than the
-rows': they are cast after the cut, never all of them.
+rows': the loop casts them after the cut, never all of them; the others must.
 
 Letters: S rows, X experts, D and F widths.
 """
