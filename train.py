@@ -23,7 +23,7 @@ from jaxsparse.data import compression, pipeline, tokenizer
 from jaxsparse.data.corpus import Corpus, build_corpus
 from jaxsparse.errors import UserError
 from jaxsparse.inference import decoding, sampling, text
-from jaxsparse.nn import memory
+from jaxsparse.nn import memory_tables
 from jaxsparse.training import loop, metrics, resume
 from jaxsparse.training.evaluation import Validation
 from jaxsparse.training.progress import Reporter
@@ -51,7 +51,7 @@ def main() -> None:
   hardware.peak_flops()
   with jax.set_mesh(mesh.make_mesh(**dataclasses.asdict(config.mesh))):
     if config.model.memory:
-      say(memory.describe_table(config.model.memory, config.model.dtype))
+      say(memory_tables.describe_table(config.model.memory, config.model.dtype))
     outcome = loop.fit(
       config,
       workdir,

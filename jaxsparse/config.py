@@ -117,6 +117,9 @@ class OptimizerConfig:
   # to 1 over the first value_lr_decay_fraction of training.
   value_lr_multiplier: float = 1.0
   value_lr_decay_fraction: float = 1.0
+  # Constant learning rate of the value tables, without warm-up or decay, as PKM
+  # and Memory+ have it; 0 for the multiple above.
+  value_learning_rate: float = 0.0
   # Optimizer of the value tables: 'adamw', or one whose cost follows the rows
   # that a step reads: 'row_adam' (an absent row gets AdamW's missed steps when
   # it returns), 'lazy_row_adam' (it does not), 'row_adagrad' (one rate a row).
@@ -158,6 +161,7 @@ class OptimizerConfig:
     require_not_negative(
       self, 'warmup_steps', 'weight_decay', 'value_weight_decay', 'clip_norm'
     )
+    require_not_negative(self, 'value_learning_rate')
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)

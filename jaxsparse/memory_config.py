@@ -118,11 +118,11 @@ class MemoryConfig:
   def table_rows(self) -> int:
     """Rows of a table: those in use, and in large tables some unused.
 
-    A multiple of 64 in tables above 65,536 rows, so that up to 64 devices can
+    A multiple of 64 in tables above 1,024 rows, so that up to 64 devices can
     split them evenly.
     """
     rows = self.shared_rows or self.num_slots
-    return rows if rows <= 2**16 else -(-rows // 64) * 64
+    return rows if rows <= 2**10 else -(-rows // 64) * 64
 
   @property
   def num_tables(self) -> int:
@@ -305,6 +305,7 @@ def ultramem_v2(**fields: Any) -> MemoryConfig:
     pool_by_block=False,
     init='matched',
     aux_loss_weight=0.0,
+    placements=((1, 1),),
   )
   return MemoryConfig(**(own | fields))
 
@@ -320,4 +321,5 @@ _PRODUCT_KEYS = dict(
   num_selected=32,
   aux_loss_weight=0.0,
   init='product_keys',
+  placements=((1, 1),),
 )

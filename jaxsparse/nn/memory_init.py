@@ -1,17 +1,21 @@
-"""Initial parameters of an UltraMem layer, and where their scales come from.
+"""Initial parameters of a memory layer, and where their scales come from.
 
-`release` is the fixed set of scales of the published code. `paper` is the rule
-of arXiv:2411.12364: seen as an MLP of which m * P neurons fire, the layer
-should write 1 / (2 L) of variance into the residual stream, and the kept
-scores should average about 1, which needs to know how far above the others the
-best m of Q scores are.
+`paper` is the rule of arXiv:2411.12364: seen as an MLP of which m * P neurons
+fire, the layer should write 1 / (2 L) of variance into the residual stream, and
+the kept scores should average about 1, which needs to know how far above the
+others the best m of Q scores are. `matched` is that of UltraMemV2
+(arXiv:2508.18756, Eq. 26): the layer writes what the MLP beside it writes.
+`release` is the fixed sets of scales of the code published with both, and
+`product_keys` what PKM (arXiv:1907.05242) and its heirs start from.
 
 Letters: D model width, k query width, w key width, Q logical keys per axis,
-P heads, r ranks, c cores, E virtual blocks, M slots, W value width, L layers.
+P heads, r ranks, c cores, E virtual blocks or pools, M slots, W value width,
+U pre-value width, L layers.
 """
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -21,6 +25,7 @@ import scipy.special
 
 from jaxsparse import mesh
 from jaxsparse.config import MemoryConfig
+from jaxsparse.errors import UserError
 
 
 @functools.lru_cache
@@ -68,6 +73,8 @@ class InitialScales:
   cores: float
   values: float
   output: float
+  pre_values: float
+  pre_value_map: float
 
 
 def initial_scales(
@@ -75,50 +82,108 @@ def initial_scales(
 ) -> InitialScales:
   """The scales of `config.init`.
 
-  With `paper` a rank score has variance 1 / E[Y], the product of two of them
-  1 / E[Y]^2. What is left to make the kept scores average 1 is the core, about
-  which the paper is silent. Its entries are uniform in [0, s], as in the
-  release, and a sum of c such cores is close to a rank-1 core of singular
-  value c r s / 2; hence s = 2 E[Y] / (r * expected_cell_mean).
+  With `paper` and `matched` a rank score has variance 1 / E[Y], the product of
+  two of them 1 / E[Y]^2. What is left to make the kept scores average 1 is the
+  core, about which the papers are silent. Its entries are uniform in [0, s], as
+  in the release, and a sum of c such cores is close to a rank-1 core of
+  singular value c r s / 2; hence s = 2 E[Y] / (r * expected_cell_mean).
 
   Measured over 24 draws of the cores (D 768, P 2, c 2, r 2, E 4), mean of the
   kept scores: 1.09 at Q 1616, k 192, m 80; 1.01 at Q 1138, k 128, m 32; 1.02 at
   Q 256, k 32, m 16. One draw differs from the mean by 0.14, one score by 0.35,
   so that the output variance is 1.15 to 1.3 times the 1 / (2 L) aimed at.
   """
-  key_dim = config.key_dim
-  if config.split_key_dim:
-    key_dim //= config.tucker_rank
-  output = (config.expansion * config.value_dim) ** -0.5
-  if config.init == 'release':
-    return InitialScales(
-      query=config.key_dim**-0.5,
-      query_scale=config.key_dim**-0.33,
-      keys=key_dim**-0.5,
-      key_scale=key_dim**-0.33,
-      cores=1.0,
-      values=0.02,
-      output=output,
-    )
-  sizes = config.num_logical_keys, config.num_selected
-  mean = expected_top_mean(*sizes)
+  key_dim = _key_width(config)
+  mean, core = 1.0, 1.0
+  if config.grid == 'tucker' and config.init in ('paper', 'matched'):
+    sizes = config.num_logical_keys, config.num_selected
+    # Where all keys are kept their mean is 0; any scale does that cores undo.
+    mean = max(expected_top_mean(*sizes), 0.1)
+    core = 2 * mean / (config.tucker_rank * expected_cell_mean(*sizes))
   reads = config.num_selected * config.num_heads
-  return InitialScales(
+  scales = InitialScales(
     query=model_dim**-0.5,
     query_scale=mean**-0.5,
     keys=key_dim**-0.5,
     key_scale=key_dim**-0.5,
-    cores=2 * mean / (config.tucker_rank * expected_cell_mean(*sizes)),
-    values=(config.expansion / (2 * reads * num_layers)) ** 0.5,
-    output=output,
+    cores=core,
+    values=(config.num_pools / (2 * reads * num_layers)) ** 0.5,
+    output=(config.num_pools * config.value_dim) ** -0.5,
+    pre_values=max(config.pre_value_dim, 1) ** -0.5,
+    pre_value_map=model_dim**-0.5,
   )
+  if config.init == 'release':
+    power = -0.4 if config.pre_value_dim else -0.33
+    return dataclasses.replace(
+      scales,
+      query=config.key_dim**-0.5,
+      query_scale=config.key_dim**power,
+      key_scale=key_dim**power,
+      values=0.02,
+      pre_values=0.02,
+    )
+  if config.init == 'matched':
+    linear = (2 / (5 * model_dim)) ** 0.5
+    values = matched_value_scale(
+      config, model_dim, _MLP_VARIANCE / (2 * num_layers), _SCORE_SPREAD
+    )
+    return dataclasses.replace(
+      scales,
+      values=values,
+      pre_values=values,
+      output=linear,
+      pre_value_map=linear,
+    )
+  if config.init == 'product_keys':
+    # A query of unit variance then gives scores of variance 1 / 3.
+    return dataclasses.replace(
+      scales,
+      query_scale=1.0,
+      key_scale=key_dim**-0.5,
+      cores=1.0,
+      values=config.value_dim**-0.5,
+    )
+  return scales
+
+
+# E[(silu(a) b)^2] of independent normal a and b: times 1 / (2 L) what the MLP
+# of `layers` writes for an input of unit variance ('gelu' writes 1.2 times it).
+_MLP_VARIANCE = 0.3558
+
+# Standard deviation of kept scores of mean 1, as measured above.
+_SCORE_SPREAD = 0.35
+
+
+def matched_value_scale(
+  config: MemoryConfig,
+  model_dim: int,
+  output_variance: float,
+  score_spread: float,
+) -> float:
+  """Standard deviation of values and pre-values, UltraMemV2's Eq. 26.
+
+  Both maps have variance 2 / (5 D), and the layer then writes
+  0.16 (1 + s^2) sigma^4 U m P W / D (Eq. 22 and 25), s being the spread of kept
+  scores of mean 1. The paper's own MLP writes 0.064 F / D / (2 L). (The text
+  of Eq. 26 has sigma^2 for sigma^4.)
+
+  Args:
+    config: of the layer.
+    model_dim: width D.
+    output_variance: what to write for an input of unit variance.
+    score_spread: s.
+  """
+  reads = config.num_selected * config.num_heads
+  gain = 0.16 * (1 + score_spread**2) * reads / model_dim
+  gain *= config.pre_value_dim * config.value_dim
+  return (output_variance / gain) ** 0.25
 
 
 def parameters(
   config: MemoryConfig,
   model_dim: int,
   num_layers: int,
-  scheme: str = 'columns',
+  scheme: str | None = 'columns',
 ) -> dict[str, tuple[Callable, jax.P | None, tuple[int, ...]]]:
   """Initializer, sharding and shape of every parameter.
 
@@ -126,33 +191,97 @@ def parameters(
     config: of the layer.
     model_dim: width D.
     num_layers: blocks L of the model.
-    scheme: of the value table: 'columns', 'rows' or 'grid'.
+    scheme: of the tables: 'columns', 'rows' or 'grid'; None leaves them out.
+
+  Raises:
+    UserError: a width that must be the model's is not.
   """
+  _check_widths(config, model_dim)
   scales = initial_scales(config, model_dim, num_layers)
   normal, constant = nn.initializers.normal, nn.initializers.constant
   param = mesh.param
-  k, r, P = config.key_dim, config.tucker_rank, config.num_heads
-  E, W, M = config.expansion, config.value_dim, config.table_rows
-  w = k // r if config.split_key_dim else k
-  Q, taps = config.num_logical_keys, config.query_conv_taps
-  declared = {
-    'query': (normal(scales.query), param('D..'), (model_dim, 2, k)),
-    'query_scale': (constant(scales.query_scale), param('.'), (k,)),
-    'keys': (normal(scales.keys), param('.....'), (P, 2, Q, w, r)),
-    'key_scale': (constant(scales.key_scale), param('.'), (w,)),
-    'cores': (
-      nn.initializers.uniform(scales.cores),
-      param('....'),
-      (config.num_cores, P, r, r),
-    ),
-    'value_table': (
-      normal(scales.values, config.value_dtype),
-      mesh.table(scheme),
-      (M, W),
-    ),
-    'output': (normal(scales.output), param('.WD'), (E, W, model_dim)),
-  }
+  k, r, P = config.key_dim, config.num_ranks, config.num_heads
+  E, W, U = config.num_pools, config.value_dim, config.pre_value_dim
+  w, Q = _key_width(config), config.num_logical_keys
+  query = {'shared': (2, k), 'per_head': (2, P, k), 'per_rank': (2, r, k)}
+  query = query[config.query]
+  spec = param('D' + '.' * len(query))
+  declared = {'query': (normal(scales.query), spec, (model_dim, *query))}
+  if config.query_bias:
+    spec = param('.' * len(query))
+    declared['query_bias'] = (constant(0.0), spec, query)
+  if config.query_norm != 'none':
+    scale = constant(scales.query_scale)
+    declared['query_scale'] = (scale, param('.'), (k,))
+  shape = (1 if config.share_keys else P, 2, Q, w, r)
+  keys = normal(scales.keys)
+  if config.init == 'product_keys':
+    keys = _symmetric_uniform(w**-0.5)
+  declared['keys'] = (keys, param('.....'), shape)
+  if config.key_norm != 'none':
+    declared['key_scale'] = (constant(scales.key_scale), param('.'), (w,))
+  if config.grid == 'tucker':
+    if config.cores_per_pairing:
+      r *= math.isqrt(config.expansion)
+    cores = nn.initializers.uniform(scales.cores)
+    declared['cores'] = (cores, param('....'), (config.num_cores, P, r, r))
+  if scheme is not None:
+    declared |= table_parameters(config, model_dim, num_layers, scheme)
+  if U and config.pre_value_map:
+    pre_value_map = normal(scales.pre_value_map)
+    declared['pre_value_map'] = (pre_value_map, param('DW'), (model_dim, U))
+  if config.gate:
+    gate = normal(model_dim**-0.5)
+    declared['gate'] = (gate, param('D.W'), (model_dim, E, W))
+  if config.output_map:
+    output = normal(scales.output)
+    declared['output'] = (output, param('.WD'), (E, W, model_dim))
+  taps = config.query_conv_taps
   if taps > 0:
     conv = (normal(taps**-0.5), param('.D'), (taps, model_dim))
     declared['query_conv'] = conv
   return declared
+
+
+def table_parameters(
+  config: MemoryConfig, model_dim: int, num_layers: int, scheme: str
+) -> dict[str, tuple[Callable, jax.P | None, tuple[int, ...]]]:
+  """`parameters`, of the value table and of that of pre-values."""
+  scales = initial_scales(config, model_dim, num_layers)
+
+  def table(scale: float, width: int):
+    init = nn.initializers.normal(scale, config.value_dtype)
+    return init, mesh.table(scheme), (config.table_rows, width)
+
+  tables = {'value_table': table(scales.values, config.value_dim)}
+  if config.pre_value_dim:
+    pre_values = table(scales.pre_values, config.pre_value_dim)
+    tables['pre_value_table'] = pre_values
+  return tables
+
+
+def _key_width(config: MemoryConfig) -> int:
+  """Width w of a key of one rank."""
+  ranks = config.num_ranks if config.split_key_dim else 1
+  return config.key_dim // ranks
+
+
+def _symmetric_uniform(bound: float) -> Callable:
+  def init(key, shape, dtype=np.float32):
+    return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+  return init
+
+
+def _check_widths(config: MemoryConfig, model_dim: int) -> None:
+  if not config.output_map and config.value_dim != model_dim:
+    raise UserError(
+      f'value_dim must be the model width {model_dim} without output_map, got '
+      f'{config.value_dim}.'
+    )
+  has_vector = config.pre_value_dim and not config.pre_value_map
+  if has_vector and config.pre_value_dim != model_dim:
+    raise UserError(
+      f'pre_value_dim must be the model width {model_dim} without '
+      f'pre_value_map, got {config.pre_value_dim}.'
+    )

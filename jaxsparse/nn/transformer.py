@@ -1,35 +1,22 @@
-"""The language model: pre-norm blocks, unrolled, with memory layers attached.
-
-A memory layer with the placement (i, j) reads the normalised MLP input of block
-i and is added to the residual stream after block j, such that its lookup can
-run beside the blocks between (arXiv:2411.12364, section 3.2). Several may be
-in flight at once.
-"""
-
-import functools
+"""The language model: pre-norm blocks, unrolled, some with a memory layer."""
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.errors import UserError
-from jaxsparse.nn.attention import Attention, init_key_values, init_positions
+from jaxsparse.nn.attention import init_key_values, init_positions
+from jaxsparse.nn.block import Block, Cache, block_name, placements, prefixed
 from jaxsparse.nn.layers import (
-  MLP,
   Embed,
   Metrics,
   RMSNorm,
-  dropout,
   project_to_vocabulary,
   weight,
 )
-from jaxsparse.nn.memory import MemoryLayer
-
-# What all layers share, and one entry for each block.
-Cache = dict
+from jaxsparse.nn.memory_tables import SharedTables
 
 
 def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
@@ -39,12 +26,12 @@ def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
   written in the order in which tokens are fed, at one index for the batch.
   """
   blocks = {
-    _name(i): dict(attention=init_key_values(config, batch_size, length))
+    block_name(i): dict(attention=init_key_values(config, batch_size, length))
     for i in range(config.num_layers)
   }
-  for read, _ in _placements(config):
+  for read, _ in placements(config):
     if config.memory.query_conv_taps > 1:
-      blocks[_name(read)]['memory'] = _init_context(config, batch_size)
+      blocks[block_name(read)]['memory'] = _init_context(config, batch_size)
   return dict(shared=init_positions(batch_size, length), blocks=blocks)
 
 
@@ -57,115 +44,6 @@ def _init_context(config: ModelConfig, batch_size: int) -> Cache:
     inputs=mesh.reshard(inputs, mesh.act('BTD')),
     segment_ids=mesh.reshard(segment_ids, mesh.act('BT')),
   )
-
-
-def _name(block: int) -> str:
-  return f'block_{block:02}'
-
-
-def _placements(config: ModelConfig) -> tuple[tuple[int, int], ...]:
-  return config.memory.placements if config.memory else ()
-
-
-class Block(nn.Module):
-  """Attention, then an MLP and, where a placement reads, a memory beside it.
-
-  The memory layer's output is returned apart: its place in the residual stream
-  may be after a later block, which gets it as `arriving`. It is added to the
-  MLP's while both are partial sums over `model`, such that a memory layer costs
-  no collective there.
-  """
-
-  config: ModelConfig
-  index: int
-  deterministic: bool = True
-
-  @nn.compact
-  def __call__(
-    self,
-    x: Float[Array, 'B T D'],
-    positions: Int[Array, 'B T'],
-    segment_ids: Int[Array, 'B T'],
-    cache: Cache | None = None,
-    arriving: tuple[Float[Array, 'B T D'], ...] = (),
-  ) -> tuple[
-    Float[Array, 'B T D'], Float[Array, 'B T D'] | None, Cache | None, Metrics
-  ]:
-    config = self.config
-    cache = {} if cache is None else cache
-    norm = functools.partial(
-      RMSNorm, epsilon=config.norm_epsilon, dtype=config.dtype
-    )
-    y, attention_cache, metrics = Attention(config, name='attention')(
-      norm(name='attention_norm')(x),
-      positions,
-      segment_ids,
-      cache.get('attention'),
-    )
-    x = x + self._drop(y)
-    h = norm(name='mlp_norm')(x)
-    y, mlp_metrics = MLP(
-      config.mlp_dim,
-      config.mlp,
-      config.num_layers,
-      config.dtype,
-      is_partial=self._is_partial,
-      name='mlp',
-    )(h)
-    y = self._drop(y)
-    metrics = _prefixed('attention', metrics) | _prefixed('mlp', mlp_metrics)
-    cache = cache | dict(attention=attention_cache) if cache else None
-    memory_y = None
-    write = dict(_placements(config)).get(self.index)
-    if write is not None:
-      memory_y, cache, memory_metrics = self._memory(h, segment_ids, cache)
-      memory_y = self._drop(memory_y)
-      metrics |= _prefixed('memory', memory_metrics)
-    if write == self.index:
-      arriving, memory_y = (*arriving, memory_y), None
-    for other_y in arriving:
-      y += other_y
-    return x + mesh.reshard(y, mesh.act('BTD')), memory_y, cache, metrics
-
-  def _memory(self, h, segment_ids, cache):
-    config = self.config
-    memory = MemoryLayer(
-      config.memory,
-      config.num_layers,
-      jnp.dtype(config.dtype),
-      salt=self.index,
-      is_partial=self._is_partial,
-      name='memory',
-    )
-    if cache is None or 'memory' not in cache:
-      y, metrics = memory(h, segment_ids)
-      return y, cache, metrics
-    context = (cache['memory']['inputs'], cache['memory']['segment_ids'])
-    y, metrics = memory(h, segment_ids, context)
-    inputs, segments = (
-      jnp.concatenate([old, new], axis=1)[:, -old.shape[1] :]
-      for old, new in zip(context, (h, segment_ids), strict=True)
-    )
-    context = dict(inputs=inputs, segment_ids=segments)
-    return y, cache | dict(memory=context), metrics
-
-  @property
-  def _is_partial(self) -> bool:
-    """Whether sums over `model` wait; dropout needs them before its mask."""
-    return self.deterministic or not self.config.dropout_rate
-
-  def _drop(self, y: jax.Array) -> jax.Array:
-    if self.deterministic or not self.config.dropout_rate:
-      return y
-    return dropout(y, self.config.dropout_rate, self.make_rng('dropout'))
-
-
-def _prefixed(prefix: str, metrics: Metrics) -> Metrics:
-  """Metrics under their layer's name; 'aux_loss' keeps its own."""
-  return {
-    name if name == 'aux_loss' else f'{prefix}/{name}': value
-    for name, value in metrics.items()
-  }
 
 
 class Transformer(nn.Module):
@@ -221,28 +99,38 @@ class Transformer(nn.Module):
 
   def _blocks(self, x, positions, segment_ids, cache, deterministic):
     config = self.config
-    write_of = dict(_placements(config))
+    write_of = dict(placements(config))
     block_type = nn.remat(Block) if config.use_remat else Block
     # Memory outputs on their way, by the block after which they are added.
     pending = {}
     metrics = dict(aux_loss=jnp.zeros((), jnp.float32))
     new_cache = None if cache is None else dict(cache, blocks={})
+    tables = None
+    if config.memory and config.memory.shared_rows:
+      tables = SharedTables(
+        config.memory,
+        config.model_dim,
+        config.num_layers,
+        config.dtype,
+        name='memory',
+      )()
     for i in range(config.num_layers):
-      block = block_type(config, i, deterministic, name=_name(i))
+      block = block_type(config, i, deterministic, name=block_name(i))
       x, memory_y, block_cache, block_metrics = block(
         x,
         positions,
         segment_ids,
         _block_cache(cache, i),
         pending.pop(i, ()),
+        tables,
       )
       if memory_y is not None:
         write = write_of[i]
         pending[write] = (*pending.get(write, ()), memory_y)
       metrics['aux_loss'] += block_metrics.pop('aux_loss', 0.0)
-      metrics |= _prefixed(_name(i), block_metrics)
+      metrics |= prefixed(block_name(i), block_metrics)
       if new_cache is not None:
-        new_cache['blocks'][_name(i)] = block_cache
+        new_cache['blocks'][block_name(i)] = block_cache
         new_cache['shared'] = _split_shared(block_cache, cache['shared'])
     return x, new_cache, metrics
 
@@ -255,7 +143,7 @@ def _block_cache(cache: Cache | None, block: int) -> Cache | None:
   """
   if cache is None:
     return None
-  own = cache['blocks'][_name(block)]
+  own = cache['blocks'][block_name(block)]
   return dict(own, attention=own['attention'] | cache['shared'])
 
 

@@ -111,7 +111,16 @@ def sharded_row_products(
     dtype: of the result and on the wire, where parts are added up in it.
     table_gradient: how the table's gradient is added up, see `value_bag`.
   """
-  products = functools.partial(row_products, table_gradient=table_gradient)
+
+  def products(table, slot, vector, num_used=None):
+    return row_products(
+      table,
+      slot,
+      vector,
+      num_used=num_used,
+      table_gradient=table_gradient,
+    )
+
   axes = mesh.axis_sizes()
   if axes is None:
     return _over_flat_tokens(products)(table, slot, vector, None).astype(dtype)
@@ -122,7 +131,7 @@ def sharded_row_products(
     entries = exchange.gather(slot, None, None)
     entries, num_used, place = exchange.own_rows(entries, len(table))
     vector = exchange.send_out(vector[:, None].astype(dtype))[:, 0]
-    parts = products(table, entries[0], vector, num_used=num_used)
+    parts = products(table, entries[0], vector, num_used)
     if place is not None:
       parts = put_back(parts, place)
     return exchange.add_up(parts.astype(dtype))

@@ -90,8 +90,8 @@ class TableExchange:
     over = self._split(self.layout.group)
     if over:
       parts = jax.lax.psum_scatter(parts, over, tiled=True)
-    over = self._split(('model',))
-    return jax.lax.psum(parts, over) if over else parts
+    # Of length 1 too: the parts are marked as varying over it.
+    return jax.lax.psum(parts, 'model')
 
   def to_copies(self, tree: Any) -> Any:
     """What all devices hold that have the same part of the table, gathered.
@@ -131,10 +131,10 @@ class TableExchange:
     num_pieces = math.prod(self.axes[a] for a in over)
     return jax.lax.axis_index(over) * (self.num_rows // num_pieces)
 
-  def first_column(self, width: int) -> Int[Array, ''] | int:
-    """Number of this device's first column, of its `width`."""
+  def column_part(self) -> Int[Array, ''] | int:
+    """How many parts of the columns are left of this device's."""
     over = self.column_axes
-    return jax.lax.axis_index(over) * width if over else 0
+    return jax.lax.axis_index(over) if over else 0
 
   def own_cores(
     self, weight: Float[Array, 'T k c'], width: int
@@ -151,7 +151,7 @@ class TableExchange:
     per_core = width * math.prod(self.axes[a] for a in over) // num_cores
     block = math.gcd(width, per_core)
     core = (
-      self.first_column(width) + jnp.arange(width // block) * block
+      self.column_part() * width + jnp.arange(width // block) * block
     ) // per_core
     # A product with ones and zeros: the gradient of an index would add scalars
     # one by one, which is slow on GPU.

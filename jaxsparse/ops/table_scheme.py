@@ -9,7 +9,9 @@ the wire. Every device sends, per token of its own, in the forward pass
   rows     (P - 1) I + (P - 1)      E W b
   grid     (P - 1) I + (Pr - 1) E W b + (Pc - 1) / Pc  E W b,  P = Pr Pc
 
-and about as much again in the backward pass.
+and about as much again in the backward pass. A table of pre-values of width U,
+split like the values, has its vectors sent the other way and the products back:
+U in place of E W, and k (4 + b) in place of I.
 """
 
 import dataclasses
@@ -42,6 +44,8 @@ class TableUse:
   # Bytes of one element in the table, and of weights and pools on the wire.
   table_bytes: int
   wire_bytes: int
+  # Columns of the table of pre-values beside it; 0: there is none.
+  pre_value_width: int = 0
 
 
 def bytes_per_token(scheme: str, use: TableUse, axes: dict[str, int]) -> float:
@@ -57,9 +61,16 @@ def bytes_per_token(scheme: str, use: TableUse, axes: dict[str, int]) -> float:
   over_rows = math.prod(axes[a] for a in layout.rows)
   over_columns = math.prod(axes[a] for a in layout.exchanged)
   index = use.num_reads * (4 + use.wire_bytes * use.num_cores)
-  pooled = use.num_groups * use.width / axes['model'] * use.wire_bytes
+  widths = use.num_groups * use.width + use.pre_value_width
+  crossing = widths / axes['model'] * use.wire_bytes
   exchanged = (over_columns - 1) / over_columns
-  return (over - 1) * index + (over_rows - 1 + exchanged) * pooled
+  products = 0.0
+  if use.pre_value_width:
+    # Row numbers are gathered again, without weights; the products, of which
+    # each device has a part, are reduce-scattered.
+    products = use.num_reads * (over - 1) * (4 + use.wire_bytes)
+  sent = (over_rows - 1 + exchanged) * crossing
+  return (over - 1) * index + sent + products
 
 
 def choose_scheme(
@@ -108,14 +119,16 @@ def _trouble(
     _FLOOR_COLUMNS.get(platform, 1),
     math.ceil(_FLOOR_BYTES.get(platform, 1) / use.table_bytes),
   )
-  columns = use.width / over_columns
-  if columns % 1 or columns < floor:
-    return (
-      f'splits memory.value_dim = {use.width} over '
-      f'mesh.{" x mesh.".join(layout.columns)} = {over_columns}, but a slice '
-      f'must be a whole number of at least {floor} columns on this platform: '
-      'lower these axes, or use rows.'
-    )
+  widths = dict(value_dim=use.width, pre_value_dim=use.pre_value_width)
+  for name, width in widths.items():
+    columns = width / over_columns
+    if width and (columns % 1 or columns < floor):
+      return (
+        f'splits memory.{name} = {width} over '
+        f'mesh.{" x mesh.".join(layout.columns)} = {over_columns}, but a slice '
+        f'must be a whole number of at least {floor} columns on this platform: '
+        'lower these axes, or use rows.'
+      )
   return ''
 
 

@@ -25,7 +25,7 @@ class Validation:
   loss: float
   # Of the text itself, whatever the tokenizer; boundaries are paid for.
   bits_per_byte: float
-  # Reads of every physical slot, by layer: int64 [M].
+  # Reads of every physical slot or expert, by layer: int64 [M].
   slot_counts: dict[str, np.ndarray]
 
   def scalars(self) -> dict[str, float]:

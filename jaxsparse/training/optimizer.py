@@ -18,10 +18,15 @@ from jaxsparse.training.row_updates import in_float32, with_float32_master
 WARMUP_START = 0.1
 
 VALUES, DECAYED, UNDECAYED = 'values', 'decayed', 'undecayed'
+# Biases of the experts' selection, which follow the load and not the loss.
+BALANCE = 'balance'
 
 
 def make_optimizer(
-  config: OptimizerConfig, num_steps: int, scheme: str = 'columns'
+  config: OptimizerConfig,
+  num_steps: int,
+  scheme: str = 'columns',
+  bias_update_rate: float = 0.0,
 ) -> optax.GradientTransformation:
   """AdamW, each group with its decay and rate.
 
@@ -35,6 +40,8 @@ def make_optimizer(
     config: rates and decays.
     num_steps: optimizer steps of the whole run, over which schedules spread.
     scheme: by which value tables are split over the mesh.
+    bias_update_rate: step of the biases that balance experts
+      (arXiv:2408.15664), whose gradient is the experts' load.
   """
   rate = learning_rate_schedule(config, num_steps)
   value_rate = value_learning_rate_schedule(config, num_steps)
@@ -53,6 +60,9 @@ def make_optimizer(
       VALUES: _split_over_copies(values, scheme),
       DECAYED: group(config.weight_decay, rate),
       UNDECAYED: group(0.0, rate),
+      BALANCE: optax.chain(
+        optax.scale_by_sign(), optax.scale(-bias_update_rate)
+      ),
     },
     labels,
   )
@@ -106,15 +116,28 @@ def _split_over_copies(
   return optax.GradientTransformation(lambda p: inner.init(split(p)), update)
 
 
+def squared_norm(gradients: dict) -> jax.Array:
+  """Of all gradients; the experts' load, which BALANCE has, is none."""
+  of_loss = jax.tree.map(
+    lambda label, g: jnp.zeros(()) if label == BALANCE else g,
+    labels(gradients),
+    gradients,
+  )
+  return optax.tree.norm(of_loss, squared=True)
+
+
 def labels(params: dict) -> dict:
   """The group of every leaf: by its name, as no other sign tells them apart."""
 
   def label(path: tuple, leaf: jax.Array) -> str:
     name = path[-1].key
-    if name == 'value_table':
+    if name in ('value_table', 'pre_value_table'):
       return VALUES
+    if name == 'router_bias':
+      return BALANCE
     # Gains and Tucker cores set scales that decay would pull to zero.
-    return UNDECAYED if leaf.ndim < 2 or name == 'cores' else DECAYED
+    is_scale = leaf.ndim < 2 or name in ('cores', 'query_bias')
+    return UNDECAYED if is_scale else DECAYED
 
   return jax.tree_util.tree_map_with_path(label, params)
 
@@ -135,7 +158,12 @@ def learning_rate_schedule(
 def value_learning_rate_schedule(
   config: OptimizerConfig, num_steps: int
 ) -> optax.Schedule:
-  """The model's schedule times a multiplier that falls linearly to 1."""
+  """The model's schedule times a multiplier that falls linearly to 1.
+
+  Or `value_learning_rate`, always, where that is set.
+  """
+  if config.value_learning_rate:
+    return optax.constant_schedule(config.value_learning_rate)
   rate = learning_rate_schedule(config, num_steps)
   decay_steps = num_steps * config.value_lr_decay_fraction
 

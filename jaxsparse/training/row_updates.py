@@ -61,8 +61,8 @@ def apply_updates(
     updates: of every array, or `RowGradient`s.
     rounding_key: a new one every step. The random bits of an element depend on
       the key and its place in the array, so a run is the same on every mesh.
-    origin: row and column of the arrays' first element, inside `jax.shard_map`,
-      where they are parts of larger ones.
+    origin: inside `jax.shard_map`, where the arrays are parts of larger ones:
+      row of their first element, and how many such parts are left of them.
   """
   leaves, structure = jax.tree.flatten(updates, is_leaf=is_row_gradient)
   # Masked leaves of `updates` have no place; a None among params must match.
@@ -166,7 +166,8 @@ def _rounded_difference(new, old):
 def _round(x, dtype, key, row, origin):
   if key is None or dtype != jnp.bfloat16 or x.dtype != jnp.float32:
     return x.astype(dtype)
-  bits = _random_bits(key, row + origin[0], origin[1], x.shape)
+  first_column = origin[1] * math.prod(x.shape[1:])
+  bits = _random_bits(key, row + origin[0], first_column, x.shape)
   return round_stochastically(x, mesh.reshard(bits, mesh.spec_of(x)))
 
 

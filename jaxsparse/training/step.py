@@ -9,7 +9,7 @@ import optax
 
 from jaxsparse import mesh
 from jaxsparse.config import Config
-from jaxsparse.nn.memory import ENTRIES, table_scheme
+from jaxsparse.nn.memory_tables import ENTRIES, table_scheme
 from jaxsparse.nn.transformer import Transformer
 from jaxsparse.ops.usage import count_hits
 from jaxsparse.training import optimizer as optimizer_lib
@@ -101,7 +101,7 @@ def train_step(
     gradients, (metrics, sown) = jax.grad(loss_fn, (0, 1), has_aux=True)(
       params, taps, micro, key
     )
-    read = table_step.table_gradients(gradients[1], sown)
+    read = table_step.table_gradients(config.model, gradients[1], sown)
     return (gradients[0], metrics), read
 
   (grads, metrics), read = _over_micro_batches(gradient, batch, num_micro, key)
@@ -154,7 +154,7 @@ def _update(
     return apply_updates(params, updates, rounding_key), opt_state
 
   if not has_row_optimizer(config):
-    norm = optax.tree.norm(grads)
+    norm = jnp.sqrt(optimizer_lib.squared_norm(grads))
     params, opt_state = update(state.params, state.opt_state, norm)
     return params, opt_state, {'grad_norm': norm}
   params, tables = table_step.split_tables(state.params)
@@ -164,7 +164,7 @@ def _update(
     tables,
     opt_state['tables'],
     read,
-    optax.tree.norm(grads, squared=True),
+    optimizer_lib.squared_norm(grads),
     state.step,
     rounding_key,
   )
@@ -179,7 +179,8 @@ def eval_step(config: Config, params: dict, batch: Batch) -> dict:
 
   Returns:
     `nats` and `targets` summed over the batch, and `slot_counts`: how often
-    each memory layer read each of its physical slots, {layer: int32 [M]}.
+    each memory layer read each of its physical slots, {'block_01': int32 [M]},
+    and how many tokens passed each expert, {'block_01 experts': int32 [X]}.
   """
   (logits, _, _), sown = Transformer(config.model).apply(
     {'params': params},
@@ -189,10 +190,15 @@ def eval_step(config: Config, params: dict, batch: Batch) -> dict:
     mutable=['intermediates'],
   )
   losses = token_losses(logits, batch['targets']) * batch['loss_weight']
-  counts = {
-    layer: _count_reads(config, block['memory']['slots'][0], batch)
-    for layer, block in sown.get('intermediates', {}).items()
-  }
+  counts, model = {}, config.model
+  for name, block in sown.get('intermediates', {}).items():
+    if 'memory' in block:
+      slots = block['memory']['slots'][0]
+      counts[name] = _count_reads(slots, model.memory.num_slots, batch)
+    if 'moe' in block:
+      experts = block['moe']['experts'][0]
+      reads = _count_reads(experts, model.moe.num_experts, batch)
+      counts[f'{name} experts'] = reads
   return {
     'nats': jnp.sum(losses),
     'targets': jnp.sum(batch['loss_weight']),
@@ -200,9 +206,8 @@ def eval_step(config: Config, params: dict, batch: Batch) -> dict:
   }
 
 
-def _count_reads(config: Config, slots: jax.Array, batch: Batch) -> jax.Array:
+def _count_reads(slots: jax.Array, num_slots: int, batch: Batch) -> jax.Array:
   """Reads of every slot [M] by the tokens that are no padding."""
-  num_slots = config.model.memory.num_slots
   is_padding = batch['segment_ids'][..., None] == 0
   # Padding falls into a slot of its own, which is dropped.
   slots = jnp.where(is_padding, num_slots, slots)
@@ -213,8 +218,12 @@ def _count_reads(config: Config, slots: jax.Array, batch: Batch) -> jax.Array:
 def _optimizer(config: Config) -> optax.GradientTransformation:
   memory = config.model.memory
   scheme = table_scheme(memory, config.model.dtype) if memory else 'columns'
+  moe = config.model.moe
   return optimizer_lib.make_optimizer(
-    config.optimizer, config.train.num_steps, scheme
+    config.optimizer,
+    config.train.num_steps,
+    scheme,
+    moe.bias_update_rate if moe else 0.0,
   )
 
 

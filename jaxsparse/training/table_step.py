@@ -20,7 +20,7 @@ import optax
 
 from jaxsparse import mesh
 from jaxsparse.config import Config, ModelConfig
-from jaxsparse.nn.memory import ENTRIES, TAPS, table_scheme
+from jaxsparse.nn.memory_tables import ENTRIES, TAPS, table_scheme
 from jaxsparse.ops.row_gradient import (
   RowGradient,
   row_gradient,
@@ -35,59 +35,85 @@ from jaxsparse.training.optimizer import (
 )
 from jaxsparse.training.row_updates import apply_updates, squared_norm
 
-# By the name of the block that reads.
+# By the place in the parameters, as 'block_01/memory/value_table'.
 Tables = dict[str, jax.Array]
 
+# Under what name a tap stands, and the table whose rows its entries are.
+_TABLE_OF = dict(pooled='value_table', products='pre_value_table')
 
-def split_tables(params: dict) -> tuple[dict, Tables]:
-  """The parameters without the value tables, and these."""
-  tables = {
-    block: leaves['memory']['value_table']
-    for block, leaves in params.items()
-    if 'memory' in leaves
-  }
-  rest = dict(params)
-  for block in tables:
-    memory = dict(params[block]['memory'])
-    del memory['value_table']
-    rest[block] = params[block] | {'memory': memory}
+
+def split_tables(params: dict, prefix: str = '') -> tuple[dict, Tables]:
+  """The parameters without the tables of memory layers, and these."""
+  rest, tables = {}, {}
+  for name, leaf in params.items():
+    path = prefix + name
+    if isinstance(leaf, dict):
+      rest[name], more = split_tables(leaf, path + '/')
+      tables |= more
+    elif name in _TABLE_OF.values():
+      tables[path] = leaf
+    else:
+      rest[name] = leaf
   return rest, tables
 
 
 def with_tables(rest: dict, tables: Tables) -> dict:
   """What `split_tables` has split."""
   params = dict(rest)
-  for block, table in tables.items():
-    memory = rest[block]['memory'] | {'value_table': table}
-    params[block] = rest[block] | {'memory': memory}
+  for path, table in tables.items():
+    name, _, inner = path.partition('/')
+    below = with_tables(params[name], {inner: table}) if inner else table
+    params[name] = below
   return params
 
 
 def make_taps(config: ModelConfig, batch_size: int, length: int) -> dict:
-  """Zeros to add to every memory layer's pools: a collection of variables."""
+  """Zeros to add to what memory layers read: a collection of variables."""
   memory = config.memory
-  shape = (batch_size, length, memory.expansion, memory.value_dim)
+  shapes = dict(pooled=(memory.num_pools, memory.value_dim))
+  if memory.pre_value_dim:
+    shapes['products'] = (memory.num_heads * memory.num_selected,)
   taps = {}
-  for read, _ in memory.placements:
-    tap = jnp.zeros(shape, config.dtype)
-    tap = mesh.reshard(tap, mesh.act('BT.W'))
-    taps[f'block_{read:02}'] = {'memory': {'pooled': tap}}
-  return {TAPS: taps}
+  for name, shape in shapes.items():
+    tap = jnp.zeros((batch_size, length, *shape), config.dtype)
+    dims = 'BT.W' if name == 'pooled' else 'BT.'
+    taps[name] = mesh.reshard(tap, mesh.act(dims))
+  return {
+    TAPS: {
+      f'block_{read:02}': {'memory': taps} for read, _ in memory.placements
+    }
+  }
 
 
-def table_gradients(taps: dict, sown: dict) -> dict[str, tuple]:
-  """By block what makes up a table's gradient: slots, weights, groups, taps.
+def table_gradients(
+  config: ModelConfig, taps: dict, sown: dict
+) -> dict[str, tuple]:
+  """By table what makes up its gradient: rows, weights, groups, cotangents.
+
+  The gradient of the sum of weight * row is weight * cotangent for the row;
+  that of a product, row * vector, is cotangent * vector: the same with other
+  names. Where layers share a table, their entries stand one after another along
+  the positions.
 
   Args:
+    config: of the model.
     taps: gradient of `make_taps`.
     sown: the collection of what the layers read.
   """
+  found = {}
+  for block, leaves in sown.get(ENTRIES, {}).items():
+    for name, (entries,) in leaves['memory'].items():
+      cotangent = taps[TAPS][block]['memory'][name]
+      if name == 'products':
+        rows, vectors = entries
+        entries = rows, cotangent[..., None], None
+        cotangent = vectors[..., None, :]
+      prefix = '' if config.memory.shared_rows else f'{block}/'
+      table = f'{prefix}memory/{_TABLE_OF[name]}'
+      found.setdefault(table, []).append((*entries, cotangent))
   return {
-    block: (
-      *leaves['memory']['pooled'][0],
-      taps[TAPS][block]['memory']['pooled'],
-    )
-    for block, leaves in sown.get(ENTRIES, {}).items()
+    table: jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *gradients)
+    for table, gradients in found.items()
   }
 
 
@@ -110,7 +136,7 @@ def update_tables(
 
   Args:
     config: of the run.
-    tables: by block; like `state` changed in place where donated.
+    tables: by place; like `state` changed in place where donated.
     state: of the row optimizer.
     gradients: what `table_gradients` returns.
     other_square: squared norm of the gradient of all other parameters.
@@ -126,8 +152,8 @@ def update_tables(
 
   def on_device(tables, state, gradients, other_square, step, key):
     windows = {
-      block: _Windows(exchange, config, tables[block], *gradient)
-      for block, gradient in gradients.items()
+      name: _Windows(exchange, config, tables[name], *gradient)
+      for name, gradient in gradients.items()
     }
     return _step(
       config, exchange, windows, tables, state, other_square, step, key
@@ -193,8 +219,8 @@ def _state_specs(config: Config, tables: Tables) -> Any:
   layout = mesh.table_layout(_scheme(config))
   optimizer = make_row_optimizer(config.optimizer, config.train.num_steps)
   whole = {
-    block: jax.ShapeDtypeStruct(table.shape, table.dtype)
-    for block, table in tables.items()
+    name: jax.ShapeDtypeStruct(table.shape, table.dtype)
+    for name, table in tables.items()
   }
   specs = {2: layout.spec, 1: jax.P(layout.rows or None), 0: jax.P()}
   return jax.tree.map(
@@ -262,7 +288,7 @@ def _step(config, exchange, windows, tables, state, other_square, step, key):
   )
   is_one_pass = all(w.is_one for w in windows.values())
   if is_one_pass:
-    gradients = {block: window(0) for block, window in windows.items()}
+    gradients = {name: window(0) for name, window in windows.items()}
     square = _square(gradients)
   else:
     # Rows beyond the budget wait for another pass; the norm needs them first.
@@ -271,20 +297,17 @@ def _step(config, exchange, windows, tables, state, other_square, step, key):
     )
 
     def add_square(i, square):
-      return square + _square({b: window(i) for b, window in windows.items()})
+      return square + _square({n: window(i) for n, window in windows.items()})
 
     square = jax.lax.fori_loop(0, num_passes, add_square, jnp.float32(0))
   norm = jnp.sqrt(other_square + exchange.total(square))
   scale = clip_scale(norm, config.optimizer.clip_norm)
-  origin = (
-    exchange.first_row(),
-    exchange.first_column(next(iter(tables.values())).shape[1]),
-  )
+  origin = (exchange.first_row(), exchange.column_part())
 
   def one_pass(gradients, tables, state):
     gradients = {
-      block: RowGradient(g.slot, g.value * scale)
-      for block, g in gradients.items()
+      name: RowGradient(g.slot, g.value * scale)
+      for name, g in gradients.items()
     }
     updates, state = optimizer.update(gradients, state, tables, step=step)
     return apply_updates(tables, updates, key, origin), state
@@ -296,7 +319,7 @@ def _step(config, exchange, windows, tables, state, other_square, step, key):
       0,
       num_passes,
       lambda i, carry: one_pass(
-        {block: window(i) for block, window in windows.items()}, *carry
+        {name: window(i) for name, window in windows.items()}, *carry
       ),
       (tables, state),
     )

@@ -15,6 +15,7 @@ from jaxsparse.config import (
   OptimizerConfig,
   TrainConfig,
 )
+from jaxsparse.memory_config import ultramem_v2
 from jaxsparse.training import evaluation
 from jaxsparse.training.step import init_state, train_step
 
@@ -86,6 +87,21 @@ def with_tables(scheme='auto', value_optimizer='adamw', **settings):
     model=dataclasses.replace(CONFIG.model, memory=memory),
     optimizer=dataclasses.replace(
       CONFIG.optimizer, value_optimizer=value_optimizer, **settings
+    ),
+  )
+
+
+def with_shared_tables(scheme='auto', value_optimizer='adamw'):
+  """CONFIG with UltraMemV2: values and pre-values that two layers share."""
+  memory = ultramem_v2(
+    num_keys=12, key_dim=8, num_selected=6, value_dim=16, pre_value_dim=8,
+    shared_rows=256, placements=((0, 0), (2, 2)), scheme=scheme,
+  )  # fmt: skip
+  return dataclasses.replace(
+    CONFIG,
+    model=dataclasses.replace(CONFIG.model, memory=memory),
+    optimizer=dataclasses.replace(
+      CONFIG.optimizer, value_optimizer=value_optimizer
     ),
   )
 

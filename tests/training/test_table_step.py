@@ -5,7 +5,14 @@ import functools
 import jax
 import numpy as np
 import pytest
-from small_model import equal_losses, make_batch, make_mesh, run, with_tables
+from small_model import (
+  equal_losses,
+  make_batch,
+  make_mesh,
+  run,
+  with_shared_tables,
+  with_tables,
+)
 
 from jaxsparse.training import evaluation
 from jaxsparse.training.step import init_state, train_step
@@ -46,15 +53,20 @@ def test_passes_and_micro_batches_change_nothing_by_rows(scheme):
   equal_losses(losses, run_rows('row_adam', 'auto', (1, 1, 1))[0])
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def first_step(config, batch):
+  state, metrics = train_step(config, init_state(config), batch)
+  return metrics, state.params
+
+
 def test_first_step_by_rows_is_the_dense_one():
   """The tap's gradient is whole: one norm, one clipping, one first step."""
 
   def first(config):
     with jax.set_mesh(make_mesh((2, 2, 1))):
-      state = jax.jit(functools.partial(init_state, config))()
-      step = jax.jit(functools.partial(train_step, config))
-      state, metrics = step(state, evaluation.to_global(make_batch(0)))
-    return metrics, state.params['block_01']['memory']['value_table']
+      batch = evaluation.to_global(make_batch(0))
+      metrics, params = first_step(config, batch)
+    return metrics, params['block_01']['memory']['value_table']
 
   dense, table = first(with_tables(clip_norm=0.1))
   rows, row_table = first(with_tables('rows', 'row_adam', clip_norm=0.1))
@@ -64,3 +76,24 @@ def test_first_step_by_rows_is_the_dense_one():
   np.testing.assert_allclose(row_table, table, atol=1e-4)
   assert 0 < rows['value_rows_touched'] <= 2 * 256
   assert rows['value_rows_over_budget'] == 0
+
+
+def test_layers_that_share_tables_step_once():
+  """Their entries meet in one update of values and of pre-values."""
+
+  def first(value_optimizer, scheme, shape):
+    with jax.set_mesh(make_mesh(shape)):
+      config = with_shared_tables(scheme, value_optimizer)
+      batch = evaluation.to_global(make_batch(0))
+      return first_step(config, batch)
+
+  dense, expected = first('adamw', 'auto', (1, 1, 1))
+  for scheme in ('rows', 'columns'):
+    metrics, params = first('row_adam', scheme, (2, 2, 2))
+    for name in ('loss', 'grad_norm'):
+      np.testing.assert_allclose(metrics[name], dense[name], rtol=1e-5)
+    for name in ('value_table', 'pre_value_table'):
+      np.testing.assert_allclose(
+        params['memory'][name], expected['memory'][name], atol=1e-4
+      )
+    assert metrics['value_rows_touched'] <= 2 * 256

@@ -1,0 +1,160 @@
+"""One block of the language model: attention, then an MLP or its like.
+
+A memory layer with the placement (i, j) reads the normalised MLP input of block
+i and is added to the residual stream after block j, such that its lookup can
+run beside the blocks between (arXiv:2411.12364, section 3.2). Several may be
+in flight at once.
+"""
+
+import functools
+import operator
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxsparse import mesh
+from jaxsparse.config import ModelConfig
+from jaxsparse.nn.attention import Attention
+from jaxsparse.nn.layers import MLP, Metrics, RMSNorm, dropout
+from jaxsparse.nn.memory import MemoryLayer
+from jaxsparse.nn.memory_tables import Tables
+from jaxsparse.nn.moe import MoE
+
+# What all layers share, and one entry for each block.
+Cache = dict
+
+
+def block_name(block: int) -> str:
+  return f'block_{block:02}'
+
+
+def placements(config: ModelConfig) -> tuple[tuple[int, int], ...]:
+  return config.memory.placements if config.memory else ()
+
+
+class Block(nn.Module):
+  """Attention, then an MLP and, where a placement reads, a memory beside it.
+
+  The memory layer's output is returned apart: its place in the residual stream
+  may be after a later block, which gets it as `arriving`. It is added to the
+  MLP's while both are partial sums over `model`, such that a memory layer costs
+  no collective there.
+  """
+
+  config: ModelConfig
+  index: int
+  deterministic: bool = True
+
+  @nn.compact
+  def __call__(
+    self,
+    x: Float[Array, 'B T D'],
+    positions: Int[Array, 'B T'],
+    segment_ids: Int[Array, 'B T'],
+    cache: Cache | None = None,
+    arriving: tuple[Float[Array, 'B T D'], ...] = (),
+    tables: Tables | None = None,
+  ) -> tuple[
+    Float[Array, 'B T D'], Float[Array, 'B T D'] | None, Cache | None, Metrics
+  ]:
+    config = self.config
+    cache = {} if cache is None else cache
+    norm = functools.partial(
+      RMSNorm, epsilon=config.norm_epsilon, dtype=config.dtype
+    )
+    y, attention_cache, metrics = Attention(config, name='attention')(
+      norm(name='attention_norm')(x),
+      positions,
+      segment_ids,
+      cache.get('attention'),
+    )
+    x = x + self._drop(y)
+    h = norm(name='mlp_norm')(x)
+    outputs, channel_metrics = self._channel_mixer(h)
+    outputs = [self._drop(y) for y in outputs]
+    metrics = prefixed('attention', metrics) | channel_metrics
+    cache = cache | dict(attention=attention_cache) if cache else None
+    memory_y = None
+    write = dict(placements(config)).get(self.index)
+    if write is not None:
+      memory_y, cache, memory_metrics = self._memory(
+        h, segment_ids, cache, tables
+      )
+      memory_y = self._drop(memory_y)
+      aux_loss = metrics.get('aux_loss', 0.0) + memory_metrics['aux_loss']
+      metrics |= prefixed('memory', memory_metrics) | dict(aux_loss=aux_loss)
+    outputs += arriving
+    if write == self.index:
+      outputs, memory_y = [*outputs, memory_y], None
+    y = functools.reduce(operator.add, outputs)
+    return x + mesh.reshard(y, mesh.act('BTD')), memory_y, cache, metrics
+
+  def _channel_mixer(self, h):
+    """Outputs of the MLP or the experts, none where a memory replaces it."""
+    config = self.config
+    if config.moe:
+      name, layer = 'moe', functools.partial(MoE, config.moe)
+    else:
+      name, layer = 'mlp', functools.partial(MLP, config.mlp_dim)
+    has_memory = self.index in dict(placements(config))
+    if has_memory and config.memory.replaces_mlp:
+      return [], {}
+    y, metrics = layer(
+      config.mlp,
+      config.num_layers,
+      config.dtype,
+      is_partial=self._is_partial,
+      name=name,
+    )(h)
+    return [y], prefixed(name, metrics)
+
+  def _memory(self, h, segment_ids, cache, tables):
+    config = self.config
+    reads = [read for read, _ in placements(config)]
+    stride = config.memory.shared_rows // len(reads)
+    memory = MemoryLayer(
+      config.memory,
+      config.num_layers,
+      jnp.dtype(config.dtype),
+      salt=self.index,
+      first_row=reads.index(self.index) * stride,
+      is_partial=self._is_partial,
+      name='memory',
+    )
+    if cache is None or 'memory' not in cache:
+      y, metrics = memory(h, segment_ids, tables=tables)
+      return y, cache, metrics
+    context = (cache['memory']['inputs'], cache['memory']['segment_ids'])
+    y, metrics = memory(h, segment_ids, context, tables=tables)
+    inputs, segments = (
+      jnp.concatenate([old, new], axis=1)[:, -old.shape[1] :]
+      for old, new in zip(context, (h, segment_ids), strict=True)
+    )
+    context = dict(inputs=inputs, segment_ids=segments)
+    return y, cache | dict(memory=context), metrics
+
+  @property
+  def _is_partial(self) -> bool:
+    """Whether sums over `model` wait.
+
+    Dropout needs them before its mask, and what a memory without an output map
+    returns is no such sum.
+    """
+    memory = self.config.memory
+    has_sums = memory is None or memory.output_map
+    return has_sums and (self.deterministic or not self.config.dropout_rate)
+
+  def _drop(self, y: jax.Array) -> jax.Array:
+    if self.deterministic or not self.config.dropout_rate:
+      return y
+    return dropout(y, self.config.dropout_rate, self.make_rng('dropout'))
+
+
+def prefixed(prefix: str, metrics: Metrics) -> Metrics:
+  """Metrics under their layer's name; 'aux_loss' keeps its own."""
+  return {
+    name if name == 'aux_loss' else f'{prefix}/{name}': value
+    for name, value in metrics.items()
+  }

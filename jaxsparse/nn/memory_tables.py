@@ -1,0 +1,78 @@
+"""The tables of memory layers: how they are split, and the one that all share.
+
+Letters: B batch, T positions, M rows, W value width, U pre-value width.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxsparse import mesh
+from jaxsparse.config import MemoryConfig
+from jaxsparse.nn.memory_init import table_parameters
+from jaxsparse.ops.table_scheme import TableUse, choose_scheme, describe_scheme
+
+# Collections of variables for the row-sparse gradient of the tables.
+TAPS, ENTRIES = 'taps', 'entries'
+
+Tables = dict[str, jax.Array]
+
+
+class SharedTables(nn.Module):
+  """Holds the tables that all memory layers of a model read."""
+
+  config: MemoryConfig
+  model_dim: int
+  num_layers: int = 1
+  dtype: jax.typing.DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(self) -> Tables:
+    declared = table_parameters(
+      self.config,
+      self.model_dim,
+      self.num_layers,
+      table_scheme(self.config, self.dtype),
+    )
+    return {
+      name: self.param(name, mesh.sharded(init, spec), shape)
+      for name, (init, spec, shape) in declared.items()
+    }
+
+
+def table_use(config: MemoryConfig, dtype: jax.typing.DTypeLike) -> TableUse:
+  """Sizes of the layer's value table and of what a token reads of it."""
+  return TableUse(
+    num_rows=config.table_rows,
+    width=config.value_dim,
+    num_reads=config.num_heads * config.num_selected,
+    num_cores=config.num_weights,
+    num_groups=config.num_pools,
+    table_bytes=jnp.dtype(config.value_dtype).itemsize,
+    wire_bytes=jnp.dtype(dtype).itemsize,
+    pre_value_width=config.pre_value_dim,
+  )
+
+
+def table_scheme(config: MemoryConfig, dtype: jax.typing.DTypeLike) -> str:
+  """The scheme in use on the present mesh, 'auto' resolved.
+
+  Raises:
+    UserError: the scheme cuts a table into uneven or too narrow slices.
+  """
+  axes = mesh.axis_sizes()
+  if axes is None:
+    return 'columns'
+  use = table_use(config, dtype)
+  return choose_scheme(config.scheme, use, axes, jax.default_backend())
+
+
+def describe_table(config: MemoryConfig, dtype: jax.typing.DTypeLike) -> str:
+  """One line: how the value table is split, and what a token sends.
+
+  Raises:
+    UserError: the scheme cuts the table into uneven or too narrow slices.
+  """
+  axes = mesh.axis_sizes() or dict.fromkeys(mesh.AXES, 1)
+  scheme = table_scheme(config, dtype)
+  return describe_scheme(scheme, table_use(config, dtype), axes)

@@ -1,0 +1,221 @@
+"""From a token's input to the slots that it reads and their weights.
+
+The steps that the members of the family share: a query, its norm, scores of
+all row and column keys, the best cells of the grid, an activation, addresses.
+
+Letters: B batch, T positions, D model width, k query width, w key width, Q
+logical keys per axis, P heads, r ranks, c weights of a cell, m kept cells per
+head, E virtual blocks, M slots.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxsparse import mesh
+from jaxsparse.config import MemoryConfig
+from jaxsparse.ops import addressing, usage
+from jaxsparse.ops.product_key import product_key_top_m
+from jaxsparse.ops.tucker import Directions, tucker_top_m
+
+# The inputs before the first position, and their segment ids.
+Context = tuple[Float[Array, 'B S D'], Int[Array, 'B S']]
+
+_NORM_EPSILON = 1e-5
+
+
+def retrieve(
+  weights: dict[str, jax.Array],
+  x: Float[Array, 'B T D'],
+  config: MemoryConfig,
+  *,
+  segment_ids: Int[Array, 'B T'] | None = None,
+  context: Context | None = None,
+  directions: Directions | None = None,
+  permutation: Int[Array, 'V'] | None = None,
+  salt: int = 0,
+  first_row: int = 0,
+) -> dict[str, jax.Array | None]:
+  """Reads nothing yet, but tells what to read.
+
+  Args:
+    weights: the layer's parameters, gathered.
+    x: input of each position.
+    config: of the layer.
+    segment_ids: documents, between which the query convolution does not look.
+    context: the inputs before `x` that this convolution looks back to.
+    directions: pre-filter vectors of an imported checkpoint.
+    permutation: table of virtual addresses of an imported checkpoint.
+    salt: picks the bijection of addresses.
+    first_row: of the layer's window in a shared table.
+
+  Returns:
+    'scores' [B, T, P, m, c] of the kept cells; 'weights' [B, T, P * m, c] after
+    the activation; 'slots' [B, T, P * m] that the layer addresses, the table's
+    'rows' that they are, and 'blocks', or None where there is one pool; 'hits'
+    [M] of the slots, over the whole batch.
+  """
+  h = x
+  if 'query_conv' in weights:
+    h = _convolve(
+      x, weights['query_conv'].astype(x.dtype), segment_ids, context
+    )
+  # [D, 2, k] with heads or ranks before the width where they have their own.
+  matrix = weights['query'].astype(x.dtype)
+  query = jnp.tensordot(h, matrix, axes=1)
+  if 'query_bias' in weights:
+    query += weights['query_bias'].astype(x.dtype)[None, None]
+  query = _norm(query, weights.get('query_scale'), -1, config.query_norm)
+  keys = _norm(weights['keys'], weights.get('key_scale'), -2, config.key_norm)
+
+  def on_device(query, keys, cores, directions, permutation):
+    return _best_slots(
+      query, keys, cores, directions, permutation, config, salt, first_row
+    )
+
+  names = ('scores', 'weights', 'slots', 'rows', 'blocks', 'hits')
+  found = mesh.over_tokens(on_device, (1, 2, 3, 4))(
+    query, keys, weights.get('cores'), directions, permutation
+  )
+  read = dict(zip(names, found, strict=True))
+  return read | dict(hits=read['hits'].sum(0))
+
+
+def _best_slots(
+  query, keys, cores, directions, permutation, config, salt, first_row
+):
+  """One device's tokens: query [B, T, 2, ..., k]."""
+  batch = query.shape[:2]
+  query = query.reshape(-1, *query.shape[2:])
+  row, column = (
+    _rank_scores(query[:, s], keys[:, s], config) for s in range(2)
+  )
+  if config.grid == 'additive':
+    scores, address = product_key_top_m(
+      row[..., 0], column[..., 0], config.num_selected
+    )
+    scores = scores[..., None]
+  else:
+    if config.cores_per_pairing:
+      row, column = (_by_key_set(x, config.expansion) for x in (row, column))
+    scores, address = tucker_top_m(
+      row,
+      column,
+      cores,
+      config.num_selected,
+      directions=directions,
+      two_quadrants=config.use_two_quadrants,
+    )
+  if permutation is None:
+    virtual = addressing.shuffle(address, config.num_logical_keys, salt)
+  else:
+    virtual = addressing.look_up(address, permutation)
+  block, slot = addressing.split(virtual, config.num_slots)
+  hits = usage.count_hits(slot, config.num_slots)
+  row_of_table = slot
+  if config.shared_rows:
+    row_of_table = _in_window(slot, first_row, config.shared_rows)
+  weight = _activate(scores, config.score_activation)
+  scores = scores.reshape(*batch, *scores.shape[1:])
+  slot, row_of_table, block = (
+    x.reshape(*batch, -1) for x in (slot, row_of_table, block)
+  )
+  weight = weight.reshape(*slot.shape, -1)
+  if config.num_pools == 1:
+    block = None
+  return scores, weight, slot, row_of_table, block, hits[None]
+
+
+def _in_window(slot, first_row, num_rows):
+  """Rows of the window that begins at first_row and goes around the end."""
+  # Not a sum and a remainder: the sum of two int32 rows may not fit.
+  is_beyond = slot >= num_rows - first_row
+  return jnp.where(is_beyond, slot - (num_rows - first_row), slot + first_row)
+
+
+def _rank_scores(
+  query: Float[Array, 'T ...'],
+  keys: Float[Array, 'key_heads Q w r'],
+  config: MemoryConfig,
+) -> Float[Array, 'T P Q r']:
+  """Inner products with all keys."""
+  if config.split_key_dim:
+    # Narrow keys meet slices of the query.
+    query = query.reshape(*query.shape[:-1], config.num_ranks, -1)
+  per_head = 'p' if config.query == 'per_head' else ''
+  by_rank = config.split_key_dim or config.query == 'per_rank'
+  per_rank = 'r' if by_rank else ''
+  if config.share_keys:
+    keys = keys[0]
+    shared = 'qkr'
+  else:
+    shared = 'pqkr'
+  return jnp.einsum(f't{per_head}{per_rank}k,{shared}->tpqr', query, keys)
+
+
+def _by_key_set(
+  scores: Float[Array, 'T P Q r'], expansion: int
+) -> Float[Array, 'T P Q gr']:
+  """Rank scores that are zero outside their own of g = sqrt(E) key sets.
+
+  Cores of their own for all pairings of a row and a column key set are then the
+  blocks of one core of rank g * r, and TDQKR needs no other form for them.
+  """
+  num_sets = math.isqrt(expansion)
+  num_keys, num_ranks = scores.shape[2:]
+  is_own = jnp.repeat(jnp.eye(num_sets), num_keys // num_sets, axis=0)
+  own = scores[..., None, :] * is_own[None, None, :, :, None].astype(
+    scores.dtype
+  )
+  return own.reshape(*scores.shape[:3], num_sets * num_ranks)
+
+
+def _activate(scores, activation):
+  """Weights of the kept cells [T, P, m, c]."""
+  if activation == 'softmax':
+    return jax.nn.softmax(scores, axis=2)
+  if activation == 'sigmoid':
+    return jax.nn.sigmoid(scores)
+  return jax.nn.relu(scores) if activation == 'relu' else scores
+
+
+def _norm(x, scale, axis, kind):
+  """RMSNorm or LayerNorm without a bias along `axis`, in f32 at least."""
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  if kind == 'none':
+    return x
+  if kind == 'layer':
+    x -= jnp.mean(x, axis=axis, keepdims=True)
+  shape = [1] * x.ndim
+  shape[axis] = -1
+  square = jnp.mean(x * x, axis=axis, keepdims=True)
+  return x * jax.lax.rsqrt(square + _NORM_EPSILON) * scale.reshape(shape)
+
+
+def _convolve(x, kernel, segment_ids, context):
+  """Causal depth-wise convolution over time, within a document.
+
+  kernel[i] weighs the input i positions back. Inputs of other documents count
+  as zero.
+  """
+  num_taps, num_positions = kernel.shape[0], x.shape[1]
+  past = num_taps - 1
+  if context is None:
+    inputs = jnp.pad(x, ((0, 0), (past, 0), (0, 0)))
+    if segment_ids is not None:
+      segments = jnp.pad(segment_ids, ((0, 0), (past, 0)))
+  else:
+    inputs = jnp.concatenate([context[0].astype(x.dtype), x], axis=1)
+    if segment_ids is not None:
+      segments = jnp.concatenate([context[1], segment_ids], axis=1)
+  y = jnp.zeros_like(x)
+  for i in range(num_taps):
+    window = slice(past - i, past - i + num_positions)
+    earlier = inputs[:, window]
+    if segment_ids is not None:
+      is_same = segments[:, window] == segment_ids
+      earlier = jnp.where(is_same[..., None], earlier, 0)
+    y += kernel[i][None, None] * earlier
+  return y
