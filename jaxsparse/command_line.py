@@ -62,7 +62,7 @@ def parse_recipe(description: str) -> tuple[Config, str]:
   flags.DEFINE_string('coordinator', None, '', flag_values=values)
   for name in ('num_processes', 'process_id'):
     flags.DEFINE_integer(name, None, '', flag_values=values)
-  _check_recipe(_config_path(argv))
+  read_recipe(_config_path(argv))
   try:
     rest = values(argv)[1:]
     config = values.config
@@ -142,8 +142,12 @@ def _config_path(argv: list[str]) -> str:
   return path
 
 
-def _check_recipe(path: str) -> None:
-  """Reads the recipe once before `ml_collections`, for its clearer errors."""
+def read_recipe(path: str) -> Config:
+  """The config that the recipe at `path` returns.
+
+  Raises:
+    UserError: there is no such file, or it fails, or its config is nonsense.
+  """
   if not pathlib.Path(path).is_file():
     raise UserError(
       f'--config={path} is no file: name a recipe, such as '
@@ -163,7 +167,7 @@ def _check_recipe(path: str) -> None:
       f'get_config() in {path} must return a jaxsparse.config.Config, got '
       f'{type(config).__name__}.'
     )
-  config_lib.validated(config)
+  return config_lib.validated(config)
 
 
 def describe(config: Any, prefix: str = '--config') -> list[str]:

@@ -1,16 +1,16 @@
-"""Parameters and floating-point operations in closed form.
+"""Parameters, floating-point operations and bytes of a model in closed form.
 
 Two conventions stand side by side. The papers' count is twice the dense
 parameters, without embeddings, attention scores and the lookup (UltraMem,
 arXiv:2411.12364, Table 1); the full count has every matrix product of the
 forward pass and is what model FLOP utilisation is a share of. Letters: D model
-width, F feed-forward width, V vocabulary, Q logical sub-keys per side, W value
-width, m slots kept per head.
+width, F feed-forward width, V vocabulary.
 """
 
 import dataclasses
 
-from jaxsparse.config import MemoryConfig, ModelConfig
+from jaxsparse.analysis import memory_cost
+from jaxsparse.config import ModelConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -19,13 +19,16 @@ class Parameters:
 
   # Token embedding, and the output projection where it is not tied.
   embedding: int
-  # Matrices of attention and MLP.
+  # Matrices of attention, MLPs, shared experts and routers.
   dense: int
-  # Query maps, convolutions, keys, cores and output maps of memory layers.
-  memory: int
-  # Rows of the value tables.
-  values: int
-  # Gains of all norms, which no paper counts.
+  # Matrices of all routed experts, and of those that one token passes.
+  experts: int = 0
+  active_experts: int = 0
+  # Query maps, convolutions, keys, cores and other maps of memory layers.
+  memory: int = 0
+  # Rows of the tables of values and pre-values.
+  values: int = 0
+  # Gains of all norms and all biases, which no paper counts.
   gains: int
 
   @property
@@ -36,12 +39,12 @@ class Parameters:
   @property
   def published(self) -> int:
     """What the papers' tables call parameters: no embeddings, no gains."""
-    return self.dense + self.memory + self.values
+    return self.dense + self.experts + self.memory + self.values
 
   @property
   def active(self) -> int:
     """What every token uses of `published`: no values."""
-    return self.dense + self.memory
+    return self.dense + self.active_experts + self.memory
 
 
 def count_parameters(config: ModelConfig) -> Parameters:
@@ -49,37 +52,39 @@ def count_parameters(config: ModelConfig) -> Parameters:
 
   `vocab_size` must be resolved: with 0 the embedding counts as nothing.
   """
-  num_memories = len(config.memory.placements) if config.memory else 0
+  memory, moe = config.memory, config.moe
+  num_memories = len(memory.placements) if memory else 0
   num_tables = 1 if config.tie_embeddings else 2
   gains = (2 * config.num_layers + 1) * config.model_dim
   if config.use_qk_norm:
     gains += 2 * config.num_layers * config.head_dim
+  dense = config.num_layers * _attention(config)
+  experts = active_experts = 0
+  if moe:
+    one = memory_cost.expert_parameters(moe, config.mlp, config.model_dim)
+    router = memory_cost.router_parameters(moe, config.model_dim)
+    dense += config.num_layers * (router + moe.num_shared * one)
+    experts = config.num_layers * moe.num_experts * one
+    active_experts = config.num_layers * moe.num_used * one
+    gains += config.num_layers * memory_cost.router_biases(moe)
+  else:
+    dense += _num_mlps(config) * _mlp(config)
   parameters = Parameters(
     embedding=num_tables * config.vocab_size * config.model_dim,
-    dense=config.num_layers * (_attention(config) + _mlp(config)),
-    memory=0,
-    values=0,
+    dense=dense,
+    experts=experts,
+    active_experts=active_experts,
     gains=gains,
   )
-  if not config.memory:
+  if not memory:
     return parameters
-  memory = config.memory
+  in_layers = memory_cost.memory_parameters(memory, config.model_dim)
   return dataclasses.replace(
     parameters,
-    memory=num_memories * memory_parameters(memory, config.model_dim),
-    values=num_memories * memory.table_rows * memory.value_dim,
-    gains=gains + num_memories * _memory_gains(memory),
+    memory=num_memories * in_layers,
+    values=memory_cost.table_parameters(memory),
+    gains=gains + num_memories * memory_cost.memory_gains(memory),
   )
-
-
-def memory_parameters(memory: MemoryConfig, model_dim: int) -> int:
-  """Dense parameters of one UltraMem layer, without its two gains."""
-  rank, heads = memory.tucker_rank, memory.num_heads
-  query = model_dim * (2 * memory.key_dim + memory.query_conv_taps)
-  keys = 2 * heads * memory.num_logical_keys * _key_width(memory)
-  cores = memory.num_cores * heads * rank**2
-  output = memory.expansion * memory.value_dim * model_dim
-  return query + keys + cores + output
 
 
 def paper_flops(config: ModelConfig) -> int:
@@ -94,12 +99,13 @@ def forward_flops(config: ModelConfig, seq_len: int) -> int:
   PaLM's definition of utilisation does (arXiv:2204.02311, appendix B).
   Operations that are no products (norms, softmax, top-k) are left out.
   """
-  blocks = 2 * config.num_layers * (_attention(config) + _mlp(config))
+  parameters = count_parameters(config)
+  blocks = 2 * (parameters.dense + parameters.active_experts)
   scores = 4 * config.num_layers * config.num_heads * config.head_dim * seq_len
   logits = 2 * config.model_dim * config.vocab_size
   flops = blocks + scores + logits
   if config.memory:
-    flops += len(config.memory.placements) * memory_flops(
+    flops += len(config.memory.placements) * memory_cost.memory_flops(
       config.memory, config.model_dim
     )
   return flops
@@ -110,54 +116,70 @@ def training_flops(config: ModelConfig, seq_len: int) -> int:
   return 3 * forward_flops(config, seq_len)
 
 
-def memory_flops(memory: MemoryConfig, model_dim: int) -> int:
-  """Forward FLOPs per token of one UltraMem layer, scoring and lookup too."""
-  rank, heads = memory.tucker_rank, memory.num_heads
-  selected, keys = memory.num_selected, memory.num_logical_keys
-  # Each of two quadrants pairs half as many rows with half as many columns.
-  pairs = selected**2 // (2 if memory.use_two_quadrants else 1)
-  query = 2 * model_dim * (2 * memory.key_dim + memory.query_conv_taps)
-  scores = 2 * heads * 2 * keys * _key_width(memory)
-  merge = 2 * heads * 2 * keys * rank
-  cores = memory.num_cores * heads * 2 * (selected * rank**2 + pairs * rank)
-  pooling = 2 * heads * selected * memory.value_dim
-  output = 2 * memory.expansion * memory.value_dim * model_dim
-  return query + scores + merge + cores + pooling + output
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DecodeBytes:
+  """Bytes that one decode step of a batch must read, by what they are."""
+
+  # Matrices that every step reads whole, the output projection among them.
+  weights: float
+  # Experts that at least one token of the batch passes.
+  experts: float
+  # Rows of values and pre-values.
+  values: float
+  # Keys and values of the context.
+  cache: float
+
+  @property
+  def total(self) -> float:
+    return self.weights + self.experts + self.values + self.cache
 
 
-def product_key_parameters(
-  model_dim: int,
-  num_keys: int,
-  key_dim: int,
+def decode_bytes(
+  config: ModelConfig,
+  batch_size: int,
+  context: int,
   *,
-  num_heads: int,
-  is_query_shared: bool = False,
-  output_dim: int = 0,
-) -> int:
-  """Dense parameters of one product-key memory layer (arXiv:1907.05242).
+  bytes_per_value: int = 2,
+  is_uniform: bool = False,
+) -> DecodeBytes:
+  """The least that a decode step of one token per sequence reads.
 
   Args:
-    model_dim: width D.
-    num_keys: sub-keys per side.
-    key_dim: width of a sub-key.
-    num_heads: retrieval heads, each with sub-keys of its own.
-    is_query_shared: one query for all heads.
-    output_dim: width of the values that an output map brings to D; 0: none.
+    config: of the model.
+    batch_size: sequences B.
+    context: tokens before, of each sequence.
+    bytes_per_value: of parameters and cache.
+    is_uniform: expected number of distinct experts and rows where tokens choose
+      evenly and on their own, X (1 - (1 - k / X)^B); by default the most there
+      can be, min(B k, X), which is what the papers count.
   """
-  query = 2 * model_dim * key_dim * (1 if is_query_shared else num_heads)
-  keys = 2 * num_heads * num_keys * key_dim
-  return query + keys + output_dim * model_dim
+  parameters = count_parameters(config)
+  memory, moe = config.memory, config.moe
 
+  def distinct(num_items: int, per_token: int) -> float:
+    if is_uniform:
+      return num_items * (1 - (1 - per_token / num_items) ** batch_size)
+    return float(min(batch_size * per_token, num_items))
 
-def moe_parameters(
-  model_dim: int, expert_dim: int, *, num_experts: int, num_used: int
-) -> int:
-  """Parameters of one layer of two-matrix experts and its router.
-
-  `num_used` experts count: all of them for the size, those that are selected
-  per token for the FLOPs.
-  """
-  return model_dim * (num_experts + 2 * num_used * expert_dim)
+  experts = values = 0.0
+  if moe:
+    share = distinct(moe.num_experts, moe.num_used) / moe.num_experts
+    experts = share * parameters.experts
+  if memory:
+    reads = min(memory.num_heads * memory.num_selected, memory.num_slots)
+    rows = distinct(memory.num_slots, reads) * len(memory.placements)
+    values = rows * (memory.value_dim + memory.pre_value_dim)
+  projection = config.vocab_size * config.model_dim
+  cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+  counts = dict(
+    weights=parameters.dense + parameters.memory + projection,
+    experts=experts,
+    values=values,
+    cache=cache * context * batch_size,
+  )
+  return DecodeBytes(
+    **{name: float(bytes_per_value * n) for name, n in counts.items()}
+  )
 
 
 def _attention(config: ModelConfig) -> int:
@@ -166,15 +188,11 @@ def _attention(config: ModelConfig) -> int:
 
 
 def _mlp(config: ModelConfig) -> int:
-  num_matrices = {'swiglu': 3, 'gelu': 2}[config.mlp]
-  return num_matrices * config.model_dim * config.mlp_dim
+  return memory_cost.MATRICES[config.mlp] * config.model_dim * config.mlp_dim
 
 
-def _key_width(memory: MemoryConfig) -> int:
-  """Width of a sub-key, all ranks together."""
-  return memory.key_dim * (1 if memory.split_key_dim else memory.tucker_rank)
-
-
-def _memory_gains(memory: MemoryConfig) -> int:
-  """One gain for both queries, and one for the keys of every rank."""
-  return memory.key_dim + _key_width(memory) // memory.tucker_rank
+def _num_mlps(config: ModelConfig) -> int:
+  """Blocks whose MLP no memory layer replaces."""
+  memory = config.memory
+  replaced = len(memory.placements) if memory and memory.replaces_mlp else 0
+  return config.num_layers - replaced

@@ -1,0 +1,84 @@
+"""What a recipe costs: `python -m jaxsparse.cost --config=configs/NAME.py`."""
+
+import argparse
+import dataclasses
+import sys
+
+from jaxsparse import command_line
+from jaxsparse.analysis import cost
+from jaxsparse.config import Config
+from jaxsparse.errors import UserError
+
+# Rows of the embedding where the recipe leaves them to the tokenizer.
+_BYTES = 257
+
+
+def main(arguments: list[str] | None = None) -> int:
+  """Prints parameters, FLOPs and bytes; 1 after a sentence on bad input."""
+  parser = argparse.ArgumentParser(prog='python -m jaxsparse.cost')
+  parser.add_argument('--config', required=True, help='a file in configs/')
+  parser.add_argument(
+    '--batch_sizes', default='1,16,64,256', help='of decode steps'
+  )
+  parser.add_argument(
+    '--context', type=int, default=2048, help='tokens in the cache'
+  )
+  options = parser.parse_args(arguments)
+  try:
+    config = command_line.read_recipe(options.config)
+    batch_sizes = _numbers(options.batch_sizes)
+  except UserError as error:
+    print(error, file=sys.stderr)
+    return 1
+  print('\n'.join(describe(config, batch_sizes, options.context)))
+  return 0
+
+
+def describe(config: Config, batch_sizes: list[int], context: int) -> list[str]:
+  """The lines that `main` prints."""
+  model = config.model
+  vocabulary = ''
+  if not model.vocab_size:
+    model = dataclasses.replace(model, vocab_size=_BYTES)
+    vocabulary = f' (vocabulary of the bytes, {_BYTES})'
+  count = cost.count_parameters(model)
+  length = config.data.seq_len
+  forward = cost.forward_flops(model, length)
+  step = config.data.batch_size * length
+  lines = [f'parameters  {count.total:,}{vocabulary}']
+  for field in dataclasses.fields(count):
+    lines.append(f'  {field.name:<15}{getattr(count, field.name):>18,}')
+  lines += [
+    f'as papers count: {count.published:,}, active {count.active:,}, '
+    f'{cost.paper_flops(model) / 1e9:.4g} GFLOPs a token forward',
+    f'every product: {forward / 1e9:.4g} GFLOPs a token forward at '
+    f'{length:,} positions; a train step of {step:,} tokens '
+    f'{3 * forward * step / 1e12:.4g} TFLOPs',
+    f'bytes that a decode step reads at least, 2 a value, context {context:,}:',
+    f'{"batch":>8}{"weights":>10}{"experts":>10}{"values":>10}{"cache":>10}'
+    f'{"total":>10}  GB',
+  ]
+  for batch_size in batch_sizes:
+    read = cost.decode_bytes(model, batch_size, context)
+    parts = (read.weights, read.experts, read.values, read.cache, read.total)
+    lines.append(
+      f'{batch_size:>8,}' + ''.join(f'{part / 1e9:>10.4g}' for part in parts)
+    )
+  return lines
+
+
+def _numbers(text: str) -> list[int]:
+  try:
+    numbers = [int(part) for part in text.split(',')]
+  except ValueError:
+    numbers = []
+  if not numbers or min(numbers) < 1:
+    raise UserError(
+      f'--batch_sizes must be positive numbers with commas between, got '
+      f'{text!r}.'
+    )
+  return numbers
+
+
+if __name__ == '__main__':
+  sys.exit(main())
