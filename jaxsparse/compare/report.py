@@ -143,24 +143,39 @@ def _recall_table(
 
 
 def _capacity_table(names: Sequence[str], results: Sequence[Result]) -> str:
-  dense = most(results, DENSE, 'facts_recalled')
+  """The most facts that an architecture has, and those of the longest text.
+
+  Steps are the same for all numbers of people, so a fact of a longer text is
+  seen less often, and an architecture may have fewer of more.
+  """
+  largest = max(r['people'] for r in results)
+  num_facts = next(r['num_facts'] for r in results if r['people'] == largest)
   rows = []
   for name in names:
-    facts = most(results, name, 'facts_recalled')
-    ratio = '-'
-    if dense and facts and dense.mean:
-      ratio = f'{facts.mean / dense.mean:.2f}x'
-    rows.append(
+    held = [
       [
-        name,
-        _cell(facts, ',.0f'),
-        ratio,
-        _cell(most(results, name, 'bits'), ',.0f'),
-        _cell(most(results, name, 'bits_per_parameter'), '.3f'),
+        most(results, one, 'facts_recalled'),
+        spread(results, one, 'facts_recalled', largest),
       ]
-    )
-  heads = ['most over all numbers', 'facts', 'to dense', 'bits']
-  return _markdown([*heads, 'bits/parameter'], rows)
+      for one in (name, DENSE)
+    ]
+    cells = [
+      cell
+      for own, dense in zip(*held, strict=True)
+      for cell in (_cell(own, ',.0f'), _ratio(own, dense))
+    ]
+    bits = _cell(most(results, name, 'bits'), ',.0f')
+    per_parameter = _cell(most(results, name, 'bits_per_parameter'), '.3f')
+    rows.append([name, *cells, bits, per_parameter])
+  heads = ['architecture', 'most facts', 'to dense']
+  heads += [f'of {num_facts:,}', 'to dense', 'most bits', 'bits/parameter']
+  return _markdown(heads, rows)
+
+
+def _ratio(figure: Spread | None, base: Spread | None) -> str:
+  if not (figure and base and base.mean):
+    return '-'
+  return f'{figure.mean / base.mean:.2f}x'
 
 
 def _language_table(names: Sequence[str], results: Sequence[Result]) -> str:
