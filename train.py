@@ -17,7 +17,7 @@ import jax
 from jaxsparse import command_line, hosts, mesh
 from jaxsparse import config as config_lib
 from jaxsparse import workdir as workdir_lib
-from jaxsparse.analysis import cost, hardware, plots
+from jaxsparse.analysis import cost, hardware, run_pictures
 from jaxsparse.config import Config
 from jaxsparse.data import compression, pipeline, tokenizer
 from jaxsparse.data.corpus import Corpus, build_corpus
@@ -162,14 +162,10 @@ def draw(
   workdir: str, validation: Validation, compressed: dict[str, float], say
 ) -> None:
   files = workdir_lib.Files(workdir)
-  folder = files.folder / workdir_lib.PLOTS
-  folder.mkdir(exist_ok=True)
-  rows = metrics.read_rows(workdir)
-  drawn = [folder / 'training.png']
-  plots.plot_training(rows, drawn[0], compressed)
-  if validation.slot_counts:
-    drawn.append(folder / 'slot_usage.png')
-    plots.plot_slot_usage(validation.slot_counts, drawn[1], rows)
+  run_pictures.save_pass(files.folder, validation.slot_counts, compressed)
+  drawn = run_pictures.draw(
+    files.folder, metrics.read_rows(workdir), files.folder / workdir_lib.PLOTS
+  )
   files.sync()
   names = ', '.join(f'{workdir}/{workdir_lib.PLOTS}/{p.name}' for p in drawn)
   say(f'Plots: {names}')

@@ -65,6 +65,13 @@ class Files:
         self._uploaded[path] = changed
 
 
+def fetch(workdir: epath.PathLike, path: pathlib.Path) -> None:
+  """Brings a file of an object store beside the others of `Files`."""
+  remote = epath.Path(workdir) / path.name
+  if is_remote(workdir) and remote.exists():
+    path.write_bytes(remote.read_bytes())
+
+
 def append_sample(workdir: epath.PathLike, sample: dict) -> None:
   """Adds one line to the samples of the workdir."""
   path = epath.Path(workdir) / SAMPLES

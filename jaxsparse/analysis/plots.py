@@ -73,13 +73,13 @@ def plot_slot_usage(
   """Draws how often each slot was read, most used first, into a PNG.
 
   Args:
-    counts: hits [M] of each layer over a pass, by its name.
+    counts: hits [M] of each memory layer over a pass, by its name.
     path: of the PNG.
     rows: of `metrics.jsonl`; where they have usage metrics, the share of slots
       used and the unevenness are drawn over training below.
   """
-  used = _curves(rows, '/slots_used')
-  uneven = _curves(rows, '/unevenness')
+  used = curves(rows, '/memory/slots_used')
+  uneven = curves(rows, '/memory/unevenness')
   has_history = bool(used or uneven)
   layers = sorted({*counts, *used, *uneven})
   colours = {layer: COLOURS[i % len(COLOURS)] for i, layer in enumerate(layers)}
@@ -91,12 +91,12 @@ def plot_slot_usage(
     if has_history:
       share = figure.add_subplot(grid[1, 0])
       share.set_title('Slots used in a step')
-      _plot_history(share, used, colours)
+      plot_history(share, used, colours)
       share.set_ylim(0, 1.02)
       share.yaxis.set_major_formatter('{x:.0%}')
       divergence = figure.add_subplot(grid[1, 1])
       divergence.set_title('Unevenness in a step (nats)')
-      _plot_history(divergence, uneven, colours)
+      plot_history(divergence, uneven, colours)
 
 
 @contextlib.contextmanager
@@ -128,7 +128,7 @@ def _series(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:
   return np.array(steps), np.array(values, np.float64)
 
 
-def _curves(rows: Sequence[Row], suffix: str) -> dict[str, tuple]:
+def curves(rows: Sequence[Row], suffix: str) -> dict[str, tuple]:
   """Series of each layer with a metric that ends in `suffix`."""
   keys = sorted({key for row in rows for key in row if key.endswith(suffix)})
   return {key.split('/')[0]: _series(rows, key) for key in keys}
@@ -262,7 +262,7 @@ def _log_spaced(length: int, num_points: int = 2000) -> np.ndarray:
   return np.unique(spaced.astype(np.int64)) - 1
 
 
-def _plot_history(axes: Any, curves: Mapping, colours: Mapping) -> None:
+def plot_history(axes: Any, curves: Mapping, colours: Mapping) -> None:
   for layer, (steps, values) in curves.items():
     _draw(axes, steps, values, color=colours[layer])
   axes.set_xlabel('step')

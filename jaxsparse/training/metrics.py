@@ -9,7 +9,7 @@ from etils import epath
 from jaxsparse import hosts
 from jaxsparse import workdir as workdir_lib
 
-Row = dict[str, float]
+Row = dict[str, float | int]
 
 
 def read_rows(workdir: epath.PathLike) -> list[Row]:

@@ -1,0 +1,135 @@
+"""All pictures of a run, drawn from what it left in its workdir.
+
+Beside `metrics.jsonl` that is one file of the last validation pass: how often
+each slot and each expert was used, and what other codes make of the text.
+"""
+
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxsparse.analysis import plots
+
+PASS = 'validation_pass.npz'
+
+# What distinguishes the two kinds of arrays in the file.
+_COUNTS, _BASELINES = 'counts/', 'baselines/'
+
+# How `eval_step` names the loads of a block's experts.
+_EXPERTS = ' experts'
+
+
+def save_pass(
+  folder: pathlib.Path,
+  counts: Mapping[str, np.ndarray],
+  baselines: Mapping[str, float],
+) -> None:
+  """Keeps the counts of a validation pass beside the metrics.
+
+  Args:
+    folder: of the run.
+    counts: uses of each slot or expert, by layer.
+    baselines: bits per byte of other codes for the validation text.
+  """
+  arrays = {_COUNTS + name: hits for name, hits in counts.items()}
+  arrays |= {_BASELINES + name: np.array(b) for name, b in baselines.items()}
+  np.savez_compressed(folder / PASS, **arrays)
+
+
+def draw(
+  folder: pathlib.Path, rows: Sequence[plots.Row], into: pathlib.Path
+) -> list[pathlib.Path]:
+  """Draws every picture that the run has data for.
+
+  Args:
+    folder: of the run; without a finished validation pass there are fewer.
+    rows: of `metrics.jsonl`.
+    into: where the pictures go.
+
+  Returns:
+    Their paths.
+  """
+  arrays = {}
+  if (folder / PASS).exists():
+    with np.load(folder / PASS) as file:
+      arrays = {name: file[name] for name in file.files}
+  counts = _part(arrays, _COUNTS)
+  slots = {n: c for n, c in counts.items() if not n.endswith(_EXPERTS)}
+  experts = {
+    n.removesuffix(_EXPERTS): c
+    for n, c in counts.items()
+    if n.endswith(_EXPERTS)
+  }
+  baselines = {n: float(b) for n, b in _part(arrays, _BASELINES).items()}
+  into.mkdir(exist_ok=True)
+  drawn = [into / 'training.png']
+  plots.plot_training(rows, drawn[0], baselines)
+  if slots or plots.curves(rows, '/memory/slots_used'):
+    drawn.append(into / 'slot_usage.png')
+    plots.plot_slot_usage(slots, drawn[-1], rows)
+  if experts or plots.curves(rows, '/moe/load_max'):
+    drawn.append(into / 'expert_load.png')
+    plot_expert_load(experts, drawn[-1], rows)
+  return drawn
+
+
+def plot_expert_load(
+  counts: Mapping[str, np.ndarray],
+  path: str | os.PathLike,
+  rows: Sequence[plots.Row] = (),
+) -> None:
+  """Draws the load of every expert, and its history, into a PNG.
+
+  Args:
+    counts: tokens [X] of each layer's experts over a pass, by its name.
+    path: of the PNG.
+    rows: of `metrics.jsonl`; where they have routing metrics, the largest load
+      and the unevenness are drawn over training below.
+  """
+  largest = plots.curves(rows, '/moe/load_max')
+  uneven = plots.curves(rows, '/moe/unevenness')
+  layers = sorted({*counts, *largest, *uneven})
+  colours = {
+    layer: plots.COLOURS[i % len(plots.COLOURS)]
+    for i, layer in enumerate(layers)
+  }
+  with plots.new_figure(path, height=3.5 + 0.25 * len(counts)) as figure:
+    grid = figure.add_gridspec(2, 2)
+    if counts:
+      _draw_loads(figure, figure.add_subplot(grid[0, :]), counts)
+    for column, (title, curves) in enumerate(
+      {
+        'Largest load in a step (mean: 1)': largest,
+        'Unevenness of the load in a step (nats)': uneven,
+      }.items()
+    ):
+      axes = figure.add_subplot(grid[1, column])
+      axes.set_title(title)
+      plots.plot_history(axes, curves, colours)
+      for layer in layers:
+        axes.plot([], [], color=colours[layer], label=layer)
+      if column == 0 and len(layers) <= len(plots.COLOURS):
+        axes.legend(fontsize=8)
+
+
+def _draw_loads(figure, axes, counts):
+  layers = sorted(counts)
+  load = np.stack([counts[n] / max(counts[n].mean(), 1e-9) for n in layers])
+  image = axes.imshow(
+    load, aspect='auto', cmap='viridis', vmin=0, interpolation='nearest'
+  )
+  axes.set_yticks(range(len(layers)), layers)
+  axes.set_xlabel('expert')
+  axes.set_title('Tokens of each expert in one pass, in units of the mean')
+  axes.grid(visible=False)
+  figure.colorbar(image, ax=axes)
+
+
+def _part(arrays, prefix):
+  return {
+    name.removeprefix(prefix): array
+    for name, array in arrays.items()
+    if name.startswith(prefix)
+  }

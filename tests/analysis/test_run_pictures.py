@@ -1,0 +1,54 @@
+"""Pictures from what a run leaves, and `python -m jaxsparse.report`."""
+
+import json
+
+import numpy as np
+import pytest
+
+from jaxsparse import report, saved_config
+from jaxsparse.analysis import run_pictures
+from jaxsparse.config import Config
+
+
+@pytest.fixture
+def workdir(tmp_path):
+  (tmp_path / 'config.json').write_text(saved_config.to_json(Config()))
+  rows = [
+    {
+      'step': step,
+      'loss': 3 - step / 10,
+      'block_00/moe/load_max': 1.5,
+      'block_00/moe/unevenness': 0.1,
+      'block_01/memory/slots_used': 0.5,
+      'block_01/memory/unevenness': 1.0,
+    }
+    for step in range(1, 5)
+  ]
+  lines = ''.join(json.dumps(row) + '\n' for row in rows)
+  (tmp_path / 'metrics.jsonl').write_text(lines)
+  return tmp_path
+
+
+def test_report_draws_what_there_is(workdir, capsys):
+  assert report.main([str(workdir)]) == 0
+  counts = {
+    'block_00 experts': np.array([5, 1, 0, 2]),
+    'block_01': np.array([0, 3, 1, 0, 9]),
+  }
+  run_pictures.save_pass(workdir, counts, {'gzip': 2.6})
+  assert report.main([str(workdir)]) == 0
+  names = {line.split('/')[-1] for line in capsys.readouterr().out.split()}
+  assert names == {'training.png', 'slot_usage.png', 'expert_load.png'}
+  for name in names:
+    data = (workdir / 'plots' / name).read_bytes()
+    assert data.startswith(b'\x89PNG')
+    assert len(data) > 10_000
+
+
+def test_without_a_run_it_is_one_sentence(tmp_path, capsys):
+  assert report.main([str(tmp_path)]) == 1
+  (tmp_path / 'config.json').write_text(saved_config.to_json(Config()))
+  assert report.main([str(tmp_path)]) == 1
+  lines = capsys.readouterr().err.strip().splitlines()
+  assert 'holds no config.json' in lines[0]
+  assert 'holds no metrics yet' in lines[1]
