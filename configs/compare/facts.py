@@ -5,10 +5,10 @@
 
 Names of two tokens and six attributes of one token, 31.6 bits a person
 (`jaxsparse.data.facts`). The dense model has 2 blocks of width 64; the sparse
-ones have its FLOPs per token and ten times its parameters. All take 3,000 steps,
-in which a fact is seen 130, 32, 16 or 8 times: with 1,000 people the dense
-model learned 69 % of the facts (4,131), with 2,000 only 12 % (1,463), UltraMem
-47 % (5,663). Settings by such single runs, not searched further:
+ones have its FLOPs per token and ten times its parameters. All take 3,000
+steps, in which a fact is seen 130, 32, 16 or 8 times: with 1,000 people the
+dense model learned 69 % of the facts (4,131), with 2,000 only 12 % (1,463),
+UltraMem 47 % (5,663). Settings by such single runs, not searched further:
 - 64 values a token. After 1,800 steps with 2,000 people UltraMem knew 25.6 % of
   the facts; with 16 values 11.5 %, dense 7.6 %. One exposure leaves the more
   behind, the more values it may change.

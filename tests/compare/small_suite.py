@@ -17,7 +17,7 @@ from jaxsparse.data import facts
 def facts_suite(cache_dir, **fields):
   base = Config(
     model=ModelConfig(
-      num_layers=2,
+      num_layers=1,
       model_dim=16,
       num_heads=2,
       num_kv_heads=2,
@@ -38,7 +38,7 @@ def facts_suite(cache_dir, **fields):
         num_heads=2,
         num_selected=4,
         value_dim=16,
-        placements=((1, 1),),
+        placements=((0, 0),),
       ),
       optimizer=dict(value_lr_multiplier=3.0),
     ),

@@ -56,7 +56,7 @@ def test_results_stand_alone(finished):
     assert 0 <= result['bits'] <= result['bits_of_all']
     assert [point[0] for point in result['curve']] == [1, 2, 3]
     assert result['tokens_per_second'] > 0
-  assert list(sparse['slots_used']) == ['block_01']
+  assert list(sparse['slots_used']) == ['block_00']
 
 
 def test_table_and_plots_are_written(finished):
