@@ -10,22 +10,20 @@ what they mean; each can be set on the command line:
 """
 
 import dataclasses
-import functools
 
 import jax
 
 from jaxsparse import command_line, hosts, mesh
-from jaxsparse import config as config_lib
 from jaxsparse import workdir as workdir_lib
 from jaxsparse.analysis import cost, hardware, run_pictures
 from jaxsparse.config import Config
-from jaxsparse.data import compression, pipeline, tokenizer
+from jaxsparse.data import compression, tokenizer
 from jaxsparse.data.corpus import Corpus, build_corpus
-from jaxsparse.errors import UserError
 from jaxsparse.inference import decoding, sampling, text
 from jaxsparse.nn import memory_tables
 from jaxsparse.training import loop, metrics, resume
 from jaxsparse.training.evaluation import Validation
+from jaxsparse.training.inputs import training_data, with_vocabulary
 from jaxsparse.training.progress import Reporter
 
 
@@ -69,50 +67,6 @@ def main() -> None:
   for name, bits in compressed.items():
     say(f'{name} -9 on the same text: {bits:.4f} bits/byte')
   draw(workdir, outcome.validation, compressed, say)
-
-
-def with_vocabulary(config: Config, vocab_size: int) -> Config:
-  """The config with its vocabulary: the tokenizer's, unless it is larger."""
-  given = config.model.vocab_size
-  if 0 < given < vocab_size:
-    raise UserError(
-      f"model.vocab_size must be at least the tokenizer's {vocab_size}, or 0 "
-      f'to take it; got {given}.'
-    )
-  model = dataclasses.replace(config.model, vocab_size=given or vocab_size)
-  return config_lib.validated(dataclasses.replace(config, model=model))
-
-
-def training_data(
-  config: Config, corpus: Corpus, tokens: tokenizer.Tokenizer
-) -> loop.TrainingData:
-  process = dict(
-    process_index=jax.process_index(), process_count=jax.process_count()
-  )
-  return loop.TrainingData(
-    batches=pipeline.train_iterator(
-      config.data, corpus, tokens, config.train.seed, **process
-    ),
-    validation=functools.partial(
-      pipeline.validation_batches, config.data, corpus, tokens, **process
-    ),
-    validation_bytes=corpus.validation_bytes,
-    bytes_per_target=bytes_per_target(corpus, tokens),
-  )
-
-
-def bytes_per_target(corpus: Corpus, tokens: tokenizer.Tokenizer) -> float:
-  """Bytes of text for each target, on the first MB of validation text."""
-  num_bytes = num_targets = 0
-  for piece in corpus.validation:
-    num_bytes += len(piece.text)
-    num_targets += (
-      len(tokens.encode(piece.text.decode('utf-8', 'replace')))
-      + piece.ends_document
-    )
-    if num_bytes > 1 << 20:
-      break
-  return num_bytes / num_targets
 
 
 def describe_run(config: Config, corpus: Corpus, say) -> None:

@@ -231,8 +231,8 @@ class Config:
       f'got {self.optimizer.grad_accumulation}.',
     )
     require(
-      self.optimizer.warmup_steps <= self.train.num_steps,
-      f'warmup_steps must be at most num_steps = {self.train.num_steps}, '
+      self.optimizer.warmup_steps < self.train.num_steps,
+      f'warmup_steps must be below num_steps = {self.train.num_steps}, '
       f'got {self.optimizer.warmup_steps}.',
     )
 

@@ -109,7 +109,11 @@ def partial(dims: str) -> jax.P | None:
   several of them cross the wire as one.
   """
   spec = act(dims)
-  return spec and jax.P(*spec, unreduced={'model'})
+  # Over an axis of length 1 there is nothing to add up, and JAX 0.10.2 cannot
+  # lower a shard_map that says so on one device.
+  if spec is None or axis_sizes()['model'] == 1:
+    return spec
+  return jax.P(*spec, unreduced={'model'})
 
 
 def table_layout(scheme: str) -> TableLayout:

@@ -129,8 +129,8 @@ TRAIN = {
   'too many devices': (C + 'mesh.model=16', 'must make up the 8 devices'),
   'heads on the mesh': (C + 'mesh.model=8', 'num_heads must be a multiple'),
   'rows on the mesh': (
-    C + 'model.memory.num_keys=63 ' + C + 'model.memory.scheme=grid',
-    'must divide the 3969 rows',
+    C + 'model.memory.num_keys=31 ' + C + 'model.memory.scheme=grid',
+    'must divide the 961 rows',
   ),
   'columns on the mesh': (
     C

@@ -95,9 +95,11 @@ def plot_expert_load(
     layer: plots.COLOURS[i % len(plots.COLOURS)]
     for i, layer in enumerate(layers)
   }
-  with plots.new_figure(path, height=3.5 + 0.25 * len(counts)) as figure:
-    grid = figure.add_gridspec(2, 2)
-    if counts:
+  has_loads = bool(counts)
+  height = 3.0 + has_loads * (1.5 + 0.25 * len(counts))
+  with plots.new_figure(path, height=height) as figure:
+    grid = figure.add_gridspec(1 + has_loads, 2)
+    if has_loads:
       _draw_loads(figure, figure.add_subplot(grid[0, :]), counts)
     for column, (title, curves) in enumerate(
       {
@@ -105,7 +107,7 @@ def plot_expert_load(
         'Unevenness of the load in a step (nats)': uneven,
       }.items()
     ):
-      axes = figure.add_subplot(grid[1, column])
+      axes = figure.add_subplot(grid[-1, column])
       axes.set_title(title)
       plots.plot_history(axes, curves, colours)
       for layer in layers:

@@ -157,7 +157,7 @@ def sharded_expert_mlp(
     y = run(*tokens, matrices, first_expert)
     if is_split:
       y = jax.lax.psum_scatter(y, 'sparse', tiled=True)
-    if is_partial:
+    if is_partial and axes['model'] > 1:
       y = jax.lax.pcast(y, 'model', to='unreduced')
     else:
       y = jax.lax.psum(y, 'model')

@@ -63,10 +63,39 @@ def make_mesh(shape):
 
 
 @functools.cache
+def drawn_state(config):
+  """The state before the first step, drawn on one device."""
+  with jax.set_mesh(make_mesh((1, 1, 1))):
+    return jax.jit(functools.partial(init_state, config))()
+
+
+def first_state(config):
+  """`drawn_state` on the mesh in use, without compiling the draw for it."""
+  settings = dataclasses.replace(
+    config.optimizer, value_row_budget=0, grad_accumulation=1, clip_norm=1.0
+  )
+  memory = dataclasses.replace(config.model.memory, scheme='auto')
+  plain = dataclasses.replace(
+    config,
+    model=dataclasses.replace(config.model, memory=memory),
+    optimizer=settings,
+  )
+  shapes = mesh.abstract(
+    functools.partial(init_state, config), mesh=jax.sharding.get_mesh()
+  )
+  return jax.tree.map(
+    # A copy, as the step may be given it to keep.
+    lambda x, shape: jax.device_put(np.array(x), shape.sharding),
+    drawn_state(plain),
+    shapes,
+  )
+
+
+@functools.cache
 def run(config, shape):
   """Losses of the first steps, and the state after them."""
   with jax.set_mesh(make_mesh(shape)):
-    state = jax.jit(functools.partial(init_state, config))()
+    state = first_state(config)
     step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
     losses = []
     for seed in range(3):

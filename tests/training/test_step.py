@@ -9,6 +9,7 @@ import pytest
 from small_model import (
   CONFIG,
   equal_losses,
+  first_state,
   losses_on_one_device,
   make_batch,
   make_mesh,
@@ -16,17 +17,28 @@ from small_model import (
   with_tables,
 )
 
-from jaxsparse import checkpoint
+from jaxsparse import checkpoint, mesh
 from jaxsparse.training import evaluation
 from jaxsparse.training.step import eval_step, init_state
+
+
+def test_state_is_drawn_alike_on_a_mesh():
+  config = with_tables('rows')
+  with jax.set_mesh(make_mesh((2, 2, 2))):
+    state = jax.jit(functools.partial(init_state, config))()
+    for a, b in zip(
+      *map(jax.tree.leaves, (state, first_state(config))), strict=True
+    ):
+      assert a.sharding == b.sharding
+      np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize(
   ('scheme', 'shape'),
   [
-    ('grid', (8, 1, 1)),
+    pytest.param('grid', (8, 1, 1), marks=pytest.mark.slow),
     ('columns', (2, 4, 1)),
-    ('columns', (2, 1, 4)),
+    pytest.param('columns', (2, 1, 4), marks=pytest.mark.slow),
     ('rows', (2, 2, 2)),
     ('grid', (2, 2, 2)),
   ],

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 from small_model import (
   equal_losses,
+  first_state,
   make_batch,
   make_mesh,
   run,
@@ -15,7 +16,7 @@ from small_model import (
 )
 
 from jaxsparse.training import evaluation
-from jaxsparse.training.step import init_state, train_step
+from jaxsparse.training.step import train_step
 
 
 @functools.cache
@@ -29,7 +30,7 @@ def run_rows(value_optimizer, scheme, shape, **settings):
     ('row_adam', 'columns', (2, 4, 1)),
     ('row_adam', 'rows', (2, 2, 2)),
     ('lazy_row_adam', 'grid', (2, 2, 2)),
-    ('row_adagrad', 'columns', (2, 2, 2)),
+    pytest.param('row_adagrad', 'columns', (2, 2, 2), marks=pytest.mark.slow),
     ('row_adagrad', 'grid', (8, 1, 1)),
   ],
 )
@@ -44,7 +45,9 @@ def test_row_optimizers_give_the_same_on_every_mesh(
     np.testing.assert_allclose(a, b, atol=1e-3)
 
 
-@pytest.mark.parametrize('scheme', ['columns', 'rows'])
+@pytest.mark.parametrize(
+  'scheme', [pytest.param('columns', marks=pytest.mark.slow), 'rows']
+)
 def test_passes_and_micro_batches_change_nothing_by_rows(scheme):
   """A budget of 20 rows, of about 200 that are read, over two micro-batches."""
   losses, _ = run_rows(
@@ -53,9 +56,11 @@ def test_passes_and_micro_batches_change_nothing_by_rows(scheme):
   equal_losses(losses, run_rows('row_adam', 'auto', (1, 1, 1))[0])
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def first_step(config, batch):
-  state, metrics = train_step(config, init_state(config), batch)
+def first_step(config):
+  step = jax.jit(functools.partial(train_step, config))
+  state, metrics = step(
+    first_state(config), evaluation.to_global(make_batch(0))
+  )
   return metrics, state.params
 
 
@@ -64,8 +69,7 @@ def test_first_step_by_rows_is_the_dense_one():
 
   def first(config):
     with jax.set_mesh(make_mesh((2, 2, 1))):
-      batch = evaluation.to_global(make_batch(0))
-      metrics, params = first_step(config, batch)
+      metrics, params = first_step(config)
     return metrics, params['block_01']['memory']['value_table']
 
   dense, table = first(with_tables(clip_norm=0.1))
@@ -78,22 +82,22 @@ def test_first_step_by_rows_is_the_dense_one():
   assert rows['value_rows_over_budget'] == 0
 
 
-def test_layers_that_share_tables_step_once():
+@pytest.mark.parametrize(
+  'scheme', ['rows', pytest.param('columns', marks=pytest.mark.slow)]
+)
+def test_layers_that_share_tables_step_once(scheme):
   """Their entries meet in one update of values and of pre-values."""
 
   def first(value_optimizer, scheme, shape):
     with jax.set_mesh(make_mesh(shape)):
-      config = with_shared_tables(scheme, value_optimizer)
-      batch = evaluation.to_global(make_batch(0))
-      return first_step(config, batch)
+      return first_step(with_shared_tables(scheme, value_optimizer))
 
   dense, expected = first('adamw', 'auto', (1, 1, 1))
-  for scheme in ('rows', 'columns'):
-    metrics, params = first('row_adam', scheme, (2, 2, 2))
-    for name in ('loss', 'grad_norm'):
-      np.testing.assert_allclose(metrics[name], dense[name], rtol=1e-5)
-    for name in ('value_table', 'pre_value_table'):
-      np.testing.assert_allclose(
-        params['memory'][name], expected['memory'][name], atol=1e-4
-      )
-    assert metrics['value_rows_touched'] <= 2 * 256
+  metrics, params = first('row_adam', scheme, (2, 2, 2))
+  for name in ('loss', 'grad_norm'):
+    np.testing.assert_allclose(metrics[name], dense[name], rtol=1e-5)
+  for name in ('value_table', 'pre_value_table'):
+    np.testing.assert_allclose(
+      params['memory'][name], expected['memory'][name], atol=1e-4
+    )
+  assert metrics['value_rows_touched'] <= 2 * 256
