@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxsparse.bench import (
+  decode,
   first_session,
   grouped_matmul,
   host_memory,
@@ -28,6 +29,7 @@ BENCHES = dict(
   top_m=top_m,
   memory_layer=memory_layer,
   train_step=train_step,
+  decode=decode,
   host_memory=host_memory,
 )
 

@@ -1,7 +1,7 @@
 """all: every bench once, with sizes for the backend at hand.
 
 On a GPU this is what a first session on one should record; on a CPU the sizes
-are small and it takes about three minutes.
+are small and it takes about four minutes.
 """
 
 from types import ModuleType
@@ -9,6 +9,7 @@ from types import ModuleType
 import jax
 
 from jaxsparse.bench import (
+  decode,
   grouped_matmul,
   host_memory,
   memory_layer,
@@ -22,6 +23,16 @@ _GPU_BAGS = [
   for tokens in (64, 4096, 32_768)
   for width in (256, 1024)
 ]
+# Two sparse models of 18 GB fit beside a cache.
+_DECODE = dict(
+  family='680m',
+  models='dense,moe,ultramem',
+  batches='1,4,16,64,128,256',
+  dtype='bfloat16',
+  context=2048,
+  steps=32,
+  width_multiple=64,
+)
 _CPU_BAGS = [dict(tokens=tokens, rows=65_536) for tokens in (64, 1024)]
 
 
@@ -61,6 +72,18 @@ def sections() -> list[tuple[str, ModuleType, list[dict]]]:
           seq_len=2048,
           growth=1,
         ),
+      ],
+    ),
+    (
+      'decode',
+      decode,
+      [dict(batches='1,16', kv_groups='4', rounds=2)]
+      if on_cpu
+      else [
+        _DECODE | dict(kv_groups='1', batches='1,4,16'),
+        _DECODE | dict(kv_groups='4', batches='1,4,16,64,128'),
+        _DECODE | dict(kv_groups='8', routing='uniform,zipf'),
+        _DECODE | dict(kv_groups='8', batches='64', models='dense,moe,pkm'),
       ],
     ),
     ('gather from pinned host memory', host_memory, [dict()]),

@@ -109,8 +109,10 @@ class Attention(nn.Module):
     shape = (config.num_heads, config.head_dim, model_dim)
     variance = 1 / (2 * config.num_layers * shape[0] * shape[1])
     output = weight(self, 'output', 'NHD', shape, variance, config.dtype)
+    # G for the heads: einsum contracts letters by the alphabet, and with H
+    # before N it would transpose the matrix, in decoding at every step.
     y = jnp.einsum(
-      'btnh,nhd->btd', encoded, output, out_sharding=mesh.act('BTD')
+      'btgh,ghd->btd', encoded, output, out_sharding=mesh.act('BTD')
     )
     return y, cache, {}
 

@@ -84,13 +84,16 @@ class MoE(nn.Module):
     return y, _metrics(logits, bias, load, config)
 
   def _matrices(self, model_dim):
-    """Matrices of all experts, in f32: they are cast where they are used."""
+    """Matrices of all experts, as they are stored: f32, or less for serving.
+
+    They are cast where they are used, so that only those in use are.
+    """
     num_experts, width = self.config.num_experts, self.config.expert_dim
 
     def declare(name, dims, shape, variance):
-      return weight(
-        self, name, dims, (num_experts, *shape), variance, jnp.float32
-      )
+      init = nn.initializers.normal(variance**0.5)
+      init = mesh.sharded(init, mesh.param(dims))
+      return mesh.gather(self.param(name, init, (num_experts, *shape)), dims)
 
     variance = 1 / (2 * self.num_layers * width)
     matrices = dict(

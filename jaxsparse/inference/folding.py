@@ -1,0 +1,41 @@
+"""Work on parameters that decoding would do again at every step."""
+
+import dataclasses
+
+import jax
+
+from jaxsparse.config import ModelConfig
+from jaxsparse.nn.block import block_name
+from jaxsparse.nn.retrieval import _norm as norm
+
+
+def fold_keys(config: ModelConfig, params: dict) -> tuple[ModelConfig, dict]:
+  """The same model with the keys of its memory layers normalised for good.
+
+  In float32, as the layer does it, and then in the type that the keys have.
+
+  Args:
+    config: of any model; one without normalised keys is returned as it is.
+    params: its parameters.
+
+  Returns:
+    The config, with key_norm = 'none', and parameters without gains of keys.
+  """
+  memory = config.memory
+  if memory is None or memory.key_norm == 'none':
+    return config, params
+  folded = dict(params)
+  for read, _ in memory.placements:
+    block = dict(params[block_name(read)])
+    layer = dict(block['memory'])
+    layer['keys'] = _folded(
+      layer['keys'], layer.pop('key_scale'), memory.key_norm
+    )
+    folded[block_name(read)] = block | dict(memory=layer)
+  memory = dataclasses.replace(memory, key_norm='none')
+  return dataclasses.replace(config, memory=memory), folded
+
+
+@jax.jit(static_argnums=2)
+def _folded(keys, scale, kind):
+  return norm(keys, scale, -2, kind).astype(keys.dtype)
