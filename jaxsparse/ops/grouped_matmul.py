@@ -17,7 +17,6 @@ Letters: S rows, X experts, D and F widths.
 """
 
 import functools
-import importlib
 import math
 from collections.abc import Callable
 
@@ -27,6 +26,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsparse.errors import UserError
 from jaxsparse.ops import bag_pieces
+from jaxsparse.ops import grouped_matmul_libraries as libraries
 from jaxsparse.ops.varying import to_same_varying
 
 IMPLEMENTATIONS = ('auto', 'loop', 'megablox', 'ragged_dot')
@@ -41,9 +41,6 @@ _FUSED_ELEMENTS_CPU = 2**14, 2**13
 
 # Rows of a tile.
 _TILES = (16, 256)
-
-# Megablox cuts all three dimensions in tiles of this size.
-_MEGABLOX_TILE = 128
 
 
 def grouped_matmul(
@@ -76,18 +73,20 @@ def grouped_matmul(
       f'{", ".join(map(repr, IMPLEMENTATIONS))}.'
     )
   if implementation == 'auto':
-    runs = jax.default_backend() == 'tpu' and not _why_not_megablox(
+    runs = jax.default_backend() == 'tpu' and not libraries.why_not_megablox(
       rows, experts
     )
     implementation = 'megablox' if runs else 'loop'
   elif implementation == 'megablox' and (
-    why := _why_not_megablox(rows, experts)
+    why := libraries.why_not_megablox(rows, experts)
   ):
     raise UserError(f"implementation = 'megablox' can't run here: {why}.")
   rows, experts, sizes = to_same_varying(rows, experts, sizes)
-  return dict(loop=_loop, megablox=_megablox, ragged_dot=_ragged_dot)[
-    implementation
-  ](rows, experts, sizes)
+  return dict(
+    loop=_loop,
+    megablox=libraries.megablox,
+    ragged_dot=libraries.ragged_dot,
+  )[implementation](rows, experts, sizes)
 
 
 def grouped_matmul_reference(
@@ -351,61 +350,3 @@ def _assigned_backward(inputs, cotangent):
 _assigned.defvjp(
   lambda *inputs: (_assigned(*inputs), inputs), _assigned_backward
 )
-
-
-def _ragged_dot(rows, experts, sizes):
-  dtype = bag_pieces.accumulator(rows)
-  in_use = _in_use(rows, sizes)
-  out = jax.lax.ragged_dot(
-    jnp.where(in_use, rows, 0),
-    experts.astype(rows.dtype),
-    sizes,
-    preferred_element_type=dtype,
-  )
-  return jnp.where(in_use, out, 0).astype(rows.dtype)
-
-
-def _megablox(rows, experts, sizes, interpret=False):
-  num_rows, in_use = len(rows), _in_use(rows, sizes)
-  # Whole tiles of rows; what the kernel leaves unwritten is masked.
-  padded = math.ceil(num_rows / _MEGABLOX_TILE) * _MEGABLOX_TILE
-  out = _megablox_module().gmm(
-    bag_pieces.pad(jnp.where(in_use, rows, 0), padded, 0),
-    experts.astype(rows.dtype),
-    sizes,
-    preferred_element_type=rows.dtype,
-    tiling=(_MEGABLOX_TILE,) * 3,
-    interpret=interpret,
-  )
-  return jnp.where(in_use, out[:num_rows], 0)
-
-
-def _in_use(rows, sizes):
-  return jnp.arange(len(rows))[:, None] < sizes.sum()
-
-
-def _megablox_module():
-  return importlib.import_module('jax.experimental.pallas.ops.tpu.megablox.ops')
-
-
-def _why_not_megablox(rows, experts) -> str | None:
-  """What keeps megablox from running on these arrays, in words."""
-  if jax.default_backend() != 'tpu':
-    return f'it is for TPU, and this is {jax.default_backend()}'
-  try:
-    sizes = jnp.zeros(len(experts), jnp.int32)
-    # Under the mesh axes of the caller, which Pallas may not know.
-    jax.eval_shape(_megablox, *to_same_varying(rows, experts, sizes))
-    _compile_megablox(rows.shape, rows.dtype, experts.shape, experts.dtype)
-  except Exception as error:
-    return f'{type(error).__name__}: {error}'.split('\n')[0]
-  return None
-
-
-@functools.cache
-def _compile_megablox(rows_shape, rows_dtype, shape, dtype):
-  jax.jit(_megablox).lower(
-    jax.ShapeDtypeStruct(rows_shape, rows_dtype),
-    jax.ShapeDtypeStruct(shape, dtype),
-    jax.ShapeDtypeStruct(shape[:1], jnp.int32),
-  ).compile()

@@ -335,12 +335,12 @@ FAMILY = {
 @pytest.mark.parametrize(
   ('name', 'scheme', 'shape'),
   [
-    ('pkm', 'columns', (2, 2, 2)),
+    pytest.param('pkm', 'columns', (2, 2, 2), marks=pytest.mark.slow),
     ('peer', 'rows', (2, 4, 1)),
     ('memory_plus', 'grid', (2, 2, 2)),
     ('ultramem_v2', 'rows', (2, 2, 2)),
     ('ultramem_v2', 'columns', (2, 2, 2)),
-    ('ultramem_v2', 'grid', (4, 2, 1)),
+    pytest.param('ultramem_v2', 'grid', (4, 2, 1), marks=pytest.mark.slow),
   ],
 )
 def test_sharded_equals_unsharded(name, scheme, shape):

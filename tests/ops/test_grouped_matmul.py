@@ -17,6 +17,7 @@ from jaxsparse.bench import grouped_matmul as bench
 from jaxsparse.errors import UserError
 from jaxsparse.ops import expert_mlp as mlp
 from jaxsparse.ops import grouped_matmul as ops
+from jaxsparse.ops import grouped_matmul_libraries as libraries
 
 S, X, D, F = 53, 5, 12, 24
 
@@ -127,7 +128,7 @@ def test_other_implementations_compute_the_same(sizes):
   expected = run(ops.grouped_matmul_reference, *args, cotangent)
   ragged = functools.partial(ops.grouped_matmul, implementation='ragged_dot')
   check(run(ragged, *args, cotangent), expected)
-  megablox = functools.partial(ops._megablox, interpret=True)
+  megablox = functools.partial(libraries.megablox, interpret=True)
   check(run(megablox, *args, cotangent), expected)
 
 

@@ -21,7 +21,7 @@ from jaxsparse.training.step import init_state, train_step
 
 CONFIG = Config(
   model=ModelConfig(
-    num_layers=3,
+    num_layers=2,
     model_dim=32,
     num_heads=4,
     num_kv_heads=4,
@@ -34,7 +34,7 @@ CONFIG = Config(
       num_selected=6,
       value_dim=8,
       query_conv_taps=3,
-      placements=((0, 1), (1, 2)),
+      placements=((0, 1), (1, 1)),
     ),
   ),
   data=DataConfig(seq_len=16, batch_size=16),
@@ -124,7 +124,7 @@ def with_shared_tables(scheme='auto', value_optimizer='adamw'):
   """CONFIG with UltraMemV2: values and pre-values that two layers share."""
   memory = ultramem_v2(
     num_keys=12, key_dim=8, num_selected=6, value_dim=16, pre_value_dim=8,
-    shared_rows=256, placements=((0, 0), (2, 2)), scheme=scheme,
+    shared_rows=256, placements=((0, 0), (1, 1)), scheme=scheme,
   )  # fmt: skip
   return dataclasses.replace(
     CONFIG,

@@ -134,7 +134,9 @@ def test_killed_at_random_moments(recipe, whole, tmp_path):
   assert rows(tmp_path)[-1] == rows(whole[0])[-1]
 
 
-@pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT'])
+@pytest.mark.parametrize(
+  'name', ['SIGTERM', pytest.param('SIGINT', marks=pytest.mark.slow)]
+)
 def test_signals_save_and_exit_with_0(recipe, whole, tmp_path, name):
   process = start(recipe, tmp_path, '--config.train.save_every=1000')
   wait_for_step(process, tmp_path, 3)
