@@ -67,8 +67,8 @@ def retrieve(
   query = jnp.tensordot(h, matrix, axes=1)
   if 'query_bias' in weights:
     query += weights['query_bias'].astype(x.dtype)[None, None]
-  query = _norm(query, weights.get('query_scale'), -1, config.query_norm)
-  keys = _norm(weights['keys'], weights.get('key_scale'), -2, config.key_norm)
+  query = norm(query, weights.get('query_scale'), -1, config.query_norm)
+  keys = norm(weights['keys'], weights.get('key_scale'), -2, config.key_norm)
 
   def on_device(query, keys, cores, directions, permutation):
     return _best_slots(
@@ -181,8 +181,17 @@ def _activate(scores, activation):
   return jax.nn.relu(scores) if activation == 'relu' else scores
 
 
-def _norm(x, scale, axis, kind):
-  """RMSNorm or LayerNorm without a bias along `axis`, in f32 at least."""
+def norm(
+  x: Float[Array, '*S'], scale: Float[Array, 'k'] | None, axis: int, kind: str
+) -> Float[Array, '*S']:
+  """RMSNorm or LayerNorm without a bias along `axis`, in f32 at least.
+
+  Args:
+    x: queries or keys.
+    scale: gain; None with 'none'.
+    axis: that of the width.
+    kind: 'rms', 'layer', or 'none' for a cast alone.
+  """
   x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   if kind == 'none':
     return x
