@@ -16,8 +16,7 @@ number of distinct experts and rows that it did read. 'to dense' is time over
 that of the dense model; 'MoE to it' the MoE's time over the model's, and
 'limit' the MoE's least bytes over the model's. A memory layer that leaves the
 MoE farther behind than that limit, and `margin`, ends the bench: it would be
-the MoE that is at fault (reference/sharded-tables.md, section 7). On two
-CPU cores that has happened at batch 1.
+the MoE that is at fault. On two CPU cores that has happened at batch 1.
 """
 
 import argparse

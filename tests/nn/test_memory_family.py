@@ -191,7 +191,7 @@ def test_peer_adds_up_one_neuron_experts():
 
 
 def test_v2_with_square_maps_is_peer_without_activation():
-  """Golden check 7 of the reference: one core, both maps the identity."""
+  """One core, both maps the identity, scores as they are."""
   config = ultramem_v2(
     num_keys=6, key_dim=4, num_selected=5, value_dim=8, pre_value_dim=8,
     num_cores=1, shared_rows=36,
@@ -208,7 +208,7 @@ def test_v2_with_square_maps_is_peer_without_activation():
 
 
 def test_tdqkr_with_a_constant_rank_is_pkm():
-  """Golden check 2: (s, 1) and (1, t) bound by the identity are s + t."""
+  """(s, 1) and (1, t) bound by the identity are s + t."""
   rng = np.random.default_rng(0)
   row, column = jnp.asarray(rng.normal(size=(2, 5, 2, 7)), jnp.float32)
   one = jnp.ones_like(row)
@@ -228,7 +228,7 @@ def test_tdqkr_with_a_constant_rank_is_pkm():
 
 
 def test_windows_go_around_the_end_of_the_shared_table():
-  """Golden check 6."""
+  """A layer sees rows of its window only, each by one slot."""
   config = ultramem_v2(
     num_keys=6, key_dim=4, num_selected=5, value_dim=8, pre_value_dim=4,
     shared_rows=50,
