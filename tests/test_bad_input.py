@@ -165,7 +165,7 @@ TRAIN = {
     '--coordinator=localhost --num_processes=2 --process_id=1',
     '--coordinator must be HOST:PORT',
   ),
-  'warm-up': (C + 'optimizer.warmup_steps=601', 'at most num_steps = 600'),
+  'warm-up': (C + 'optimizer.warmup_steps=600', 'below num_steps = 600'),
   'rate': (C + 'optimizer.learning_rate=0', 'learning_rate must be positive'),
   'steps': (C + 'train.num_steps=0', 'num_steps must be positive'),
   'seed': (C + 'train.seed=-1', 'seed must not be negative'),

@@ -60,6 +60,7 @@ def problem():
   return memory_layer.make_problem(argparse.Namespace(**LAYER))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['naive jax, top_k', 'naive torch'])
 def test_memory_layers_compute_the_same(problem, name):
   _skip_without_torch(name)
@@ -149,6 +150,7 @@ def get_config():
 """
 
 
+@pytest.mark.slow
 def test_train_step_counts_bytes_of_tables_and_their_state(capsys, tmp_path):
   path, recipe = tmp_path / 'bench.json', tmp_path / 'recipe.py'
   recipe.write_text(SMALL_RECIPE)

@@ -5,6 +5,7 @@ import pathlib
 
 import nbclient
 import nbformat
+import pytest
 
 COLAB = pathlib.Path(__file__).parents[1] / 'colab'
 NOTEBOOK = COLAB / 'train_ultramem.ipynb'
@@ -17,6 +18,7 @@ def texts(cell):
   )
 
 
+@pytest.mark.slow
 def test_notebook(tmp_path, monkeypatch):
   notebook = nbformat.read(NOTEBOOK, as_version=4)
   assert len(notebook.cells) <= 25

@@ -253,6 +253,7 @@ def assert_same_gradients(got, want):
     np.testing.assert_allclose(got[path], want[path], atol=1e-5, err_msg=path)
 
 
+@pytest.mark.slow
 def test_remat_changes_the_program_but_no_number():
   config = dataclasses.replace(MODELS['memory'], dropout_rate=0.3)
   remat = dataclasses.replace(config, use_remat=True)

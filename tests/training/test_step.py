@@ -22,6 +22,7 @@ from jaxsparse.training import evaluation
 from jaxsparse.training.step import eval_step, init_state
 
 
+@pytest.mark.slow
 def test_state_is_drawn_alike_on_a_mesh():
   config = with_tables('rows')
   with jax.set_mesh(make_mesh((2, 2, 2))):
@@ -37,7 +38,7 @@ def test_state_is_drawn_alike_on_a_mesh():
   ('scheme', 'shape'),
   [
     pytest.param('grid', (8, 1, 1), marks=pytest.mark.slow),
-    ('columns', (2, 4, 1)),
+    pytest.param('columns', (2, 4, 1), marks=pytest.mark.slow),
     pytest.param('columns', (2, 1, 4), marks=pytest.mark.slow),
     ('rows', (2, 2, 2)),
     pytest.param('grid', (2, 2, 2), marks=pytest.mark.slow),
@@ -78,6 +79,7 @@ def test_micro_batches_change_nothing():
   np.testing.assert_allclose(losses, losses_on_one_device(), atol=1e-5)
 
 
+@pytest.mark.slow
 def test_dropout_remat_and_bfloat16_train():
   model = dataclasses.replace(
     CONFIG.model, dropout_rate=0.1, use_remat=True, dtype='bfloat16'

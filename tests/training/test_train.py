@@ -134,6 +134,7 @@ def test_killed_at_random_moments(recipe, whole, tmp_path):
   assert rows(tmp_path)[-1] == rows(whole[0])[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'name', ['SIGTERM', pytest.param('SIGINT', marks=pytest.mark.slow)]
 )
@@ -154,6 +155,7 @@ def test_signals_save_and_exit_with_0(recipe, whole, tmp_path, name):
   assert losses(tmp_path) == losses(whole[0])
 
 
+@pytest.mark.slow
 def test_damaged_checkpoint_and_more_steps(recipe, tmp_path):
   finish(start(recipe, tmp_path, '--config.train.num_steps=10'))
   newest = tmp_path / 'checkpoints' / '10' / 'params'
@@ -176,6 +178,7 @@ def test_another_model_is_refused(recipe, whole):
   assert (workdir / 'config.json').read_text() == before
 
 
+@pytest.mark.slow
 def test_a_loss_that_is_not_finite(recipe, tmp_path):
   finish(start(recipe, tmp_path, '--config.train.num_steps=5'))
   _, err = finish(
