@@ -53,6 +53,7 @@ def report(tmp_path_factory):
   return json.loads(path.read_text())
 
 
+@pytest.mark.slow
 def test_all_models_have_a_complete_record(report):
   records = report['results']
   assert [r['contender'] for r in records] == list(decode_models.NAMES)
@@ -130,6 +131,7 @@ def test_the_cache_stays_in_place(name):
   assert keys.is_deleted()
 
 
+@pytest.mark.slow
 def test_steps_are_those_of_the_model():
   options = _options(models='ultramem')
   model = decode_models.make_models(options, 2)['ultramem']
@@ -157,6 +159,7 @@ def test_steps_are_those_of_the_model():
   assert picks.shape == (options.steps, layers, 2, 2 * options.selected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['pkm', 'ultramem'])
 def test_folded_keys_leave_the_model_as_it_was(name):
   model = decode_models.make_models(_options(models=name), 1)[name]

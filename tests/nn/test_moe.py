@@ -113,8 +113,8 @@ def test_initial_variances():
 @pytest.mark.parametrize(
   ('sizes', 'is_partial'),
   [
-    ((8, 1, 1), False),
-    ((2, 4, 1), False),
+    pytest.param((8, 1, 1), False, marks=pytest.mark.slow),
+    pytest.param((2, 4, 1), False, marks=pytest.mark.slow),
     ((2, 2, 2), True),
     ((1, 8, 1), False),
   ],

@@ -27,7 +27,7 @@ def run_rows(value_optimizer, scheme, shape, **settings):
 @pytest.mark.parametrize(
   ('value_optimizer', 'scheme', 'shape'),
   [
-    ('row_adam', 'columns', (2, 4, 1)),
+    pytest.param('row_adam', 'columns', (2, 4, 1), marks=pytest.mark.slow),
     pytest.param('row_adagrad', 'grid', (2, 2, 2), marks=pytest.mark.slow),
     pytest.param('row_adam', 'rows', (2, 2, 2), marks=pytest.mark.slow),
     pytest.param('lazy_row_adam', 'grid', (2, 2, 2), marks=pytest.mark.slow),
