@@ -1,9 +1,10 @@
 """`ultramem_tiny` gives the same losses on every mesh and in every scheme.
 
-Over its first eight steps, on the batches of its own pipeline. Rounding differs
+Over its first steps, on the batches of its own pipeline. Rounding differs
 between programs, so sooner or later two scores that nearly tie change places;
-the two runs then read another slot, and part by some 1e-4 (here after eleven
-steps; on other text it may be the first).
+the two runs then read another slot, and part by some 1e-4. With adamw that is
+after eight steps; with row_adam the program of one device parts from those of
+all meshes, which agree, at the sixth; on other text it may be the first.
 """
 
 import dataclasses
@@ -23,7 +24,7 @@ from jaxsparse.training.step import init_state, train_step
 
 pytestmark = pytest.mark.slow
 
-NUM_STEPS = 8
+NUM_STEPS = dict(adamw=8, row_adam=5)
 
 
 @functools.cache
@@ -36,7 +37,7 @@ def batches(directory):
   stream = pipeline.train_iterator(
     settings, corpus, coder, 0, process_index=0, process_count=1
   )
-  found = list(itertools.islice(stream, NUM_STEPS))
+  found = list(itertools.islice(stream, max(NUM_STEPS.values())))
   stream.close()
   return found, coder.vocab_size
 
@@ -65,7 +66,7 @@ def losses(directory, scheme, shape, value_optimizer):
     state = jax.jit(functools.partial(init_state, config))()
     step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
     found = []
-    for batch in stream:
+    for batch in stream[: NUM_STEPS[value_optimizer]]:
       state, metrics = step(state, evaluation.to_global(batch))
       found.append(float(metrics['loss']))
   return found
