@@ -16,11 +16,16 @@ number of distinct experts and rows that it did read. 'to dense' is time over
 that of the dense model; 'MoE to it' the MoE's time over the model's, and
 'limit' the MoE's least bytes over the model's. A memory layer that leaves the
 MoE farther behind than that limit, and `margin`, ends the bench: it would be
-the MoE that is at fault. On two CPU cores that has happened at batch 1.
+the MoE that is at fault.
+
+On a CPU give it one core, `taskset -c 0 python -m jaxsparse.bench decode`: XLA
+spreads a dense product over all cores, but runs the loop over experts on one,
+so that at batch 1 two cores halve the time of all but the MoE.
 """
 
 import argparse
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -78,6 +83,12 @@ def measure(options: argparse.Namespace) -> list[dict]:
     UserError: an option has no sense, or a ratio passes its physical limit.
   """
   _check(options)
+  if jax.default_backend() == 'cpu' and _num_cores() > 1:
+    print(
+      'Only one core is fair to the MoE, see `--help`: this has '
+      f'{_num_cores()}; give it one by taskset -c 0.',
+      flush=True,
+    )
   records = []
   for group in _numbers(options, 'kv_groups'):
     models = decode_models.make_models(options, group)
@@ -276,6 +287,12 @@ def _fits(models, params, options, batch_size):
   cache = jax.eval_shape(lambda: init_cache(model, batch_size, length))
   arrays = jax.tree.leaves((params, cache))
   return sum(x.size * x.dtype.itemsize for x in arrays) < 0.9 * limit
+
+
+def _num_cores():
+  if hasattr(os, 'sched_getaffinity'):
+    return len(os.sched_getaffinity(0))
+  return os.cpu_count() or 1
 
 
 def _numbers(options, name):

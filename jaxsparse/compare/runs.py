@@ -20,6 +20,7 @@ from jaxsparse import command_line, mesh
 from jaxsparse import config as config_lib
 from jaxsparse import workdir as workdir_lib
 from jaxsparse.compare import recall, results, sizes
+from jaxsparse.compare import suite as suite_lib
 from jaxsparse.compare.results import Result
 from jaxsparse.compare.suite import Suite
 from jaxsparse.config import Config
@@ -64,7 +65,8 @@ def plan(suite: Suite, workdir: str) -> list[Run]:
   for seed in suite.seeds:
     for people in suite.people or (0,):
       for name, config in configs.items():
-        train = dataclasses.replace(config.train, seed=seed)
+        steps = suite_lib.num_steps(suite, people)
+        train = dataclasses.replace(config.train, seed=seed, num_steps=steps)
         group = f'people_{people:06}' if people else 'text'
         runs.append(
           Run(

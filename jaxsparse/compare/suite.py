@@ -1,6 +1,7 @@
 """What a comparison is: a budget, architectures, seeds, data."""
 
 import dataclasses
+import math
 import pathlib
 import runpy
 from collections.abc import Mapping
@@ -8,6 +9,7 @@ from typing import Any
 
 from jaxsparse import config as config_lib
 from jaxsparse.config import Config, MemoryConfig, MoEConfig
+from jaxsparse.data import facts
 from jaxsparse.errors import UserError, require
 
 DENSE = 'dense'
@@ -52,6 +54,9 @@ class Suite:
   # Numbers of people of generated biographies, one run of everything for each;
   # with none, the text is the base's.
   people: tuple[int, ...] = ()
+  # With people, unless 0: training lasts until a fact (of somebody not famous)
+  # was told so often, instead of the base's number of steps.
+  exposures: int = 0
   # Different biographies of each person.
   num_phrasings: int = 16
   # Widths of MLPs and experts are multiples of this.
@@ -86,8 +91,25 @@ class Suite:
       not (self.people and (self.base.data.text or self.base.data.tfds)),
       'people and a text in base.data exclude each other: set one of them.',
     )
+    require(
+      self.exposures >= 0,
+      f'exposures must be at least 0, got {self.exposures}.',
+    )
+    require(
+      not (self.exposures and not self.people),
+      'exposures are those of facts: set people, too.',
+    )
     require(self.width_multiple > 0, 'width_multiple must be positive.')
     require(self.num_phrasings > 0, 'num_phrasings must be positive.')
+
+
+def num_steps(suite: Suite, people: int) -> int:
+  """How long the runs on a number of people, or on a text, are."""
+  if not suite.exposures:
+    return suite.base.train.num_steps
+  data = suite.base.data
+  tokens = facts.num_tokens(suite.exposures, people)
+  return math.ceil(tokens / (data.batch_size * data.seq_len))
 
 
 def load(path: str) -> Suite:
@@ -134,7 +156,7 @@ def narrowed(
     only: names of architectures to keep; all by default.
     seeds: instead of the suite's.
     people: instead of the suite's.
-    num_steps: instead of the suite's.
+    num_steps: instead of the suite's, and of its exposures.
     text: globs of files to train on, for a suite without people.
 
   Raises:
@@ -173,4 +195,5 @@ def narrowed(
     architectures=kept,
     seeds=seeds or suite.seeds,
     people=people or suite.people,
+    exposures=0 if num_steps else suite.exposures,
   )

@@ -133,8 +133,16 @@ TOKENS_PER_BIOGRAPHY = sum(5 + 1 / a.num_forms for a in ATTRIBUTES)
 
 def exposures(num_tokens: int, num_people: int) -> float:
   """How often a text of so many tokens tells a fact of somebody not famous."""
-  num_biographies = num_tokens / TOKENS_PER_BIOGRAPHY
-  return num_biographies * (1 - FAMOUS_SHARE) / num_people
+  return num_tokens / _tokens_per_exposure(num_people)
+
+
+def num_tokens(num_exposures: int, num_people: int) -> float:
+  """Of a text that tells these facts so often: the inverse of `exposures`."""
+  return num_exposures * _tokens_per_exposure(num_people)
+
+
+def _tokens_per_exposure(num_people: int) -> float:
+  return num_people * TOKENS_PER_BIOGRAPHY / (1 - FAMOUS_SHARE)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -11,6 +11,7 @@ from small_suite import facts_suite
 
 from jaxsparse.compare import __main__ as entry
 from jaxsparse.compare import runs
+from jaxsparse.data import facts
 from jaxsparse.errors import UserError
 from jaxsparse.training.progress import Reporter
 
@@ -99,3 +100,19 @@ def test_seeds_are_complete_one_after_another(tmp_path):
     for name in ('dense', 'ultramem')
   ]
   assert len({run.folder for run in runs.plan(suite, 'work')}) == 8
+
+
+def test_steps_are_such_that_facts_are_seen_equally_often(tmp_path):
+  suite = facts_suite(tmp_path, people=(12, 24), exposures=10)
+  for run in runs.plan(suite, 'work'):
+    data = run.config.data
+    tokens = run.config.train.num_steps * data.batch_size * data.seq_len
+    seen = facts.exposures(tokens, run.people)
+    one_step = facts.exposures(data.batch_size * data.seq_len, run.people)
+    assert 10 <= seen < 10 + one_step
+
+
+def test_steps_that_are_asked_for_override_exposures(tmp_path):
+  suite = facts_suite(tmp_path, exposures=10)
+  suite = entry.suite_lib.narrowed(suite, num_steps=4)
+  assert {run.config.train.num_steps for run in runs.plan(suite, 'w')} == {4}

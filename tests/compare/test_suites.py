@@ -44,6 +44,8 @@ def test_suite_derives_its_sizes(path, tmp_path):
   [
     (dict(seeds=()), 'a suite needs a seed'),
     (dict(seeds=(1, 1)), 'seeds must differ'),
+    (dict(exposures=-1), 'exposures must be at least 0, got -1'),
+    (dict(people=(), exposures=1), 'exposures are those of facts'),
     (dict(architectures={}), 'a suite needs an architecture'),
     (dict(architectures={'a/b': Architecture()}), 'is named by letters'),
     (
