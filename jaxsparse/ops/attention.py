@@ -1,18 +1,33 @@
-"""Dense causal attention with grouped heads and document masks.
+"""Dense causal attention: grouped heads, documents, windows, composed heads.
 
 Two matmuls and a softmax, written out: `jax.nn.dot_product_attention` does the
 same on every platform unless asked for cuDNN, which takes no float32, and its
 bfloat16 matmul has no CPU implementation at some shapes (JAX 0.10.2).
 
 The softmax is that of Vaswani et al. 2017 (arXiv:1706.03762), eq. 1; heads are
-grouped as in GQA (Ainslie et al. 2023, arXiv:2305.13245).
+grouped as in GQA (Ainslie et al. 2023, arXiv:2305.13245), and may be composed
+before and after the softmax (`compose`).
+
+With `chunk` the queries come in chunks, one after another, and the backward
+pass makes each chunk's scores again: memory for scores then grows with the
+number of keys, not with its square, and with a window not even with that.
+
+Letters: B batch, T queries, S keys, N query heads, K key/value heads, H head
+width.
 """
+
+import dataclasses
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse import mesh
+from jaxsparse.ops.compose import HeadMix, compose, compose_reference
+
+# How many times the chunks that see all before them are told apart by how much
+# that is: with 4 stages, a quarter more scores are made than are seen.
+_STAGES = 4
 
 
 def document_mask(
@@ -20,14 +35,17 @@ def document_mask(
   key_positions: Int[Array, 'B S'],
   query_segments: Int[Array, 'B T'],
   key_segments: Int[Array, 'B S'],
+  window: int = 0,
 ) -> Bool[Array, 'B T S']:
   """True where a query sees a key: same document, not later, no padding.
 
+  With a window only the last `window` positions, the query's own among them.
   Segment 0 is padding: it sees nothing and nobody sees it.
   """
   is_same = query_segments[:, :, None] == key_segments[:, None, :]
-  is_past = key_positions[:, None, :] <= query_positions[:, :, None]
-  return is_same & is_past & (key_segments > 0)[:, None, :]
+  distance = query_positions[:, :, None] - key_positions[:, None, :]
+  is_seen = is_same & (distance >= 0) & (key_segments > 0)[:, None, :]
+  return is_seen & (distance < window) if window else is_seen
 
 
 def attention(
@@ -38,6 +56,11 @@ def attention(
   key_positions: Int[Array, 'B S'],
   query_segments: Int[Array, 'B T'],
   key_segments: Int[Array, 'B S'],
+  *,
+  window: int = 0,
+  pre: HeadMix | None = None,
+  post: HeadMix | None = None,
+  chunk: int = 0,
 ) -> Float[Array, 'B T N H']:
   """Softmax attention within documents, over keys at positions up to one's own.
 
@@ -49,29 +72,127 @@ def attention(
     key_positions: position of each key in its document.
     query_segments: document of each query; 0 for padding.
     key_segments: document of each key; 0 for padding and for unused cache.
+    window: positions that a query sees, its own among them; 0 for all. With
+      `chunk`, keys must be in the order of time, and the last T of them be the
+      queries'.
+    pre: composes heads before the softmax and the mask.
+    post: composes heads after the softmax.
+    chunk: queries at once; 0 for all.
 
   Returns:
-    The mean of the values, softmax in float32; zero for queries that see no
-    key, such as padding.
+    Sums of the values by the softmax, in float32, or by what `post` makes of
+    it; zero for queries that see no key, such as padding.
   """
+  mixes = dict(pre=pre, post=post)
+  queries = dict(
+    heads=query, positions=query_positions, segments=query_segments
+  )
+  keys = dict(
+    key=key, value=value, positions=key_positions, segments=key_segments
+  )
+  for name, mix in mixes.items():
+    queries[name] = mix.query if mix else None
+    keys[name] = mix.key if mix else None
+  length = query.shape[1]
+  if not chunk or length <= chunk:
+    return _attend(queries, keys, mixes, window)
+  num_chunks = -(-length // chunk)
+  padding = num_chunks * chunk - length
+  parts = jax.tree.map(
+    lambda x: _pad(x, 0, padding).reshape(
+      x.shape[0], num_chunks, chunk, *x.shape[2:]
+    ),
+    queries,
+  )
+  parts = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), parts)
+  run = _over_window if window else _over_all
+  out = run(parts, keys, mixes, window, key.shape[1] - length)
+  out = jnp.moveaxis(out, 0, 1).reshape(*query.shape[:1], -1, *query.shape[2:])
+  return out[:, :length]
+
+
+def _over_window(parts, keys, mixes, window, first):
+  """Each chunk with the keys that its queries can reach."""
+  num_chunks, _, chunk = parts['positions'].shape
+  reach = window - 1 + chunk
+  missing = first + num_chunks * chunk - keys['positions'].shape[1]
+  keys = jax.tree.map(lambda x: _pad(x, window - 1, missing), keys)
+
+  @jax.checkpoint
+  def attend(part):
+    index, queries = part
+    near = jax.tree.map(
+      lambda x: jax.lax.dynamic_slice_in_dim(
+        x, first + index * chunk, reach, axis=1
+      ),
+      keys,
+    )
+    return _attend(queries, near, mixes, window)
+
+  return jax.lax.map(attend, (jnp.arange(num_chunks), parts))
+
+
+def _over_all(parts, keys, mixes, window, first):
+  """Each chunk with all keys, or in stages with those that are not later."""
+  num_chunks, _, chunk = parts['positions'].shape
+  # Where keys are a cache, its end is not the queries'.
+  num_stages = 1 if first else min(_STAGES, num_chunks)
+  ends = [num_chunks * (i + 1) // num_stages for i in range(num_stages)]
+  outs, begin = [], 0
+  for end in ends:
+    stage = jax.tree.map(lambda x, b=begin, e=end: x[b:e], parts)
+    last = keys['positions'].shape[1] if end == num_chunks else end * chunk
+    past = jax.tree.map(lambda x, e=last: x[:, :e], keys)
+    attend = jax.checkpoint(
+      lambda queries, past=past: _attend(queries, past, mixes, window)
+    )
+    outs.append(jax.lax.map(attend, stage))
+    begin = end
+  return jnp.concatenate(outs)
+
+
+def _pad(x, before, after):
+  widths = [(0, 0), (before, after)] + [(0, 0)] * (x.ndim - 2)
+  return jnp.pad(x, widths)
+
+
+def _attend(queries, keys, mixes, window):
+  """All queries with all keys at once."""
+  query, key, value = queries['heads'], keys['key'], keys['value']
   B, T, N, H = query.shape
   K = key.shape[2]
+  dtype = jnp.promote_types(query.dtype, jnp.float32)
   # With one key/value head `model` (of length 1) would go to its group.
   query = query.reshape(B, T, K, N // K, H, out_sharding=mesh.act('BTKGH'))
   score = jnp.einsum(
-    'btkgh,bskh->bkgts', query, key, preferred_element_type=jnp.float32
+    'btkgh,bskh->bkgts', query, key, preferred_element_type=dtype
   )
+  score *= H**-0.5
+  score = _composed(score, 'pre', queries, keys, mixes)
   mask_BTS = document_mask(
-    query_positions, key_positions, query_segments, key_segments
+    queries['positions'],
+    keys['positions'],
+    queries['segments'],
+    keys['segments'],
+    window,
   )
   # A finite bound: with -inf a query that sees no key would give NaN.
-  bound = jnp.finfo(jnp.float32).min
-  score = jnp.where(mask_BTS[:, None, None], score * H**-0.5, bound)
-  weight = jax.nn.softmax(score, axis=-1).astype(value.dtype)
+  bound = jnp.finfo(dtype).min
+  score = jnp.where(mask_BTS[:, None, None], score, bound)
+  weight = jax.nn.softmax(score, axis=-1)
+  weight = _composed(weight, 'post', queries, keys, mixes).astype(value.dtype)
   encoded = jnp.einsum('bkgts,bskh->btkgh', weight, value)
   encoded = encoded.reshape(B, T, N, H, out_sharding=mesh.act('BTNH'))
   sees_any = mask_BTS.any(axis=-1)[:, :, None, None]
   return jnp.where(sees_any, encoded, jnp.zeros_like(encoded))
+
+
+def _composed(score, name, queries, keys, mixes):
+  if mixes[name] is None:
+    return score
+  mix = dataclasses.replace(mixes[name], query=queries[name], key=keys[name])
+  heads = score.reshape(score.shape[0], -1, *score.shape[3:])
+  return compose(heads, mix).reshape(score.shape)
 
 
 def attention_reference(
@@ -82,16 +203,27 @@ def attention_reference(
   key_positions,
   query_segments,
   key_segments,
+  *,
+  window=0,
+  pre=None,
+  post=None,
 ):
   """The definition, with every head's keys written out; tests only."""
   num_groups = query.shape[2] // key.shape[2]
-  key = jnp.repeat(key, num_groups, axis=2).astype(jnp.float32)
-  value = jnp.repeat(value, num_groups, axis=2).astype(jnp.float32)
-  score = jnp.einsum('btnh,bsnh->bnts', query.astype(jnp.float32), key)
+  dtype = jnp.promote_types(query.dtype, jnp.float32)
+  key = jnp.repeat(key, num_groups, axis=2).astype(dtype)
+  value = jnp.repeat(value, num_groups, axis=2).astype(dtype)
+  score = jnp.einsum('btnh,bsnh->bnts', query.astype(dtype), key)
+  score *= query.shape[-1] ** -0.5
+  if pre is not None:
+    score = compose_reference(score, pre)
   mask = document_mask(
-    query_positions, key_positions, query_segments, key_segments
+    query_positions, key_positions, query_segments, key_segments, window
   )[:, None]
-  weight = jnp.where(mask, jnp.exp(score * query.shape[-1] ** -0.5), 0.0)
+  score = jnp.where(mask, score, 0.0)
+  weight = jnp.where(mask, jnp.exp(score), 0.0)
   total = weight.sum(axis=-1, keepdims=True)
   weight = weight / jnp.where(total > 0, total, 1.0)
+  if post is not None:
+    weight = compose_reference(weight, post)
   return jnp.einsum('bnts,bsnh->btnh', weight, value).astype(query.dtype)

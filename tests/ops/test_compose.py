@@ -1,0 +1,271 @@
+"""Composition of heads: golden numbers, the official maths, its structure."""
+
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsparse.ops.attention import attention
+from jaxsparse.ops.compose import (
+  HeadMix,
+  compose,
+  compose_reference,
+  generate_factors,
+)
+
+FIXTURE = pathlib.Path(__file__).parents[1] / 'fixtures/dcmha.npz'
+
+# Streams of the generator, in the order of the official checkpoints.
+PRE_QUERY, PRE_KEY, POST_QUERY, POST_KEY = range(4)
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+  with jax.enable_x64(True):
+    yield
+
+
+def composed(
+  inputs, *, window=0, static=False, key_wise=True, gelu='tanh', dynamic=True,
+  pre=True, post=True, chunk=0,
+):  # fmt: skip
+  """The official layer between projections and output map."""
+  factors = None
+  if dynamic:
+    factors = generate_factors(
+      inputs['x'], inputs['dw1'], inputs['qkw'], inputs['dd'], gelu
+    )
+
+  def mix(query, key, base):
+    return HeadMix(
+      query=None if factors is None else factors[:, :, query],
+      key=factors[:, :, key] if dynamic and key_wise else None,
+      base=inputs['static'][base] if static else None,
+    )
+
+  batch, length = inputs['x'].shape[:2]
+  positions = jnp.tile(jnp.arange(length), (batch, 1))
+  segments = jnp.ones((batch, length), jnp.int32)
+  return attention(
+    *(inputs[name] for name in 'qkv'),
+    positions,
+    positions,
+    segments,
+    segments,
+    window=window,
+    pre=mix(PRE_QUERY, PRE_KEY, 0) if pre else None,
+    post=mix(POST_QUERY, POST_KEY, 1) if post else None,
+    chunk=chunk,
+  )
+
+
+def sequence(shape, a, b, s):
+  return jnp.asarray(s * np.sin(a * np.arange(np.prod(shape)) + b)).reshape(
+    shape
+  )
+
+
+def golden_inputs():
+  heads = (1, 6, 4, 4)
+  return dict(
+    x=sequence((1, 6, 16), 0.7, 0.1, 1),
+    q=sequence(heads, 0.9, 0.2, 1),
+    k=sequence(heads, 1.1, 0.3, 1),
+    v=sequence(heads, 1.3, 0.4, 1),
+    dw1=sequence((16, 1, 4, 16), 0.37, 0.5, 0.3),
+    qkw=sequence((1, 4, 16, 4, 4), 0.53, 0.6, 0.2),
+    dd=sequence((16, 1, 16), 0.61, 0.7, 0.1),
+    static=sequence((2, 1, 4, 4), 0.43, 0.8, 0.1),
+  )
+
+
+# Sum, sum of squares, and the last query's first head.
+GOLDEN = dict(
+  plain=(
+    dict(pre=False, post=False),
+    (2.043188494027, 15.012132917163),
+    (0.0773989229, 0.1673460025, 0.0121307963, -0.1608560549),
+  ),
+  full=(
+    dict(),
+    (1.892712082953, 14.121407302276),
+    (0.0489154090, 0.1314847541, 0.0214286264, -0.1200204892),
+  ),
+  window=(
+    dict(window=3),
+    (0.882024116929, 15.790818171746),
+    (0.2242904680, 0.3649614997, -0.0290369207, -0.3804961843),
+  ),
+  static=(
+    dict(static=True),
+    (1.978439992354, 15.828138525085),
+    (0.0069141036, 0.1540422602, 0.0754981447, -0.1136509296),
+  ),
+  query_only=(
+    dict(key_wise=False),
+    (1.756195093446, 14.020509568069),
+    (0.0262117325, 0.1267571121, 0.0416030256, -0.1044995909),
+  ),
+  erf=(
+    dict(gelu='erf'),
+    (1.892710031076, 14.121405236170),
+    (0.0489149517, 0.1314846107, 0.0214290070, -0.1200201422),
+  ),
+  talking_heads=(
+    dict(dynamic=False, static=True),
+    (2.136088290551, 16.809931418887),
+    (0.0389215487, 0.1992797372, 0.0676926438, -0.1630643314),
+  ),
+  pre_only=(
+    dict(post=False),
+    (2.004270716080, 14.638923159339),
+    (0.0430360781, 0.1160192232, 0.0190339345, -0.1058361129),
+  ),
+  post_only=(
+    dict(pre=False),
+    (1.916371215839, 14.517325757001),
+    (0.0825135771, 0.1819148489, 0.0148104409, -0.1739912977),
+  ),
+)
+
+
+@pytest.mark.parametrize('name', GOLDEN)
+def test_golden_numbers(name):
+  options, sums, row = GOLDEN[name]
+  y = np.asarray(jax.jit(lambda i: composed(i, **options))(golden_inputs()))
+  np.testing.assert_allclose((y.sum(), (y**2).sum()), sums, atol=1e-11)
+  np.testing.assert_allclose(y[0, 5, 0], row, atol=1e-10)
+
+
+def test_golden_factors():
+  inputs = golden_inputs()
+  factors = generate_factors(
+    inputs['x'], inputs['dw1'], inputs['qkw'], inputs['dd']
+  )
+  read, write = factors[0, 2, PRE_QUERY, 0], factors[0, 2, PRE_QUERY, 2]
+  gate = factors[0, 2, PRE_KEY, -1]
+  for got, want in (
+    (read, (-1.28481714, -1.23848366, -0.85232778, -0.23230521)),
+    (write, (0.00869968, 0.00195299, -0.00532958, -0.01114978)),
+    (gate, (-0.04899416, -0.02161113, 0.01360002, 0.04388214)),
+  ):
+    np.testing.assert_allclose(got, want, atol=1e-8)
+
+
+@pytest.mark.parametrize('chunk', [0, 4])
+@pytest.mark.parametrize(
+  ('case', 'options'),
+  [
+    ('full', {}),
+    ('window', dict(window=4)),
+    ('static', dict(static=True)),
+    ('query_only', dict(key_wise=False)),
+  ],
+)
+def test_equals_the_official_layer(case, options, chunk):
+  with np.load(FIXTURE) as data:
+    arrays = {name: jnp.asarray(data[name]) for name in data.files}
+  names = ('x', 'q', 'k', 'v', 'dw1', 'qkw', 'dd')
+  names += ('static',) if case == 'static' else ()
+  inputs = {name: arrays[name] for name in names}
+
+  def loss(inputs):
+    y = composed(inputs, chunk=chunk, **options)
+    return (y * arrays['cot']).sum(), y
+
+  gradients, y = jax.jit(jax.grad(loss, has_aux=True))(inputs)
+  for got, want in [(y, arrays[f'{case}/o'])] + [
+    (gradients[name], arrays[f'{case}/grad_{name}']) for name in names
+  ]:
+    error = np.abs(got - want).max() / np.abs(want).max()
+    assert error < 1e-10, error
+
+
+def random_mix(seed, num_groups, parts=('query', 'key', 'base')):
+  """B = 2, T = 5, S = 7, N = 6, R = 2."""
+  rng = np.random.default_rng(seed)
+  group = 6 // num_groups
+  shapes = dict(
+    query=(2, 5, 5, 6), key=(2, 7, 5, 6), base=(num_groups, group, group)
+  )
+  arrays = {n: jnp.asarray(rng.normal(size=shapes[n])) for n in parts}
+  return HeadMix(num_groups=num_groups, **arrays)
+
+
+SCORE = jnp.asarray(
+  np.random.default_rng(9).normal(size=(2, 6, 5, 7)), jnp.float32
+)
+
+
+@pytest.mark.parametrize(
+  'parts', [(), ('query',), ('key',), ('base',), ('query', 'key', 'base')]
+)
+@pytest.mark.parametrize('num_groups', [1, 2, 6])
+def test_equals_the_reference(parts, num_groups):
+  mix = random_mix(0, num_groups, parts)
+  score = jnp.asarray(SCORE, jnp.float64)
+  np.testing.assert_allclose(
+    compose(score, mix), compose_reference(score, mix), atol=1e-13
+  )
+
+
+def test_zero_in_all_heads_stays_zero():
+  score = jnp.where(jnp.arange(7)[None, None, None] < 3, SCORE, 0.0)
+  y = compose(score, random_mix(1, 2))
+  np.testing.assert_array_equal(y[..., 3:], 0.0)
+  assert (np.abs(y[..., :3]) > 0).all()
+
+
+def test_groups_do_not_meet():
+  mix = random_mix(2, 2)
+  changed = SCORE.at[:, :3].add(1.0)
+  before, after = compose(SCORE, mix), compose(changed, mix)
+  np.testing.assert_array_equal(before[:, 3:], after[:, 3:])
+  assert (np.asarray(before[:, :3]) != np.asarray(after[:, :3])).all()
+
+
+def test_permuting_heads_permutes_the_result():
+  order = np.array([3, 1, 5, 0, 4, 2])
+  mix = random_mix(3, 1, ('query', 'key'))
+  permuted = HeadMix(query=mix.query[..., order], key=mix.key[..., order])
+  np.testing.assert_allclose(
+    compose(SCORE[:, order], permuted), compose(SCORE, mix)[:, order], atol=1e-5
+  )
+
+
+def test_without_factors_nothing_changes():
+  inputs = golden_inputs()
+  inputs |= dict(
+    qkw=inputs['qkw'].at[..., 2:, :].set(0.0), dd=0.0 * inputs['dd']
+  )
+  np.testing.assert_array_equal(
+    composed(inputs), composed(inputs, pre=False, post=False)
+  )
+
+
+def test_later_positions_change_nothing():
+  inputs = golden_inputs()
+  changed = {
+    name: x.at[:, 4:].add(1.0) if name in 'xqkv' else x
+    for name, x in inputs.items()
+  }
+  before, after = composed(inputs), composed(changed)
+  np.testing.assert_array_equal(before[:, :4], after[:, :4])
+  assert (np.asarray(before[:, 4:]) != np.asarray(after[:, 4:])).all()
+
+
+def test_weights_are_no_distribution():
+  """Their rows do not sum to one, and some are negative."""
+  inputs = golden_inputs()
+  inputs['qkw'] = 20 * inputs['qkw']
+  # With one-hot values the output is the weights.
+  inputs['v'] = jnp.broadcast_to(jnp.eye(6)[None, :, None], (1, 6, 4, 6))
+  for name in 'qk':
+    inputs[name] = jnp.pad(inputs[name], ((0, 0), (0, 0), (0, 0), (0, 2)))
+  weights = np.asarray(composed(inputs))
+  assert (weights < 0).any()
+  assert (np.abs(weights.sum(-1) - 1) > 1e-3).any()
+  later = np.arange(6)[:, None] < np.arange(6)
+  np.testing.assert_array_equal(weights[0][later[:, None].repeat(4, 1)], 0.0)
