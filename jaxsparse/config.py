@@ -12,6 +12,7 @@ import types
 import typing
 from typing import Any
 
+from jaxsparse.attention_config import DCMHAConfig as DCMHAConfig
 from jaxsparse.errors import (
   UserError,
   require,

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from jaxsparse.attention_config import DCMHAConfig
 from jaxsparse.errors import (
   require,
   require_choice,
@@ -9,6 +10,8 @@ from jaxsparse.errors import (
   require_positive,
 )
 from jaxsparse.memory_config import MemoryConfig
+
+ATTENTION_KINDS = ('global', 'local')
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -74,6 +77,16 @@ class ModelConfig:
   tie_embeddings: bool = True
   # RMSNorm on queries and keys of the attention.
   use_qk_norm: bool = False
+  # What the blocks' attention sees, a pattern that repeats over the blocks:
+  # 'global' for all earlier positions, 'local' for those of the window.
+  attention_pattern: tuple[str, ...] = ('global',)
+  # Positions that a query of a local block sees, its own among them.
+  window: int = 256
+  # Queries at once, such that memory for scores grows with the sequence's
+  # length and not with its square; 0 for all of a call.
+  query_chunk: int = 0
+  # Composition of heads; None for heads that do not meet.
+  dcmha: DCMHAConfig | None = None
   # Longest wavelength of the rotary embedding, in positions.
   rope_max_wavelength: float = 10_000.0
   # Added to the mean square in every RMSNorm.
@@ -109,7 +122,20 @@ class ModelConfig:
       'moe and memory.replaces_mlp would both stand in place of the MLP; set '
       'one of them.',
     )
-    require_not_negative(self, 'vocab_size')
+    require_not_negative(self, 'vocab_size', 'query_chunk')
+    require_positive(self, 'window')
+    require(
+      bool(self.attention_pattern)
+      and set(self.attention_pattern) <= set(ATTENTION_KINDS),
+      f'attention_pattern must hold some of {", ".join(ATTENTION_KINDS)}, '
+      f'got {self.attention_pattern}.',
+    )
+    if self.dcmha:
+      require(
+        self.num_heads % self.dcmha.num_groups == 0,
+        f'dcmha.num_groups must divide num_heads = {self.num_heads}, '
+        f'got {self.dcmha.num_groups}.',
+      )
     require(
       0 <= self.dropout_rate < 1,
       f'dropout_rate must be at least 0 and below 1, got {self.dropout_rate}.',
@@ -120,3 +146,9 @@ class ModelConfig:
         f'a placement must name blocks below num_layers = {self.num_layers}, '
         f'got {placement}.',
       )
+
+  @property
+  def attention_kinds(self) -> tuple[str, ...]:
+    """What each block's attention sees."""
+    pattern = self.attention_pattern
+    return tuple(pattern[i % len(pattern)] for i in range(self.num_layers))

@@ -1,4 +1,8 @@
-"""Grouped-query self-attention with RoPE, optional QK-norm and a KV cache."""
+"""Self-attention with grouped queries, RoPE, and optional QK-norm.
+
+It sees all of a document or a window, its heads may be composed (DCMHA), and it
+reads earlier tokens from a cache.
+"""
 
 import functools
 
@@ -9,60 +13,28 @@ from jaxtyping import Array, Float, Int
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
+from jaxsparse.nn import attention_cache
+from jaxsparse.nn.attention_cache import Cache
+from jaxsparse.nn.dcmha import DCMHA, cached_factors, head_mix
 from jaxsparse.nn.layers import Metrics, RMSNorm, weight
 from jaxsparse.ops.attention import attention
 from jaxsparse.ops.rope import apply_rope
-
-Cache = dict[str, jax.Array]
-
-
-def init_positions(batch_size: int, length: int) -> Cache:
-  """The part of a cache that all layers share, before the first token.
-
-  `index` is the next row to be written. Unused rows are padding, segment 0.
-  """
-
-  def empty():  # Each its own buffer, as all of the cache may be donated.
-    return mesh.reshard(
-      jnp.zeros((batch_size, length), jnp.int32), mesh.act('BS')
-    )
-
-  return dict(
-    index=jnp.zeros((), jnp.int32), positions=empty(), segment_ids=empty()
-  )
-
-
-def init_key_values(config: ModelConfig, batch_size: int, length: int) -> Cache:
-  """One layer's own part of a cache: keys and values [B, S, K, H]."""
-  shape = (batch_size, length, config.num_kv_heads, config.head_dim)
-  key, value = (
-    mesh.reshard(jnp.zeros(shape, config.dtype), mesh.act('BSKH'))
-    for _ in range(2)
-  )
-  return dict(key=key, value=value)
-
-
-def extend(cache: Cache, **new: jax.Array) -> Cache:
-  """Writes T new rows of every array at `index`, which then moves on by T.
-
-  The cache must have room: rows that do not fit would overwrite the last ones.
-  """
-  write = functools.partial(
-    jax.lax.dynamic_update_slice_in_dim, start_index=cache['index'], axis=1
-  )
-  num_new = new['positions'].shape[1]
-  rows = {name: write(cache[name], array) for name, array in new.items()}
-  return dict(cache, index=cache['index'] + num_new, **rows)
 
 
 class Attention(nn.Module):
   """Token mixer: every head reads its document up to its own position.
 
   Leaves: `query` [D, N, H], `key` and `value` [D, K, H], `output` [N, H, D];
-  with QK-norm also `query_norm` and `key_norm`, one gain for all heads.
+  with QK-norm also `query_norm` and `key_norm`, one gain for all heads; with
+  composition those of `DCMHA`.
+
+  Attributes:
+    config: of the model.
+    layer: number of the block, whose place in the pattern counts.
   """
 
   config: ModelConfig
+  layer: int = 0
 
   @nn.compact
   def __call__(
@@ -78,25 +50,33 @@ class Attention(nn.Module):
       x: the normalised residual stream.
       positions: position of each token in its document.
       segment_ids: document of each token; 0 for padding.
-      cache: what `init_positions` and `init_key_values` made, and this layer
-        extended; None when all tokens are in `x`.
+      cache: what `init_shared` and `init_rows` of `attention_cache` made, and
+        this layer extended; None when all tokens are in `x`.
 
     Returns:
       What to add to the residual stream, the extended cache, and no metrics.
     """
     config, model_dim = self.config, x.shape[-1]
-    query, key, value = self._project(x.astype(config.dtype), positions)
-    if cache is None:
-      keys = dict(key=key, value=value)
-      keys |= dict(positions=positions, segment_ids=segment_ids)
-    else:
-      cache = keys = extend(
-        cache,
-        key=key,
-        value=value,
-        positions=positions,
-        segment_ids=segment_ids,
-      )
+    x = x.astype(config.dtype)
+    query, key, value = self._project(x, positions)
+    new = dict(
+      key=key, value=value, positions=positions, segment_ids=segment_ids
+    )
+    factors, bases = {}, {}
+    if config.dcmha:
+      factors, bases = DCMHA(
+        config.dcmha, config.num_heads, config.dtype, name='dcmha'
+      )(x)
+      if (of_keys := cached_factors(factors)) is not None:
+        new['factors'] = of_keys if cache is None else of_keys.astype(x.dtype)
+    has_ring = attention_cache.is_ring(config, self.layer)
+    keys = new
+    if cache is not None:
+      keys, cache = attention_cache.append(cache, new, has_ring)
+    mixes = {
+      place: head_mix(config.dcmha, place, factors, keys.get('factors'), bases)
+      for place in ('pre', 'post')
+    }
     encoded = attention(
       query,
       keys['key'],
@@ -105,6 +85,9 @@ class Attention(nn.Module):
       keys['positions'],
       segment_ids,
       keys['segment_ids'],
+      window=config.window if has_ring else 0,
+      chunk=config.query_chunk,
+      **mixes,
     )
     shape = (config.num_heads, config.head_dim, model_dim)
     variance = 1 / (2 * config.num_layers * shape[0] * shape[1])

@@ -64,7 +64,9 @@ class Block(nn.Module):
     norm = functools.partial(
       RMSNorm, epsilon=config.norm_epsilon, dtype=config.dtype
     )
-    y, attention_cache, metrics = Attention(config, name='attention')(
+    y, attention_cache, metrics = Attention(
+      config, self.index, name='attention'
+    )(
       norm(name='attention_norm')(x),
       positions,
       segment_ids,

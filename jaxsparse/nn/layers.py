@@ -6,6 +6,8 @@ stream of an L-layer model are drawn from N(0, 1 / (2 L fan_in)): the 2L
 branches together then add about unit variance.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -23,13 +25,18 @@ def weight(
   shape: tuple[int, ...],
   variance: float,
   dtype: jax.typing.DTypeLike,
+  changed: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> jax.Array:
   """Declares a float32 normal parameter and returns it ready for a matmul.
 
   Gathered over `data` before the cast, such that its gradient is summed over
-  the devices in float32.
+  the devices in float32. `changed` is applied to the initial value.
   """
-  init = mesh.sharded(nn.initializers.normal(variance**0.5), mesh.param(dims))
+
+  def draw(*args):
+    return changed(nn.initializers.normal(variance**0.5)(*args))
+
+  init = mesh.sharded(draw, mesh.param(dims))
   return mesh.gather(module.param(name, init, shape), dims).astype(dtype)
 
 

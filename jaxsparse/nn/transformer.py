@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.errors import UserError
-from jaxsparse.nn.attention import init_key_values, init_positions
+from jaxsparse.nn import attention_cache
 from jaxsparse.nn.block import Block, Cache, block_name, placements, prefixed
 from jaxsparse.nn.layers import (
   Embed,
@@ -26,13 +26,16 @@ def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
   written in the order in which tokens are fed, at one index for the batch.
   """
   blocks = {
-    block_name(i): dict(attention=init_key_values(config, batch_size, length))
+    block_name(i): dict(
+      attention=attention_cache.init_rows(config, i, batch_size, length)
+    )
     for i in range(config.num_layers)
   }
   for read, _ in placements(config):
     if config.memory.query_conv_taps > 1:
       blocks[block_name(read)]['memory'] = _init_context(config, batch_size)
-  return dict(shared=init_positions(batch_size, length), blocks=blocks)
+  shared = attention_cache.init_shared(config, batch_size, length)
+  return dict(shared=shared, blocks=blocks)
 
 
 def _init_context(config: ModelConfig, batch_size: int) -> Cache:
@@ -104,7 +107,9 @@ class Transformer(nn.Module):
     # Memory outputs on their way, by the block after which they are added.
     pending = {}
     metrics = dict(aux_loss=jnp.zeros((), jnp.float32))
-    new_cache = None if cache is None else dict(cache, blocks={})
+    new_cache = None
+    if cache is not None:
+      new_cache = dict(shared=dict(cache['shared']), blocks={})
     tables = None
     if config.memory and config.memory.shared_rows:
       tables = SharedTables(
@@ -131,15 +136,17 @@ class Transformer(nn.Module):
       metrics |= prefixed(block_name(i), block_metrics)
       if new_cache is not None:
         new_cache['blocks'][block_name(i)] = block_cache
-        new_cache['shared'] = _split_shared(block_cache, cache['shared'])
+        extended = _split_shared(block_cache, cache['shared'])
+        names = attention_cache.shared_names(config, i)
+        new_cache['shared'] |= {name: extended[name] for name in names}
     return x, new_cache, metrics
 
 
 def _block_cache(cache: Cache | None, block: int) -> Cache | None:
   """A block's own cache, with what all blocks share put beside its keys.
 
-  Every block computes the same extension of the shared arrays from the same
-  inputs, which the compiler does once.
+  Every block of a kind computes the same extension of the shared arrays from
+  the same inputs, which the compiler does once.
   """
   if cache is None:
     return None

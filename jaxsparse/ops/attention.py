@@ -83,32 +83,57 @@ def attention(
     Sums of the values by the softmax, in float32, or by what `post` makes of
     it; zero for queries that see no key, such as padding.
   """
-  mixes = dict(pre=pre, post=post)
+  mixes = {n: m for n, m in dict(pre=pre, post=post).items() if m}
+  letter = _head_letter(mixes)
+
+  def placed(x, dims):
+    return None if x is None else mesh.reshard(x, mesh.act(dims))
+
   queries = dict(
-    heads=query, positions=query_positions, segments=query_segments
+    heads=placed(query, f'BT{letter}H'),
+    positions=query_positions,
+    segments=query_segments,
   )
   keys = dict(
-    key=key, value=value, positions=key_positions, segments=key_segments
+    key=placed(key, f'BS{letter}H'),
+    value=placed(value, f'BS{letter}H'),
+    positions=key_positions,
+    segments=key_segments,
   )
   for name, mix in mixes.items():
-    queries[name] = mix.query if mix else None
-    keys[name] = mix.key if mix else None
+    queries[name] = placed(mix.query, f'BT.{letter}')
+    keys[name] = placed(mix.key, f'BS.{letter}')
   length = query.shape[1]
-  if not chunk or length <= chunk:
-    return _attend(queries, keys, mixes, window)
+  if chunk and length > chunk:
+    out = _in_chunks(queries, keys, mixes, window, chunk)
+  else:
+    out = _attend(queries, keys, mixes, window)
+  return mesh.reshard(out, mesh.act('BTNH'))
+
+
+def _head_letter(mixes):
+  """Heads are split over the mesh unless those of several devices meet."""
+  axes = mesh.axis_sizes()
+  num_shards = mesh.shards('N')[1] if axes else 1
+  is_split = all(m.num_groups % num_shards == 0 for m in mixes.values())
+  return 'N' if is_split else '.'
+
+
+def _in_chunks(queries, keys, mixes, window, chunk):
+  batch, length = queries['positions'].shape
   num_chunks = -(-length // chunk)
   padding = num_chunks * chunk - length
   parts = jax.tree.map(
     lambda x: _pad(x, 0, padding).reshape(
-      x.shape[0], num_chunks, chunk, *x.shape[2:]
+      batch, num_chunks, chunk, *x.shape[2:]
     ),
     queries,
   )
   parts = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), parts)
   run = _over_window if window else _over_all
-  out = run(parts, keys, mixes, window, key.shape[1] - length)
-  out = jnp.moveaxis(out, 0, 1).reshape(*query.shape[:1], -1, *query.shape[2:])
-  return out[:, :length]
+  out = run(parts, keys, mixes, window, keys['positions'].shape[1] - length)
+  out = jnp.moveaxis(out, 0, 1)
+  return out.reshape(batch, -1, *out.shape[3:])[:, :length]
 
 
 def _over_window(parts, keys, mixes, window, first):
@@ -162,8 +187,10 @@ def _attend(queries, keys, mixes, window):
   B, T, N, H = query.shape
   K = key.shape[2]
   dtype = jnp.promote_types(query.dtype, jnp.float32)
+  letter = _head_letter(mixes)
   # With one key/value head `model` (of length 1) would go to its group.
-  query = query.reshape(B, T, K, N // K, H, out_sharding=mesh.act('BTKGH'))
+  split = mesh.act(f'BT{letter}GH')
+  query = query.reshape(B, T, K, N // K, H, out_sharding=split)
   score = jnp.einsum(
     'btkgh,bskh->bkgts', query, key, preferred_element_type=dtype
   )
@@ -182,13 +209,14 @@ def _attend(queries, keys, mixes, window):
   weight = jax.nn.softmax(score, axis=-1)
   weight = _composed(weight, 'post', queries, keys, mixes).astype(value.dtype)
   encoded = jnp.einsum('bkgts,bskh->btkgh', weight, value)
-  encoded = encoded.reshape(B, T, N, H, out_sharding=mesh.act('BTNH'))
+  merged = mesh.act(f'BT{letter}H')
+  encoded = encoded.reshape(B, T, N, H, out_sharding=merged)
   sees_any = mask_BTS.any(axis=-1)[:, :, None, None]
   return jnp.where(sees_any, encoded, jnp.zeros_like(encoded))
 
 
 def _composed(score, name, queries, keys, mixes):
-  if mixes[name] is None:
+  if name not in mixes:
     return score
   mix = dataclasses.replace(mixes[name], query=queries[name], key=keys[name])
   heads = score.reshape(score.shape[0], -1, *score.shape[3:])

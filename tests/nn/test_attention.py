@@ -5,13 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxsparse import mesh
+from jaxsparse.attention_config import DCMHAConfig, query_wise_dcmha
 from jaxsparse.config import ModelConfig
-from jaxsparse.nn.attention import (
-  Attention,
-  extend,
-  init_key_values,
-  init_positions,
-)
+from jaxsparse.nn import attention_cache
+from jaxsparse.nn.attention import Attention
+from jaxsparse.nn.dcmha import DCMHA
 from jaxsparse.ops.attention import attention_reference
 from jaxsparse.ops.rope import apply_rope_reference
 
@@ -54,27 +53,181 @@ def test_is_its_formula(use_qk_norm):
   np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
-def test_a_cache_read_in_chunks_gives_the_same():
-  module = Attention(make_config(use_qk_norm=True))
-  init = jax.jit(module.init_with_output)
-  (expected, _, _), params = init(KEY, X, POSITIONS, SEGMENTS)
-  apply = jax.jit(module.apply)
-  cache = init_positions(B, 9) | init_key_values(module.config, B, 9)
-  outputs = []
-  for part in (slice(0, 3), slice(3, 4), slice(4, 5), slice(5, 6)):
-    inputs = (array[:, part] for array in (X, POSITIONS, SEGMENTS))
-    y, cache, _ = apply(params, *inputs, cache)
+# Global and local, with and without composition of heads.
+VARIANTS = dict(
+  plain=dict(use_qk_norm=True),
+  local=dict(attention_pattern=('local',), window=3),
+  dcmha=dict(dcmha=DCMHAConfig(base=True)),
+  dcmha_in_groups=dict(dcmha=DCMHAConfig(num_groups=2, rank=1)),
+  local_dcmha=dict(attention_pattern=('local',), window=3, dcmha=DCMHAConfig()),
+  local_query_wise=dict(
+    attention_pattern=('local',), window=3, dcmha=query_wise_dcmha()
+  ),
+)
+
+
+def init_and_run(config, *inputs):
+  """Parameters of a size at which composition matters, and the output."""
+  module = Attention(config)
+  params = jax.jit(module.init)(KEY, *inputs)
+  leaves = dict(params['params'])
+  if 'dcmha' in leaves:
+    leaves['dcmha'] = jax.tree.map(
+      lambda x: 0.3 * x / jnp.sqrt(jnp.square(x).mean()), leaves['dcmha']
+    )
+  params = dict(params=leaves)
+  y, _, _ = jax.jit(module.apply)(params, *inputs)
+  return module, params, y
+
+
+def run_in_parts(module, params, lengths, *inputs, capacity=None):
+  """Through a cache, so many positions at a time."""
+  batch, total = inputs[1].shape
+  capacity = capacity or total
+  cache = attention_cache.init_shared(module.config, batch, capacity)
+  cache |= attention_cache.init_rows(module.config, 0, batch, capacity)
+  apply, outputs, begin = jax.jit(module.apply), [], 0
+  for length in lengths:
+    part = [x[:, begin : begin + length] for x in inputs]
+    y, cache, _ = apply(params, *part, cache)
     outputs.append(y)
-  assert cache['index'] == T
-  np.testing.assert_allclose(
-    np.concatenate(outputs, axis=1), expected, atol=1e-5
+    begin += length
+  assert begin == total == cache['index']
+  return np.concatenate(outputs, axis=1), cache
+
+
+@pytest.mark.parametrize(
+  'lengths',
+  [(3, 1, 1, 1, 4, 1)]
+  + [
+    pytest.param(lengths, marks=pytest.mark.slow)
+    for lengths in ((11,), (1,) * 11, (2, 6, 3))
+  ],
+  ids=str,
+)
+@pytest.mark.parametrize('variant', VARIANTS)
+def test_a_cache_gives_the_same_at_every_position(variant, lengths):
+  """Two documents, and padding on the left of one row."""
+  length = sum(lengths)
+  x = jax.random.normal(KEY, (B, length, D))
+  segments = np.array([[1] * 4 + [2] * 7, [0] * 2 + [1] * 9])
+  positions = np.array([[*range(4), *range(7)], [0, 0, *range(9)]], np.int32)
+  inputs = (x, jnp.asarray(positions), jnp.asarray(segments, jnp.int32))
+  config = make_config(**VARIANTS[variant])
+  module, params, expected = init_and_run(config, *inputs)
+  y, _ = run_in_parts(module, params, lengths, *inputs, capacity=length + 2)
+  np.testing.assert_allclose(y, expected, atol=2e-6)
+
+
+def test_a_local_layer_keeps_a_window_and_no_more():
+  config = make_config(**VARIANTS['local_dcmha'])
+  inputs = (X, POSITIONS, SEGMENTS)
+  module, params, _ = init_and_run(config, *inputs)
+  _, cache = run_in_parts(module, params, (4, 2), *inputs)
+  shapes = {name: x.shape for name, x in cache.items()}
+  assert shapes == dict(
+    index=(),
+    ring_positions=(B, 3),
+    ring_segment_ids=(B, 3),
+    key=(B, 3, 2, 4),
+    value=(B, 3, 2, 4),
+    factors=(B, 3, 2, 5, 4),
   )
+  # Row i in slot i mod 3.
+  np.testing.assert_array_equal(cache['ring_positions'][0], [3, 4, 5])
 
 
-def test_extend_writes_in_order():
-  cache = init_positions(1, 4)
-  one = jnp.ones((1, 1), jnp.int32)
-  for i in range(3):
-    cache = extend(cache, positions=i * one, segment_ids=one)
-  np.testing.assert_array_equal(cache['positions'], [[0, 1, 2, 0]])
-  np.testing.assert_array_equal(cache['segment_ids'], [[1, 1, 1, 0]])
+def test_factors_of_queries_are_not_cached():
+  config = make_config(dcmha=query_wise_dcmha(base=True))
+  assert attention_cache.init_rows(config, 0, 1, 8).keys() == {'key', 'value'}
+
+
+@pytest.mark.parametrize('variant', ['plain', 'local', 'local_dcmha'])
+def test_chunks_of_queries_give_the_same(variant):
+  fields = make_config(**VARIANTS[variant])
+  chunked = make_config(**VARIANTS[variant], query_chunk=4)
+  length = 11
+  x = jax.random.normal(KEY, (B, length, D))
+  inputs = (x, jnp.tile(jnp.arange(length), (B, 1)), jnp.ones((B, length), int))
+  _, params, expected = init_and_run(fields, *inputs)
+  y, _, _ = jax.jit(Attention(chunked).apply)(params, *inputs)
+  np.testing.assert_allclose(y, expected, atol=2e-6)
+
+
+def test_identity_start_is_plain_attention_and_learns():
+  inputs = (X, POSITIONS, SEGMENTS)
+  module = Attention(make_config(dcmha=DCMHAConfig(init='identity')))
+  params = module.init(KEY, *inputs)['params']
+  plain = {name: x for name, x in params.items() if name != 'dcmha'}
+  expected, _, _ = Attention(make_config()).apply({'params': plain}, *inputs)
+
+  def loss(params):
+    y, _, _ = module.apply({'params': params}, *inputs)
+    return jnp.sin(y).sum(), y
+
+  gradients, y = jax.grad(loss, has_aux=True)(params)
+  np.testing.assert_allclose(y, expected, atol=1e-7)
+  writing = gradients['dcmha']['low_rank'][..., 2:, :]
+  assert np.abs(writing).min() > 0
+  assert np.abs(gradients['dcmha']['gate']).min() > 0
+
+
+def test_default_start_is_near_plain_attention():
+  inputs = (X, POSITIONS, SEGMENTS)
+  config = make_config(dcmha=DCMHAConfig())
+  params = Attention(config).init(KEY, *inputs)['params']
+  plain = {name: x for name, x in params.items() if name != 'dcmha'}
+  near, _, _ = Attention(config).apply({'params': params}, *inputs)
+  expected, _, _ = Attention(make_config()).apply({'params': plain}, *inputs)
+  error = np.linalg.norm(near - expected) / np.linalg.norm(expected)
+  assert 1e-5 < error < 0.02
+
+
+@pytest.mark.parametrize(
+  ('model_dim', 'num_heads', 'options', 'count'),
+  [
+    (1024, 16, {}, 344_064),
+    (1024, 16, dict(base=True), 344_064 + 512),
+    (2560, 32, {}, 1_703_936),
+    (1024, 16, dict(key_wise=False), 344_064 // 2),
+    (64, 8, dict(num_groups=2), 20 * 64 * 8 + 64 * 8**2 // 2),
+  ],
+)
+def test_number_of_parameters(model_dim, num_heads, options, count):
+  """Section 7 of the published cost formulas."""
+  module = DCMHA(DCMHAConfig(**options), num_heads)
+  x = jax.ShapeDtypeStruct((1, 1, model_dim), jnp.float32)
+  leaves = jax.tree.leaves(jax.eval_shape(module.init, KEY, x))
+  assert sum(leaf.size for leaf in leaves) == count
+
+
+@pytest.mark.parametrize('num_groups', [1, 4])
+def test_any_mesh_gives_the_same(num_groups):
+  """Groups are split over `model` where it divides them."""
+  config = make_config(
+    num_heads=8,
+    num_kv_heads=4,
+    attention_pattern=('local',),
+    window=3,
+    query_chunk=4,
+    dcmha=DCMHAConfig(base=True, num_groups=num_groups),
+  )
+  inputs = tuple(
+    jnp.concatenate(4 * [array]) for array in (X, POSITIONS, SEGMENTS)
+  )
+  module = Attention(config)
+
+  def run():
+    params = jax.jit(module.init)(KEY, *inputs)
+
+    def loss(params):
+      y, _, _ = module.apply(params, *inputs)
+      return jnp.sin(y).sum(), y
+
+    return jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params))
+
+  expected = run()
+  with jax.set_mesh(mesh.make_mesh(2, 1, 4)):
+    sharded = run()
+  for got, want in zip(*map(jax.tree.leaves, (sharded, expected)), strict=True):
+    np.testing.assert_allclose(got, want, atol=2e-5)

@@ -11,7 +11,7 @@ from compiled import payloads
 from flax import traverse_util
 
 from jaxsparse import mesh
-from jaxsparse.config import MemoryConfig, ModelConfig, MoEConfig
+from jaxsparse.config import DCMHAConfig, MemoryConfig, ModelConfig, MoEConfig
 from jaxsparse.errors import UserError
 from jaxsparse.memory_config import memory_plus, peer, ultramem_v2
 from jaxsparse.nn.transformer import Transformer, init_cache
@@ -49,6 +49,11 @@ MODELS = dict(
   qk_norm=make_config(use_qk_norm=True),
   memory=make_config(((0, 1), (1, 1))),
   conv=make_config(((0, 2), (1, 1)), taps=3, num_layers=3),
+  dcmha=make_config(
+    attention_pattern=('local', 'global'),
+    window=3,
+    dcmha=DCMHAConfig(base=True),
+  ),
   experts=make_config(
     moe=MoEConfig(
       num_experts=4, expert_dim=12, num_shared=1, bias_update_rate=1e-3

@@ -1,0 +1,115 @@
+"""The parameters that compose attention heads, see `ops.compose`."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxsparse.attention_config import DCMHAConfig
+from jaxsparse.nn.layers import weight
+from jaxsparse.ops.compose import HeadMix, generate_factors
+
+# Each a stream's part: ('pre', 'query') and so on.
+Factors = dict[tuple[str, str], jax.Array]
+
+
+class DCMHA(nn.Module):
+  """Generates what mixes the heads of an attention, with no bias anywhere.
+
+  Leaves, for C streams and groups of M heads: `hidden` [D, G, C, 2 R M],
+  `low_rank` [G, C, 2 R M, 2 R, M] and `gate` [D, G, C M]; for a base `pre_base`
+  and `post_base` [G, M, M]. Drawn as in the official JAX code, such that the
+  layer begins within about a percent of plain attention.
+  """
+
+  config: DCMHAConfig
+  num_heads: int
+  dtype: jax.typing.DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, 'B T D']) -> tuple[Factors, dict]:
+    """Factors [B, T, F, N] of each stream, and the base of each place."""
+    config, model_dim = self.config, x.shape[-1]
+    num_groups, num_streams = config.num_groups, len(config.streams)
+    group, twice_rank = self.num_heads // num_groups, 2 * config.rank
+    width = twice_rank * group
+
+    def draw(name, dims, shape, deviation):
+      return weight(self, name, dims, shape, deviation**2, self.dtype)
+
+    # Only what writes is zero: then its gradient is not.
+    is_identity = config.init == 'identity'
+
+    bases = {}
+    if config.base:
+      for place in ('pre', 'post'):
+        if getattr(config, place):
+          shape = (num_groups, group, group)
+          bases[place] = draw(f'{place}_base', '...', shape, 0.1 * group**-0.5)
+    if not num_streams:
+      return {}, bases
+    hidden = draw(
+      'hidden',
+      'D...',
+      (model_dim, num_groups, num_streams, width),
+      (2 / (model_dim + width)) ** 0.5,
+    )
+    low_rank = weight(
+      self,
+      'low_rank',
+      '.....',
+      (num_groups, num_streams, width, twice_rank, group),
+      (0.02 / (width**0.5 * (group + config.rank))) ** 2,
+      self.dtype,
+      **(dict(changed=_without_writing) if is_identity else {}),
+    )
+    gate = draw(
+      'gate',
+      'D..',
+      (model_dim, num_groups, num_streams * group),
+      0.0 if is_identity else 0.005 * (2 / (model_dim + group)) ** 0.5,
+    )
+    factors = generate_factors(
+      x.astype(self.dtype), hidden, low_rank, gate, config.gelu
+    )
+    streams = jnp.unstack(factors, axis=2)
+    return dict(zip(config.streams, streams, strict=True)), bases
+
+
+def _without_writing(low_rank):
+  rank = low_rank.shape[3] // 2
+  return low_rank.at[..., rank:, :].set(0.0)
+
+
+def head_mix(
+  config: DCMHAConfig | None,
+  place: str,
+  factors: Factors,
+  keys: jax.Array | None,
+  bases: dict,
+) -> HeadMix | None:
+  """What composes heads in one place, 'pre' or 'post'.
+
+  Args:
+    config: None for attention without composition.
+    place: before or after the softmax.
+    factors: of the queries' tokens.
+    keys: factors of the keys' tokens, as they are cached: [B, S, C, F, N].
+    bases: of each place.
+  """
+  if config is None or not getattr(config, place):
+    return None
+  cached = [where for where, side in config.streams if side == 'key']
+  key = keys[:, :, cached.index(place)] if place in cached else None
+  return HeadMix(
+    query=factors.get((place, 'query')),
+    key=key,
+    base=bases.get(place),
+    num_groups=config.num_groups,
+  )
+
+
+def cached_factors(factors: Factors) -> jax.Array | None:
+  """The streams of the keys' tokens [B, T, C, F, N]; None if there is none."""
+  streams = [array for (_, side), array in factors.items() if side == 'key']
+  return jnp.stack(streams, axis=2) if streams else None
