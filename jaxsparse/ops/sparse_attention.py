@@ -1,0 +1,357 @@
+"""Attention to a window, to some blocks before it, and to summaries of others.
+
+A tile of queries reads three disjoint sets of keys: its window, row by row; the
+blocks that `block_selection` keeps; and one key and value for each other
+eligible block, which stands for all of its rows. 'merged' is one softmax over
+all of them, so that keeping every block is dense attention; 'gated' adds up
+three softmaxes (NSA, arXiv:2502.11089). A gate for each set, query and head
+weighs them.
+
+Letters as in `block_selection`; r rows of a tile, T = n r queries.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsparse.ops.block_selection import (
+  Grid,
+  Selection,
+  Summaries,
+  eligible_blocks,
+  importance,
+  select,
+  summarize,
+)
+
+_NEVER = -1e30
+
+# How far above the largest kept score another may lie: e^20 still has a finite
+# gradient.
+_MOST_ABOVE = 20.0
+
+
+class Pages(NamedTuple):
+  """Keys and values on the grid of blocks."""
+
+  key: Float[Array, 'B K Z b H']
+  value: Float[Array, 'B K Z b H']
+  segments: Int[Array, 'B Z b']
+
+
+class _Part(NamedTuple):
+  """A softmax that is not divided yet: its maximum, sum, and sum of values."""
+
+  maximum: jax.Array
+  total: jax.Array
+  values: jax.Array
+
+
+def to_pages(
+  key: Float[Array, 'B S K H'],
+  value: Float[Array, 'B S K H'],
+  segments: Int[Array, 'B S'],
+  block: int,
+) -> Pages:
+  """Rows on the grid; what the last block lacks is padding."""
+  length = key.shape[1]
+  missing = -length % block
+
+  def paged(x):
+    x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+    return x.reshape(x.shape[0], -1, block, *x.shape[2:])
+
+  key, value = (jnp.moveaxis(paged(x), 3, 1) for x in (key, value))
+  return Pages(key, value, paged(segments))
+
+
+def attend_tiles(
+  query: Float[Array, 'B n r K G H'],
+  gates: Float[Array, 'B n r K G 3'],
+  first_row: Int[Array, ' n'],
+  segments: Int[Array, 'B n r'],
+  pages: Pages,
+  summaries: Summaries | None,
+  selection: Selection,
+  grid: Grid,
+  combine: str = 'merged',
+) -> tuple[Float[Array, 'B n r K G H'], Float[Array, 'B n r K G 3']]:
+  """Attention of given tiles with given blocks.
+
+  Args:
+    query: rotated.
+    gates: factors of the window, the kept blocks and the summaries.
+    first_row: of each tile, on the grid.
+    segments: document of each query; 0 for padding.
+    pages: all keys and values; rows after a query's own may hold anything.
+    summaries: of the blocks, or None to do without them.
+    selection: the tiles' blocks.
+    grid: sizes.
+    combine: 'merged' or 'gated'.
+
+  Returns:
+    Sums of the values, 0 for padding, and each set's share of the softmax
+    ('merged') or its gate ('gated').
+  """
+  dtype = jnp.promote_types(query.dtype, jnp.float32)
+  query = jnp.moveaxis(query, 3, 1).astype(dtype) * query.shape[-1] ** -0.5
+  gates = jnp.moveaxis(gates, 3, 1).astype(dtype)
+  own_block = first_row // grid.block
+  parts = [
+    _window(query, first_row, segments, pages, own_block, grid),
+    _kept(query, segments, pages, selection),
+  ]
+  if summaries is not None:
+    is_eligible = eligible_blocks(summaries, own_block, segments[..., 0], grid)
+    parts.append(
+      _summarized(query, segments, summaries, is_eligible, selection, grid)
+    )
+  y, shares = _combined(parts, gates, combine)
+  shares = jnp.pad(shares, [(0, 0)] * 5 + [(0, 3 - shares.shape[-1])])
+  return tuple(jnp.moveaxis(x, 1, 3) for x in (y, shares))
+
+
+def _combined(parts, gates, combine):
+  gate = [gates[..., i] for i in range(len(parts))]
+  if combine == 'gated':
+    y = sum(
+      g[..., None] * _divided(part.values, part.total)
+      for g, part in zip(gate, parts, strict=True)
+    )
+    return y, jnp.stack(gate, axis=-1)
+  maximum = jnp.stack([part.maximum for part in parts]).max(0)
+  scale = [
+    g * jnp.exp(part.maximum - maximum)
+    for g, part in zip(gate, parts, strict=True)
+  ]
+  masses = [s * part.total for s, part in zip(scale, parts, strict=True)]
+  total = sum(masses)
+  values = sum(
+    s[..., None] * part.values for s, part in zip(scale, parts, strict=True)
+  )
+  return _divided(values, total), _divided(jnp.stack(masses, -1), total)
+
+
+def _divided(values, total):
+  """values / total, and 0 with no gradient where that is 0."""
+  is_empty = total == 0
+  safe = jnp.where(is_empty, 1.0, total)
+  return jnp.where(is_empty[..., None], 0.0, values / safe[..., None])
+
+
+def _window(query, first_row, segments, pages, own_block, grid):
+  """Rows of the own block and the blocks of the window, none of them later."""
+  offsets = jnp.arange(-grid.window_blocks, 1)
+  block = own_block[:, None] + offsets[None]
+  row = block[..., None] * grid.block + jnp.arange(grid.block)[None, None]
+  row = row.reshape(len(block), -1)
+  key, value, of_keys = _read_window(pages, jnp.maximum(block, 0))
+  own_row = first_row[:, None] + jnp.arange(segments.shape[2])[None]
+  is_past = (row[:, None] <= own_row[..., None]) & (row >= 0)[:, None]
+  is_seen = _same_document(segments, of_keys) & is_past[None]
+  logits = jnp.einsum('bknrgh,bknlh->bknrgl', query, key.astype(query.dtype))
+  return _part(logits, is_seen[:, None, :, :, None], value)
+
+
+def _read_window(pages, block):
+  """Keys and values [B, K, n, l, H] and segments [B, n, l] of the blocks."""
+
+  def merged(x, axis):
+    x = jnp.take(x, block, axis=axis, mode='clip')
+    shape = (*x.shape[: axis + 1], -1, *x.shape[axis + 3 :])
+    return x.reshape(shape)
+
+  return merged(pages.key, 2), merged(pages.value, 2), merged(pages.segments, 1)
+
+
+def _kept(query, segments, pages, selection):
+  """All rows of the kept blocks: each ends before the tile."""
+  take = jax.vmap(jax.vmap(lambda x, i: x[i]))
+  key, value = (take(x, selection.block) for x in (pages.key, pages.value))
+  # The documents' rows are the same for all heads, the blocks are not.
+  of_keys = jax.vmap(lambda x, i: x[i])(pages.segments, selection.block)
+  shape = (*selection.block.shape[:3], -1)
+  is_seen = _same_document(segments[:, None], of_keys.reshape(shape))[
+    ..., None, :
+  ]
+  block = key.shape[-2]
+  is_kept = jnp.repeat(selection.is_kept, block, axis=-1)[..., None, None, :]
+  weight = jnp.repeat(selection.weight, block, axis=-1)[..., None, None, :]
+  key, value = (x.reshape(*shape, x.shape[-1]) for x in (key, value))
+  logits = jnp.einsum('bknrgh,bknlh->bknrgl', query, key.astype(query.dtype))
+  return _part(logits, is_seen, value, is_kept, weight)
+
+
+def _summarized(query, segments, summaries, is_eligible, selection, grid):
+  """One key and value for each eligible block that is not kept."""
+  num_blocks = is_eligible.shape[-1]
+  is_kept = jnp.any(
+    (
+      selection.block[..., None]
+      == jnp.arange(num_blocks)[None, None, None, None]
+    )
+    & selection.is_kept[..., None],
+    axis=-2,
+  )
+  is_read = is_eligible[:, None] & (grid.is_overlapping | ~is_kept)
+  is_same = _same_document(
+    segments, jnp.broadcast_to(summaries.segment[:, None], is_eligible.shape)
+  )
+  is_seen = is_read[..., None, None, :] & is_same[:, None, :, :, None]
+  logits = jnp.einsum('bknrgh,bkzh->bknrgz', query, summaries.key)
+  count = jnp.maximum(summaries.count, 1).astype(logits.dtype)
+  logits += jnp.log(count)[:, None, None, None, None]
+  return _part(logits, is_seen, summaries.value)
+
+
+def _same_document(queries, keys):
+  """[..., r] and [..., l] to [..., r, l]."""
+  is_same = queries[..., :, None] == keys[..., None, :]
+  return is_same & (queries > 0)[..., :, None]
+
+
+def _part(logits, is_seen, value, is_kept=True, weight=None):
+  """Sums over the last axis, with values [B, K, n, l, H] or [B, K, l, H].
+
+  What is seen and not kept adds nothing, but may have a gradient by `weight`.
+  """
+  maximum = jnp.where(is_seen & is_kept, logits, _NEVER).max(-1)
+  maximum = jax.lax.stop_gradient(maximum)
+  above = jnp.minimum(logits - maximum[..., None], _MOST_ABOVE)
+  share = jnp.where(is_seen, jnp.exp(above), 0.0)
+  if weight is not None:
+    share *= weight
+  rows = 'bknlh' if value.ndim == 5 else 'bklh'
+  values = jnp.einsum(
+    f'bknrgl,{rows}->bknrgh', share, value.astype(share.dtype)
+  )
+  return _Part(maximum, share.sum(-1), values)
+
+
+def sparse_attention(
+  query: Float[Array, 'B T N H'],
+  key: Float[Array, 'B S K H'],
+  value: Float[Array, 'B S K H'],
+  query_segments: Int[Array, 'B T'],
+  key_segments: Int[Array, 'B S'],
+  coverage: Float[Array, 'B T K'],
+  gates: Float[Array, 'B T N 3'] | None = None,
+  *,
+  grid: Grid,
+  first_row: Int[Array, ''] | int = 0,
+  use_summaries: bool = True,
+  combine: str = 'merged',
+  chunk: int = 512,
+) -> tuple[Float[Array, 'B T N H'], dict[str, jax.Array]]:
+  """Sparse attention of all queries, chunk by chunk.
+
+  Memory grows with T and with S and not with their product: the backward pass
+  makes each chunk again.
+
+  Args:
+    query: N heads, rotated; head n reads key/value head n // (N / K).
+    key: K heads, rotated. Rows after the queries' may hold anything.
+    value: as `key`.
+    query_segments: document of each query; 0 for padding.
+    key_segments: document of each key.
+    coverage: share of importance that is to be covered; that of the first row
+      of each tile counts.
+    gates: factors of the window, the kept blocks and the summaries; 1 without.
+    grid: blocks, tiles and bounds.
+    first_row: of the queries among the keys' rows, a multiple of the block.
+    use_summaries: read them, and not only choose by them.
+    combine: 'merged' or 'gated'.
+    chunk: queries at once, at least.
+
+  Returns:
+    Sums of the values, and of each tile and key/value head [B, K, n]: 'kept'
+    blocks (with the gradient of the coverage) and 'eligible' ones; 'shares'
+    [B, K, n, 3] of the three sets.
+  """
+  batch, length, num_heads, width = query.shape
+  num_kv_heads = key.shape[2]
+  pages = to_pages(key, value, key_segments, grid.block)
+  summaries = summarize(*pages)
+  per_chunk = max(1, chunk // grid.tile)
+  num_chunks = -(-length // (per_chunk * grid.tile))
+  missing = num_chunks * per_chunk * grid.tile - length
+  group = num_heads // num_kv_heads
+  if gates is None:
+    gates = jnp.ones((batch, length, num_heads, 3), query.dtype)
+
+  def tiled(x, *tail):
+    """[chunks, B, tiles, rows, ...]."""
+    x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+    shape = (batch, num_chunks, per_chunk, grid.tile, *tail)
+    return jnp.moveaxis(x.reshape(shape), 1, 0)
+
+  tiles = dict(
+    query=tiled(query, num_kv_heads, group, width),
+    gates=tiled(gates, num_kv_heads, group, 3),
+    coverage=tiled(coverage, num_kv_heads),
+    segments=tiled(query_segments),
+    first_row=first_row
+    + (jnp.arange(num_chunks * per_chunk) * grid.tile).reshape(
+      num_chunks, per_chunk
+    ),
+  )
+
+  @jax.checkpoint
+  def run(tiles):
+    selection, is_eligible = choose(
+      tiles['query'][:, :, 0],
+      tiles['coverage'][:, :, 0],
+      tiles['first_row'],
+      tiles['segments'][..., 0],
+      summaries,
+      grid,
+    )
+    y, shares = attend_tiles(
+      tiles['query'],
+      tiles['gates'],
+      tiles['first_row'],
+      tiles['segments'],
+      pages,
+      summaries if use_summaries else None,
+      selection,
+      grid,
+      combine,
+    )
+    eligible = jnp.broadcast_to(
+      is_eligible.sum(-1)[:, None], selection.weight.shape[:3]
+    )
+    stats = dict(
+      kept=selection.weight.sum(-1),
+      eligible=eligible,
+      shares=jnp.moveaxis(shares.mean((2, 4)), 2, 1),
+    )
+    return y, stats
+
+  y, stats = jax.lax.map(run, tiles)
+  y = jnp.moveaxis(y, 0, 1).reshape(batch, -1, num_heads, width)[:, :length]
+  num_tiles = -(-length // grid.tile)
+  stats = {
+    name: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:])[
+      :, :, :num_tiles
+    ]
+    for name, x in stats.items()
+  }
+  return y.astype(query.dtype), stats
+
+
+def choose(
+  query: Float[Array, 'B n K G H'],
+  coverage: Float[Array, 'B n K'],
+  first_row: Int[Array, ' n'],
+  segments: Int[Array, 'B n'],
+  summaries: Summaries,
+  grid: Grid,
+) -> tuple[Selection, Bool[Array, 'B n Z']]:
+  """The blocks of each tile, by its first row, and which were eligible."""
+  own_block = first_row // grid.block
+  is_eligible = eligible_blocks(summaries, own_block, segments, grid)
+  shares = importance(query, summaries, is_eligible)
+  coverage = jnp.moveaxis(coverage, 2, 1)
+  return select(shares, is_eligible, coverage, grid), is_eligible

@@ -1,0 +1,297 @@
+"""Sparse attention: a prototype's numbers, and dense attention as a case of it.
+
+The fixture is the first sequence and key/value head of the prototype's runs.
+"""
+
+import ast
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsparse.ops.attention import attention
+from jaxsparse.ops.block_selection import Grid
+from jaxsparse.ops.sparse_attention import sparse_attention
+
+FIXTURE = pathlib.Path(__file__).parents[1] / 'fixtures/sparse_attention.npz'
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+  with jax.enable_x64(True):
+    yield
+
+
+@pytest.mark.parametrize('case', ['r8', 'r1', 'nosum'])
+def test_equals_the_prototype(case):
+  with np.load(FIXTURE) as data:
+    arrays = {
+      name.split('/')[1]: data[name]
+      for name in data.files
+      if name.startswith(f'{case}/')
+    }
+  sizes = ast.literal_eval(str(arrays.pop('config')))
+  arrays = {name: jnp.asarray(x) for name, x in arrays.items()}
+  grid = Grid(
+    block=sizes['b'],
+    tile=sizes['r'],
+    window_blocks=sizes['Wb'],
+    slots=sizes['K'],
+    sinks=sizes['sink'],
+    least=sizes['kmin'],
+    most=sizes['kmax'],
+    temperature=sizes['tau'],
+  )
+  segments = jnp.ones(arrays['q'].shape[:2], jnp.int32)
+
+  def loss(q, k, v, theta):
+    coverage = jnp.repeat(jnp.moveaxis(theta, 1, 2), grid.tile, axis=1)
+    y, _ = sparse_attention(
+      q, k, v, segments, segments, coverage,
+      grid=grid, use_summaries=sizes['use_sum'], chunk=48,
+    )  # fmt: skip
+    return (y * arrays['cot']).sum(), y
+
+  names = ('q', 'k', 'v', 'theta')
+  run = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))
+  gradients, y = run(*(arrays[name] for name in names))
+  wanted = [arrays['o']] + [arrays[f'grad_{name}'] for name in names]
+  for name, got, want in zip(
+    ('o', *names), (y, *gradients), wanted, strict=True
+  ):
+    error = np.abs(got - want).max() / np.abs(want).max()
+    assert error < 1e-10, (name, error)
+
+
+B, N, K, H = 2, 4, 2, 4
+GRID = Grid(block=4, tile=2, window_blocks=1, slots=3)
+ALL = jnp.inf
+
+
+def make_inputs(length=30, seed=0, num_kv_heads=K):
+  rng = np.random.default_rng(seed)
+  heads = [(B, length, n, H) for n in (N, num_kv_heads, num_kv_heads)]
+  return [jnp.asarray(rng.normal(size=shape)) for shape in heads]
+
+
+@functools.partial(
+  jax.jit, static_argnames=('grid', 'combine', 'use_summaries')
+)
+def run(q, k, v, *, grid=GRID, coverage=0.8, segments=None, gates=None, **how):
+  if segments is None:
+    segments = jnp.ones(q.shape[:2], jnp.int32)
+  if jnp.ndim(coverage) == 0:
+    coverage = jnp.full((*q.shape[:2], k.shape[2]), coverage)
+  return sparse_attention(
+    q, k, v, segments, segments, coverage, gates, grid=grid, chunk=8, **how
+  )
+
+
+def dense(q, k, v, segments=None, **how):
+  if segments is None:
+    segments = jnp.ones(q.shape[:2], jnp.int32)
+  rows = jnp.broadcast_to(jnp.arange(q.shape[1]), q.shape[:2])
+  return attention(q, k, v, rows, rows, segments, segments, **how)
+
+
+def value_and_gradients(function, inputs):
+  def loss(*inputs):
+    y = function(*inputs)
+    y = y[0] if isinstance(y, tuple) else y
+    return jnp.sin(y).sum(), y
+
+  gradients, y = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*inputs)
+  return y, *gradients
+
+
+@pytest.mark.parametrize(
+  ('tile', 'window_blocks', 'num_kv_heads'),
+  [(1, 0, 1), (2, 1, 2), (4, 2, 4)],
+)
+def test_keeping_every_block_is_dense_attention(
+  tile, window_blocks, num_kv_heads
+):
+  grid = dataclasses.replace(
+    GRID, tile=tile, window_blocks=window_blocks, slots=8
+  )
+  inputs = make_inputs(num_kv_heads=num_kv_heads)
+  got = value_and_gradients(lambda *x: run(*x, grid=grid, coverage=ALL), inputs)
+  want = value_and_gradients(dense, inputs)
+  for x, y in zip(got, want, strict=True):
+    np.testing.assert_allclose(x, y, atol=1e-13)
+
+
+def test_nothing_but_the_window_is_a_banded_mask():
+  grid = dataclasses.replace(GRID, slots=1, sinks=0, least=0)
+  q, k, v = make_inputs()
+  y, stats = run(q, k, v, grid=grid, coverage=-ALL, use_summaries=False)
+  rows = np.arange(q.shape[1])
+  is_near = rows[:, None] // 4 - rows[None] // 4 <= 1
+  mask = is_near & (rows[None] <= rows[:, None])
+  k, v = (np.repeat(x, N // K, axis=2) for x in (k, v))
+  scores = np.einsum('btnh,bsnh->bnts', q, k) / np.sqrt(H)
+  weights = np.where(mask, np.exp(scores), 0)
+  weights /= weights.sum(-1, keepdims=True)
+  np.testing.assert_allclose(
+    y, np.einsum('bnts,bsnh->btnh', weights, v), atol=1e-14
+  )
+  np.testing.assert_array_equal(stats['kept'], 0)
+  np.testing.assert_allclose(stats['shares'][..., 0], 1, atol=1e-14)
+
+
+@pytest.mark.parametrize('change', [8, 10, 11])
+def test_later_rows_change_nothing(change):
+  inputs = make_inputs(20)
+  coverage = jax.random.uniform(jax.random.key(0), (B, 20, K))
+  changed = [x.at[:, change:].add(1.0) for x in inputs]
+  before, _ = run(*inputs, coverage=coverage)
+  after, _ = run(*changed, coverage=coverage.at[:, change:].set(0.1))
+  np.testing.assert_array_equal(before[:, :change], after[:, :change])
+  assert (before[:, change:] != after[:, change:]).all()
+
+
+@pytest.mark.parametrize('is_tied', [False, True])
+def test_choice_does_not_depend_on_the_length(is_tied):
+  """Also where all scores tie, and the first of equals must be taken."""
+  q, k, v = make_inputs(40)
+  if is_tied:
+    q = jnp.zeros_like(q)
+  long, _ = run(q, k, v)
+  short, _ = run(q[:, :28], k[:, :28], v[:, :28])
+  np.testing.assert_array_equal(long[:, :28], short)
+
+
+def test_blocks_of_equal_keys_need_not_be_kept():
+  """Then a summary says all that is known of a block."""
+  q, k, v = make_inputs(32)
+  k = jnp.repeat(k[:, ::4], 4, axis=1)
+  for slots in (1, 3):
+    grid = dataclasses.replace(GRID, slots=slots)
+    y, _ = run(q, k, v, grid=grid, coverage=0.3)
+    np.testing.assert_allclose(y, dense(q, k, v), atol=1e-14)
+
+
+def test_permuting_heads_of_a_group_permutes_the_result():
+  q, k, v = make_inputs()
+  order = np.array([1, 0, 3, 2])
+  y, stats = run(q, k, v)
+  permuted, others = run(q[:, :, order], k, v)
+  np.testing.assert_allclose(permuted, y[:, :, order], atol=1e-14)
+  np.testing.assert_allclose(others['kept'], stats['kept'], atol=1e-14)
+
+
+def test_documents_on_the_grid_are_as_if_apart():
+  inputs = make_inputs(32)
+  segments = jnp.asarray(np.repeat([[1, 2], [1, 3]], [20, 12], axis=1))
+  packed, _ = run(*inputs, segments=segments)
+  for part in (slice(0, 20), slice(20, 32)):
+    alone, _ = run(*(x[:, part] for x in inputs))
+    np.testing.assert_allclose(packed[:, part], alone, atol=1e-14)
+
+
+def test_documents_anywhere_are_dense_attention_if_all_is_kept():
+  inputs = make_inputs(32)
+  segments = np.ones((B, 32), np.int32)
+  segments[0, 13:] = 2
+  segments[1, 5:] = 2
+  segments[1, 22:] = 3
+  segments[0, :3] = 0
+  segments[1, 30:] = 0
+  segments = jnp.asarray(segments)
+  grid = dataclasses.replace(GRID, slots=8)
+  y, _ = run(*inputs, grid=grid, coverage=ALL, segments=segments)
+  np.testing.assert_allclose(y, dense(*inputs, segments), atol=1e-14)
+  np.testing.assert_array_equal(y[0, :3], 0.0)
+
+
+@pytest.mark.parametrize(
+  'how',
+  [
+    dict(coverage=-ALL, grid=dataclasses.replace(GRID, sinks=0, least=0)),
+    dict(coverage=0.5, grid=dataclasses.replace(GRID, slots=8)),
+    dict(coverage=0.5, grid=dataclasses.replace(GRID, window_blocks=9)),
+    dict(combine='gated', grid=dataclasses.replace(GRID, is_overlapping=True)),
+  ],
+  ids=['all dropped', 'more slots than blocks', 'none eligible', 'gated'],
+)
+@pytest.mark.parametrize('scale', [1.0, 300.0])
+def test_gradients_are_finite(how, scale):
+  q, k, v = make_inputs()
+  found = value_and_gradients(lambda *x: run(*x, **how), (scale * q, k, v))
+  assert all(np.isfinite(x).all() for x in found)
+
+
+def test_coverage_has_a_gradient_where_it_can_change_the_choice():
+  q, k, v = make_inputs()
+
+  def loss(coverage):
+    return jnp.sin(run(q, k, v, coverage=coverage)[0]).sum()
+
+  coverage = jnp.full((B, 30, K), 0.6)
+  gradient = np.asarray(jax.grad(loss)(coverage))
+  # Tiles begin at even rows; the first with an eligible block is at 8.
+  assert (gradient[:, 1::2] == 0).all()
+  assert (gradient[:, :8] == 0).all()
+  assert (np.abs(gradient[:, 16::2]) > 0).all()
+
+
+@pytest.mark.parametrize('coverage', [0.0, 0.7, ALL])
+def test_kept_blocks_are_within_bounds(coverage):
+  inputs = make_inputs(64)
+  counted = dataclasses.replace(GRID, slots=8, least=2, most=5)
+  fraction = dataclasses.replace(
+    GRID, slots=16, sinks=1, least_fraction=0.2, most_fraction=0.5
+  )
+  for grid in (counted, fraction):
+    _, stats = run(*inputs, grid=grid, coverage=coverage)
+    kept = np.round(np.asarray(stats['kept']), 12)
+    eligible = np.asarray(stats['eligible'])
+    if grid is counted:
+      least, most = np.minimum(eligible, 2), np.minimum(eligible, 5)
+    else:
+      least = np.ceil(0.2 * eligible)
+      most = np.where(eligible, np.maximum(1, np.ceil(0.5 * eligible)), 0)
+    assert (kept >= least).all()
+    assert (kept <= most).all()
+
+
+@pytest.mark.parametrize('chunk', [8, 12])
+def test_queries_may_come_in_parts(chunk):
+  """What comes after them in the keys may be anything."""
+  q, k, v = make_inputs(36)
+  expected, _ = run(q, k, v)
+  segments, coverage = jnp.ones((B, 36), jnp.int32), jnp.full((B, 36, K), 0.8)
+  for begin in range(0, 36, chunk):
+    part = slice(begin, begin + chunk)
+    past = [x.at[:, begin + chunk :].set(1e3) for x in (k, v)]
+    y, _ = sparse_attention(
+      q[:, part], *past, segments[:, part], segments, coverage[:, part],
+      grid=GRID, first_row=begin,
+    )  # fmt: skip
+    np.testing.assert_allclose(y, expected[:, part], atol=1e-14)
+
+
+def test_memory_grows_with_the_length_and_not_its_square():
+  grid = dataclasses.replace(GRID, block=16, tile=16, slots=4)
+
+  def temporaries(length):
+    x = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
+
+    def loss(q, k, v):
+      coverage = jnp.full((1, length, 2), 0.8, jnp.float32)
+      segments = jnp.ones((1, length), jnp.int32)
+      y, _ = sparse_attention(
+        q, k, v, segments, segments, coverage, grid=grid, chunk=256
+      )
+      return jnp.sin(y).sum()
+
+    lowered = jax.jit(jax.grad(loss, (0, 1, 2))).lower(x, x, x)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+  sizes = [temporaries(length) for length in (2048, 8192, 32768)]
+  assert sizes[1] < 5 * sizes[0]
+  assert sizes[2] < 5 * sizes[1]
