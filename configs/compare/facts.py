@@ -57,6 +57,7 @@ def get_suite() -> Suite:
   # A start, from which the budget derives the number of keys.
   keys = dict(num_keys=64, key_dim=8)
   small = dict(num_heads=2, num_selected=32, **keys)
+  slower = dict(learning_rate=5e-3)
   return Suite(
     base=base,
     total_parameters=266_000,
@@ -65,16 +66,21 @@ def get_suite() -> Suite:
     architectures=dict(
       dense=Architecture(),
       moe=Architecture(moe=c.MoEConfig(num_experts=32, num_used=2)),
-      pkm=Architecture(memory=pkm(value_dim=WIDTH, placements=LAST, **small)),
+      pkm=Architecture(
+        memory=pkm(value_dim=WIDTH, placements=LAST, **small),
+        optimizer=slower,
+      ),
       peer=Architecture(
         memory=peer(
           value_dim=WIDTH, pre_value_dim=WIDTH, placements=LAST, **small
-        )
+        ),
+        optimizer=slower,
       ),
       memory_plus=Architecture(
         memory=memory_plus(
           value_dim=WIDTH, shared_rows=64**2, placements=LAST, **small
-        )
+        ),
+        optimizer=slower,
       ),
       ultramem=Architecture(
         memory=ultramem(
@@ -83,7 +89,8 @@ def get_suite() -> Suite:
           num_cores=1,
           placements=LAST,
           **small,
-        )
+        ),
+        optimizer=slower,
       ),
       ultramem_v2=Architecture(
         memory=ultramem_v2(
@@ -97,7 +104,8 @@ def get_suite() -> Suite:
           shared_rows=2 * 64**2,
           placements=((0, 0), (1, 1)),
           **keys,
-        )
+        ),
+        optimizer=slower,
       ),
     ),
   )

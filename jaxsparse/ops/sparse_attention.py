@@ -83,7 +83,7 @@ def attend_tiles(
   Args:
     query: rotated.
     gates: factors of the window, the kept blocks and the summaries.
-    first_row: of each tile, on the grid.
+    first_row: of each tile, or of the part of it that is here.
     segments: document of each query; 0 for padding.
     pages: all keys and values; rows after a query's own may hold anything.
     summaries: of the blocks, or None to do without them.
@@ -104,7 +104,12 @@ def attend_tiles(
     _kept(query, segments, pages, selection),
   ]
   if summaries is not None:
-    is_eligible = eligible_blocks(summaries, own_block, segments[..., 0], grid)
+    is_eligible = eligible_blocks(
+      summaries,
+      own_block,
+      lead_segments(pages.segments, first_row - first_row % grid.tile),
+      grid,
+    )
     parts.append(
       _summarized(query, segments, summaries, is_eligible, selection, grid)
     )
@@ -241,6 +246,7 @@ def sparse_attention(
   *,
   grid: Grid,
   first_row: Int[Array, ''] | int = 0,
+  earlier: tuple[Selection, Int[Array, '']] | None = None,
   use_summaries: bool = True,
   combine: str = 'merged',
   chunk: int = 512,
@@ -261,13 +267,16 @@ def sparse_attention(
     gates: factors of the window, the kept blocks and the summaries; 1 without.
     grid: blocks, tiles and bounds.
     first_row: of the queries among the keys' rows, a multiple of the block.
+    earlier: the choice [B, K, k] of the first tile that has queries, and the
+      row of the first of them, if other rows of that tile came before.
     use_summaries: read them, and not only choose by them.
     combine: 'merged' or 'gated'.
     chunk: queries at once, at least.
 
   Returns:
-    Sums of the values, and of each tile and key/value head [B, K, n]: 'kept'
-    blocks (with the gradient of the coverage) and 'eligible' ones; 'shares'
+    Sums of the values, and of each tile and key/value head: how many blocks are
+    'kept' [B, K, n] (with the gradient of the coverage) and 'eligible', the
+    'block' of each slot [B, K, n, k] and whether it 'is_kept', and the 'shares'
     [B, K, n, 3] of the three sets.
   """
   batch, length, num_heads, width = query.shape
@@ -304,10 +313,12 @@ def sparse_attention(
       tiles['query'][:, :, 0],
       tiles['coverage'][:, :, 0],
       tiles['first_row'],
-      tiles['segments'][..., 0],
+      lead_segments(pages.segments, tiles['first_row']),
       summaries,
       grid,
     )
+    if earlier is not None:
+      selection = _with_earlier(selection, *earlier, tiles['first_row'], grid)
     y, shares = attend_tiles(
       tiles['query'],
       tiles['gates'],
@@ -326,6 +337,8 @@ def sparse_attention(
       kept=selection.weight.sum(-1),
       eligible=eligible,
       shares=jnp.moveaxis(shares.mean((2, 4)), 2, 1),
+      block=selection.block,
+      is_kept=selection.is_kept,
     )
     return y, stats
 
@@ -339,6 +352,25 @@ def sparse_attention(
     for name, x in stats.items()
   }
   return y.astype(query.dtype), stats
+
+
+def lead_segments(
+  segments: Int[Array, 'B Z b'], first_row: Int[Array, ' n']
+) -> Int[Array, 'B n']:
+  """Document of each tile's first row, which may have come in another call."""
+  rows = segments.reshape(len(segments), -1)
+  return rows.at[:, first_row].get(mode='fill', fill_value=0)
+
+
+def _with_earlier(selection, earlier, row, first_row, grid):
+  """The tile in which `row` lies keeps its choice, unless it begins there."""
+  is_tile = (first_row < row) & (row < first_row + grid.tile)
+  return Selection(
+    *(
+      jnp.where(is_tile[None, None, :, None], old[:, :, None], new)
+      for old, new in zip(earlier, selection, strict=True)
+    )
+  )
 
 
 def choose(

@@ -16,6 +16,10 @@ import pytest
 from jaxsparse.ops.attention import attention
 from jaxsparse.ops.block_selection import Grid
 from jaxsparse.ops.sparse_attention import sparse_attention
+from jaxsparse.ops.sparse_cache import (
+  cached_sparse_attention,
+  init_sparse_cache,
+)
 
 FIXTURE = pathlib.Path(__file__).parents[1] / 'fixtures/sparse_attention.npz'
 
@@ -295,3 +299,31 @@ def test_memory_grows_with_the_length_and_not_its_square():
   sizes = [temporaries(length) for length in (2048, 8192, 32768)]
   assert sizes[1] < 5 * sizes[0]
   assert sizes[2] < 5 * sizes[1]
+
+
+@pytest.mark.parametrize('tile', [1, 2, 4])
+@pytest.mark.parametrize(
+  'lengths', [(7, 1, 1, 1, 5, 1, 1, 13), (1,) * 30], ids=['mixed', 'ones']
+)
+def test_a_cache_gives_the_same_at_every_row(tile, lengths):
+  """Two documents, padding before one, and room in the cache behind them."""
+  grid = dataclasses.replace(GRID, tile=tile)
+  inputs = make_inputs(30)
+  segments = np.ones((B, 30), np.int32)
+  segments[0, 18:] = 2
+  segments[1, :3] = 0
+  segments = jnp.asarray(segments)
+  coverage = jax.random.uniform(jax.random.key(1), (B, 30, K), float)
+  gates = jax.random.uniform(jax.random.key(2), (B, 30, N, 3), float, 0.5, 1.5)
+  expected, _ = run(
+    *inputs, grid=grid, coverage=coverage, segments=segments, gates=gates
+  )
+  cache = init_sparse_cache(B, K, 37, H, grid, jnp.float64)
+  step = jax.jit(cached_sparse_attention, static_argnames='grid')
+  begin = 0
+  for length in lengths:
+    part = slice(begin, begin + length)
+    arrays = [x[:, part] for x in (*inputs, segments, coverage, gates)]
+    y, cache, _ = step(*arrays, cache, jnp.int32(begin), grid=grid)
+    np.testing.assert_allclose(y, expected[:, part], atol=1e-13)
+    begin += length
