@@ -2,7 +2,12 @@
 
 import dataclasses
 
-from jaxsparse.errors import require, require_choice, require_positive
+from jaxsparse.errors import (
+  require,
+  require_choice,
+  require_not_negative,
+  require_positive,
+)
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -67,3 +72,60 @@ class DCMHAConfig:
 def query_wise_dcmha(**fields) -> DCMHAConfig:
   """Factors of the queries only: decoding caches no more than without."""
   return DCMHAConfig(**(dict(key_wise=False) | fields))
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class SparseAttentionConfig:
+  """A window, chosen blocks before it, and summaries of the others.
+
+  See `ops.block_selection` and `ops.sparse_attention`.
+  """
+
+  # Rows b of a block.
+  block: int = 64
+  # Rows that share a choice of blocks, a divisor of the block. Tiles of many
+  # rows train fast on every backend; each row for itself chooses best.
+  tile: int = 64
+  # Blocks of the window before a query's own.
+  window_blocks: int = 8
+  # The most blocks that can be kept; memory and time are for that many.
+  max_blocks: int = 16
+  # Blocks at a document's beginning that are always kept.
+  sinks: int = 1
+  # Least and most kept blocks as a fraction of the eligible ones; with
+  # max_fraction = 0 only max_blocks limits them.
+  min_fraction: float = 0.0
+  max_fraction: float = 0.0
+  # Share of importance that is covered at the start, as a logit: 4 is 98 %.
+  coverage_logit: float = 4.0
+  # Width of the step at the covered share, for its gradient.
+  temperature: float = 0.1
+  # Read summaries of the blocks that are not kept. Choosing learns by it.
+  use_summaries: bool = True
+  # 'merged': one softmax over everything, dense attention where all is kept.
+  # 'gated': a softmax for each of window, blocks and summaries (NSA).
+  combine: str = 'merged'
+  # Coefficient of the mean kept fraction in the loss.
+  budget_weight: float = 0.0
+  # Queries at once, at least, in training and prefill.
+  query_chunk: int = 512
+
+  def __post_init__(self):
+    require_positive(self, 'block', 'tile', 'max_blocks', 'temperature')
+    require_positive(self, 'query_chunk')
+    require_not_negative(self, 'window_blocks', 'sinks', 'budget_weight')
+    require_choice(self, 'combine', ('merged', 'gated'))
+    require(
+      self.block % self.tile == 0,
+      f'tile must divide block = {self.block}, got {self.tile}.',
+    )
+    require(
+      self.sinks <= self.max_blocks,
+      f'sinks must be at most max_blocks = {self.max_blocks}, '
+      f'got {self.sinks}.',
+    )
+    require(
+      0 <= self.min_fraction <= self.max_fraction <= 1,
+      'min_fraction and max_fraction must be in order between 0 and 1, got '
+      f'{self.min_fraction} and {self.max_fraction}.',
+    )

@@ -13,6 +13,9 @@ import typing
 from typing import Any
 
 from jaxsparse.attention_config import DCMHAConfig as DCMHAConfig
+from jaxsparse.attention_config import (
+  SparseAttentionConfig as SparseAttentionConfig,
+)
 from jaxsparse.errors import (
   UserError,
   require,

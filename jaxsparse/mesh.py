@@ -201,6 +201,25 @@ def over_tokens(function: Callable, replicated: Sequence[int] = ()) -> Callable:
   return mapped
 
 
+def per_device(
+  function: Callable, dims: Sequence[str], out_dims: Sequence[str]
+) -> Callable:
+  """`function` of what each device holds, for work that needs no exchange.
+
+  Args:
+    function: of arrays, returns a tuple of arrays.
+    dims: letters of each argument.
+    out_dims: letters of each result.
+  """
+  if axis_sizes() is None:
+    return function
+  specs = tuple(map(act, dims))
+  mapped = jax.shard_map(
+    function, in_specs=specs, out_specs=tuple(map(act, out_dims))
+  )
+  return lambda *args: mapped(*map(reshard, args, specs))
+
+
 def sharded(init: Callable, spec: jax.P | None) -> Callable:
   """The initializer `init`, its result placed as `spec` says."""
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from jaxsparse.attention_config import DCMHAConfig
+from jaxsparse.attention_config import DCMHAConfig, SparseAttentionConfig
 from jaxsparse.errors import (
   require,
   require_choice,
@@ -11,7 +11,7 @@ from jaxsparse.errors import (
 )
 from jaxsparse.memory_config import MemoryConfig
 
-ATTENTION_KINDS = ('global', 'local')
+ATTENTION_KINDS = ('global', 'local', 'sparse')
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -78,15 +78,19 @@ class ModelConfig:
   # RMSNorm on queries and keys of the attention.
   use_qk_norm: bool = False
   # What the blocks' attention sees, a pattern that repeats over the blocks:
-  # 'global' for all earlier positions, 'local' for those of the window.
+  # 'global' for all earlier positions, 'local' for those of the window,
+  # 'sparse' for what `sparse` says.
   attention_pattern: tuple[str, ...] = ('global',)
   # Positions that a query of a local block sees, its own among them.
   window: int = 256
   # Queries at once, such that memory for scores grows with the sequence's
   # length and not with its square; 0 for all of a call.
   query_chunk: int = 0
-  # Composition of heads; None for heads that do not meet.
+  # Composition of heads of global and local blocks; None for heads that do not
+  # meet.
   dcmha: DCMHAConfig | None = None
+  # Of the sparse blocks.
+  sparse: SparseAttentionConfig | None = None
   # Longest wavelength of the rotary embedding, in positions.
   rope_max_wavelength: float = 10_000.0
   # Added to the mean square in every RMSNorm.
@@ -129,6 +133,11 @@ class ModelConfig:
       and set(self.attention_pattern) <= set(ATTENTION_KINDS),
       f'attention_pattern must hold some of {", ".join(ATTENTION_KINDS)}, '
       f'got {self.attention_pattern}.',
+    )
+    require(
+      ('sparse' in self.attention_pattern) == bool(self.sparse),
+      "sparse must be set if and only if attention_pattern holds 'sparse', got "
+      f'{self.attention_pattern}.',
     )
     if self.dcmha:
       require(

@@ -17,6 +17,7 @@ from jaxsparse.nn import attention_cache
 from jaxsparse.nn.attention_cache import Cache
 from jaxsparse.nn.dcmha import DCMHA, cached_factors, head_mix
 from jaxsparse.nn.layers import Metrics, RMSNorm, weight
+from jaxsparse.nn.sparse_attention import SparseAttention
 from jaxsparse.ops.attention import attention
 from jaxsparse.ops.rope import apply_rope
 
@@ -26,7 +27,7 @@ class Attention(nn.Module):
 
   Leaves: `query` [D, N, H], `key` and `value` [D, K, H], `output` [N, H, D];
   with QK-norm also `query_norm` and `key_norm`, one gain for all heads; with
-  composition those of `DCMHA`.
+  composition those of `DCMHA`, in a sparse block those of `SparseAttention`.
 
   Attributes:
     config: of the model.
@@ -54,11 +55,33 @@ class Attention(nn.Module):
         this layer extended; None when all tokens are in `x`.
 
     Returns:
-      What to add to the residual stream, the extended cache, and no metrics.
+      What to add to the residual stream, the extended cache, and the metrics
+      of `SparseAttention` if it is one.
     """
     config, model_dim = self.config, x.shape[-1]
     x = x.astype(config.dtype)
-    query, key, value = self._project(x, positions)
+    heads = self._project(x, positions)
+    metrics = {}
+    if config.attention_kinds[self.layer] == 'sparse':
+      read = SparseAttention(config, name='sparse')
+      encoded, cache, metrics = read(x, *heads, segment_ids, cache)
+      if cache is not None:
+        cache = cache | dict(index=cache['index'] + x.shape[1])
+    else:
+      encoded, cache = self._read(x, *heads, positions, segment_ids, cache)
+    shape = (config.num_heads, config.head_dim, model_dim)
+    variance = 1 / (2 * config.num_layers * shape[0] * shape[1])
+    output = weight(self, 'output', 'NHD', shape, variance, config.dtype)
+    # G for the heads: einsum contracts letters by the alphabet, and with H
+    # before N it would transpose the matrix, in decoding at every step.
+    y = jnp.einsum(
+      'btgh,ghd->btd', encoded, output, out_sharding=mesh.act('BTD')
+    )
+    return y, cache, metrics
+
+  def _read(self, x, query, key, value, positions, segment_ids, cache):
+    """Reads everything before, or a window, with composed heads or without."""
+    config = self.config
     new = dict(
       key=key, value=value, positions=positions, segment_ids=segment_ids
     )
@@ -89,15 +112,7 @@ class Attention(nn.Module):
       chunk=config.query_chunk,
       **mixes,
     )
-    shape = (config.num_heads, config.head_dim, model_dim)
-    variance = 1 / (2 * config.num_layers * shape[0] * shape[1])
-    output = weight(self, 'output', 'NHD', shape, variance, config.dtype)
-    # G for the heads: einsum contracts letters by the alphabet, and with H
-    # before N it would transpose the matrix, in decoding at every step.
-    y = jnp.einsum(
-      'btgh,ghd->btd', encoded, output, out_sharding=mesh.act('BTD')
-    )
-    return y, cache, {}
+    return encoded, cache
 
   def _project(self, x: jax.Array, positions: jax.Array):
     config, model_dim = self.config, x.shape[-1]

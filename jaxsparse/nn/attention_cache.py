@@ -13,6 +13,7 @@ import jax.numpy as jnp
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
+from jaxsparse.nn import sparse_attention
 
 Cache = dict[str, jax.Array]
 
@@ -29,6 +30,9 @@ def is_ring(config: ModelConfig, layer: int) -> bool:
 
 def shared_names(config: ModelConfig, layer: int) -> tuple[str, ...]:
   """What a layer extends for all layers of its kind."""
+  if config.attention_kinds[layer] == 'sparse':
+    # Its rows are where they are on the grid, and know their documents.
+    return ('index',)
   rows = _ROWS['ring' if is_ring(config, layer) else 'linear']
   return ('index', *rows.values())
 
@@ -57,8 +61,11 @@ def init_rows(
 ) -> Cache:
   """One layer's own part of a cache: keys and values [B, S, K, H].
 
-  With key-wise composition also 'factors' [B, S, C, F, N] of the keys' tokens.
+  With key-wise composition also 'factors' [B, S, C, F, N] of the keys' tokens;
+  a sparse layer's is a `SparseCache`.
   """
+  if config.attention_kinds[layer] == 'sparse':
+    return sparse_attention.init_rows(config, batch_size, length)
   num_rows = _num_rows(config, layer, length)
 
   def empty(dims, *shape):

@@ -76,7 +76,7 @@ class Block(nn.Module):
     h = norm(name='mlp_norm')(x)
     outputs, channel_metrics = self._channel_mixer(h)
     outputs = [self._drop(y) for y in outputs]
-    metrics = prefixed('attention', metrics) | channel_metrics
+    metrics = _merged(prefixed('attention', metrics), channel_metrics)
     cache = cache | dict(attention=attention_cache) if cache else None
     memory_y = None
     write = dict(placements(config)).get(self.index)
@@ -85,8 +85,7 @@ class Block(nn.Module):
         h, segment_ids, cache, tables
       )
       memory_y = self._drop(memory_y)
-      aux_loss = metrics.get('aux_loss', 0.0) + memory_metrics['aux_loss']
-      metrics |= prefixed('memory', memory_metrics) | dict(aux_loss=aux_loss)
+      metrics = _merged(metrics, prefixed('memory', memory_metrics))
     outputs += arriving
     if write == self.index:
       outputs, memory_y = [*outputs, memory_y], None
@@ -152,6 +151,15 @@ class Block(nn.Module):
     if self.deterministic or not self.config.dropout_rate:
       return y
     return dropout(y, self.config.dropout_rate, self.make_rng('dropout'))
+
+
+def _merged(metrics: Metrics, others: Metrics) -> Metrics:
+  """All of both; their auxiliary losses are added."""
+  both = metrics | others
+  if 'aux_loss' in both:
+    losses = (m.get('aux_loss', 0.0) for m in (metrics, others))
+    both['aux_loss'] = sum(losses, 0.0)
+  return both
 
 
 def prefixed(prefix: str, metrics: Metrics) -> Metrics:

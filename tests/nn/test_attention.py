@@ -6,7 +6,11 @@ import numpy as np
 import pytest
 
 from jaxsparse import mesh
-from jaxsparse.attention_config import DCMHAConfig, query_wise_dcmha
+from jaxsparse.attention_config import (
+  DCMHAConfig,
+  SparseAttentionConfig,
+  query_wise_dcmha,
+)
 from jaxsparse.config import ModelConfig
 from jaxsparse.nn import attention_cache
 from jaxsparse.nn.attention import Attention
@@ -53,6 +57,10 @@ def test_is_its_formula(use_qk_norm):
   np.testing.assert_allclose(y, expected, atol=1e-5)
 
 
+SPARSE = SparseAttentionConfig(
+  block=2, tile=2, window_blocks=1, max_blocks=2, coverage_logit=0.5
+)
+
 # Global and local, with and without composition of heads.
 VARIANTS = dict(
   plain=dict(use_qk_norm=True),
@@ -60,6 +68,7 @@ VARIANTS = dict(
   dcmha=dict(dcmha=DCMHAConfig(base=True)),
   dcmha_in_groups=dict(dcmha=DCMHAConfig(num_groups=2, rank=1)),
   local_dcmha=dict(attention_pattern=('local',), window=3, dcmha=DCMHAConfig()),
+  sparse=dict(attention_pattern=('sparse',), sparse=SPARSE),
   local_query_wise=dict(
     attention_pattern=('local',), window=3, dcmha=query_wise_dcmha()
   ),
@@ -74,6 +83,10 @@ def init_and_run(config, *inputs):
   if 'dcmha' in leaves:
     leaves['dcmha'] = jax.tree.map(
       lambda x: 0.3 * x / jnp.sqrt(jnp.square(x).mean()), leaves['dcmha']
+    )
+  if 'sparse' in leaves:
+    leaves['sparse'] = jax.tree.map(
+      lambda x: x + 0.3 * jax.random.normal(KEY, x.shape), leaves['sparse']
     )
   params = dict(params=leaves)
   y, _, _ = jax.jit(module.apply)(params, *inputs)
@@ -201,17 +214,21 @@ def test_number_of_parameters(model_dim, num_heads, options, count):
   assert sum(leaf.size for leaf in leaves) == count
 
 
-@pytest.mark.parametrize('num_groups', [1, 4])
-def test_any_mesh_gives_the_same(num_groups):
-  """Groups are split over `model` where it divides them."""
-  config = make_config(
-    num_heads=8,
-    num_kv_heads=4,
-    attention_pattern=('local',),
-    window=3,
-    query_chunk=4,
-    dcmha=DCMHAConfig(base=True, num_groups=num_groups),
-  )
+LOCAL = dict(attention_pattern=('local',), window=3, query_chunk=4)
+
+
+@pytest.mark.parametrize(
+  'fields',
+  [
+    LOCAL | dict(dcmha=DCMHAConfig(base=True)),
+    # Groups are split over `model` where it divides them.
+    LOCAL | dict(dcmha=DCMHAConfig(base=True, num_groups=4)),
+    dict(attention_pattern=('sparse',), sparse=SPARSE),
+  ],
+  ids=['dcmha', 'dcmha in groups', 'sparse'],
+)
+def test_any_mesh_gives_the_same(fields):
+  config = make_config(num_heads=8, num_kv_heads=4, **fields)
   inputs = tuple(
     jnp.concatenate(4 * [array]) for array in (X, POSITIONS, SEGMENTS)
   )
@@ -221,8 +238,8 @@ def test_any_mesh_gives_the_same(num_groups):
     params = jax.jit(module.init)(KEY, *inputs)
 
     def loss(params):
-      y, _, _ = module.apply(params, *inputs)
-      return jnp.sin(y).sum(), y
+      y, _, metrics = module.apply(params, *inputs)
+      return jnp.sin(y).sum(), (y, metrics)
 
     return jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params))
 

@@ -11,7 +11,13 @@ from compiled import payloads
 from flax import traverse_util
 
 from jaxsparse import mesh
-from jaxsparse.config import DCMHAConfig, MemoryConfig, ModelConfig, MoEConfig
+from jaxsparse.config import (
+  DCMHAConfig,
+  MemoryConfig,
+  ModelConfig,
+  MoEConfig,
+  SparseAttentionConfig,
+)
 from jaxsparse.errors import UserError
 from jaxsparse.memory_config import memory_plus, peer, ultramem_v2
 from jaxsparse.nn.transformer import Transformer, init_cache
@@ -53,6 +59,13 @@ MODELS = dict(
     attention_pattern=('local', 'global'),
     window=3,
     dcmha=DCMHAConfig(base=True),
+  ),
+  sparse=make_config(
+    attention_pattern=('sparse', 'local'),
+    window=3,
+    sparse=SparseAttentionConfig(
+      block=2, tile=2, window_blocks=0, max_blocks=2, coverage_logit=0.5
+    ),
   ),
   experts=make_config(
     moe=MoEConfig(
