@@ -9,7 +9,7 @@ width, F feed-forward width, V vocabulary.
 
 import dataclasses
 
-from jaxsparse.analysis import memory_cost
+from jaxsparse.analysis import attention_cost, memory_cost
 from jaxsparse.config import ModelConfig
 
 
@@ -56,9 +56,9 @@ def count_parameters(config: ModelConfig) -> Parameters:
   num_memories = len(memory.placements) if memory else 0
   num_tables = 1 if config.tie_embeddings else 2
   gains = (2 * config.num_layers + 1) * config.model_dim
-  if config.use_qk_norm:
-    gains += 2 * config.num_layers * config.head_dim
-  dense = config.num_layers * _attention(config)
+  layers = range(config.num_layers)
+  gains += sum(attention_cost.attention_gains(config, i) for i in layers)
+  dense = sum(attention_cost.attention_parameters(config, i) for i in layers)
   experts = active_experts = 0
   if moe:
     one = memory_cost.expert_parameters(moe, config.mlp, config.model_dim)
@@ -96,12 +96,16 @@ def forward_flops(config: ModelConfig, seq_len: int) -> int:
   """FLOPs per token of every matrix product in the forward pass.
 
   Attention scores count over all `seq_len` positions, masked or not, as
-  PaLM's definition of utilisation does (arXiv:2204.02311, appendix B).
+  PaLM's definition of utilisation does (arXiv:2204.02311, appendix B); of a
+  local or sparse block over those that a late query can reach.
   Operations that are no products (norms, softmax, top-k) are left out.
   """
   parameters = count_parameters(config)
   blocks = 2 * (parameters.dense + parameters.active_experts)
-  scores = 4 * config.num_layers * config.num_heads * config.head_dim * seq_len
+  scores = sum(
+    attention_cost.pair_flops(config, layer, seq_len)
+    for layer in range(config.num_layers)
+  )
   logits = 2 * config.model_dim * config.vocab_size
   flops = blocks + scores + logits
   if config.memory:
@@ -126,7 +130,7 @@ class DecodeBytes:
   experts: float
   # Rows of values and pre-values.
   values: float
-  # Keys and values of the context.
+  # Keys, values and factors of the context, as far as it is read.
   cache: float
 
   @property
@@ -170,21 +174,20 @@ def decode_bytes(
     rows = distinct(memory.num_slots, reads) * len(memory.placements)
     values = rows * (memory.value_dim + memory.pre_value_dim)
   projection = config.vocab_size * config.model_dim
-  cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim
+  cache = sum(
+    attention_cost.row_values(config, layer)
+    * attention_cost.rows_read(config, layer, context)
+    for layer in range(config.num_layers)
+  )
   counts = dict(
     weights=parameters.dense + parameters.memory + projection,
     experts=experts,
     values=values,
-    cache=cache * context * batch_size,
+    cache=cache * batch_size,
   )
   return DecodeBytes(
     **{name: float(bytes_per_value * n) for name, n in counts.items()}
   )
-
-
-def _attention(config: ModelConfig) -> int:
-  heads = 2 * config.num_heads + 2 * config.num_kv_heads
-  return config.model_dim * heads * config.head_dim
 
 
 def _mlp(config: ModelConfig) -> int:

@@ -46,12 +46,18 @@ def fit(
   Raises:
     UserError: no width or no number of keys or experts meets the budget.
   """
-  if architecture.is_dense:
+  if not (architecture.is_sparse or architecture.model):
     return base
   budget = cost.forward_flops(base, seq_len)
   template = dataclasses.replace(
-    base, memory=architecture.memory, moe=architecture.moe
+    base,
+    **dict(architecture.model),
+    memory=architecture.memory,
+    moe=architecture.moe,
   )
+  if not architecture.is_sparse:
+    model = _at_budget(template, budget, seq_len, width_multiple)
+    return _within_budget(name, model, budget, seq_len, width_multiple)
 
   def sized(count: int) -> ModelConfig | None:
     model = _with_count(template, count)
@@ -59,11 +65,7 @@ def fit(
 
   count = _nearest(sized, _least_count(template), total_parameters)
   model = None if count is None else sized(count)
-  if model is None:
-    raise UserError(
-      f'{name}: nothing is left of {budget:,} FLOPs per token for its MLPs or '
-      'experts: make its keys or heads smaller, or the base model larger.'
-    )
+  model = _within_budget(name, model, budget, seq_len, width_multiple)
   total = cost.count_parameters(model).published
   if abs(total / total_parameters - 1) > TOTAL_TOLERANCE:
     what = 'experts' if architecture.moe else 'keys'
@@ -71,6 +73,15 @@ def fit(
       f'{name}: no number of {what} comes within {TOTAL_TOLERANCE:.0%} of '
       f'{total_parameters:,} parameters at {budget:,} FLOPs per token, the '
       f'nearest has {total:,}: change total_parameters, or its other sizes.'
+    )
+  return model
+
+
+def _within_budget(name, model, budget, seq_len, width_multiple):
+  if model is None:
+    raise UserError(
+      f'{name}: nothing is left of {budget:,} FLOPs per token for its MLPs or '
+      'experts: make its keys or heads smaller, or the base model larger.'
     )
   flops = cost.forward_flops(model, seq_len)
   if abs(flops / budget - 1) > FLOPS_TOLERANCE:

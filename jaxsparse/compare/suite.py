@@ -26,6 +26,9 @@ class Architecture:
 
   memory: MemoryConfig | None = None
   moe: MoEConfig | None = None
+  # Fields of the `ModelConfig` that differ from the base's, such as those of
+  # its attention. Alone they are paid for by narrower MLPs.
+  model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # Fields of the `OptimizerConfig` that differ from the base's.
   optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # In a walk: what the step to this architecture changed in a publication, in
@@ -33,8 +36,9 @@ class Architecture:
   published: tuple[float, float] | None = None
 
   @property
-  def is_dense(self) -> bool:
-    return self.memory is None and self.moe is None
+  def is_sparse(self) -> bool:
+    """Whether it has the total of parameters of sparse architectures."""
+    return bool(self.memory or self.moe)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -45,8 +49,9 @@ class Suite:
   # the data, optimizer and number of steps of all. Its vocab_size must be set,
   # because the logits are part of the budget.
   base: Config
-  # Parameters of each sparse architecture, without embeddings and gains.
-  total_parameters: int
+  # Parameters of each sparse architecture, without embeddings and gains; unused
+  # if there is none.
+  total_parameters: int = 0
   # By the names that tables and plots show; each name is a folder's, too.
   architectures: Mapping[str, Architecture]
   # One run of everything for each.

@@ -21,7 +21,7 @@ SUITES = sorted(
 
 def test_all_suites_are_here():
   names = [path.stem for path in SUITES]
-  assert names == ['cpu', 'cpu_ablation', 'facts', 'h100']
+  assert names == ['attention', 'cpu', 'cpu_ablation', 'facts', 'h100']
 
 
 @pytest.mark.parametrize('path', SUITES, ids=lambda path: path.stem)

@@ -1,0 +1,77 @@
+"""The attention's part of `cost`: parameters, products and rows of the cache.
+
+Letters: D model width, N query heads, K key/value heads, H head width, G groups
+of M heads, R rank.
+"""
+
+from jaxsparse.config import ModelConfig
+
+
+def attention_parameters(config: ModelConfig, layer: int) -> int:
+  """Matrices of one block's attention."""
+  heads = 2 * config.num_heads + 2 * config.num_kv_heads
+  count = config.model_dim * heads * config.head_dim
+  if config.attention_kinds[layer] == 'sparse':
+    return count + config.model_dim * (
+      3 * config.num_heads + config.num_kv_heads
+    )
+  return count + _composition_parameters(config)
+
+
+def attention_gains(config: ModelConfig, layer: int) -> int:
+  """Gains and biases of one block's attention."""
+  gains = 2 * config.head_dim if config.use_qk_norm else 0
+  is_sparse = config.attention_kinds[layer] == 'sparse'
+  return gains + (config.num_kv_heads if is_sparse else 0)
+
+
+def _composition_parameters(config):
+  """8 R D N + 16 R^2 N^2 / G + 4 D N for four streams; 2 N^2 / G of bases."""
+  dcmha = config.dcmha
+  if dcmha is None:
+    return 0
+  heads, streams = config.num_heads, len(dcmha.streams)
+  group = heads // dcmha.num_groups
+  width = 2 * dcmha.rank * group
+  per_stream = config.model_dim * dcmha.num_groups * (width + group)
+  per_stream += heads * width * 2 * dcmha.rank
+  places = dcmha.pre + dcmha.post
+  return streams * per_stream + (places * heads * group if dcmha.base else 0)
+
+
+def pair_flops(config: ModelConfig, layer: int, seq_len: int) -> int:
+  """FLOPs of one query with all rows that it is multiplied with."""
+  heads, width = config.num_heads, config.head_dim
+  if config.attention_kinds[layer] == 'sparse':
+    return 4 * heads * width * rows_read(config, layer, seq_len)
+  flops = 4 * heads * width
+  dcmha = config.dcmha
+  if dcmha:
+    # Reading and writing R vectors, and the gate.
+    flops += len(dcmha.streams) * (4 * dcmha.rank + 2) * heads
+    if dcmha.base:
+      places = dcmha.pre + dcmha.post
+      flops += places * 2 * heads * heads // dcmha.num_groups
+  return flops * rows_read(config, layer, seq_len)
+
+
+def rows_read(config: ModelConfig, layer: int, context: int) -> int:
+  """Keys, or summaries of keys, that the last of `context` positions reads."""
+  kind = config.attention_kinds[layer]
+  if kind == 'local':
+    return min(config.window, context)
+  if kind == 'global':
+    return context
+  sparse = config.sparse
+  blocks = sparse.window_blocks + 1 + sparse.max_blocks
+  summaries = context // sparse.block if sparse.use_summaries else 0
+  return min(blocks * sparse.block + summaries, context)
+
+
+def row_values(config: ModelConfig, layer: int) -> int:
+  """Numbers of one cached row: key, value, and factors of its token."""
+  values = 2 * config.num_kv_heads * config.head_dim
+  dcmha = config.dcmha
+  if dcmha and config.attention_kinds[layer] != 'sparse':
+    values += dcmha.num_cached * dcmha.num_factors * config.num_heads
+  return values
