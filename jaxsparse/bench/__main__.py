@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from jaxsparse.bench import (
+  attention,
   decode,
   first_session,
   grouped_matmul,
@@ -29,6 +30,7 @@ BENCHES = dict(
   top_m=top_m,
   memory_layer=memory_layer,
   train_step=train_step,
+  attention=attention,
   decode=decode,
   host_memory=host_memory,
 )

@@ -47,7 +47,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
   records = []
   for optimizer in options.optimizers.split(','):
     tables = (1, options.growth) if options.growth > 1 else (1,)
-    runs = {x: _Run(make_config(options, optimizer, x)) for x in tables}
+    runs = {x: Run(make_config(options, optimizer, x)) for x in tables}
     contenders = {f'{x}x table': run.contender for x, run in runs.items()}
     compared = measuring.compare(optimizer, contenders, options.rounds)
     for record, run in zip(compared, runs.values(), strict=True):
@@ -124,7 +124,7 @@ def _draw_state(config: Config) -> TrainState:
   )
 
 
-class _Run:
+class Run:
   """A compiled step and the state that it takes from call to call."""
 
   def __init__(self, config: Config):
