@@ -191,8 +191,10 @@ def _attend(queries, keys, mixes, window):
   # With one key/value head `model` (of length 1) would go to its group.
   split = mesh.act(f'BT{letter}GH')
   query = query.reshape(B, T, K, N // K, H, out_sharding=split)
+  # Composition wants the heads of a query next to each other.
+  order = 'btkgs' if mixes else 'bkgts'
   score = jnp.einsum(
-    'btkgh,bskh->bkgts', query, key, preferred_element_type=dtype
+    f'btkgh,bskh->{order}', query, key, preferred_element_type=dtype
   )
   score *= H**-0.5
   score = _composed(score, 'pre', queries, keys, mixes)
@@ -205,10 +207,10 @@ def _attend(queries, keys, mixes, window):
   )
   # A finite bound: with -inf a query that sees no key would give NaN.
   bound = jnp.finfo(dtype).min
-  score = jnp.where(mask_BTS[:, None, None], score, bound)
-  weight = jax.nn.softmax(score, axis=-1)
+  mask = mask_BTS[:, :, None, None] if mixes else mask_BTS[:, None, None]
+  weight = jax.nn.softmax(jnp.where(mask, score, bound), axis=-1)
   weight = _composed(weight, 'post', queries, keys, mixes).astype(value.dtype)
-  encoded = jnp.einsum('bkgts,bskh->btkgh', weight, value)
+  encoded = jnp.einsum(f'{order},bskh->btkgh', weight, value)
   merged = mesh.act(f'BT{letter}H')
   encoded = encoded.reshape(B, T, N, H, out_sharding=merged)
   sees_any = mask_BTS.any(axis=-1)[:, :, None, None]
@@ -219,7 +221,7 @@ def _composed(score, name, queries, keys, mixes):
   if name not in mixes:
     return score
   mix = dataclasses.replace(mixes[name], query=queries[name], key=keys[name])
-  heads = score.reshape(score.shape[0], -1, *score.shape[3:])
+  heads = score.reshape(*score.shape[:2], -1, score.shape[-1])
   return compose(heads, mix).reshape(score.shape)
 
 
@@ -241,17 +243,17 @@ def attention_reference(
   dtype = jnp.promote_types(query.dtype, jnp.float32)
   key = jnp.repeat(key, num_groups, axis=2).astype(dtype)
   value = jnp.repeat(value, num_groups, axis=2).astype(dtype)
-  score = jnp.einsum('btnh,bsnh->bnts', query.astype(dtype), key)
+  score = jnp.einsum('btnh,bsnh->btns', query.astype(dtype), key)
   score *= query.shape[-1] ** -0.5
   if pre is not None:
     score = compose_reference(score, pre)
   mask = document_mask(
     query_positions, key_positions, query_segments, key_segments, window
-  )[:, None]
+  )[:, :, None]
   score = jnp.where(mask, score, 0.0)
   weight = jnp.where(mask, jnp.exp(score), 0.0)
   total = weight.sum(axis=-1, keepdims=True)
   weight = weight / jnp.where(total > 0, total, 1.0)
   if post is not None:
     weight = compose_reference(weight, post)
-  return jnp.einsum('bnts,bsnh->btnh', weight, value).astype(query.dtype)
+  return jnp.einsum('btns,bsnh->btnh', weight, value).astype(query.dtype)

@@ -184,7 +184,7 @@ def test_equals_the_official_layer(case, options, chunk):
 
 
 def random_mix(seed, num_groups, parts=('query', 'key', 'base')):
-  """B = 2, T = 5, S = 7, N = 6, R = 2."""
+  """B = 2, T = 5, S = 7, N = 6, R = 2; scores [B, T, N, S]."""
   rng = np.random.default_rng(seed)
   group = 6 // num_groups
   shapes = dict(
@@ -195,7 +195,7 @@ def random_mix(seed, num_groups, parts=('query', 'key', 'base')):
 
 
 SCORE = jnp.asarray(
-  np.random.default_rng(9).normal(size=(2, 6, 5, 7)), jnp.float32
+  np.random.default_rng(9).normal(size=(2, 5, 6, 7)), jnp.float32
 )
 
 
@@ -206,9 +206,10 @@ SCORE = jnp.asarray(
 def test_equals_the_reference(parts, num_groups):
   mix = random_mix(0, num_groups, parts)
   score = jnp.asarray(SCORE, jnp.float64)
-  np.testing.assert_allclose(
-    compose(score, mix), compose_reference(score, mix), atol=1e-13
-  )
+  expected = compose_reference(score, mix)
+  for implementation in ('matrices', 'factors'):
+    y = compose(score, mix, implementation)
+    np.testing.assert_allclose(y, expected, atol=1e-13)
 
 
 def test_zero_in_all_heads_stays_zero():
@@ -220,10 +221,10 @@ def test_zero_in_all_heads_stays_zero():
 
 def test_groups_do_not_meet():
   mix = random_mix(2, 2)
-  changed = SCORE.at[:, :3].add(1.0)
+  changed = SCORE.at[:, :, :3].add(1.0)
   before, after = compose(SCORE, mix), compose(changed, mix)
-  np.testing.assert_array_equal(before[:, 3:], after[:, 3:])
-  assert (np.asarray(before[:, :3]) != np.asarray(after[:, :3])).all()
+  np.testing.assert_array_equal(before[:, :, 3:], after[:, :, 3:])
+  assert (np.asarray(before[:, :, :3]) != np.asarray(after[:, :, :3])).all()
 
 
 def test_permuting_heads_permutes_the_result():
@@ -231,7 +232,9 @@ def test_permuting_heads_permutes_the_result():
   mix = random_mix(3, 1, ('query', 'key'))
   permuted = HeadMix(query=mix.query[..., order], key=mix.key[..., order])
   np.testing.assert_allclose(
-    compose(SCORE[:, order], permuted), compose(SCORE, mix)[:, order], atol=1e-5
+    compose(SCORE[:, :, order], permuted),
+    compose(SCORE, mix)[:, :, order],
+    atol=1e-5,
   )
 
 
