@@ -99,7 +99,7 @@ def compose(
     implementation: 'matrices' makes one of [M, M] for each token and group, and
       products of many of them are fast; 'factors' adds up one part after
       another. 'auto' is the first on a CPU for at least as many queries as
-      heads, 5 times as fast there in training, and the second elsewhere, which
+      heads, 4 times as fast there in training, and the second elsewhere, which
       the authors found faster on TPUs.
   """
   batch, num_queries, num_heads, num_keys = score.shape
