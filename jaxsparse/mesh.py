@@ -201,23 +201,19 @@ def over_tokens(function: Callable, replicated: Sequence[int] = ()) -> Callable:
   return mapped
 
 
-def per_device(
-  function: Callable, dims: Sequence[str], out_dims: Sequence[str]
-) -> Callable:
+def per_device(function: Callable, dims: tuple, out_dims: tuple) -> Callable:
   """`function` of what each device holds, for work that needs no exchange.
 
   Args:
-    function: of arrays, returns a tuple of arrays.
-    dims: letters of each argument.
+    function: of arrays, or trees of them; returns a tuple of such.
+    dims: letters of each array, in the same trees.
     out_dims: letters of each result.
   """
   if axis_sizes() is None:
     return function
-  specs = tuple(map(act, dims))
-  mapped = jax.shard_map(
-    function, in_specs=specs, out_specs=tuple(map(act, out_dims))
-  )
-  return lambda *args: mapped(*map(reshard, args, specs))
+  specs, out_specs = (jax.tree.map(act, d) for d in (dims, out_dims))
+  mapped = jax.shard_map(function, in_specs=specs, out_specs=out_specs)
+  return lambda *args: mapped(*jax.tree.map(reshard, args, specs))
 
 
 def sharded(init: Callable, spec: jax.P | None) -> Callable:

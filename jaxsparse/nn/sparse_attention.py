@@ -29,9 +29,9 @@ _CACHE_DIMS = SparseCache(
   summary_count='B.', summary_segment='B.',
   kept_block='BK.', is_kept='BK.',
 )  # fmt: skip
-_STATS_DIMS = dict(
-  kept='BK.', eligible='BK.', shares='BK..', block='BK..', is_kept='BK..'
-)
+# Of queries, keys, values, documents, coverage and gates.
+_INPUT_DIMS = ('BTN.', 'BTK.', 'BTK.', 'BT', 'BTK', 'BTN.')
+_STATS_DIMS = dict(kept='BK.', eligible='BK.', shares='BK..')
 _SETS = ('window', 'kept', 'summary')
 
 
@@ -103,40 +103,20 @@ class SparseAttention(nn.Module):
       chunk=sparse.query_chunk,
     )
     inputs = (query, key, value, segment_ids, coverage, gates)
-    heads, rows = ('BTN.', 'BTK.', 'BTK.'), ('BT', 'BTK', 'BTN.')
     if cache is None:
-
-      def run(query, key, value, segments, coverage, gates):
-        y, stats = sparse_attention(
-          query, key, value, segments, segments, coverage, gates, **how
-        )
-        return y, *(stats[name] for name in _STATS_DIMS)
-
-      y, *stats = mesh.per_device(
-        run, heads + rows, ('BTN.', *_STATS_DIMS.values())
-      )(*inputs)
-    else:
-      names = ('kept', 'eligible', 'shares')
-
-      def run(*args):
-        *inputs, index = args
-        inputs, arrays = inputs[:6], SparseCache(*inputs[6:])
-        y, arrays, stats = cached_sparse_attention(
-          *inputs, arrays, index, **how
-        )
-        return y, *arrays, *(stats[name] for name in names)
-
-      arrays = [cache[name] for name in SparseCache._fields]
-      y, *results = mesh.per_device(
-        run,
-        (*heads, *rows, *_CACHE_DIMS, ''),
-        ('BTN.', *_CACHE_DIMS, *(_STATS_DIMS[name] for name in names)),
-      )(
-        query, key, value, segment_ids, coverage, gates, *arrays, cache['index']
+      run = mesh.per_device(
+        functools.partial(_all_at_once, how), _INPUT_DIMS, ('BTN.', _STATS_DIMS)
       )
-      arrays, stats = results[: len(arrays)], results[len(arrays) :]
-      cache = cache | dict(zip(SparseCache._fields, arrays, strict=True))
-    stats = dict(zip(_STATS_DIMS, stats, strict=False))
+      y, stats = run(*inputs)
+    else:
+      run = mesh.per_device(
+        functools.partial(_from_cache, how),
+        (*_INPUT_DIMS, _CACHE_DIMS, ''),
+        ('BTN.', _CACHE_DIMS, _STATS_DIMS),
+      )
+      arrays = SparseCache(*(cache[name] for name in SparseCache._fields))
+      y, arrays, stats = run(*inputs, arrays, cache['index'])
+      cache = cache | arrays._asdict()
     return y, cache, self._metrics(stats, coverage)
 
   def _gates_and_coverage(self, x):
@@ -174,6 +154,18 @@ class SparseAttention(nn.Module):
     return metrics | dict(
       aux_loss=self.config.sparse.budget_weight * kept_share
     )
+
+
+def _all_at_once(how, query, key, value, segments, coverage, gates):
+  y, stats = sparse_attention(
+    query, key, value, segments, segments, coverage, gates, **how
+  )
+  return y, {name: stats[name] for name in _STATS_DIMS}
+
+
+def _from_cache(how, *inputs):
+  y, cache, stats = cached_sparse_attention(*inputs, **how)
+  return y, cache, {name: stats[name] for name in _STATS_DIMS}
 
 
 def _mean(counts, total, x):

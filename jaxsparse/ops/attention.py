@@ -113,8 +113,7 @@ def attention(
 
 def _head_letter(mixes):
   """Heads are split over the mesh unless those of several devices meet."""
-  axes = mesh.axis_sizes()
-  num_shards = mesh.shards('N')[1] if axes else 1
+  _, num_shards = mesh.shards('N')
   is_split = all(m.num_groups % num_shards == 0 for m in mixes.values())
   return 'N' if is_split else '.'
 

@@ -154,7 +154,7 @@ def test_golden_factors():
     np.testing.assert_allclose(got, want, atol=1e-8)
 
 
-@pytest.mark.parametrize('chunk', [0, 4])
+@pytest.mark.parametrize('chunk', [pytest.param(0, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize(
   ('case', 'options'),
   [

@@ -114,7 +114,11 @@ def value_and_gradients(function, inputs):
 
 @pytest.mark.parametrize(
   ('tile', 'window_blocks', 'num_kv_heads'),
-  [(1, 0, 1), (2, 1, 2), (4, 2, 4)],
+  [
+    (2, 1, 2),
+    pytest.param(1, 0, 1, marks=pytest.mark.slow),
+    pytest.param(4, 2, 4, marks=pytest.mark.slow),
+  ],
 )
 def test_keeping_every_block_is_dense_attention(
   tile, window_blocks, num_kv_heads
@@ -147,7 +151,9 @@ def test_nothing_but_the_window_is_a_banded_mask():
   np.testing.assert_allclose(stats['shares'][..., 0], 1, atol=1e-14)
 
 
-@pytest.mark.parametrize('change', [8, 10, 11])
+@pytest.mark.parametrize(
+  'change', [pytest.param(8, marks=pytest.mark.slow), 10, 11]
+)
 def test_later_rows_change_nothing(change):
   inputs = make_inputs(20)
   coverage = jax.random.uniform(jax.random.key(0), (B, 20, K))
@@ -222,7 +228,9 @@ def test_documents_anywhere_are_dense_attention_if_all_is_kept():
   ],
   ids=['all dropped', 'more slots than blocks', 'none eligible', 'gated'],
 )
-@pytest.mark.parametrize('scale', [1.0, 300.0])
+@pytest.mark.parametrize(
+  'scale', [pytest.param(1.0, marks=pytest.mark.slow), 300.0]
+)
 def test_gradients_are_finite(how, scale):
   q, k, v = make_inputs()
   found = value_and_gradients(lambda *x: run(*x, **how), (scale * q, k, v))
@@ -263,7 +271,7 @@ def test_kept_blocks_are_within_bounds(coverage):
     assert (kept <= most).all()
 
 
-@pytest.mark.parametrize('chunk', [8, 12])
+@pytest.mark.parametrize('chunk', [pytest.param(8, marks=pytest.mark.slow), 12])
 def test_queries_may_come_in_parts(chunk):
   """What comes after them in the keys may be anything."""
   q, k, v = make_inputs(36)
@@ -303,7 +311,12 @@ def test_memory_grows_with_the_length_and_not_its_square():
 
 @pytest.mark.parametrize('tile', [1, 2, 4])
 @pytest.mark.parametrize(
-  'lengths', [(7, 1, 1, 1, 5, 1, 1, 13), (1,) * 30], ids=['mixed', 'ones']
+  'lengths',
+  [
+    (7, 1, 1, 1, 5, 1, 1, 13),
+    pytest.param((1,) * 30, marks=pytest.mark.slow),
+  ],
+  ids=['mixed', 'ones'],
 )
 def test_a_cache_gives_the_same_at_every_row(tile, lengths):
   """Two documents, padding before one, and room in the cache behind them."""
