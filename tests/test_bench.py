@@ -13,6 +13,7 @@ from jaxsparse.bench import (
   __main__ as command,
 )
 from jaxsparse.bench import (
+  attention,
   first_session,
   host_memory,
   measuring,
@@ -178,6 +179,46 @@ def test_train_step_refuses_what_it_cannot_do(changes, message):
   options = argparse.Namespace(**STEP | changes)
   with pytest.raises(UserError, match=message):
     train_step.make_config(options, 'adamw', options.growth)
+
+
+def test_attention_tells_sparse_from_dense_and_composed_from_plain(capsys):
+  options = argparse.Namespace(
+    **attention.OPTIONS
+    | dict(
+      lengths='40', context=40, train_length=16, heads=2, kv_heads=1, width=8,
+      block=8, tile=8, window_blocks=1, slots=2, chunk=16, model_dim=16,
+      train_chunk=8, rounds=1,
+    )
+  )  # fmt: skip
+  records = attention.measure(options)
+  attention.show(records)
+  assert [(r['task'], r['contender']) for r in records] == [
+    ('forward 40', 'dense'),
+    ('forward 40', 'sparse'),
+    ('decode 40', 'dense'),
+    ('decode 40', 'sparse'),
+    ('train 16', 'plain heads'),
+    ('train 16', 'query-wise'),
+    ('train 16', 'DCMHA'),
+  ]
+  # Keys and values of 40 rows, or of four blocks and five summaries.
+  least = [r['least_bytes'] for r in records if 'least_bytes' in r]
+  assert least == [4 * 2 * 8 * 40, 4 * 2 * 8 * (4 * 8 + 5)]
+  assert 'DCMHA' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (dict(lengths='4,x'), 'lengths must be positive numbers'),
+    (dict(context=-1), 'context must be at least 0'),
+    (dict(heads=0), 'heads must be positive'),
+  ],
+)
+def test_attention_refuses(changes, message):
+  options = argparse.Namespace(**attention.OPTIONS | changes)
+  with pytest.raises(UserError, match=message):
+    attention.measure(options)
 
 
 def test_only_a_gpu_reads_the_memory_of_its_host(capsys):

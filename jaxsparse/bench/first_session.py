@@ -9,6 +9,7 @@ from types import ModuleType
 import jax
 
 from jaxsparse.bench import (
+  attention,
   decode,
   grouped_matmul,
   host_memory,
@@ -72,6 +73,21 @@ def sections() -> list[tuple[str, ModuleType, list[dict]]]:
           seq_len=2048,
           growth=1,
         ),
+      ],
+    ),
+    (
+      'attention',
+      attention,
+      [dict(lengths='1024', context=2048, train_length=256, rounds=2)]
+      if on_cpu
+      else [
+        dict(
+          lengths='8192,32768,131072',
+          context=131_072,
+          train_length=2048,
+          heads=16,
+          dtype='bfloat16',
+        )
       ],
     ),
     (
