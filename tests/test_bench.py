@@ -181,6 +181,7 @@ def test_train_step_refuses_what_it_cannot_do(changes, message):
     train_step.make_config(options, 'adamw', options.growth)
 
 
+@pytest.mark.slow
 def test_attention_tells_sparse_from_dense_and_composed_from_plain(capsys):
   options = argparse.Namespace(
     **attention.OPTIONS

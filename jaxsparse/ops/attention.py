@@ -103,6 +103,8 @@ def attention(
   for name, mix in mixes.items():
     queries[name] = placed(mix.query, f'BT.{letter}')
     keys[name] = placed(mix.key, f'BS.{letter}')
+    base = placed(mix.base, f'{letter}..')
+    mixes[name] = dataclasses.replace(mix, base=base)
   length = query.shape[1]
   if chunk and length > chunk:
     out = _in_chunks(queries, keys, mixes, window, chunk)

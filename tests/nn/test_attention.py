@@ -178,8 +178,8 @@ def test_identity_start_is_plain_attention_and_learns():
     y, _, _ = module.apply({'params': params}, *inputs)
     return jnp.sin(y).sum(), y
 
-  gradients, y = jax.grad(loss, has_aux=True)(params)
-  np.testing.assert_allclose(y, expected, atol=1e-7)
+  gradients, y = jax.jit(jax.grad(loss, has_aux=True))(params)
+  np.testing.assert_allclose(y, expected, atol=1e-6)
   writing = gradients['dcmha']['low_rank'][..., 2:, :]
   assert np.abs(writing).min() > 0
   assert np.abs(gradients['dcmha']['gate']).min() > 0
@@ -220,15 +220,20 @@ LOCAL = dict(attention_pattern=('local',), window=3, query_chunk=4)
 @pytest.mark.parametrize(
   'fields',
   [
-    LOCAL | dict(dcmha=DCMHAConfig(base=True)),
-    # Groups are split over `model` where it divides them.
+    pytest.param(
+      LOCAL | dict(num_heads=8, dcmha=DCMHAConfig(base=True)),
+      marks=pytest.mark.slow,
+    ),
+    # Groups are split over `model` where it divides them; by factors, for there
+    # are fewer queries than heads, and by matrices.
+    LOCAL | dict(num_heads=8, dcmha=DCMHAConfig(base=True, num_groups=4)),
     LOCAL | dict(dcmha=DCMHAConfig(base=True, num_groups=4)),
-    dict(attention_pattern=('sparse',), sparse=SPARSE),
+    dict(num_heads=8, attention_pattern=('sparse',), sparse=SPARSE),
   ],
-  ids=['dcmha', 'dcmha in groups', 'sparse'],
+  ids=['dcmha', 'by factors', 'by matrices', 'sparse'],
 )
 def test_any_mesh_gives_the_same(fields):
-  config = make_config(num_heads=8, num_kv_heads=4, **fields)
+  config = make_config(num_kv_heads=4, **fields)
   inputs = tuple(
     jnp.concatenate(4 * [array]) for array in (X, POSITIONS, SEGMENTS)
   )
@@ -246,5 +251,6 @@ def test_any_mesh_gives_the_same(fields):
   expected = run()
   with jax.set_mesh(mesh.make_mesh(2, 1, 4)):
     sharded = run()
+  # Some gradients of the generator are as large as 70.
   for got, want in zip(*map(jax.tree.leaves, (sharded, expected)), strict=True):
-    np.testing.assert_allclose(got, want, atol=2e-5)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)

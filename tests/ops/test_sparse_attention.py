@@ -309,7 +309,14 @@ def test_memory_grows_with_the_length_and_not_its_square():
   assert sizes[2] < 5 * sizes[1]
 
 
-@pytest.mark.parametrize('tile', [1, 2, 4])
+@pytest.mark.parametrize(
+  'tile',
+  [
+    pytest.param(1, marks=pytest.mark.slow),
+    pytest.param(2, marks=pytest.mark.slow),
+    4,
+  ],
+)
 @pytest.mark.parametrize(
   'lengths',
   [
