@@ -99,8 +99,8 @@ def append(cache: Cache, new: Cache, has_ring: bool) -> tuple[Cache, Cache]:
     ring and several tokens that is the ring as it was and then the new rows, in
     the order of time: the first of them still read what the last ones replace.
   """
-  stored = dict.fromkeys(new) | _ROWS['ring' if has_ring else 'linear']
-  stored = {name: other or name for name, other in stored.items()}
+  rows = _ROWS['ring' if has_ring else 'linear']
+  stored = {name: rows.get(name, name) for name in new}
   old = {name: cache[stored[name]] for name in new}
   index, num_new = cache['index'], new['positions'].shape[1]
   slots = old['positions'].shape[1]
