@@ -109,10 +109,16 @@ class SparseAttentionConfig:
   budget_weight: float = 0.0
   # Queries at once, at least, in training and prefill.
   query_chunk: int = 512
+  # Blocks that decoding keeps between the sinks and the window, the others are
+  # forgotten (`ops.bounded_history`); 0 keeps all.
+  history_blocks: int = 0
+  # Summaries of what is forgotten; the oldest merge when there are more.
+  history_summaries: int = 0
 
   def __post_init__(self):
     require_positive(self, 'block', 'tile', 'max_blocks', 'temperature')
     require_positive(self, 'query_chunk')
+    require_not_negative(self, 'history_blocks', 'history_summaries')
     require_not_negative(self, 'window_blocks', 'sinks', 'budget_weight')
     require_choice(self, 'combine', ('merged', 'gated'))
     require(

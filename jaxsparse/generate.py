@@ -1,22 +1,31 @@
 """Continues a prompt with a trained model: python -m jaxsparse.generate.
 
 The text goes to stdout as it comes, everything else to stderr. Every sample is
-added to `samples.jsonl` in the workdir.
+added to `samples.jsonl` in the workdir. A prompt from a file may be of any
+length: if it exceeds that of training and all attention is sparse or local, the
+sparse layers keep a history of bounded size, and memory does not grow with it.
 """
 
 import argparse
 import dataclasses
 import os
+import pathlib
 import sys
+import time
 
 from jaxsparse import checkpoint, workdir
 from jaxsparse.command_line import (
   keep_compiled_programs,
   user_errors_end_in_a_sentence,
 )
-from jaxsparse.config import Config
+from jaxsparse.config import Config, ModelConfig
 from jaxsparse.data.tokenizer import load_from_workdir
 from jaxsparse.errors import UserError
+from jaxsparse.inference.long_input import (
+  Reading,
+  can_forget,
+  with_bounded_history,
+)
 from jaxsparse.inference.sampling import Sampling
 from jaxsparse.inference.text import (
   Completion,
@@ -24,6 +33,12 @@ from jaxsparse.inference.text import (
   complete,
   encode_prompt,
 )
+
+# Between two lines about a prompt that is being read.
+_SECONDS = 5.0
+
+# Characters of a prompt that the samples' file repeats.
+_PROMPT_KEPT = 10_000
 
 
 class _Parser(argparse.ArgumentParser):
@@ -47,6 +62,18 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     help='folder of the training run',
   )
   add('--prompt', default='', help='text to continue; empty: a new document')
+  add(
+    '--prompt_file',
+    default='',
+    help='a text file to continue instead, of any length',
+  )
+  add(
+    '--history_blocks',
+    type=int,
+    help='blocks that sparse attention keeps between its sinks and its window; '
+    '0 keeps all; %(default)s: all, or with a --prompt_file longer than the '
+    'training length what makes up that length',
+  )
   add('--max_tokens', type=int, default=200, help='most tokens to write')
   add(
     '--temperature',
@@ -75,6 +102,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     raise UserError(
       f'num_samples must be at least 1, got {arguments.num_samples}.'
     )
+  if arguments.prompt and arguments.prompt_file:
+    raise UserError('give --prompt or --prompt_file, not both.')
+  if arguments.history_blocks is not None and arguments.history_blocks < 0:
+    raise UserError(
+      'history_blocks must be 0 for all blocks, or their number; got '
+      f'{arguments.history_blocks}.'
+    )
   return arguments
 
 
@@ -82,8 +116,12 @@ def to_requests(arguments: argparse.Namespace) -> list[Request]:
   """One request for each sample.
 
   Raises:
-    UserError: a limit, the prompt or the stop string is not valid.
+    UserError: a limit, the prompt or the stop string is not valid, or the file
+      can't be read.
   """
+  prompt = arguments.prompt
+  if arguments.prompt_file:
+    prompt = _read_file(arguments.prompt_file)
   sampling = Sampling(
     temperature=arguments.temperature,
     top_k=arguments.top_k,
@@ -91,7 +129,7 @@ def to_requests(arguments: argparse.Namespace) -> list[Request]:
   )
   return [
     Request(
-      prompt=arguments.prompt,
+      prompt=prompt,
       max_tokens=arguments.max_tokens,
       stop=arguments.stop,
       sampling=sampling,
@@ -99,6 +137,21 @@ def to_requests(arguments: argparse.Namespace) -> list[Request]:
     )
     for i in range(arguments.num_samples)
   ]
+
+
+def _read_file(path: str) -> str:
+  try:
+    return pathlib.Path(path).read_text(encoding='utf-8')
+  except OSError as error:
+    raise UserError(
+      f"--prompt_file={path} can't be read ({error.strerror}): name a text "
+      'file.'
+    ) from error
+  except UnicodeDecodeError as error:
+    raise UserError(
+      f'--prompt_file={path} must be UTF-8 text, but its byte {error.start} is '
+      'not.'
+    ) from error
 
 
 def main(argv: list[str]) -> None:
@@ -109,25 +162,74 @@ def main(argv: list[str]) -> None:
     keep_compiled_programs(config)
     tokenizer = load_from_workdir(arguments.workdir)
     step, params = checkpoint.load_params(arguments.workdir, arguments.step)
-    _warn_of_length(config, tokenizer, requests[0])
+    num_prompt = len(encode_prompt(tokenizer, requests[0].prompt))
+    model = _with_history(config, arguments, num_prompt)
+    if not (model.sparse and model.sparse.history_blocks):
+      _warn_of_length(config, num_prompt + arguments.max_tokens)
     for i, request in enumerate(requests):
       if i:
         _write('\n\n')
-      _write(request.prompt)
-      done = complete(config.model, params, tokenizer, request, _write)
+      if not arguments.prompt_file:
+        _write(request.prompt)
+      done = complete(
+        model, params, tokenizer, request, _write, _Progress(num_prompt)
+      )
       workdir.append_sample(arguments.workdir, to_row(step, request, done))
       _report(done)
 
 
+def _with_history(
+  config: Config, arguments: argparse.Namespace, num_prompt: int
+) -> ModelConfig:
+  """The model, and if it is to forget, told how much it keeps."""
+  model, wanted = config.model, arguments.history_blocks
+  if wanted is None:
+    is_long = num_prompt + arguments.max_tokens > config.data.seq_len
+    if not (arguments.prompt_file and is_long and can_forget(model)):
+      return model
+  elif wanted == 0:
+    return model
+  model = with_bounded_history(model, config.data.seq_len, wanted)
+  blocks, rows = model.sparse.history_blocks, model.sparse.block
+  _say(
+    f'Sparse attention keeps {blocks} blocks of {rows} tokens between its '
+    'sinks and its window.'
+  )
+  return model
+
+
+class _Progress:
+  """Says now and then how far a long prompt has been read."""
+
+  def __init__(self, num_prompt: int):
+    self._num_prompt = num_prompt
+    self._restart(0)
+
+  def _restart(self, begin: int) -> None:
+    self._begin, self._start, self._nats = begin, time.monotonic(), 0.0
+
+  def __call__(self, reading: Reading) -> None:
+    self._nats += reading.nats_per_token * (reading.end - reading.begin)
+    seconds = time.monotonic() - self._start
+    if seconds < _SECONDS:
+      return
+    num_tokens = reading.end - self._begin
+    _say(
+      f'{reading.end:,} of {self._num_prompt:,} tokens read, '
+      f'{num_tokens / seconds:,.0f} tokens/s, the last {num_tokens:,} at '
+      f'{self._nats / num_tokens:.4f} nats/token'
+    )
+    self._restart(reading.end)
+
+
 def to_row(step: int, request: Request, done: Completion) -> dict:
-  """What the samples' file says of one text."""
+  """What the samples' file says of one text: of a long prompt the end."""
   row = {'step': step, **dataclasses.asdict(request)}
+  row['prompt'] = row['prompt'][-_PROMPT_KEPT:]
   return row | {'text': done.text, 'num_tokens': done.num_tokens}
 
 
-def _warn_of_length(config: Config, tokenizer, request: Request) -> None:
-  num_prompt = len(encode_prompt(tokenizer, request.prompt))
-  length = num_prompt + request.max_tokens
+def _warn_of_length(config: Config, length: int) -> None:
   if length > config.data.seq_len:
     _say(
       f'warning: prompt and max_tokens make {length} tokens, more than the '

@@ -1,7 +1,7 @@
-"""Token by token with a cache: one prefill, then one compiled step."""
+"""Token by token with a cache: the prompt, then one compiled step."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import numpy as np
@@ -9,6 +9,7 @@ import numpy as np
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.errors import UserError
+from jaxsparse.inference.long_input import Reading, read
 from jaxsparse.inference.sampling import Sampling, sample
 from jaxsparse.nn.transformer import Cache, Transformer, init_cache
 
@@ -89,6 +90,7 @@ def generate_tokens(
   max_tokens: int,
   sampling: Sampling,
   seed: int = 0,
+  on_reading: Callable[[Reading], None] = lambda reading: None,
 ) -> Iterator[np.ndarray]:
   """Continues a batch of prompts; yields tokens as they come.
 
@@ -99,6 +101,7 @@ def generate_tokens(
     max_tokens: tokens to draw for each row.
     sampling: how to draw.
     seed: the same seed gives the same tokens.
+    on_reading: called as long prompts are read, chunk by chunk.
 
   Yields:
     int32 [B]: the next token of each row, `max_tokens` times. Whoever reads
@@ -110,16 +113,19 @@ def generate_tokens(
   if max_tokens < 1:
     raise UserError(f'max_tokens must be at least 1, got {max_tokens}.')
   inputs = left_pad(prompt_ids)
-  return _generate(model_config, params, inputs, max_tokens, sampling, seed)
+  return _generate(
+    model_config, params, inputs, max_tokens, sampling, seed, on_reading
+  )
 
 
 _new_cache = jax.jit(init_cache, static_argnums=(0, 1, 2))
 
 
-def _generate(config, params, inputs, max_tokens, sampling, seed):
+def _generate(config, params, inputs, max_tokens, sampling, seed, on_reading):
   batch_size, length = inputs[0].shape
   # The last token is drawn, never fed.
   cache = _new_cache(config, batch_size, length + max_tokens - 1)
+  inputs, cache = read(config, params, inputs, cache, on_reading)
   previous = None
   for step in range(max_tokens):
     token, cache, inputs = decode_step(

@@ -9,6 +9,7 @@ from typing import Any
 from jaxsparse.config import ModelConfig
 from jaxsparse.errors import UserError
 from jaxsparse.inference.decoding import generate_tokens
+from jaxsparse.inference.long_input import Reading
 from jaxsparse.inference.sampling import Sampling
 
 # Tokens before a new one that decide how it is spelled, such as its space.
@@ -69,6 +70,7 @@ def complete(
   tokenizer: Any,
   request: Request,
   write: Callable[[str], Any] | None = None,
+  on_reading: Callable[[Reading], None] = lambda reading: None,
 ) -> Completion:
   """Continues one prompt.
 
@@ -78,6 +80,7 @@ def complete(
     tokenizer: with which it was trained.
     request: what to continue and how; the same one gives the same text.
     write: called with each piece of text as soon as it is certain.
+    on_reading: called as a long prompt is read, chunk by chunk.
 
   Returns:
     The text and how long it took.
@@ -97,6 +100,7 @@ def complete(
       request.max_tokens,
       request.sampling,
       request.seed,
+      on_reading,
     ):
       arrivals.append(time.monotonic())
       yield int(batch[0])

@@ -17,7 +17,7 @@ from jaxsparse.nn import attention_cache
 from jaxsparse.nn.attention_cache import Cache
 from jaxsparse.nn.dcmha import DCMHA, cached_factors, head_mix
 from jaxsparse.nn.layers import Metrics, RMSNorm, weight
-from jaxsparse.nn.sparse_attention import SparseAttention
+from jaxsparse.nn.sparse_attention import SparseAttention, reads_unrotated
 from jaxsparse.ops.attention import attention
 from jaxsparse.ops.rope import apply_rope
 
@@ -60,9 +60,14 @@ class Attention(nn.Module):
     """
     config, model_dim = self.config, x.shape[-1]
     x = x.astype(config.dtype)
-    heads = self._project(x, positions)
+    is_sparse = config.attention_kinds[self.layer] == 'sparse'
+    heads = self._project(
+      x,
+      positions,
+      is_rotated=not (is_sparse and reads_unrotated(config, cache is not None)),
+    )
     metrics = {}
-    if config.attention_kinds[self.layer] == 'sparse':
+    if is_sparse:
       read = SparseAttention(config, name='sparse')
       encoded, cache, metrics = read(x, *heads, segment_ids, cache)
       if cache is not None:
@@ -114,7 +119,7 @@ class Attention(nn.Module):
     )
     return encoded, cache
 
-  def _project(self, x: jax.Array, positions: jax.Array):
+  def _project(self, x, positions, is_rotated):
     config, model_dim = self.config, x.shape[-1]
 
     def project(name: str, dims: str, num_heads: int) -> jax.Array:
@@ -130,6 +135,8 @@ class Attention(nn.Module):
         RMSNorm, epsilon=config.norm_epsilon, dim='H', dtype=config.dtype
       )
       query, key = norm(name='query_norm')(query), norm(name='key_norm')(key)
+    if not is_rotated:
+      return query, key, value
     rotate = functools.partial(
       apply_rope, positions=positions, max_wavelength=config.rope_max_wavelength
     )

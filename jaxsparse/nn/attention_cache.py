@@ -7,6 +7,7 @@ not yet in use are padding, of segment 0. Layers of one kind share these.
 """
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.nn import sparse_attention
 
-Cache = dict[str, jax.Array]
+Cache = dict[str, Any]
 
 # Names of the rows' positions and documents, which layers of one kind share.
 _ROWS = dict(

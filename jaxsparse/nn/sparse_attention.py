@@ -5,6 +5,7 @@ query reads, and the share of importance that its kept blocks are to cover.
 """
 
 import functools
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -14,7 +15,13 @@ from jaxtyping import Array, Float, Int
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig, SparseAttentionConfig
 from jaxsparse.nn.layers import Metrics
-from jaxsparse.ops.block_selection import Grid
+from jaxsparse.ops.block_selection import Grid, Summaries
+from jaxsparse.ops.bounded_history import (
+  BoundedCache,
+  bounded_attention,
+  init_bounded_cache,
+)
+from jaxsparse.ops.rope import rotate
 from jaxsparse.ops.sparse_attention import sparse_attention
 from jaxsparse.ops.sparse_cache import (
   SparseCache,
@@ -32,6 +39,17 @@ _CACHE_DIMS = SparseCache(
 # Of queries, keys, values, documents, coverage and gates.
 _INPUT_DIMS = ('BTN.', 'BTK.', 'BTK.', 'BT', 'BTK', 'BTN.')
 _STATS_DIMS = dict(kept='BK.', eligible='BK.', shares='BK..')
+
+
+def _whole(dims):
+  """The dims with all heads on every device: they agree what is forgotten."""
+  return jax.tree.map(lambda d: d.replace('K', '.').replace('N', '.'), dims)
+
+
+_BOUNDED_DIMS = BoundedCache(
+  pages=_whole(_CACHE_DIMS), worth='B.', seen='B.',
+  forgotten=Summaries(key='B...', value='B...', count='B.', segment='B.'),
+)  # fmt: skip
 _SETS = ('window', 'kept', 'summary')
 
 
@@ -51,22 +69,33 @@ def make_grid(config: SparseAttentionConfig) -> Grid:
 
 def init_rows(
   config: ModelConfig, batch_size: int, length: int
-) -> dict[str, jax.Array]:
+) -> dict[str, Any]:
   """A sparse layer's part of a decoding cache."""
-  cache = init_sparse_cache(
-    batch_size,
-    config.num_kv_heads,
-    length,
-    config.head_dim,
-    make_grid(config.sparse),
-    jnp.dtype(config.dtype),
-  )
-  return {
-    name: mesh.reshard(x, mesh.act(dims))
-    for (name, x), dims in zip(
-      cache._asdict().items(), _CACHE_DIMS, strict=True
+  sparse, dtype = config.sparse, jnp.dtype(config.dtype)
+  sizes = (batch_size, config.num_kv_heads)
+  grid = make_grid(sparse)
+  if sparse.history_blocks:
+    cache = init_bounded_cache(
+      *sizes,
+      config.head_dim,
+      grid,
+      sparse.history_blocks,
+      sparse.history_summaries,
+      dtype,
     )
-  }
+    all_dims = _BOUNDED_DIMS
+  else:
+    cache = init_sparse_cache(*sizes, length, config.head_dim, grid, dtype)
+    all_dims = _CACHE_DIMS
+  placed = jax.tree.map(
+    lambda dims, x: mesh.reshard(x, mesh.act(dims)), all_dims, cache
+  )
+  return placed._asdict()
+
+
+def reads_unrotated(config: ModelConfig, has_cache: bool) -> bool:
+  """Whether a sparse layer rotates queries and keys itself: by their rows."""
+  return has_cache and config.sparse.history_blocks > 0
 
 
 class SparseAttention(nn.Module):
@@ -86,9 +115,11 @@ class SparseAttention(nn.Module):
     key: Float[Array, 'B T K H'],
     value: Float[Array, 'B T K H'],
     segment_ids: Int[Array, 'B T'],
-    cache: dict[str, jax.Array] | None = None,
-  ) -> tuple[Float[Array, 'B T N H'], dict[str, jax.Array] | None, Metrics]:
+    cache: dict[str, Any] | None = None,
+  ) -> tuple[Float[Array, 'B T N H'], dict[str, Any] | None, Metrics]:
     """Sums of the values, the extended cache, and metrics.
+
+    Queries and keys are rotated unless `reads_unrotated`.
 
     The metrics are means over tiles with an eligible block: 'kept_share' of
     these blocks, 'coverage', and the shares of the softmax in 'window', 'kept'
@@ -109,15 +140,30 @@ class SparseAttention(nn.Module):
       )
       y, stats = run(*inputs)
     else:
-      run = mesh.per_device(
-        functools.partial(_from_cache, how),
-        (*_INPUT_DIMS, _CACHE_DIMS, ''),
-        ('BTN.', _CACHE_DIMS, _STATS_DIMS),
-      )
-      arrays = SparseCache(*(cache[name] for name in SparseCache._fields))
-      y, arrays, stats = run(*inputs, arrays, cache['index'])
-      cache = cache | arrays._asdict()
+      y, cache, stats = self._from_cache(how, inputs, cache)
     return y, cache, self._metrics(stats, coverage)
+
+  def _from_cache(self, how, inputs, cache):
+    kind, function = SparseCache, cached_sparse_attention
+    dims = (_INPUT_DIMS, _CACHE_DIMS, 'BTN.', _STATS_DIMS)
+    if reads_unrotated(self.config, has_cache=True):
+      kind, function = BoundedCache, bounded_attention
+      dims = (_INPUT_DIMS, _BOUNDED_DIMS, 'BTN.', _STATS_DIMS)
+      dims = (_whole(dims[0]), dims[1], *_whole(dims[2:]))
+      turn = functools.partial(
+        rotate, max_wavelength=self.config.rope_max_wavelength
+      )
+      how = {name: x for name, x in how.items() if name != 'chunk'}
+      how |= dict(turn=turn)
+    of_inputs, of_cache, of_y, of_stats = dims
+    run = mesh.per_device(
+      functools.partial(_cached, function, how),
+      (*of_inputs, of_cache, ''),
+      (of_y, of_cache, of_stats),
+    )
+    old = kind(*(cache[name] for name in kind._fields))
+    y, new, stats = run(*inputs, old, cache['index'])
+    return y, cache | new._asdict(), stats
 
   def _gates_and_coverage(self, x):
     config, model_dim = self.config, x.shape[-1]
@@ -163,8 +209,8 @@ def _all_at_once(how, query, key, value, segments, coverage, gates):
   return y, {name: stats[name] for name in _STATS_DIMS}
 
 
-def _from_cache(how, *inputs):
-  y, cache, stats = cached_sparse_attention(*inputs, **how)
+def _cached(function, how, *inputs):
+  y, cache, stats = function(*inputs, **how)
   return y, cache, {name: stats[name] for name in _STATS_DIMS}
 
 

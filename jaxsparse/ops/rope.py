@@ -24,10 +24,19 @@ def apply_rope(
   Returns:
     The rotated heads in the type of `x`; the rotation itself is in float32.
   """
+  return rotate(x, positions[:, :, None], max_wavelength)
+
+
+def rotate(
+  x: Float[Array, '*shape H'],
+  positions: Int[Array, '...'],
+  max_wavelength: float = 10_000.0,
+) -> Float[Array, '*shape H']:
+  """`apply_rope` of any shape, over which the positions are broadcast."""
   half = x.shape[-1] // 2
   exponent = jnp.arange(half, dtype=jnp.float32) / half
-  frequency = (max_wavelength**-exponent)[None, None, None, :]
-  angle = positions[:, :, None, None].astype(jnp.float32) * frequency
+  frequency = (max_wavelength**-exponent).reshape((1,) * (x.ndim - 1) + (half,))
+  angle = positions[..., None].astype(jnp.float32) * frequency
   cos, sin = jnp.cos(angle), jnp.sin(angle)
   left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = (left * cos - right * sin, right * cos + left * sin)

@@ -10,6 +10,7 @@ weighs them.
 Letters as in `block_selection`; r rows of a tile, T = n r queries.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -31,6 +32,10 @@ _NEVER = -1e30
 # How far above the largest kept score another may lie: e^20 still has a finite
 # gradient.
 _MOST_ABOVE = 20.0
+
+
+# Rotates keys [..., H] by their rows, which are broadcast over [...].
+Turn = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Pages(NamedTuple):
@@ -77,6 +82,8 @@ def attend_tiles(
   selection: Selection,
   grid: Grid,
   combine: str = 'merged',
+  turn: Turn | None = None,
+  forgotten: Summaries | None = None,
 ) -> tuple[Float[Array, 'B n r K G H'], Float[Array, 'B n r K G 3']]:
   """Attention of given tiles with given blocks.
 
@@ -90,6 +97,8 @@ def attend_tiles(
     selection: the tiles' blocks.
     grid: sizes.
     combine: 'merged' or 'gated'.
+    turn: rotates keys by their rows, if the pages' are not rotated.
+    forgotten: summaries of blocks that are in no page, which are read, too.
 
   Returns:
     Sums of the values, 0 for padding, and each set's share of the softmax
@@ -100,19 +109,30 @@ def attend_tiles(
   gates = jnp.moveaxis(gates, 3, 1).astype(dtype)
   own_block = first_row // grid.block
   parts = [
-    _window(query, first_row, segments, pages, own_block, grid),
-    _kept(query, segments, pages, selection),
+    _window(query, first_row, segments, pages, own_block, grid, turn),
+    _kept(query, segments, pages, selection, turn),
   ]
   if summaries is not None:
-    is_eligible = eligible_blocks(
-      summaries,
-      own_block,
-      lead_segments(pages.segments, first_row - first_row % grid.tile),
-      grid,
-    )
-    parts.append(
-      _summarized(query, segments, summaries, is_eligible, selection, grid)
-    )
+    lead = lead_segments(pages.segments, first_row - first_row % grid.tile)
+    is_read = eligible_blocks(summaries, own_block, lead, grid)[:, None]
+    if not grid.is_overlapping:
+      is_read &= ~_is_kept_block(selection, is_read.shape[-1])
+    if forgotten is not None:
+      is_same = forgotten.segment[:, None] == lead[..., None]
+      is_same = jnp.broadcast_to(
+        (is_same & (forgotten.count > 0)[:, None])[:, None],
+        (*is_read.shape[:-1], is_same.shape[-1]),
+      )
+      is_read = jnp.concatenate([is_same, is_read], axis=-1)
+      summaries = Summaries(
+        *(
+          jnp.concatenate(pair, axis=axis)
+          for *pair, axis in zip(
+            forgotten, summaries, (2, 2, 1, 1), strict=True
+          )
+        )
+      )
+    parts.append(_summarized(query, segments, summaries, is_read))
   y, shares = _combined(parts, gates, combine)
   shares = jnp.pad(shares, [(0, 0)] * 5 + [(0, 3 - shares.shape[-1])])
   return tuple(jnp.moveaxis(x, 1, 3) for x in (y, shares))
@@ -146,13 +166,15 @@ def _divided(values, total):
   return jnp.where(is_empty[..., None], 0.0, values / safe[..., None])
 
 
-def _window(query, first_row, segments, pages, own_block, grid):
+def _window(query, first_row, segments, pages, own_block, grid, turn):
   """Rows of the own block and the blocks of the window, none of them later."""
   offsets = jnp.arange(-grid.window_blocks, 1)
   block = own_block[:, None] + offsets[None]
   row = block[..., None] * grid.block + jnp.arange(grid.block)[None, None]
   row = row.reshape(len(block), -1)
   key, value, of_keys = _read_window(pages, jnp.maximum(block, 0))
+  if turn is not None:
+    key = turn(key, row[None, None])
   own_row = first_row[:, None] + jnp.arange(segments.shape[2])[None]
   is_past = (row[:, None] <= own_row[..., None]) & (row >= 0)[:, None]
   is_seen = _same_document(segments, of_keys) & is_past[None]
@@ -171,10 +193,14 @@ def _read_window(pages, block):
   return merged(pages.key, 2), merged(pages.value, 2), merged(pages.segments, 1)
 
 
-def _kept(query, segments, pages, selection):
+def _kept(query, segments, pages, selection, turn):
   """All rows of the kept blocks: each ends before the tile."""
   take = jax.vmap(jax.vmap(lambda x, i: x[i]))
   key, value = (take(x, selection.block) for x in (pages.key, pages.value))
+  if turn is not None:
+    block = key.shape[-2]
+    offset = jnp.arange(block)[None, None, None, None]
+    key = turn(key, selection.block[..., None] * block + offset)
   # The documents' rows are the same for all heads, the blocks are not.
   of_keys = jax.vmap(lambda x, i: x[i])(pages.segments, selection.block)
   shape = (*selection.block.shape[:3], -1)
@@ -189,21 +215,20 @@ def _kept(query, segments, pages, selection):
   return _part(logits, is_seen, value, is_kept, weight)
 
 
-def _summarized(query, segments, summaries, is_eligible, selection, grid):
-  """One key and value for each eligible block that is not kept."""
-  num_blocks = is_eligible.shape[-1]
-  is_kept = jnp.any(
-    (
-      selection.block[..., None]
-      == jnp.arange(num_blocks)[None, None, None, None]
-    )
-    & selection.is_kept[..., None],
-    axis=-2,
+def _is_kept_block(selection, num_blocks):
+  """Slots [B, K, n, k] to blocks [B, K, n, Z]."""
+  block = jnp.arange(num_blocks)[None, None, None, None]
+  is_block = selection.block[..., None] == block
+  return jnp.any(is_block & selection.is_kept[..., None], axis=-2)
+
+
+def _summarized(query, segments, summaries, is_read):
+  """One key and value for each block that is read so."""
+  batch, _, num_tiles, num_blocks = is_read.shape
+  of_keys = jnp.broadcast_to(
+    summaries.segment[:, None], (batch, num_tiles, num_blocks)
   )
-  is_read = is_eligible[:, None] & (grid.is_overlapping | ~is_kept)
-  is_same = _same_document(
-    segments, jnp.broadcast_to(summaries.segment[:, None], is_eligible.shape)
-  )
+  is_same = _same_document(segments, of_keys)
   is_seen = is_read[..., None, None, :] & is_same[:, None, :, :, None]
   logits = jnp.einsum('bknrgh,bkzh->bknrgz', query, summaries.key)
   count = jnp.maximum(summaries.count, 1).astype(logits.dtype)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsparse.ops.block_selection import Grid, Selection, Summaries, summarize
 from jaxsparse.ops.sparse_attention import (
   Pages,
+  Turn,
   attend_tiles,
   choose,
   lead_segments,
@@ -92,8 +93,13 @@ def append(
   value: Float[Array, 'B T K H'],
   segments: Int[Array, 'B T'],
   grid: Grid,
+  turn: Turn | None = None,
 ) -> SparseCache:
-  """Writes rows at `index`, and the summaries of the blocks they touch."""
+  """Writes rows at `index`, and the summaries of the blocks they touch.
+
+  With `turn`, keys are not rotated yet, and summaries are of keys that are by
+  their rows in the block.
+  """
 
   def write(old, new, start, axis):
     return jax.lax.dynamic_update_slice_in_dim(
@@ -117,6 +123,9 @@ def append(
       for x, axis in zip(pages, (2, 2, 1), strict=True)
     )
   )
+  if turn is not None:
+    offset = jnp.arange(grid.block)[None, None, None]
+    near = near._replace(key=turn(near.key, offset))
   new = summarize(*near)
   summaries = Summaries(
     *(

@@ -10,6 +10,7 @@ import pytest
 from jaxsparse import mesh
 from jaxsparse.config import MemoryConfig, ModelConfig
 from jaxsparse.errors import UserError
+from jaxsparse.inference import long_input
 from jaxsparse.inference.decoding import (
   decode_step,
   generate_tokens,
@@ -17,6 +18,7 @@ from jaxsparse.inference.decoding import (
 )
 from jaxsparse.inference.sampling import Sampling
 from jaxsparse.nn.transformer import Transformer, init_cache
+from jaxsparse.training.losses import token_losses
 
 CONFIG = ModelConfig(
   num_layers=2,
@@ -74,6 +76,31 @@ def test_greedy_generation_of_a_ragged_batch(params, forward):
     logits, _, _ = forward({'params': params}, tokens, positions, segment_ids)
     best = jnp.argmax(logits[0], axis=-1)[len(prompt) - 1 : length - 1]
     assert best.tolist() == row
+
+
+def test_a_prompt_is_read_in_chunks(params, forward, monkeypatch):
+  """And what is told of it on the way is the full forward's loss."""
+  prompts, readings = [[5, 1, 7, 7, 2, 0, 3, 11], [8, 4, 9, 2, 6]], []
+  at_once = generate(params, prompts, 3, GREEDY)
+  monkeypatch.setattr(long_input, 'CHUNK', 3)
+  in_chunks = np.stack(
+    list(
+      generate_tokens(
+        CONFIG, params, prompts, 3, GREEDY, on_reading=readings.append
+      )
+    ),
+    axis=1,
+  )
+  np.testing.assert_array_equal(in_chunks, at_once)
+  assert [(r.begin, r.end) for r in readings] == [(0, 3), (3, 6)]
+  inputs = left_pad(prompts)
+  logits, _, _ = forward({'params': params}, *inputs)
+  losses = token_losses(logits[:, :-1], jnp.asarray(inputs[0][:, 1:]))
+  is_token = inputs[2][:, :-1] > 0
+  for r in readings:
+    part = losses[:, r.begin : r.end], is_token[:, r.begin : r.end]
+    expected = (part[0] * part[1]).sum() / part[1].sum()
+    assert r.nats_per_token == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_the_seed_decides(params):

@@ -1,5 +1,6 @@
 """The command: text on stdout, one sentence for bad input, samples kept."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,6 +9,7 @@ import pytest
 
 from jaxsparse import checkpoint, config, generate, saved_config
 from jaxsparse.data.tokenizer import ByteTokenizer
+from jaxsparse.inference import long_input
 from jaxsparse.nn.transformer import Transformer
 
 MODEL = config.ModelConfig(
@@ -23,14 +25,28 @@ MODEL = config.ModelConfig(
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('run')
+  return make_workdir(tmp_path_factory.mktemp('run'), MODEL)
+
+
+@pytest.fixture(scope='module')
+def sparse_workdir(tmp_path_factory):
+  sparse = config.SparseAttentionConfig(
+    block=4, tile=4, window_blocks=1, max_blocks=2
+  )
+  model = dataclasses.replace(
+    MODEL, attention_pattern=('sparse',), sparse=sparse
+  )
+  return make_workdir(tmp_path_factory.mktemp('sparse'), model)
+
+
+def make_workdir(folder, model):
   whole = config.Config(
-    model=MODEL, data=config.DataConfig(seq_len=16, cache_dir=str(folder))
+    model=model, data=config.DataConfig(seq_len=16, cache_dir=str(folder))
   )
   (folder / 'config.json').write_text(saved_config.to_json(whole))
   ByteTokenizer().save(folder)
   one = jnp.ones((1, 2), jnp.int32)
-  init = jax.jit(Transformer(MODEL).init)
+  init = jax.jit(Transformer(model).init)
   params = init(jax.random.key(0), one, one, one)['params']
   checkpoints = checkpoint.Checkpoints(folder, keep=2)
   checkpoints.save(3, params, {'step': jnp.int32(3)}, {})
@@ -89,9 +105,48 @@ def test_a_length_beyond_training_is_only_a_warning(run):
   assert '35 tokens' in report
 
 
+def test_a_prompt_from_a_file(run, workdir, tmp_path):
+  text = tmp_path / 'book.txt'
+  text.write_text('sparse ' * 3)
+  code, from_file, report = run(prompt_file=text, temperature=0)
+  assert code == 0
+  assert report.startswith('warning: ')
+  _, whole, _ = run(prompt='sparse ' * 3, temperature=0)
+  assert whole == 'sparse ' * 3 + from_file
+
+
+def test_a_long_file_is_read_by_a_bounded_history(
+  sparse_workdir, run, tmp_path, monkeypatch
+):
+  """And short ones by all there is; both give what the flag says."""
+  monkeypatch.setattr(long_input, 'CHUNK', 16)
+  monkeypatch.setattr(generate, '_SECONDS', 0.0)
+  text = tmp_path / 'book.txt'
+  text.write_text('a longer book ' * 20)
+  flags = dict(workdir=sparse_workdir, prompt_file=text, temperature=0)
+  code, written, report = run(**flags)
+  assert code == 0
+  # 16 tokens are 4 blocks: a sink, one of history, and two of the window.
+  assert 'keeps 1 blocks of 4 tokens' in report
+  assert '272 of 281 tokens read' in report
+  assert 'warning' not in report
+  assert run(**flags, history_blocks=1)[1] == written
+  _, _, report = run(**flags, history_blocks=0)
+  assert report.startswith('warning: ')
+  row = json.loads(
+    (sparse_workdir / 'samples.jsonl').read_text().splitlines()[-1]
+  )
+  assert row['prompt'] == text.read_text()
+
+
 @pytest.mark.parametrize(
   ('flags', 'words'),
   [
+    (dict(prompt='a', prompt_file='b'), ['--prompt_file', 'both']),
+    (dict(prompt_file='nothing.txt'), ['nothing.txt']),
+    (dict(prompt_file='.'), ['--prompt_file=.', 'directory']),
+    (dict(history_blocks=-1), ['history_blocks', '-1']),
+    (dict(history_blocks=3), ['sparse', 'global']),
     (dict(workdir='nowhere'), ['workdir', 'nowhere']),
     (dict(workdir=None), ['--workdir']),
     (dict(step=4), ['step 4', '[3]']),

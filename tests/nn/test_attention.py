@@ -1,5 +1,7 @@
 """The attention module: its formula, its cache, its normalisation."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -69,6 +71,10 @@ VARIANTS = dict(
   dcmha_in_groups=dict(dcmha=DCMHAConfig(num_groups=2, rank=1)),
   local_dcmha=dict(attention_pattern=('local',), window=3, dcmha=DCMHAConfig()),
   sparse=dict(attention_pattern=('sparse',), sparse=SPARSE),
+  bounded=dict(
+    attention_pattern=('sparse',),
+    sparse=dataclasses.replace(SPARSE, history_blocks=4, history_summaries=1),
+  ),
   local_query_wise=dict(
     attention_pattern=('local',), window=3, dcmha=query_wise_dcmha()
   ),
