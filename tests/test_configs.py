@@ -54,6 +54,8 @@ MAX_MILLIONS = {
   'ultramem_v2_227m': 1232,
   'ultramem_v2_1b': 6799,
   'dcformer_tiny': 0.29,
+  'sparse_attention_tiny': 0.37,
+  'joined_tiny': 1.92,
   'dcformer_405m': 420,
   'dcformer_834m': 853,
   'dcformer_1b4': 1454,

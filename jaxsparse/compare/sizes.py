@@ -38,7 +38,8 @@ def fit(
   Args:
     base: the dense model; its vocabulary is set.
     name: of the architecture, for errors.
-    architecture: the base itself is returned for a dense one.
+    architecture: the base itself is returned for a dense one, and one that
+      names its own mlp_dim is as it says, whatever its FLOPs.
     total_parameters: without embeddings and gains, of a sparse architecture.
     seq_len: tokens over which attention counts.
     width_multiple: of what the width is to be a multiple.
@@ -55,6 +56,8 @@ def fit(
     memory=architecture.memory,
     moe=architecture.moe,
   )
+  if 'mlp_dim' in architecture.model:
+    return template
   if not architecture.is_sparse:
     model = _at_budget(template, budget, seq_len, width_multiple)
     return _within_budget(name, model, budget, seq_len, width_multiple)

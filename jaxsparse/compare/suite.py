@@ -27,7 +27,8 @@ class Architecture:
   memory: MemoryConfig | None = None
   moe: MoEConfig | None = None
   # Fields of the `ModelConfig` that differ from the base's, such as those of
-  # its attention. Alone they are paid for by narrower MLPs.
+  # its attention. Alone they are paid for by narrower MLPs; with mlp_dim among
+  # them, all sizes are as they say.
   model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # Fields of the `OptimizerConfig` that differ from the base's.
   optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)

@@ -220,9 +220,11 @@ def test_published_token_budgets():
 
 
 TINY = [name for name in RECIPES if name.endswith('_tiny')]
+# Their sizes are their own.
+OF_ATTENTION = ('dcformer_tiny', 'sparse_attention_tiny', 'joined_tiny')
 
 
-@pytest.mark.parametrize('name', [n for n in TINY if n != 'dcformer_tiny'])
+@pytest.mark.parametrize('name', [n for n in TINY if n not in OF_ATTENTION])
 def test_tiny_recipes_have_equal_flops(name):
   dense, sparse = (
     cost.forward_flops(_model(name), RECIPES[name]().data.seq_len)
@@ -233,7 +235,11 @@ def test_tiny_recipes_have_equal_flops(name):
 
 @pytest.mark.parametrize('name', TINY)
 def test_tiny_recipes_have_the_flops_that_xla_counts(name, monkeypatch):
-  """XLA adds norms, softmax and the like: up to 3 % at this size."""
+  """XLA adds norms, softmax and the like: up to 3 % at this size.
+
+  And 1 % more of masks and of merging three softmaxes, where all attention is
+  sparse.
+  """
   model, length = _model(name), RECIPES[name]().data.seq_len
   if model.moe:
     # XLA counts a loop's body once: here a form without loops, which runs all
@@ -249,8 +255,16 @@ def test_tiny_recipes_have_the_flops_that_xla_counts(name, monkeypatch):
     monkeypatch.setattr(moe, 'sharded_expert_mlp', all_experts)
   # What is counted is composition by factors, not by the matrices of a CPU.
   monkeypatch.setattr(compose, '_by_matrices', compose._by_factors)
-  # Sequences this short are not chunked, and scores beyond a window made.
-  model = dataclasses.replace(model, attention_pattern=('global',))
+  # Sequences this short are not chunked, and scores beyond a window made; of a
+  # sparse block's chunks XLA counts one.
+  model = dataclasses.replace(
+    model,
+    attention_pattern=tuple(
+      'global' if kind == 'local' else kind for kind in model.attention_pattern
+    ),
+    sparse=model.sparse
+    and dataclasses.replace(model.sparse, query_chunk=length),
+  )
   tokens = jnp.zeros((1, length), jnp.int32)
   transformer = Transformer(model)
 
@@ -262,7 +276,8 @@ def test_tiny_recipes_have_the_flops_that_xla_counts(name, monkeypatch):
   )['params']
   flops = jax.jit(forward).lower(params).cost_analysis()['flops']
   assert flops / length == pytest.approx(
-    cost.forward_flops(model, length), rel=0.03
+    cost.forward_flops(model, length),
+    rel=0.045 if name == 'sparse_attention_tiny' else 0.03,
   )
 
 

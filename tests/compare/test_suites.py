@@ -21,7 +21,14 @@ SUITES = sorted(
 
 def test_all_suites_are_here():
   names = [path.stem for path in SUITES]
-  assert names == ['attention', 'cpu', 'cpu_ablation', 'facts', 'h100']
+  assert names == [
+    'attention',
+    'cpu',
+    'cpu_ablation',
+    'facts',
+    'h100',
+    'sparse_attention',
+  ]
 
 
 @pytest.mark.parametrize('path', SUITES, ids=lambda path: path.stem)
@@ -33,6 +40,9 @@ def test_suite_derives_its_sizes(path, tmp_path):
   budget = cost.forward_flops(suite.base.model, length)
   for run in planned:
     model = run.config.model
+    if 'mlp_dim' in suite.architectures[run.architecture].model:
+      assert model.mlp_dim == suite.base.model.mlp_dim
+      continue
     assert abs(cost.forward_flops(model, length) / budget - 1) <= 0.01
     if model.memory or model.moe:
       total = cost.count_parameters(model).published

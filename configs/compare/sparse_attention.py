@@ -1,0 +1,43 @@
+"""Sparse attention against attention to everything, and to a window.
+
+  python -m jaxsparse.compare --suite=configs/compare/sparse_attention.py \\
+    --workdir=runs/compare_sparse_attention --text='books/*.txt'
+
+Without --text on Python's own sources: bytes, minutes a run on one core. The
+models are those of configs/sparse_attention_tiny.py with other attention and
+equal widths, so that a difference is the attention's; the window is as long as
+the sparse one's on average.
+"""
+
+import dataclasses
+import pathlib
+import runpy
+
+from jaxsparse.compare.suite import Architecture, Suite
+
+RECIPE = pathlib.Path(__file__).parents[1] / 'sparse_attention_tiny.py'
+# 256 bytes and the boundary.
+VOCAB_SIZE = 257
+
+
+def get_suite() -> Suite:
+  base = runpy.run_path(str(RECIPE))['get_config']()
+  sparse = base.model
+  width = dict(mlp_dim=sparse.mlp_dim)
+  dense = dataclasses.replace(
+    sparse, attention_pattern=('global',), sparse=None, vocab_size=VOCAB_SIZE
+  )
+  return Suite(
+    base=dataclasses.replace(base, model=dense),
+    architectures=dict(
+      dense=Architecture(),
+      sparse=Architecture(
+        model=dict(
+          attention_pattern=('sparse',), sparse=sparse.sparse, **width
+        )
+      ),
+      window=Architecture(
+        model=dict(attention_pattern=('local',), window=40, **width)
+      ),
+    ),
+  )

@@ -1,0 +1,46 @@
+"""Sparse in all its parts: UltraMem, composed heads, sparse attention; bytes.
+
+  python train.py --config=configs/joined_tiny.py --workdir=runs/joined_tiny
+
+Reproduces: nothing published. Local blocks of 64 bytes with composed heads
+(DCMHA) and blocks of sparse attention by turns; one memory layer of 16,384
+slots reads block 1 and is added after block 2. It reads input of any length in
+constant memory, as configs/sparse_attention_tiny.py says.
+Hardware: two CPU cores.
+Result: none measured yet.
+"""
+
+from jaxsparse import config as c
+
+
+def get_config() -> c.Config:
+  return c.Config(
+    model=c.ModelConfig(
+      num_layers=4,
+      model_dim=128,
+      num_heads=8,
+      num_kv_heads=8,
+      head_dim=16,
+      mlp_dim=256,
+      use_qk_norm=True,
+      attention_pattern=('local', 'sparse'),
+      window=64,
+      dcmha=c.DCMHAConfig(),
+      sparse=c.SparseAttentionConfig(
+        block=16, tile=16, window_blocks=2, max_blocks=8
+      ),
+      memory=c.MemoryConfig(
+        num_keys=128,
+        key_dim=32,
+        num_heads=2,
+        num_selected=16,
+        value_dim=64,
+        placements=((1, 2),),
+      ),
+    ),
+    data=c.DataConfig(tokenizer='bytes', seq_len=256, batch_size=8),
+    optimizer=c.OptimizerConfig(
+      learning_rate=2e-3, warmup_steps=50, value_lr_multiplier=10.0
+    ),
+    train=c.TrainConfig(num_steps=500),
+  )
