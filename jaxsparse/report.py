@@ -2,25 +2,41 @@
 
 Loss, rates and speed; for memory layers the use of slots and its unevenness
 over training; for mixtures the load of the experts. Works while the run goes
-on, and after it.
+on, and after it. With --attention="some text" also what the newest checkpoint
+looks at in that text: a picture of each layer, rollout and relevance, and
+plots/attention.html with all of it.
 """
 
 import argparse
+import pathlib
 import sys
 
+import numpy as np
+
+from jaxsparse import checkpoint
 from jaxsparse import workdir as workdir_lib
-from jaxsparse.analysis import run_pictures
+from jaxsparse.analysis import attention_pictures, run_pictures
+from jaxsparse.config import Config
+from jaxsparse.data import tokenizer as tokenizer_lib
 from jaxsparse.errors import UserError
-from jaxsparse.training import metrics
+from jaxsparse.inference import looking
+from jaxsparse.inference.text import encode_prompt
+from jaxsparse.training import inputs, metrics
+
+# Maps grow with the square of the text.
+_MOST_TOKENS = 2048
 
 
 def main(arguments: list[str] | None = None) -> int:
   """Draws the pictures and names them; 1 after a sentence on bad input."""
   parser = argparse.ArgumentParser(prog='python -m jaxsparse.report')
   parser.add_argument('workdir', help='of a training run, begun or finished')
+  parser.add_argument(
+    '--attention', metavar='TEXT', help='a text to look at, or @FILE'
+  )
   options = parser.parse_args(arguments)
   try:
-    workdir_lib.read_config(options.workdir)
+    config = workdir_lib.read_config(options.workdir)
     files = workdir_lib.Files(options.workdir)
     rows = metrics.read_rows(options.workdir)
     if not rows:
@@ -28,16 +44,86 @@ def main(arguments: list[str] | None = None) -> int:
         f'workdir {options.workdir!r} holds no metrics yet: wait for the first '
         'line of its run.'
       )
+    drawn = []
+    if options.attention is not None:
+      plots = files.folder / workdir_lib.PLOTS
+      drawn = draw_attention(options.workdir, config, options.attention, plots)
   except UserError as error:
     print(error, file=sys.stderr)
     return 1
   workdir_lib.fetch(options.workdir, files.folder / run_pictures.PASS)
-  for path in run_pictures.draw(
-    files.folder, rows, files.folder / workdir_lib.PLOTS
-  ):
+  drawn = [
+    *run_pictures.draw(files.folder, rows, files.folder / workdir_lib.PLOTS),
+    *drawn,
+  ]
+  for path in drawn:
     print(f'{options.workdir}/{workdir_lib.PLOTS}/{path.name}')
   files.sync()
   return 0
+
+
+def draw_attention(
+  workdir: str, config: Config, text: str, folder: pathlib.Path
+) -> list[pathlib.Path]:
+  """Draws what the newest checkpoint looks at in a text; returns the files.
+
+  Raises:
+    UserError: there is no checkpoint, or the text is missing or too long.
+  """
+  if text.startswith('@'):
+    try:
+      text = pathlib.Path(text[1:]).read_text(encoding='utf-8')
+    except (OSError, UnicodeDecodeError) as error:
+      raise UserError(
+        f"--attention={text}: the file can't be read ({error})."
+      ) from error
+  tokenizer = tokenizer_lib.load_from_workdir(workdir)
+  tokens = encode_prompt(tokenizer, text)
+  if not 1 < len(tokens) <= _MOST_TOKENS:
+    raise UserError(
+      f'--attention must be a text of 1 to {_MOST_TOKENS - 1} tokens, got '
+      f'{len(tokens) - 1}.'
+    )
+  _, params = checkpoint.load_params(workdir, None)
+  model = inputs.with_vocabulary(config, tokenizer.vocab_size).model
+  maps = looking.look(model, params, np.array(tokens, np.int32))
+  texts = [_text(tokenizer, token) for token in tokens]
+  next_text = _text(tokenizer, maps.next_token)
+  folder.mkdir(parents=True, exist_ok=True)
+  pictures = [folder / 'attention_tokens.png']
+  totals = dict(
+    Rollout=looking.rollout(maps), Relevance=looking.relevance(maps)
+  )
+  attention_pictures.draw_tokens(
+    *totals.values(), texts, next_text, pictures[0]
+  )
+  for i, layer in enumerate(maps.layers):
+    pictures.append(folder / f'attention_block_{i:02}.png')
+    attention_pictures.draw_layer(
+      layer,
+      f'Block {i}, {layer.kind}',
+      texts,
+      model.sparse.block if model.sparse else 0,
+      pictures[-1],
+    )
+  page = folder / attention_pictures.PAGE
+  attention_pictures.write_page(
+    {
+      f'{title} for the next token': attention_pictures.last_row(total)
+      for title, total in totals.items()
+    },
+    texts,
+    next_text,
+    pictures,
+    page,
+  )
+  return [*pictures, page]
+
+
+def _text(tokenizer: tokenizer_lib.Tokenizer, token: int) -> str:
+  if token == tokenizer.boundary_id:
+    return '\N{END OF PROOF}'
+  return tokenizer.decode_bytes([token]).decode('utf-8', 'replace')
 
 
 if __name__ == '__main__':

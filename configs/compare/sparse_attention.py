@@ -32,9 +32,7 @@ def get_suite() -> Suite:
     architectures=dict(
       dense=Architecture(),
       sparse=Architecture(
-        model=dict(
-          attention_pattern=('sparse',), sparse=sparse.sparse, **width
-        )
+        model=dict(attention_pattern=('sparse',), sparse=sparse.sparse, **width)
       ),
       window=Architecture(
         model=dict(attention_pattern=('local',), window=40, **width)

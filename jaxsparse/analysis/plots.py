@@ -175,7 +175,7 @@ def _draw(axes: Any, steps: np.ndarray, values: np.ndarray, **style) -> None:
 
 def _mark_empty(axes: Any) -> None:
   """Says so where nothing was drawn, instead of ticks that mean nothing."""
-  if not axes.lines:
+  if not axes.has_data():
     axes.set(xticks=[], yticks=[])
     axes.text(
       0.5,

@@ -15,6 +15,7 @@ from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.nn import attention_cache
 from jaxsparse.nn.attention_cache import Cache
+from jaxsparse.nn.attention_maps import probed, show
 from jaxsparse.nn.dcmha import DCMHA, cached_factors, head_mix
 from jaxsparse.nn.layers import Metrics, RMSNorm, weight
 from jaxsparse.nn.sparse_attention import SparseAttention, reads_unrotated
@@ -74,6 +75,7 @@ class Attention(nn.Module):
         cache = cache | dict(index=cache['index'] + x.shape[1])
     else:
       encoded, cache = self._read(x, *heads, positions, segment_ids, cache)
+    encoded = probed(self, encoded)
     shape = (config.num_heads, config.head_dim, model_dim)
     variance = 1 / (2 * config.num_layers * shape[0] * shape[1])
     output = weight(self, 'output', 'NHD', shape, variance, config.dtype)
@@ -105,19 +107,24 @@ class Attention(nn.Module):
       place: head_mix(config.dcmha, place, factors, keys.get('factors'), bases)
       for place in ('pre', 'post')
     }
-    encoded = attention(
-      query,
-      keys['key'],
-      keys['value'],
-      positions,
-      keys['positions'],
-      segment_ids,
-      keys['segment_ids'],
-      window=config.window if has_ring else 0,
-      chunk=config.query_chunk,
-      **mixes,
-    )
-    return encoded, cache
+
+    def read(value, **mixes):
+      return attention(
+        query,
+        keys['key'],
+        value,
+        positions,
+        keys['positions'],
+        segment_ids,
+        keys['segment_ids'],
+        window=config.window if has_ring else 0,
+        chunk=config.query_chunk,
+        **mixes,
+      )
+
+    plain = dict(plain=read) if config.dcmha else {}
+    show(self, value, weights=functools.partial(read, **mixes), **plain)
+    return read(keys['value'], **mixes), cache
 
   def _project(self, x, positions, is_rotated):
     config, model_dim = self.config, x.shape[-1]

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig, SparseAttentionConfig
+from jaxsparse.nn.attention_maps import show, show_arrays
 from jaxsparse.nn.layers import Metrics
 from jaxsparse.ops.block_selection import Grid, Summaries
 from jaxsparse.ops.bounded_history import (
@@ -39,6 +40,7 @@ _CACHE_DIMS = SparseCache(
 # Of queries, keys, values, documents, coverage and gates.
 _INPUT_DIMS = ('BTN.', 'BTK.', 'BTK.', 'BT', 'BTK', 'BTN.')
 _STATS_DIMS = dict(kept='BK.', eligible='BK.', shares='BK..')
+_CHOICE_DIMS = dict(block='BK..', is_kept='BK..')
 
 
 def _whole(dims):
@@ -136,12 +138,20 @@ class SparseAttention(nn.Module):
     inputs = (query, key, value, segment_ids, coverage, gates)
     if cache is None:
       run = mesh.per_device(
-        functools.partial(_all_at_once, how), _INPUT_DIMS, ('BTN.', _STATS_DIMS)
+        functools.partial(_all_at_once, how),
+        _INPUT_DIMS,
+        ('BTN.', _STATS_DIMS | _CHOICE_DIMS),
       )
       y, stats = run(*inputs)
+      self._show(run, inputs, stats)
     else:
       y, cache, stats = self._from_cache(how, inputs, cache)
     return y, cache, self._metrics(stats, coverage)
+
+  def _show(self, run, inputs, stats):
+    query, key, value, *rest = inputs
+    show(self, value, weights=lambda value: run(query, key, value, *rest)[0])
+    show_arrays(self, coverage=inputs[4], **stats)
 
   def _from_cache(self, how, inputs, cache):
     kind, function = SparseCache, cached_sparse_attention
@@ -203,10 +213,9 @@ class SparseAttention(nn.Module):
 
 
 def _all_at_once(how, query, key, value, segments, coverage, gates):
-  y, stats = sparse_attention(
+  return sparse_attention(
     query, key, value, segments, segments, coverage, gates, **how
   )
-  return y, {name: stats[name] for name in _STATS_DIMS}
 
 
 def _cached(function, how, *inputs):

@@ -3,14 +3,11 @@
 import dataclasses
 import json
 
-import jax
-import jax.numpy as jnp
 import pytest
+from small_run import save_untrained
 
-from jaxsparse import checkpoint, config, generate, saved_config
-from jaxsparse.data.tokenizer import ByteTokenizer
+from jaxsparse import config, generate
 from jaxsparse.inference import long_input
-from jaxsparse.nn.transformer import Transformer
 
 MODEL = config.ModelConfig(
   num_layers=1,
@@ -25,7 +22,7 @@ MODEL = config.ModelConfig(
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-  return make_workdir(tmp_path_factory.mktemp('run'), MODEL)
+  return save_untrained(tmp_path_factory.mktemp('run'), MODEL)
 
 
 @pytest.fixture(scope='module')
@@ -36,22 +33,7 @@ def sparse_workdir(tmp_path_factory):
   model = dataclasses.replace(
     MODEL, attention_pattern=('sparse',), sparse=sparse
   )
-  return make_workdir(tmp_path_factory.mktemp('sparse'), model)
-
-
-def make_workdir(folder, model):
-  whole = config.Config(
-    model=model, data=config.DataConfig(seq_len=16, cache_dir=str(folder))
-  )
-  (folder / 'config.json').write_text(saved_config.to_json(whole))
-  ByteTokenizer().save(folder)
-  one = jnp.ones((1, 2), jnp.int32)
-  init = jax.jit(Transformer(model).init)
-  params = init(jax.random.key(0), one, one, one)['params']
-  checkpoints = checkpoint.Checkpoints(folder, keep=2)
-  checkpoints.save(3, params, {'step': jnp.int32(3)}, {})
-  checkpoints.close()
-  return folder
+  return save_untrained(tmp_path_factory.mktemp('sparse'), model)
 
 
 @pytest.fixture

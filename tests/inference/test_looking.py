@@ -1,0 +1,200 @@
+"""Maps of attention: rows, masks, gradients by finite differences, rollouts."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_run import save_untrained
+
+from jaxsparse import report
+from jaxsparse.config import DCMHAConfig, ModelConfig, SparseAttentionConfig
+from jaxsparse.inference.looking import look, relevance, rollout
+from jaxsparse.nn.attention_maps import MAPS, PROBES
+from jaxsparse.nn.transformer import Transformer
+
+LENGTH, WINDOW = 19, 5
+CONFIG = ModelConfig(
+  num_layers=3,
+  model_dim=16,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=4,
+  mlp_dim=16,
+  vocab_size=31,
+  attention_pattern=('global', 'local', 'sparse'),
+  window=WINDOW,
+  dcmha=DCMHAConfig(num_groups=2),
+  sparse=SparseAttentionConfig(
+    block=2, tile=2, window_blocks=1, max_blocks=2, coverage_logit=0.0
+  ),
+)
+TOKENS = np.random.default_rng(0).integers(31, size=LENGTH).astype(np.int32)
+
+
+@pytest.fixture(scope='module')
+def params():
+  one = jnp.ones((1, 4), jnp.int32)
+  init = jax.jit(Transformer(CONFIG).init)
+  params = init(jax.random.key(0), one, one, one)['params']
+  # Not the start, at which everything is even.
+  return jax.tree.map(
+    lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), params
+  )
+
+
+@pytest.fixture(scope='module')
+def maps(params):
+  return look(CONFIG, params, TOKENS)
+
+
+def test_weights_are_shares_of_what_is_seen(maps):
+  t, s = np.indices((LENGTH, LENGTH))
+  past = s <= t
+  seen = {'global': past, 'local': past & (t - s < WINDOW), 'sparse': past}
+  for layer in maps.layers:
+    assert layer.weights.shape == (4, LENGTH, LENGTH)
+    assert np.all(layer.weights[:, ~seen[layer.kind]] == 0)
+    shares = layer.weights if layer.plain is None else layer.plain
+    np.testing.assert_allclose(shares.sum(-1), 1, atol=1e-5)
+  composed, _, sparse = maps.layers
+  assert np.abs(composed.weights - composed.plain).max() > 1e-3
+  assert sparse.plain is None
+  assert sparse.choice['block'].shape == (2, 10, 2)
+  # The last tile is not full.
+  shares = sparse.choice['shares'][:, : LENGTH // 2]
+  np.testing.assert_allclose(shares.sum(-1), 1, atol=1e-5)
+
+
+def test_a_sparse_layer_reads_kept_blocks_token_by_token(maps):
+  """And the tokens of a block that is not kept all alike: by its summary."""
+  sparse = maps.layers[2]
+  tile = 8
+  kept = {
+    int(b)
+    for b, k in zip(
+      sparse.choice['block'][0, tile],
+      sparse.choice['is_kept'][0, tile],
+      strict=True,
+    )
+    if k
+  }
+  # Blocks 7 and 8 are the window.
+  eligible = set(range(tile - 1))
+  assert kept
+  assert kept < eligible
+  for block in eligible:
+    first, second = sparse.weights[0, 2 * tile, 2 * block : 2 * block + 2]
+    assert (abs(first - second) > 1e-6) == (block in kept)
+
+
+def test_gradient_is_the_change_of_the_logit(params, maps):
+  """By how much the logit moves if one query reads a little more of a key."""
+  layer, head, query, key = 1, 2, LENGTH - 1, LENGTH - 3
+  positions = jnp.arange(LENGTH)[None]
+
+  @jax.jit
+  def logit(probe):
+    probes = {
+      f'block_0{i}': dict(
+        attention=dict(read=probe if i == layer else jnp.zeros_like(probe))
+      )
+      for i in range(3)
+    }
+    logits, _, _ = Transformer(CONFIG).apply(
+      {'params': params, PROBES: probes},
+      jnp.asarray(TOKENS)[None],
+      positions,
+      jnp.ones_like(positions),
+    )
+    return logits[0, -1, maps.next_token]
+
+  show = jax.jit(functools.partial(Transformer(CONFIG).apply, mutable=[MAPS]))
+  _, shown = show(
+    {'params': params},
+    jnp.asarray(TOKENS)[None],
+    positions,
+    jnp.ones_like(positions),
+  )
+  value = shown[MAPS]['block_01']['attention']['value'][0]
+  more = (
+    jnp.zeros((1, LENGTH, 4, 4))
+    .at[0, query, head]
+    .set(value[0, key, head // 2])
+  )
+  step = 1e-2
+  change = (logit(step * more) - logit(-step * more)) / (2 * step)
+  assert change == pytest.approx(
+    maps.layers[layer].gradient[head, query, key], rel=2e-2
+  )
+
+
+def test_rollout_rows_are_shares(maps):
+  total = rollout(maps)
+  np.testing.assert_allclose(total.sum(-1), 1)
+  assert np.all(total[np.triu_indices(LENGTH, 1)] == 0)
+
+
+def _forced(maps, key, gradient=0.0):
+  """All heads read one token, and half of them gladly."""
+  weights = np.zeros((4, LENGTH, LENGTH))
+  weights[:, :key] = np.eye(LENGTH)[:key]
+  weights[:, key:, key] = 1
+  gradients = np.zeros_like(weights)
+  gradients[:2] = gradient
+  layers = tuple(
+    dataclasses.replace(x, weights=weights, gradient=gradients)
+    for x in maps.layers
+  )
+  return dataclasses.replace(maps, layers=layers)
+
+
+def test_what_is_read_by_all_heads_is_lit(maps):
+  total = rollout(_forced(maps, 7))
+  assert total[-1].argmax() == 7
+  assert total[-1, 7] == pytest.approx(1 - 0.5**3)
+  total = relevance(_forced(maps, 7, gradient=1.0))
+  assert total[-1, :-1].argmax() == 7
+  assert np.all(np.delete(total[-1], [7, LENGTH - 1]) == 0)
+  np.testing.assert_array_equal(
+    relevance(_forced(maps, 7, gradient=-1.0)), np.eye(LENGTH)
+  )
+
+
+def test_report_draws_it(tmp_path, capsys):
+  model = dataclasses.replace(CONFIG, vocab_size=257)
+  save_untrained(tmp_path, model)
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss": 3.0}\n')
+  text = 'é <b>, def look(at): return'
+  assert report.main([str(tmp_path), f'--attention={text}']) == 0
+  names = [line.split('/')[-1] for line in capsys.readouterr().out.split()]
+  assert names == [
+    'training.png',
+    'attention_tokens.png',
+    'attention_block_00.png',
+    'attention_block_01.png',
+    'attention_block_02.png',
+    'attention.html',
+  ]
+  for name in names[:-1]:
+    data = (tmp_path / 'plots' / name).read_bytes()
+    assert data.startswith(b'\x89PNG')
+    assert len(data) > 10_000
+  page = (tmp_path / 'plots' / 'attention.html').read_text()
+  assert page.count('data:image/png;base64,') == 4
+  assert '>&lt;</span>' in page
+  assert '<b>' not in page
+
+
+def test_report_refuses(tmp_path, capsys):
+  save_untrained(tmp_path, dataclasses.replace(CONFIG, vocab_size=257))
+  (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss": 3.0}\n')
+  texts = ['', 'x' * 2048, '@nothing.txt']
+  for text in texts:
+    assert report.main([str(tmp_path), f'--attention={text}']) == 1
+  lines = capsys.readouterr().err.strip().splitlines()
+  assert len(lines) == len(texts)
+  for line in lines:
+    assert '--attention' in line
