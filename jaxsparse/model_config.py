@@ -93,8 +93,16 @@ class ModelConfig:
   sparse: SparseAttentionConfig | None = None
   # Longest wavelength of the rotary embedding, in positions.
   rope_max_wavelength: float = 10_000.0
-  # Added to the mean square in every RMSNorm.
+  # Share of a head's coordinates that it rotates, the first ones.
+  rope_fraction: float = 1.0
+  # Norm of the residual stream: 'rms', or 'layer' with mean and bias.
+  norm: str = 'rms'
+  # Added to the mean square in every norm.
   norm_epsilon: float = 1e-5
+  # Biases in all products of attention and MLPs; the logits have none.
+  use_bias: bool = False
+  # Attention and MLP of a block read the same residual stream (GPT-J).
+  parallel_block: bool = False
   # Dropout on each mixer's output while training.
   dropout_rate: float = 0.0
   # The memory layers; None for a dense model.
@@ -112,6 +120,7 @@ class ModelConfig:
     )
     require_positive(self, 'mlp_dim', 'rope_max_wavelength', 'norm_epsilon')
     require_choice(self, 'mlp', ('swiglu', 'gelu'))
+    require_choice(self, 'norm', ('rms', 'layer'))
     require_choice(self, 'dtype', ('float32', 'bfloat16'))
     require(
       self.num_heads % self.num_kv_heads == 0,
@@ -120,6 +129,15 @@ class ModelConfig:
     )
     require(
       self.head_dim % 2 == 0, f'head_dim must be even, got {self.head_dim}.'
+    )
+    require(
+      0 < self.rope_fraction <= 1 and self.rope_dim % 2 == 0,
+      'rope_fraction must be above 0 and up to 1, and an even number of '
+      f'head_dim = {self.head_dim} coordinates; got {self.rope_fraction}.',
+    )
+    require(
+      not (self.moe and self.use_bias),
+      'use_bias is for MLPs, but moe puts experts in their place: unset one.',
     )
     require(
       not (self.moe and self.memory and self.memory.replaces_mlp),
@@ -155,6 +173,11 @@ class ModelConfig:
         f'a placement must name blocks below num_layers = {self.num_layers}, '
         f'got {placement}.',
       )
+
+  @property
+  def rope_dim(self) -> int:
+    """Coordinates of a head that are rotated."""
+    return round(self.rope_fraction * self.head_dim)
 
   @property
   def attention_kinds(self) -> tuple[str, ...]:

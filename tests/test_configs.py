@@ -54,13 +54,15 @@ MAX_MILLIONS = {
   'ultramem_v2_227m': 1232,
   'ultramem_v2_1b': 6799,
   'dcformer_tiny': 0.29,
-  'sparse_attention_tiny': 0.37,
+  'sparse_attention_tiny': 0.365,
   'joined_tiny': 1.92,
   'dcformer_405m': 420,
   'dcformer_834m': 853,
   'dcformer_1b4': 1454,
   'dcformer_2b8': 2850,
   'dcformer_6b9': 6975,
+  'dcpythia_2b8': 2830,
+  'dcpythia_6b9': 6944,
 }
 
 

@@ -21,6 +21,9 @@ def attention_parameters(config: ModelConfig, layer: int) -> int:
 def attention_gains(config: ModelConfig, layer: int) -> int:
   """Gains and biases of one block's attention."""
   gains = 2 * config.head_dim if config.use_qk_norm else 0
+  if config.use_bias:
+    heads = config.num_heads + 2 * config.num_kv_heads
+    gains += heads * config.head_dim + config.model_dim
   is_sparse = config.attention_kinds[layer] == 'sparse'
   return gains + (config.num_kv_heads if is_sparse else 0)
 

@@ -55,7 +55,8 @@ def count_parameters(config: ModelConfig) -> Parameters:
   memory, moe = config.memory, config.moe
   num_memories = len(memory.placements) if memory else 0
   num_tables = 1 if config.tie_embeddings else 2
-  gains = (2 * config.num_layers + 1) * config.model_dim
+  per_norm = config.model_dim * (2 if config.norm == 'layer' else 1)
+  gains = (2 * config.num_layers + 1) * per_norm
   layers = range(config.num_layers)
   gains += sum(attention_cost.attention_gains(config, i) for i in layers)
   dense = sum(attention_cost.attention_parameters(config, i) for i in layers)
@@ -69,6 +70,9 @@ def count_parameters(config: ModelConfig) -> Parameters:
     gains += config.num_layers * memory_cost.router_biases(moe)
   else:
     dense += _num_mlps(config) * _mlp(config)
+    if config.use_bias:
+      inner = config.mlp_dim * (2 if config.mlp == 'swiglu' else 1)
+      gains += _num_mlps(config) * (inner + config.model_dim)
   parameters = Parameters(
     embedding=num_tables * config.vocab_size * config.model_dim,
     dense=dense,

@@ -17,7 +17,7 @@ from jaxsparse.nn import attention_cache
 from jaxsparse.nn.attention_cache import Cache
 from jaxsparse.nn.attention_maps import probed, show
 from jaxsparse.nn.dcmha import DCMHA, cached_factors, head_mix
-from jaxsparse.nn.layers import Metrics, RMSNorm, weight
+from jaxsparse.nn.layers import Metrics, RMSNorm, bias, weight
 from jaxsparse.nn.sparse_attention import SparseAttention, reads_unrotated
 from jaxsparse.ops.attention import attention
 from jaxsparse.ops.rope import apply_rope
@@ -27,8 +27,9 @@ class Attention(nn.Module):
   """Token mixer: every head reads its document up to its own position.
 
   Leaves: `query` [D, N, H], `key` and `value` [D, K, H], `output` [N, H, D];
-  with QK-norm also `query_norm` and `key_norm`, one gain for all heads; with
-  composition those of `DCMHA`, in a sparse block those of `SparseAttention`.
+  with biases also `query_bias` and so on; with QK-norm also `query_norm` and
+  `key_norm`, one gain for all heads; with composition those of `DCMHA`, in a
+  sparse block those of `SparseAttention`.
 
   Attributes:
     config: of the model.
@@ -84,6 +85,9 @@ class Attention(nn.Module):
     y = jnp.einsum(
       'btgh,ghd->btd', encoded, output, out_sharding=mesh.act('BTD')
     )
+    if config.use_bias:
+      b = bias(self, 'output_bias', 'D', (model_dim,), y.ndim)
+      y += b.astype(y.dtype)
     return y, cache, metrics
 
   def _read(self, x, query, key, value, positions, segment_ids, cache):
@@ -132,7 +136,11 @@ class Attention(nn.Module):
     def project(name: str, dims: str, num_heads: int) -> jax.Array:
       shape = (model_dim, num_heads, config.head_dim)
       matrix = weight(self, name, dims, shape, 1 / model_dim, config.dtype)
-      return jnp.einsum('btd,dnh->btnh', x, matrix)
+      heads = jnp.einsum('btd,dnh->btnh', x, matrix)
+      if not config.use_bias:
+        return heads
+      b = bias(self, f'{name}_bias', dims[1:], shape[1:], heads.ndim)
+      return heads + b.astype(heads.dtype)
 
     query = project('query', 'DNH', config.num_heads)
     key = project('key', 'DKH', config.num_kv_heads)
@@ -145,6 +153,9 @@ class Attention(nn.Module):
     if not is_rotated:
       return query, key, value
     rotate = functools.partial(
-      apply_rope, positions=positions, max_wavelength=config.rope_max_wavelength
+      apply_rope,
+      positions=positions,
+      max_wavelength=config.rope_max_wavelength,
+      width=config.rope_dim,
     )
     return rotate(query), rotate(key), value

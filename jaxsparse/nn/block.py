@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.nn.attention import Attention
-from jaxsparse.nn.layers import MLP, Metrics, RMSNorm, dropout
+from jaxsparse.nn.layers import MLP, NORMS, Metrics, dropout
 from jaxsparse.nn.memory import MemoryLayer
 from jaxsparse.nn.memory_tables import Tables
 from jaxsparse.nn.moe import MoE
@@ -62,7 +62,7 @@ class Block(nn.Module):
     config = self.config
     cache = {} if cache is None else cache
     norm = functools.partial(
-      RMSNorm, epsilon=config.norm_epsilon, dtype=config.dtype
+      NORMS[config.norm], epsilon=config.norm_epsilon, dtype=config.dtype
     )
     y, attention_cache, metrics = Attention(
       config, self.index, name='attention'
@@ -72,8 +72,8 @@ class Block(nn.Module):
       segment_ids,
       cache.get('attention'),
     )
-    x = x + self._drop(y)
-    h = norm(name='mlp_norm')(x)
+    before, x = x, x + self._drop(y)
+    h = norm(name='mlp_norm')(before if config.parallel_block else x)
     outputs, channel_metrics = self._channel_mixer(h)
     outputs = [self._drop(y) for y in outputs]
     metrics = _merged(prefixed('attention', metrics), channel_metrics)
@@ -98,7 +98,8 @@ class Block(nn.Module):
     if config.moe:
       name, layer = 'moe', functools.partial(MoE, config.moe)
     else:
-      name, layer = 'mlp', functools.partial(MLP, config.mlp_dim)
+      name = 'mlp'
+      layer = functools.partial(MLP, config.mlp_dim, use_bias=config.use_bias)
     has_memory = self.index in dict(placements(config))
     if has_memory and config.memory.replaces_mlp:
       return [], {}
@@ -140,12 +141,13 @@ class Block(nn.Module):
   def _is_partial(self) -> bool:
     """Whether sums over `model` wait.
 
-    Dropout needs them before its mask, and what a memory without an output map
-    returns is no such sum.
+    Dropout needs them before its mask and a bias before it is added, and what a
+    memory without an output map returns is no such sum.
     """
     memory = self.config.memory
     has_sums = memory is None or memory.output_map
-    return has_sums and (self.deterministic or not self.config.dropout_rate)
+    is_plain = self.deterministic or not self.config.dropout_rate
+    return has_sums and is_plain and not self.config.use_bias
 
   def _drop(self, y: jax.Array) -> jax.Array:
     if self.deterministic or not self.config.dropout_rate:

@@ -1,6 +1,6 @@
-"""The small parts: weights, RMSNorm, embedding, MLP, dropout.
+"""The small parts: weights, norms, embedding, MLP, dropout.
 
-No biases. A matrix is drawn from N(0, 1 / fan_in), such that an input of unit
+A matrix is drawn from N(0, 1 / fan_in), such that an input of unit
 variance gives an output of unit variance. Matrices that write into the residual
 stream of an L-layer model are drawn from N(0, 1 / (2 L fan_in)): the 2L
 branches together then add about unit variance.
@@ -75,6 +75,38 @@ class RMSNorm(nn.Module):
     )
 
 
+class LayerNorm(nn.Module):
+  """Mean 0, variance 1, then gain and bias (Ba et al., arXiv:1607.06450).
+
+  As `RMSNorm` otherwise.
+  """
+
+  epsilon: float = 1e-5
+  dim: str = 'D'
+  dtype: jax.typing.DTypeLike = jnp.float32
+
+  @nn.compact
+  def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
+    x = x.astype(jnp.float32)
+    x = x - x.mean(axis=-1, keepdims=True)
+    x = RMSNorm(self.epsilon, self.dim, name='gain')(x)
+    return (x + bias(self, 'bias', self.dim, x.shape[-1:], x.ndim)).astype(
+      self.dtype
+    )
+
+
+NORMS = dict(rms=RMSNorm, layer=LayerNorm)
+
+
+def bias(
+  module: nn.Module, name: str, dims: str, shape: tuple[int, ...], num_dims: int
+) -> jax.Array:
+  """A float32 parameter that begins at 0, for arrays of `num_dims`."""
+  init = mesh.sharded(nn.initializers.zeros, mesh.param(dims))
+  value = mesh.gather(module.param(name, init, shape), dims)
+  return value.reshape((1,) * (num_dims - len(shape)) + shape)
+
+
 class Embed(nn.Module):
   """Token table, drawn from N(0, 1 / D).
 
@@ -116,6 +148,7 @@ class MLP(nn.Module):
 
   'swiglu' is eq. 6 of Shazeer 2020 (arXiv:2002.05202), with the matrices
   `gate`, `up` and `down`; 'gelu' has `up` and `down` and the tanh form of GELU.
+  With `use_bias` each has a bias besides.
   `num_layers` is the depth L of the model, for the initial values. With
   `is_partial` the sum over `model` is left to the caller, see `mesh.partial`.
   """
@@ -125,6 +158,7 @@ class MLP(nn.Module):
   num_layers: int = 1
   dtype: jax.typing.DTypeLike = jnp.float32
   is_partial: bool = False
+  use_bias: bool = False
 
   @nn.compact
   def __call__(
@@ -137,7 +171,7 @@ class MLP(nn.Module):
       matrix = weight(
         self, name, 'DF', (model_dim, width), 1 / model_dim, self.dtype
       )
-      return jnp.einsum('btd,df->btf', x, matrix)
+      return self._biased(jnp.einsum('btd,df->btf', x, matrix), name, 'F')
 
     if self.kind == 'swiglu':
       hidden = nn.silu(project('gate')) * project('up')
@@ -146,4 +180,10 @@ class MLP(nn.Module):
     variance = 1 / (2 * self.num_layers * width)
     down = weight(self, 'down', 'FD', (width, model_dim), variance, self.dtype)
     spec = mesh.partial('BTD') if self.is_partial else mesh.act('BTD')
-    return jnp.einsum('btf,fd->btd', hidden, down, out_sharding=spec), {}
+    y = jnp.einsum('btf,fd->btd', hidden, down, out_sharding=spec)
+    return self._biased(y, 'down', 'D'), {}
+
+  def _biased(self, y, name, dim):
+    if not self.use_bias:
+      return y
+    return y + bias(self, f'{name}_bias', dim, y.shape[-1:], 3).astype(y.dtype)

@@ -161,7 +161,9 @@ class SparseAttention(nn.Module):
       dims = (_INPUT_DIMS, _BOUNDED_DIMS, 'BTN.', _STATS_DIMS)
       dims = (_whole(dims[0]), dims[1], *_whole(dims[2:]))
       turn = functools.partial(
-        rotate, max_wavelength=self.config.rope_max_wavelength
+        rotate,
+        max_wavelength=self.config.rope_max_wavelength,
+        width=self.config.rope_dim,
       )
       how = {name: x for name, x in how.items() if name != 'chunk'}
       how |= dict(turn=turn)

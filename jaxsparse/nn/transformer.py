@@ -10,9 +10,9 @@ from jaxsparse.errors import UserError
 from jaxsparse.nn import attention_cache
 from jaxsparse.nn.block import Block, Cache, block_name, placements, prefixed
 from jaxsparse.nn.layers import (
+  NORMS,
   Embed,
   Metrics,
-  RMSNorm,
   project_to_vocabulary,
   weight,
 )
@@ -92,7 +92,8 @@ class Transformer(nn.Module):
     x, cache, metrics = self._blocks(
       embed(tokens), positions, segment_ids, cache, deterministic
     )
-    x = RMSNorm(config.norm_epsilon, dtype=config.dtype, name='final_norm')(x)
+    norm = NORMS[config.norm]
+    x = norm(config.norm_epsilon, dtype=config.dtype, name='final_norm')(x)
     if config.tie_embeddings:
       return embed.logits(x), cache, metrics
     shape = (config.vocab_size, config.model_dim)

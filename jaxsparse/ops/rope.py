@@ -8,6 +8,7 @@ def apply_rope(
   x: Float[Array, 'B T N H'],
   positions: Int[Array, 'B T'],
   max_wavelength: float = 10_000.0,
+  width: int = 0,
 ) -> Float[Array, 'B T N H']:
   """Rotates queries or keys by their positions.
 
@@ -20,19 +21,25 @@ def apply_rope(
     x: queries or keys, H even.
     positions: position of each token in its own document.
     max_wavelength: base of the geometric series of wavelengths, over 2 pi.
+    width: coordinates that are rotated, the first ones, which take the place of
+      H in the formula; 0 for all.
 
   Returns:
     The rotated heads in the type of `x`; the rotation itself is in float32.
   """
-  return rotate(x, positions[:, :, None], max_wavelength)
+  return rotate(x, positions[:, :, None], max_wavelength, width)
 
 
 def rotate(
   x: Float[Array, '*shape H'],
   positions: Int[Array, '...'],
   max_wavelength: float = 10_000.0,
+  width: int = 0,
 ) -> Float[Array, '*shape H']:
   """`apply_rope` of any shape, over which the positions are broadcast."""
+  if 0 < width < x.shape[-1]:
+    first = rotate(x[..., :width], positions, max_wavelength)
+    return jnp.concatenate([first, x[..., width:]], axis=-1)
   half = x.shape[-1] // 2
   exponent = jnp.arange(half, dtype=jnp.float32) / half
   frequency = (max_wavelength**-exponent).reshape((1,) * (x.ndim - 1) + (half,))

@@ -362,6 +362,21 @@ def test_dcformer_has_published_sizes(name, published):
   assert with_it - without == model.num_layers * per_layer
 
 
+@pytest.mark.parametrize(
+  ('name', 'vocab_size', 'published'),
+  [
+    ('dcpythia_2b8', 50_304, 2_775_208_960),
+    ('dcpythia_6b9', 50_432, 6_857_302_016),
+  ],
+)
+def test_dcpythia_without_its_additions_is_pythia(name, vocab_size, published):
+  """Sizes of EleutherAI's Pythia (arXiv:2304.01373), every leaf counted."""
+  model = dataclasses.replace(
+    RECIPES[name]().model, vocab_size=vocab_size, dcmha=None, use_qk_norm=False
+  )
+  assert cost.count_parameters(model).total == published
+
+
 def test_composition_costs_ten_products_of_a_head_for_each_pair():
   """40 N FLOPs for rank 2, against 4 N H of scores and sums."""
   model = dataclasses.replace(

@@ -51,7 +51,10 @@ def make_config(placements=None, taps=0, **fields):
 
 
 MODELS = dict(
-  plain=make_config(num_kv_heads=4, mlp='gelu', tie_embeddings=False),
+  pythia=make_config(
+    num_kv_heads=4, mlp='gelu', tie_embeddings=False, norm='layer',
+    use_bias=True, parallel_block=True, rope_fraction=0.5,
+  ),
   qk_norm=make_config(use_qk_norm=True),
   memory=make_config(((0, 1), (1, 1))),
   conv=make_config(((0, 2), (1, 1)), taps=3, num_layers=3),
