@@ -272,3 +272,65 @@ def test_weights_are_no_distribution():
   assert (np.abs(weights.sum(-1) - 1) > 1e-3).any()
   later = np.arange(6)[:, None] < np.arange(6)
   np.testing.assert_array_equal(weights[0][later[:, None].repeat(4, 1)], 0.0)
+
+
+def test_reading_vectors_are_normalised():
+  """Their scale counts only where they are as small as the epsilon."""
+  inputs = golden_inputs()
+  large = inputs | dict(qkw=inputs['qkw'].at[:, :, :, :2].mul(100.0))
+  larger = inputs | dict(qkw=large['qkw'].at[:, :, :, :2].mul(10.0))
+  np.testing.assert_allclose(composed(large), composed(larger), atol=1e-5)
+  small = inputs | dict(qkw=inputs['qkw'].at[:, :, :, :2].mul(1e-3))
+  smaller = inputs | dict(qkw=small['qkw'].at[:, :, :, :2].mul(0.1))
+  difference = np.asarray(composed(small) - composed(smaller))
+  assert np.abs(difference).max() > 1e-4
+
+
+@pytest.mark.parametrize('is_identity', [False, True])
+def test_gradients_of_the_generator_at_the_start(is_identity):
+  """What reads has none before what writes has moved, and then it has."""
+  inputs = golden_inputs()
+  generator = {name: inputs[name] for name in ('dw1', 'qkw', 'dd')}
+  if is_identity:
+    generator['qkw'] = generator['qkw'].at[:, :, :, 2:].set(0.0)
+    generator['dd'] = jnp.zeros_like(generator['dd'])
+
+  @jax.jit
+  def gradients(generator):
+    return jax.grad(lambda g: jnp.sin(composed(inputs | g)).sum())(generator)
+
+  first = gradients(generator)
+  assert np.abs(first['qkw'][:, :, :, 2:]).min() > 0
+  assert np.abs(first['dd']).min() > 0
+  for reads in (first['dw1'], first['qkw'][:, :, :, :2]):
+    assert bool(np.abs(reads).max() == 0) == is_identity
+  moved = jax.tree.map(lambda x, g: x - 0.1 * g, generator, first)
+  second = gradients(moved)
+  assert np.abs(second['dw1']).min() > 0
+  assert np.abs(second['qkw'][:, :, :, :2]).min() > 0
+
+
+def test_memory_of_training_grows_with_the_length_and_not_its_square():
+  """A local layer's and a global layer's, whose keys are all of the past."""
+  heads, factors = 4, 5
+
+  def temporaries(length, window):
+    def shape(*sizes):
+      return jax.ShapeDtypeStruct((1, length, *sizes), jnp.float32)
+
+    def loss(q, k, v, of_query, of_key):
+      mix = HeadMix(query=of_query, key=of_key)
+      rows = jnp.arange(length)[None]
+      ones = jnp.ones((1, length), jnp.int32)
+      y = attention(
+        q, k, v, rows, rows, ones, ones,
+        window=window, pre=mix, post=mix, chunk=64,
+      )  # fmt: skip
+      return jnp.sin(y).sum()
+
+    arguments = [shape(heads, 8)] * 3 + [shape(factors, heads)] * 2
+    lowered = jax.jit(jax.grad(loss, (0, 1, 2, 3, 4))).lower(*arguments)
+    return lowered.compile().memory_analysis().temp_size_in_bytes
+
+  for window in (0, 128):
+    assert temporaries(8192, window) < 9 * temporaries(1024, window)

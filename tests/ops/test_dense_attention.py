@@ -102,3 +102,15 @@ def test_the_mask_by_hand():
   expected = [[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
   mask = document_mask(positions, positions, segments, segments)
   np.testing.assert_array_equal(mask[0], np.array(expected, bool))
+
+
+@pytest.mark.parametrize('window', [1, 3])
+def test_a_window_is_what_jax_calls_one_less(window):
+  """`jax.nn` counts the positions beside one's own."""
+  arrays, _ = make_inputs((2, 7, 7, 4, 2, 8))
+  rows, ones = jnp.tile(jnp.arange(7), (2, 1)), jnp.ones((2, 7), jnp.int32)
+  got = attention(*arrays, rows, rows, ones, ones, window=window)
+  want = jax.nn.dot_product_attention(
+    *arrays, is_causal=True, local_window_size=(window - 1, 0)
+  )
+  np.testing.assert_allclose(got, want, atol=1e-6)

@@ -309,6 +309,41 @@ def test_memory_grows_with_the_length_and_not_its_square():
   assert sizes[2] < 5 * sizes[1]
 
 
+def test_gated_is_three_softmaxes():
+  """By a loop over queries, with the blocks that were chosen (as NSA has it).
+
+  All complete blocks have a summary, those of the window and kept ones too.
+  """
+  grid = dataclasses.replace(GRID, tile=1, is_overlapping=True)
+  q, k, v = inputs = make_inputs(22)
+  gates = jax.random.uniform(jax.random.key(3), (B, 22, N, 3), float, 0.2, 1.0)
+  y, stats = run(*inputs, grid=grid, gates=gates, combine='gated')
+
+  def softmax(query, keys, values, counts=1.0):
+    weights = counts * np.exp(keys @ query / np.sqrt(H))
+    return weights @ values / weights.sum()
+
+  q, k, v, g = (np.asarray(x) for x in (*inputs, gates))
+  for b, t, n in np.ndindex(B, 22, N):
+    head, own = n // (N // K), t // grid.block
+    key, value = k[b, :, head], v[b, :, head]
+    begin = max(own - grid.window_blocks, 0) * grid.block
+    want = g[b, t, n, 0] * softmax(
+      q[b, t, n], key[begin : t + 1], value[begin : t + 1]
+    )
+    kept = stats['block'][b, head, t][stats['is_kept'][b, head, t]]
+    rows = [grid.block * z + i for z in kept.tolist() for i in range(4)]
+    if rows:
+      want = want + g[b, t, n, 1] * softmax(q[b, t, n], key[rows], value[rows])
+    if own:
+      keys, values = (
+        x[: own * grid.block].reshape(own, grid.block, H).mean(1)
+        for x in (key, value)
+      )
+      want = want + g[b, t, n, 2] * softmax(q[b, t, n], keys, values)
+    np.testing.assert_allclose(y[b, t, n], want, atol=1e-12)
+
+
 @pytest.mark.parametrize(
   'tile',
   [
