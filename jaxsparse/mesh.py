@@ -201,18 +201,24 @@ def over_tokens(function: Callable, replicated: Sequence[int] = ()) -> Callable:
   return mapped
 
 
-def per_device(function: Callable, dims: tuple, out_dims: tuple) -> Callable:
+def per_device(
+  function: Callable, dims: tuple, out_dims: tuple, is_opaque: bool = False
+) -> Callable:
   """`function` of what each device holds, for work that needs no exchange.
 
   Args:
     function: of arrays, or trees of them; returns a tuple of such.
     dims: letters of each array, in the same trees.
     out_dims: letters of each result.
+    is_opaque: it holds a kernel that does not say over which axes its results
+      vary. Then no argument with a gradient may be whole on several devices.
   """
   if axis_sizes() is None:
     return function
   specs, out_specs = (jax.tree.map(act, d) for d in (dims, out_dims))
-  mapped = jax.shard_map(function, in_specs=specs, out_specs=out_specs)
+  mapped = jax.shard_map(
+    function, in_specs=specs, out_specs=out_specs, check_vma=not is_opaque
+  )
   return lambda *args: mapped(*jax.tree.map(reshard, args, specs))
 
 

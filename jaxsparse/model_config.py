@@ -86,6 +86,10 @@ class ModelConfig:
   # Queries at once, such that memory for scores grows with the sequence's
   # length and not with its square; 0 for all of a call.
   query_chunk: int = 0
+  # Of global and local blocks without composition in training: 'xla', a kernel
+  # of a library, 'pallas' (TPU, GPU) or 'cudnn' (GPU), or 'auto' for what runs
+  # here (`ops.attention_libraries`).
+  attention_implementation: str = 'auto'
   # Composition of heads of global and local blocks; None for heads that do not
   # meet.
   dcmha: DCMHAConfig | None = None
@@ -121,6 +125,9 @@ class ModelConfig:
     require_positive(self, 'mlp_dim', 'rope_max_wavelength', 'norm_epsilon')
     require_choice(self, 'mlp', ('swiglu', 'gelu'))
     require_choice(self, 'norm', ('rms', 'layer'))
+    require_choice(
+      self, 'attention_implementation', ('auto', 'xla', 'pallas', 'cudnn')
+    )
     require_choice(self, 'dtype', ('float32', 'bfloat16'))
     require(
       self.num_heads % self.num_kv_heads == 0,

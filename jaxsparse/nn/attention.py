@@ -123,6 +123,10 @@ class Attention(nn.Module):
         keys['segment_ids'],
         window=config.window if has_ring else 0,
         chunk=config.query_chunk,
+        # Kernels want the queries' own rows as keys, a cache has more.
+        implementation=config.attention_implementation
+        if cache is None
+        else 'xla',
         **mixes,
       )
 

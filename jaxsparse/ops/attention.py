@@ -23,6 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse import mesh
+from jaxsparse.ops import attention_libraries
 from jaxsparse.ops.compose import HeadMix, compose, compose_reference
 
 # How many times the chunks that see all before them are told apart by how much
@@ -61,6 +62,7 @@ def attention(
   pre: HeadMix | None = None,
   post: HeadMix | None = None,
   chunk: int = 0,
+  implementation: str = 'xla',
 ) -> Float[Array, 'B T N H']:
   """Softmax attention within documents, over keys at positions up to one's own.
 
@@ -78,12 +80,32 @@ def attention(
     pre: composes heads before the softmax and the mask.
     post: composes heads after the softmax.
     chunk: queries at once; 0 for all.
+    implementation: 'xla' as told above, or a library's kernel, see
+      `attention_libraries.choose`; then the keys' rows must be the queries'.
 
   Returns:
     Sums of the values by the softmax, in float32, or by what `post` makes of
     it; zero for queries that see no key, such as padding.
+
+  Raises:
+    UserError: `implementation` is unknown or can't run here.
   """
   mixes = {n: m for n, m in dict(pre=pre, post=post).items() if m}
+  call = attention_libraries.Call(
+    length=query.shape[1],
+    num_keys=key.shape[1],
+    num_heads=query.shape[2],
+    num_kv_heads=key.shape[2],
+    width=query.shape[3],
+    dtype=query.dtype,
+    window=window,
+    is_composed=bool(mixes),
+  )
+  library = attention_libraries.choose(implementation, call)
+  if library != 'xla':
+    return attention_libraries.library_attention(
+      library, query, key, value, query_segments, window
+    )
   letter = _head_letter(mixes)
 
   def placed(x, dims):
