@@ -38,15 +38,21 @@ def show(
   module: nn.Module, value: jax.Array, **reads: Callable[[jax.Array], jax.Array]
 ) -> None:
   """Leaves the weights of each way to read, and the values."""
-  if module.is_mutable_collection(MAPS):
+  if is_asked_for(module):
     module.sow(MAPS, 'value', value)
     for name, read in reads.items():
       module.sow(MAPS, name, weights_of(read, value))
 
 
 def show_arrays(module: nn.Module, **arrays: jax.Array) -> None:
-  for name, array in arrays.items():
-    module.sow(MAPS, name, array)
+  if is_asked_for(module):
+    for name, array in arrays.items():
+      module.sow(MAPS, name, array)
+
+
+def is_asked_for(module: nn.Module) -> bool:
+  """Initialization makes every collection mutable, and asks for nothing."""
+  return module.is_mutable_collection(MAPS) and not module.is_initializing()
 
 
 def probed(module: nn.Module, read: jax.Array) -> jax.Array:

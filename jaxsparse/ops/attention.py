@@ -136,9 +136,14 @@ def attention(
 
 
 def _head_letter(mixes):
-  """Heads are split over the mesh unless those of several devices meet."""
+  """Heads are split over the mesh unless those of several devices meet.
+
+  An axis of length 1 would go to the heads of a group, which are contracted.
+  """
   _, num_shards = mesh.shards('N')
-  is_split = all(m.num_groups % num_shards == 0 for m in mixes.values())
+  is_split = all(
+    num_shards > 1 and m.num_groups % num_shards == 0 for m in mixes.values()
+  )
   return 'N' if is_split else '.'
 
 

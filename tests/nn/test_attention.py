@@ -220,25 +220,35 @@ def test_number_of_parameters(model_dim, num_heads, options, count):
   assert sum(leaf.size for leaf in leaves) == count
 
 
+MODEL_OF_4 = (2, 1, 4)
 LOCAL = dict(attention_pattern=('local',), window=3, query_chunk=4)
 
 
 @pytest.mark.parametrize(
-  'fields',
+  ('sizes', 'fields'),
   [
+    # An axis of length 1 must not go to heads that meet.
+    ((1, 1, 1), LOCAL | dict(dcmha=DCMHAConfig())),
     pytest.param(
+      MODEL_OF_4,
       LOCAL | dict(num_heads=8, dcmha=DCMHAConfig(base=True)),
       marks=pytest.mark.slow,
     ),
     # Groups are split over `model` where it divides them; by factors, for there
     # are fewer queries than heads, and by matrices.
-    LOCAL | dict(num_heads=8, dcmha=DCMHAConfig(base=True, num_groups=4)),
-    LOCAL | dict(dcmha=DCMHAConfig(base=True, num_groups=4)),
-    dict(num_heads=8, attention_pattern=('sparse',), sparse=SPARSE),
+    (
+      MODEL_OF_4,
+      LOCAL | dict(num_heads=8, dcmha=DCMHAConfig(base=True, num_groups=4)),
+    ),
+    (MODEL_OF_4, LOCAL | dict(dcmha=DCMHAConfig(base=True, num_groups=4))),
+    (
+      MODEL_OF_4,
+      dict(num_heads=8, attention_pattern=('sparse',), sparse=SPARSE),
+    ),
   ],
-  ids=['dcmha', 'by factors', 'by matrices', 'sparse'],
+  ids=['one device', 'dcmha', 'by factors', 'by matrices', 'sparse'],
 )
-def test_any_mesh_gives_the_same(fields):
+def test_any_mesh_gives_the_same(sizes, fields):
   config = make_config(num_kv_heads=4, **fields)
   inputs = tuple(
     jnp.concatenate(4 * [array]) for array in (X, POSITIONS, SEGMENTS)
@@ -255,7 +265,9 @@ def test_any_mesh_gives_the_same(fields):
     return jax.device_get(jax.jit(jax.grad(loss, has_aux=True))(params))
 
   expected = run()
-  with jax.set_mesh(mesh.make_mesh(2, 1, 4)):
+  with jax.set_mesh(
+    mesh.make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
+  ):
     sharded = run()
   # Some gradients of the generator are as large as 70.
   for got, want in zip(*map(jax.tree.leaves, (sharded, expected)), strict=True):
