@@ -114,9 +114,9 @@ def _pod_config(name):
   )
 
 
-def _batch(config):
+def _batch(config, devices):
   shape = (config.data.batch_size, config.data.seq_len)
-  spec = jax.sharding.NamedSharding(_mesh(config), mesh.act('BT'))
+  spec = jax.sharding.NamedSharding(devices, mesh.act('BT'))
   types = dict(
     tokens=jnp.int32,
     targets=jnp.int32,
@@ -157,7 +157,10 @@ def _trace(name, is_whole=False):
   config = _pod_config(name)
   if not is_whole:
     config = dataclasses.replace(config, model=_cut(config.model))
+  return _trace_on(_mesh(config), config)
 
+
+def _trace_on(devices, config):
   def init_and_step(batch):
     before = init_state(config)
     after, metrics = train_step(config, before, batch)
@@ -167,8 +170,8 @@ def _trace(name, is_whole=False):
       metrics,
     )
 
-  with jax.sharding.use_abstract_mesh(_mesh(config)):
-    return jax.eval_shape(init_and_step, _batch(config))
+  with jax.sharding.use_abstract_mesh(devices):
+    return jax.eval_shape(init_and_step, _batch(config, devices))
 
 
 def _placed(tree):
@@ -185,6 +188,28 @@ def test_train_step_traces_on_a_pod(name):
   before, after, metrics = _trace(name)
   assert _placed(after) == _placed(before)
   assert metrics['loss'].shape == metrics['grad_norm'].shape == ()
+
+
+# Others train on one device elsewhere.
+ON_ONE_DEVICE = [
+  name
+  if name in ('dcformer_tiny', 'joined_tiny', 'moe_tiny')
+  else pytest.param(name, marks=pytest.mark.slow)
+  for name in sorted(RECIPES)
+  if name.endswith('_tiny')
+]
+
+
+@pytest.mark.parametrize('name', ON_ONE_DEVICE)
+def test_train_step_traces_on_one_device(name):
+  """Axes of length 1 have a place in every product, too."""
+  config = _pod_config(name)
+  config = dataclasses.replace(config, model=_cut(config.model))
+  devices = jax.sharding.AbstractMesh(
+    (1, 1, 1), mesh.AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 3
+  )
+  before, after, _ = _trace_on(devices, config)
+  assert _placed(after) == _placed(before)
 
 
 @pytest.mark.slow
