@@ -19,6 +19,11 @@ Settings by single runs of another seed or size, not searched further:
 - The values learn at the model's rate: 4 times it needed 1,500 steps for what
   once it took 1,200, and row_adagrad learned half as much.
 - Many small steps, of 512 tokens.
+- Not adopted yet, as only a few runs have it: b2 = 0.99 and as many phrasings
+  as exposures, such that no text is read twice. After 48 exposures, of 500 and
+  1,000 people: dense at 1e-2 73 and 43 %, UltraMem at 1e-2 92 and 41, at 5e-3
+  61 and 81. So the best rate of UltraMem falls as the number of people grows,
+  that of dense does not.
 Two processes may share a workdir with --only; the command without it puts all
 together.
 """

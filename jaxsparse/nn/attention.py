@@ -102,7 +102,9 @@ class Attention(nn.Module):
         config.dcmha, config.num_heads, config.dtype, name='dcmha'
       )(x)
       if (of_keys := cached_factors(factors)) is not None:
-        new['factors'] = of_keys if cache is None else of_keys.astype(x.dtype)
+        if cache is not None:
+          of_keys = mesh.reshard(of_keys.astype(x.dtype), mesh.act('BT...'))
+        new['factors'] = of_keys
     has_ring = attention_cache.is_ring(config, self.layer)
     keys = new
     if cache is not None:

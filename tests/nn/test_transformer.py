@@ -200,6 +200,45 @@ def normalised(x, config):
   return x / jnp.sqrt(mean_square + config.norm_epsilon)
 
 
+BOUNDED = dataclasses.replace(
+  MODELS['sparse'],
+  sparse=dataclasses.replace(
+    MODELS['sparse'].sparse, history_blocks=2, history_summaries=1
+  ),
+)
+
+
+@pytest.mark.parametrize('sizes', [(1, 1, 1), (2, 1, 2)], ids=str)
+@pytest.mark.parametrize(
+  'config',
+  [MODELS['dcmha'], MODELS['sparse'], BOUNDED],
+  ids=['dcmha', 'sparse', 'bounded'],
+)
+def test_decoding_traces_on_a_mesh(config, sizes):
+  """Whatever the cache holds lies as new rows do; nothing is computed."""
+  devices = jax.sharding.AbstractMesh(
+    sizes, mesh.AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 3
+  )
+
+  def prompt_and_token():
+    inputs = [jnp.asarray(x) for x in one_document()]
+    params = Transformer(config).init(KEY, *inputs)
+    cache = init_cache(config, B, 2 * T)
+    _, cache, _ = Transformer(config).apply(params, *inputs, cache)
+    last = [x[:, -1:] for x in inputs]
+    logits, after, _ = Transformer(config).apply(params, *last, cache)
+    return logits, cache, after
+
+  with jax.sharding.use_abstract_mesh(devices):
+    logits, cache, after = jax.eval_shape(prompt_and_token)
+  assert logits.shape == (B, 1, V)
+  types = [
+    [(x.shape, x.dtype, x.sharding.spec) for x in jax.tree.leaves(c)]
+    for c in (cache, after)
+  ]
+  assert types[0] == types[1]
+
+
 def test_same_block_placement_is_a_parallel_branch():
   config = MODELS['conv']
   seen = streams(config)
