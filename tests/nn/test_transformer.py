@@ -208,22 +208,25 @@ BOUNDED = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize('sizes', [(1, 1, 1), (2, 1, 2)], ids=str)
+# A reshape of one sequence may take its dimension for another of length 1.
+@pytest.mark.parametrize(
+  ('sizes', 'batch'), [((1, 1, 1), 1), ((2, 1, 2), 2)], ids=str
+)
 @pytest.mark.parametrize(
   'config',
   [MODELS['dcmha'], MODELS['sparse'], BOUNDED],
   ids=['dcmha', 'sparse', 'bounded'],
 )
-def test_decoding_traces_on_a_mesh(config, sizes):
+def test_decoding_traces_on_a_mesh(config, sizes, batch):
   """Whatever the cache holds lies as new rows do; nothing is computed."""
   devices = jax.sharding.AbstractMesh(
     sizes, mesh.AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 3
   )
 
   def prompt_and_token():
-    inputs = [jnp.asarray(x) for x in one_document()]
+    inputs = [jnp.asarray(x) for x in one_document(batch=batch)]
     params = Transformer(config).init(KEY, *inputs)
-    cache = init_cache(config, B, 2 * T)
+    cache = init_cache(config, batch, 2 * T)
     _, cache, _ = Transformer(config).apply(params, *inputs, cache)
     last = [x[:, -1:] for x in inputs]
     logits, after, _ = Transformer(config).apply(params, *last, cache)
@@ -231,7 +234,7 @@ def test_decoding_traces_on_a_mesh(config, sizes):
 
   with jax.sharding.use_abstract_mesh(devices):
     logits, cache, after = jax.eval_shape(prompt_and_token)
-  assert logits.shape == (B, 1, V)
+  assert logits.shape == (batch, 1, V)
   types = [
     [(x.shape, x.dtype, x.sharding.spec) for x in jax.tree.leaves(c)]
     for c in (cache, after)
