@@ -95,7 +95,11 @@ def draw_bars(
         continue
       axes.barh(name, figures.mean - start, left=start, color=_colour(i))
       axes.plot(
-        figures.values, [name] * len(figures.values), 'k.', markersize=5
+        figures.values,
+        [name] * len(figures.values),
+        'ko',
+        markersize=4,
+        markeredgecolor='white',
       )
     axes.invert_yaxis()
     axes.set_xlim(start, max(highs) + 0.3 * margin)

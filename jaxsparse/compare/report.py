@@ -42,7 +42,8 @@ class Spread:
     """Mean, least to greatest, and standard deviation, each in `form`."""
     if len(self.values) < 2:
       return format(self.mean, form)
-    low, high, std = (format(x, form) for x in (self.low, self.high, self.std))
+    low, high = (format(x, form) for x in (self.low, self.high))
+    std = format(self.std, form.lstrip('+'))
     return f'{self.mean:{form}} ({low} to {high}; ± {std})'
 
 
@@ -179,18 +180,22 @@ def _ratio(figure: Spread | None, base: Spread | None) -> str:
 
 
 def _language_table(names: Sequence[str], results: Sequence[Result]) -> str:
+  base = names[0]
   rows = [
     [
       name,
       *_size_cells(_first(results, name)),
       _cell(spread(results, name, 'validation_loss'), '.4f'),
+      _change(results, None if name == base else base, name, 'validation_loss'),
       _cell(spread(results, name, 'bits_per_byte'), '.4f'),
       _cell(spread(results, name, 'training_loss'), '.4f'),
       _speed(results, name),
     ]
     for name in names
   ]
-  heads = ['validation nats/token', 'bits/byte', 'training nats', 'tokens/s']
+  # Seeds differ in their text, too: by pairs architectures differ by more.
+  heads = ['validation nats/token', f'against {base}, seed by seed']
+  heads += ['bits/byte', 'training nats', 'tokens/s']
   return _markdown(['architecture', *_SIZE_HEADS, *heads], rows)
 
 

@@ -32,6 +32,14 @@ from jaxsparse.training.progress import Reporter
 
 RESULT = 'result.json'
 
+# Parts of a model that the default one does not have.
+_PARTS = dict(
+  memory=config_lib.MemoryConfig,
+  moe=config_lib.MoEConfig,
+  dcmha=config_lib.DCMHAConfig,
+  sparse=config_lib.SparseAttentionConfig,
+)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Run:
@@ -118,7 +126,8 @@ def finished(run: Run) -> Result | None:
   if not path.exists():
     return None
   result = json.loads(path.read_text())
-  if result['config'] != _as_json(_identity(run)):
+  defaults = _as_json(dataclasses.asdict(Config()))
+  if not _is_same(result['config'], _as_json(_identity(run)), defaults):
     raise UserError(
       f'{str(path)!r} is the result of another config: undo the change of the '
       'suite, or give another --workdir.'
@@ -133,6 +142,26 @@ def _identity(run: Run) -> dict:
   for name in ('log_every', 'save_every', 'keep_checkpoints'):
     del config['train'][name]
   return config | dict(num_phrasings=run.num_phrasings)
+
+
+def _is_same(old: Any, new: Any, default: Any) -> bool:
+  """Whether two configs are equal; `old` may lack fields added since.
+
+  Those must have their defaults, under which all is as it was before.
+  """
+  if not (isinstance(old, dict) and isinstance(new, dict)):
+    return old == new
+  for name, value in new.items():
+    if name not in old:
+      if name not in default or value != default[name]:
+        return False
+      continue
+    of_part = default.get(name)
+    if of_part is None and name in _PARTS:
+      of_part = _as_json(dataclasses.asdict(_PARTS[name]()))
+    if not _is_same(old[name], value, of_part or {}):
+      return False
+  return old.keys() <= new.keys()
 
 
 def _as_json(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """A whole comparison: stopped, resumed, tabled and drawn."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -77,6 +78,22 @@ def test_another_config_is_refused_in_the_same_workdir(finished):
   changed = entry.suite_lib.narrowed(suite, num_steps=4)
   with pytest.raises(UserError, match='the result of another config'):
     entry.compare(changed, str(work))
+
+
+def test_a_result_from_before_a_field_existed_stands(finished, tmp_path):
+  """Without it the model was what it is with its default, no other."""
+  suite, work, _ = finished
+  run = runs.plan(suite, str(work))[1]
+  result = json.loads((run.folder / runs.RESULT).read_text())
+  run = dataclasses.replace(run, folder=tmp_path)
+  del result['config']['model']['rope_fraction']
+  del result['config']['model']['memory']['gate']
+  (tmp_path / runs.RESULT).write_text(json.dumps(result))
+  assert runs.finished(run) == result
+  del result['config']['model']['memory']['num_keys']
+  (tmp_path / runs.RESULT).write_text(json.dumps(result))
+  with pytest.raises(UserError, match='the result of another config'):
+    runs.finished(run)
 
 
 def test_other_batches_are_refused(finished, tmp_path):
