@@ -7,11 +7,11 @@ Without --text on Python's own sources. The dense model is `dense_tiny`, the
 sparse ones have its FLOPs per token and 2.2 times its parameters. Three seeds
 (results/compare_cpu.json): against the dense model of the same seed MoE has
 -0.010 to -0.044 nats/byte, Memory+ -0.012 to -0.025, PKM -0.008 to -0.032, PEER
--0.006 to -0.026, UltraMem -0.029 to +0.001, UltraMemV2 +0.003 to +0.011. That is
-not the published order, dense > PKM > Memory+ > UltraMem, and no contradiction:
-0.8M bytes are few for 16,384 values, and at this width the FLOPs of scoring
-make UltraMem's MLPs 21 % narrower, UltraMemV2's 38 %, PKM's 6 %. Rates of the
-values other than 10 times the model's were not tried.
+-0.006 to -0.026, UltraMem -0.029 to +0.001, UltraMemV2 +0.003 to +0.011. That
+is not the published order, dense > PKM > Memory+ > UltraMem, and no
+contradiction: 0.8M bytes are few for 16,384 values, and at this width the FLOPs
+of scoring make UltraMem's MLPs 21 % narrower, UltraMemV2's 38 %, PKM's 6 %.
+Rates of the values other than 10 times the model's were not tried.
 """
 
 from jaxsparse import config as c
