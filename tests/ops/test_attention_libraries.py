@@ -1,5 +1,6 @@
 """Libraries' kernels, interpreted on a CPU, beside our own attention."""
 
+import dataclasses
 import functools
 
 import jax
@@ -7,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxsparse import mesh
 from jaxsparse.errors import UserError
 from jaxsparse.ops import attention_libraries as libraries
 from jaxsparse.ops.attention import attention
@@ -66,6 +68,31 @@ def test_a_kernel_is_our_attention(kernel, window, monkeypatch):
     np.testing.assert_allclose(a, b, atol=2e-5)
 
 
+def test_auto_takes_a_kernel_that_compiles(monkeypatch):
+  """Found while a step is traced on a mesh, whose devices run it apart."""
+  kernel = functools.partial(libraries.splash, interpret=True)
+  monkeypatch.setitem(libraries._KERNELS, 'pallas', kernel)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+  heads, segments = make_inputs()
+  heads = [jnp.tile(x, (2, 1, 1, 1)) for x in heads]
+  segments = jnp.tile(segments, (2, 1))
+  rows = jnp.tile(jnp.arange(T), (2, 1))
+  chosen = []
+
+  def run(*heads):
+    chosen.append(libraries.choose('auto', CALL))
+    return attention(
+      *heads, rows, rows, segments, segments, implementation='auto'
+    )
+
+  with jax.set_mesh(mesh.make_mesh(2, 1, 2, devices=jax.devices()[:4])):
+    placed = [mesh.reshard(x, mesh.act('BTN.')) for x in heads]
+    got = jax.jit(run)(*placed)
+  assert chosen == ['pallas']
+  want = attention(*heads, rows, rows, segments, segments)
+  np.testing.assert_allclose(got, want, atol=2e-5)
+
+
 def test_auto_is_xla_on_a_cpu():
   assert libraries.choose('auto', CALL) == 'xla'
 
@@ -91,7 +118,7 @@ def test_a_choice_that_cannot_run_is_a_sentence(name):
 )
 def test_why_not(backend, fields, name, word, monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
-  call = libraries.dataclasses.replace(CALL, **fields)
+  call = dataclasses.replace(CALL, **fields)
   assert word in libraries.why_not(name, call)
 
 
