@@ -4,7 +4,7 @@
 
 Reproduces: nothing published; a DCFormer++ of our own size, local blocks of 32
 bytes and global ones by turns. configs/compare/attention.py has its controls,
-with the same QK-norm and windows and equal FLOPs.
+with the same QK-norm and windows.
 Hardware: two CPU cores.
 Result: none measured yet.
 """

@@ -40,8 +40,9 @@ def test_suite_derives_its_sizes(path, tmp_path):
   budget = cost.forward_flops(suite.base.model, length)
   for run in planned:
     model = run.config.model
-    if 'mlp_dim' in suite.architectures[run.architecture].model:
-      assert model.mlp_dim == suite.base.model.mlp_dim
+    fields = suite.architectures[run.architecture].model
+    if 'mlp_dim' in fields:
+      assert model.mlp_dim == fields['mlp_dim']
       continue
     assert abs(cost.forward_flops(model, length) / budget - 1) <= 0.01
     if model.memory or model.moe:
