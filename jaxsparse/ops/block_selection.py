@@ -95,6 +95,20 @@ def summarize(
   return Summaries(mean(key), mean(value), count.astype(jnp.int32), last)
 
 
+def join_summaries(first: Summaries, second: Summaries) -> Summaries:
+  """The blocks of both, one after the other."""
+  pairs = zip(first, second, (2, 2, 1, 1), strict=True)
+  return Summaries(*(jnp.concatenate(pair, axis) for *pair, axis in pairs))
+
+
+def lead_segments(
+  segments: Int[Array, 'B Z b'], first_row: Int[Array, ' n']
+) -> Int[Array, 'B n']:
+  """Document of each tile's first row, which may have come in another call."""
+  rows = segments.reshape(len(segments), -1)
+  return rows.at[:, first_row].get(mode='fill', fill_value=0)
+
+
 def eligible_blocks(
   summaries: Summaries,
   own_block: Int[Array, ' n'],
@@ -179,3 +193,22 @@ def _bounds(num_eligible, grid):
   least = jnp.ceil(grid.least_fraction * num_eligible)
   most = jnp.maximum(grid.sinks, jnp.ceil(grid.most_fraction * num_eligible))
   return least, jnp.minimum(most, grid.slots)
+
+
+def choose(
+  query: Float[Array, 'B n K G H'],
+  coverage: Float[Array, 'B n K'],
+  first_row: Int[Array, ' n'],
+  segments: Int[Array, 'B n'],
+  summaries: Summaries,
+  grid: Grid,
+) -> tuple[Selection, Bool[Array, 'B n Z'], Float[Array, 'B K n Z']]:
+  """The blocks of each tile, by its first row.
+
+  Also which blocks were eligible, and the importance of each.
+  """
+  own_block = first_row // grid.block
+  is_eligible = eligible_blocks(summaries, own_block, segments, grid)
+  shares = importance(query, summaries, is_eligible)
+  coverage = jnp.moveaxis(coverage, 2, 1)
+  return select(shares, is_eligible, coverage, grid), is_eligible, shares

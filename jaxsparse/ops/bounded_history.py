@@ -28,15 +28,11 @@ from jaxsparse.ops.block_selection import (
   Grid,
   Selection,
   Summaries,
-  eligible_blocks,
-  importance,
-  select,
-)
-from jaxsparse.ops.sparse_attention import (
-  Turn,
-  attend_tiles,
+  choose,
+  join_summaries,
   lead_segments,
 )
+from jaxsparse.ops.sparse_attention import Turn, attend_tiles
 from jaxsparse.ops.sparse_cache import SparseCache, append, init_sparse_cache
 
 # How much of a block's worth a tile leaves as it was.
@@ -200,13 +196,13 @@ def _advance(
   first_row = row + tile * jnp.arange(num_tiles)
   on_grid = pages.pages(grid.block)
   lead = lead_segments(on_grid.segments, first_row - first_row % grid.tile)
-  is_eligible = eligible_blocks(summaries, first_row // grid.block, lead, grid)
   query = tiled(query, *heads, width)
-  shares = importance(query[:, :, 0], summaries, is_eligible)
-  new = select(
-    shares,
-    is_eligible,
-    jnp.moveaxis(tiled(coverage, heads[0])[:, :, 0], 2, 1),
+  new, is_eligible, shares = choose(
+    query[:, :, 0],
+    tiled(coverage, heads[0])[:, :, 0],
+    first_row,
+    lead,
+    summaries,
     grid,
   )
   if length == 1:
@@ -339,12 +335,7 @@ def _remember(old: Summaries, new: Summaries) -> Summaries:
   """
   if not old.count.shape[1]:
     return old
-  both = Summaries(
-    *(
-      jnp.concatenate(pair, axis=axis)
-      for *pair, axis in zip(old, new, (2, 2, 1, 1), strict=True)
-    )
-  )
+  both = join_summaries(old, new)
   is_same = both.segment[:, 0] == both.segment[:, 1]
   first = jnp.where(is_same, both.count[:, 0], 0)
   total = first + both.count[:, 1]

@@ -15,15 +15,16 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Float, Int
 
 from jaxsparse.ops.block_selection import (
   Grid,
   Selection,
   Summaries,
+  choose,
   eligible_blocks,
-  importance,
-  select,
+  join_summaries,
+  lead_segments,
   summarize,
 )
 
@@ -124,14 +125,7 @@ def attend_tiles(
         (*is_read.shape[:-1], is_same.shape[-1]),
       )
       is_read = jnp.concatenate([is_same, is_read], axis=-1)
-      summaries = Summaries(
-        *(
-          jnp.concatenate(pair, axis=axis)
-          for *pair, axis in zip(
-            forgotten, summaries, (2, 2, 1, 1), strict=True
-          )
-        )
-      )
+      summaries = join_summaries(forgotten, summaries)
     parts.append(_summarized(query, segments, summaries, is_read))
   y, shares = _combined(parts, gates, combine)
   shares = jnp.pad(shares, [(0, 0)] * 5 + [(0, 3 - shares.shape[-1])])
@@ -334,7 +328,7 @@ def sparse_attention(
 
   @jax.checkpoint
   def run(tiles):
-    selection, is_eligible = choose(
+    selection, is_eligible, _ = choose(
       tiles['query'][:, :, 0],
       tiles['coverage'][:, :, 0],
       tiles['first_row'],
@@ -379,14 +373,6 @@ def sparse_attention(
   return y.astype(query.dtype), stats
 
 
-def lead_segments(
-  segments: Int[Array, 'B Z b'], first_row: Int[Array, ' n']
-) -> Int[Array, 'B n']:
-  """Document of each tile's first row, which may have come in another call."""
-  rows = segments.reshape(len(segments), -1)
-  return rows.at[:, first_row].get(mode='fill', fill_value=0)
-
-
 def _with_earlier(selection, earlier, row, first_row, grid):
   """The tile in which `row` lies keeps its choice, unless it begins there."""
   is_tile = (first_row < row) & (row < first_row + grid.tile)
@@ -396,19 +382,3 @@ def _with_earlier(selection, earlier, row, first_row, grid):
       for old, new in zip(earlier, selection, strict=True)
     )
   )
-
-
-def choose(
-  query: Float[Array, 'B n K G H'],
-  coverage: Float[Array, 'B n K'],
-  first_row: Int[Array, ' n'],
-  segments: Int[Array, 'B n'],
-  summaries: Summaries,
-  grid: Grid,
-) -> tuple[Selection, Bool[Array, 'B n Z']]:
-  """The blocks of each tile, by its first row, and which were eligible."""
-  own_block = first_row // grid.block
-  is_eligible = eligible_blocks(summaries, own_block, segments, grid)
-  shares = importance(query, summaries, is_eligible)
-  coverage = jnp.moveaxis(coverage, 2, 1)
-  return select(shares, is_eligible, coverage, grid), is_eligible

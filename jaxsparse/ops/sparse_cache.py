@@ -14,13 +14,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsparse.ops.block_selection import Grid, Selection, Summaries, summarize
+from jaxsparse.ops.block_selection import (
+  Grid,
+  Selection,
+  Summaries,
+  choose,
+  lead_segments,
+  summarize,
+)
 from jaxsparse.ops.sparse_attention import (
   Pages,
   Turn,
   attend_tiles,
-  choose,
-  lead_segments,
   sparse_attention,
 )
 
@@ -212,7 +217,7 @@ def _one_token(query, segments, coverage, gates, cache, index, *, grid, **how):
   query = query.reshape(batch, 1, 1, *heads, width)
   pages, first_row = cache.pages(grid.block), index - index % grid.tile
   lead = lead_segments(pages.segments, first_row[None])
-  new, is_eligible = choose(
+  new, is_eligible, _ = choose(
     query[:, :, 0], coverage, index[None], lead, cache.summaries, grid
   )
   is_first = index % grid.tile == 0
