@@ -250,7 +250,9 @@ def _composed(score, name, queries, keys, mixes):
     return score
   mix = dataclasses.replace(mixes[name], query=queries[name], key=keys[name])
   heads = score.reshape(*score.shape[:2], -1, score.shape[-1])
-  return compose(heads, mix).reshape(score.shape)
+  # Reshapes with dimensions of length 1 may lose the batch's axes.
+  out = compose(heads, mix).reshape(score.shape)
+  return mesh.reshard(out, mesh.spec_of(score))
 
 
 def attention_reference(
