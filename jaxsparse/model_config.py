@@ -138,7 +138,10 @@ class ModelConfig:
       self.head_dim % 2 == 0, f'head_dim must be even, got {self.head_dim}.'
     )
     require(
-      0 < self.rope_fraction <= 1 and self.rope_dim % 2 == 0,
+      # None would be taken for all.
+      0 < self.rope_fraction <= 1
+      and self.rope_dim > 0
+      and self.rope_dim % 2 == 0,
       'rope_fraction must be above 0 and up to 1, and an even number of '
       f'head_dim = {self.head_dim} coordinates; got {self.rope_fraction}.',
     )

@@ -32,7 +32,7 @@ from jaxsparse.ops.block_selection import (
   join_summaries,
   lead_segments,
 )
-from jaxsparse.ops.sparse_attention import Turn, attend_tiles
+from jaxsparse.ops.sparse_attention import Turn, attend_tiles, tiles_in_order
 from jaxsparse.ops.sparse_cache import SparseCache, append, init_sparse_cache
 
 # How much of a block's worth a tile leaves as it was.
@@ -145,13 +145,7 @@ def bounded_attention(
     one_block, cache, (jnp.arange(num_blocks), tuple(map(in_blocks, new)))
   )
   y = jnp.moveaxis(y, 0, 1).reshape(query.shape[0], -1, *query.shape[2:])
-  num_tiles = -(-length // grid.tile)
-  stats = {
-    name: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:])[
-      :, :, :num_tiles
-    ]
-    for name, x in stats.items()
-  }
+  stats = tiles_in_order(stats, -(-length // grid.tile))
   return y[:, :length], cache, stats
 
 

@@ -363,14 +363,20 @@ def sparse_attention(
 
   y, stats = jax.lax.map(run, tiles)
   y = jnp.moveaxis(y, 0, 1).reshape(batch, -1, num_heads, width)[:, :length]
-  num_tiles = -(-length // grid.tile)
-  stats = {
+  stats = tiles_in_order(stats, -(-length // grid.tile))
+  return y.astype(query.dtype), stats
+
+
+def tiles_in_order(
+  stats: dict[str, jax.Array], num_tiles: int
+) -> dict[str, jax.Array]:
+  """Figures [parts, B, K, tiles, ...] of all parts' tiles, [B, K, n, ...]."""
+  return {
     name: jnp.moveaxis(x, 0, 2).reshape(*x.shape[1:3], -1, *x.shape[4:])[
       :, :, :num_tiles
     ]
     for name, x in stats.items()
   }
-  return y.astype(query.dtype), stats
 
 
 def _with_earlier(selection, earlier, row, first_row, grid):

@@ -99,7 +99,7 @@ def test_leaves_are_counted():
   assert sum(x.size for x in leaves) == cost.count_parameters(CONFIG).total
 
 
-@pytest.mark.parametrize('fraction', [0.0, 1.5, 0.375])
+@pytest.mark.parametrize('fraction', [0.0, 0.05, 1.5, 0.375])
 def test_an_odd_fraction_is_refused(fraction):
   with pytest.raises(UserError, match='rope_fraction'):
     ModelConfig(head_dim=H, rope_fraction=fraction)
