@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
-from jaxsparse.errors import UserError
+from jaxsparse.errors import UserError, require
 from jaxsparse.inference.long_input import Reading, read
 from jaxsparse.inference.sampling import Sampling, sample
 from jaxsparse.nn.transformer import Cache, Transformer, init_cache
@@ -108,10 +108,19 @@ def generate_tokens(
     stops at will.
 
   Raises:
-    UserError: max_tokens is below 1, or a prompt is empty.
+    UserError: max_tokens is below 1, a prompt is empty, or prompts differ in
+      length and the history is bounded.
   """
   if max_tokens < 1:
     raise UserError(f'max_tokens must be at least 1, got {max_tokens}.')
+  lengths = list(dict.fromkeys(map(len, prompt_ids)))
+  # Rows of such a cache are positions, and padding would be in its sinks.
+  if model_config.sparse and model_config.sparse.history_blocks:
+    require(
+      len(lengths) <= 1,
+      'prompts of a batch must be equally long where the history is bounded, '
+      f'got lengths {" and ".join(map(str, lengths))}: give one at a time.',
+    )
   inputs = left_pad(prompt_ids)
   return _generate(
     model_config, params, inputs, max_tokens, sampling, seed, on_reading

@@ -33,7 +33,7 @@ def shared_names(config: ModelConfig, layer: int) -> tuple[str, ...]:
   """What a layer extends for all layers of its kind."""
   if config.attention_kinds[layer] == 'sparse':
     # Its rows are where they are on the grid, and know their documents.
-    return ('index',)
+    return ('index', 'lengths')
   rows = _ROWS['ring' if is_ring(config, layer) else 'linear']
   return ('index', *rows.values())
 
@@ -41,7 +41,8 @@ def shared_names(config: ModelConfig, layer: int) -> tuple[str, ...]:
 def init_shared(config: ModelConfig, batch_size: int, length: int) -> Cache:
   """The part of a cache that all layers share, before the first token.
 
-  `index` is the next row to be written.
+  `index` is the next row to be written, `lengths` [B] what it would be without
+  the padding before each sequence.
   """
 
   def empty(length):  # Each its own buffer, as all of it may be donated.
@@ -49,6 +50,9 @@ def init_shared(config: ModelConfig, batch_size: int, length: int) -> Cache:
     return mesh.reshard(rows, mesh.act('BS'))
 
   cache = dict(index=jnp.zeros((), jnp.int32))
+  if 'sparse' in config.attention_kinds:
+    lengths = jnp.zeros(batch_size, jnp.int32)
+    cache['lengths'] = mesh.reshard(lengths, mesh.act('B'))
   for layer in range(config.num_layers):
     num_rows = _num_rows(config, layer, length)
     for name in shared_names(config, layer):

@@ -121,7 +121,9 @@ class SparseAttention(nn.Module):
   ) -> tuple[Float[Array, 'B T N H'], dict[str, Any] | None, Metrics]:
     """Sums of the values, the extended cache, and metrics.
 
-    Queries and keys are rotated unless `reads_unrotated`.
+    Queries and keys are rotated unless `reads_unrotated`. With a cache that is
+    not bounded, padding before a sequence's first token takes no rows: it would
+    shift the grid of blocks.
 
     The metrics are means over tiles with an eligible block: 'kept_share' of
     these blocks, 'coverage', and the shares of the softmax in 'window', 'kept'
@@ -154,10 +156,12 @@ class SparseAttention(nn.Module):
     show_arrays(self, coverage=inputs[4], **stats)
 
   def _from_cache(self, how, inputs, cache):
-    kind, function = SparseCache, cached_sparse_attention
+    kind, function = SparseCache, _each_from_its_first_token
     dims = (_INPUT_DIMS, _CACHE_DIMS, 'BTN.', _STATS_DIMS)
+    rows, dims_of_rows = 'lengths', 'B'
     if reads_unrotated(self.config, has_cache=True):
       kind, function = BoundedCache, bounded_attention
+      rows, dims_of_rows = 'index', ''
       dims = (_INPUT_DIMS, _BOUNDED_DIMS, 'BTN.', _STATS_DIMS)
       dims = (_whole(dims[0]), dims[1], *_whole(dims[2:]))
       turn = functools.partial(
@@ -170,11 +174,11 @@ class SparseAttention(nn.Module):
     of_inputs, of_cache, of_y, of_stats = dims
     run = mesh.per_device(
       functools.partial(_cached, function, how),
-      (*of_inputs, of_cache, ''),
+      (*of_inputs, of_cache, dims_of_rows),
       (of_y, of_cache, of_stats),
     )
     old = kind(*(cache[name] for name in kind._fields))
-    y, new, stats = run(*inputs, old, cache['index'])
+    y, new, stats = run(*inputs, old, cache[rows])
     return y, cache | new._asdict(), stats
 
   def _gates_and_coverage(self, x):
@@ -223,6 +227,50 @@ def _all_at_once(how, query, key, value, segments, coverage, gates):
 def _cached(function, how, *inputs):
   y, cache, stats = function(*inputs, **how)
   return y, cache, {name: stats[name] for name in _STATS_DIMS}
+
+
+def _each_from_its_first_token(
+  *arrays: Any, **how: Any
+) -> tuple[Float[Array, 'B T N H'], SparseCache, dict[str, jax.Array]]:
+  """`cached_sparse_attention` of sequences that are not equally long.
+
+  Args:
+    *arrays: its inputs, the last of which is the number of rows of each
+      sequence.
+    **how: its options.
+  """
+  *inputs, cache, lengths = arrays
+  length = inputs[0].shape[1]
+  skipped = num_skipped(inputs[3], lengths)
+
+  def moved(x, by):
+    order = (jnp.arange(length)[None] + by[:, None]) % length
+    return jax.vmap(lambda x, order: x[order])(x, order)
+
+  if length > 1:
+    # To the end, where the rows of the next tokens will be.
+    inputs = [moved(x, skipped) for x in inputs]
+
+  def one(*arrays):
+    *arrays, index, count = arrays
+    arrays = jax.tree.map(lambda x: x[None], arrays)
+    y, cache, stats = cached_sparse_attention(*arrays, index, count, **how)
+    stats = {name: stats[name] for name in _STATS_DIMS}
+    return jax.tree.map(lambda x: x[0], (y, cache, stats))
+
+  y, cache, stats = jax.vmap(one)(*inputs, cache, lengths, length - skipped)
+  return (moved(y, -skipped) if length > 1 else y), cache, stats
+
+
+def num_skipped(
+  segments: Int[Array, 'B T'], lengths: Int[Array, ' B']
+) -> Int[Array, ' B']:
+  """Tokens of padding before the first one of sequences that have no rows."""
+  is_token = segments > 0
+  before = jnp.where(
+    is_token.any(1), jnp.argmax(is_token, axis=1), segments.shape[1]
+  )
+  return jnp.where(lengths == 0, before, 0).astype(jnp.int32)
 
 
 def _mean(counts, total, x):

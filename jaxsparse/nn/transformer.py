@@ -23,7 +23,8 @@ def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
   """An empty decoding cache with room for `length` tokens of each sequence.
 
   Prompts of unequal length are padded on the left with segment id 0; rows are
-  written in the order in which tokens are fed, at one index for the batch.
+  written in the order in which tokens are fed, at one index for the batch but
+  for sparse attention, whose rows begin with the first token.
   """
   blocks = {
     block_name(i): dict(

@@ -154,6 +154,7 @@ def cached_sparse_attention(
   gates: Float[Array, 'B T N 3'],
   cache: SparseCache,
   index: Int[Array, ''],
+  count: Int[Array, ''] | None = None,
   *,
   grid: Grid,
   use_summaries: bool = True,
@@ -163,7 +164,8 @@ def cached_sparse_attention(
   """T new tokens, whose rows begin at `index`; the cache must have room.
 
   See `sparse_attention`. One token reads its window, the slots of kept blocks
-  and the summaries, whatever the length of the cache.
+  and the summaries, whatever the length of the cache. Of several only the first
+  `count` stay, if it is given: what comes next is written over the others.
   """
   length = query.shape[1]
   cache = append(cache, index, key, value, segments, grid)
@@ -202,7 +204,7 @@ def cached_sparse_attention(
     **how,
   )
   y = jax.lax.dynamic_slice_in_dim(y, before, length, 1)
-  last = (before + length - 1) // grid.tile
+  last = (before + (length if count is None else count) - 1) // grid.tile
   kept_block, is_kept = (
     jax.lax.dynamic_index_in_dim(stats[name], last, 2, keepdims=False)
     for name in ('block', 'is_kept')

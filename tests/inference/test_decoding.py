@@ -1,5 +1,6 @@
 """Generation against a loop that recomputes everything; seeds; padding."""
 
+import dataclasses
 import itertools
 
 import jax
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxsparse import mesh
-from jaxsparse.config import MemoryConfig, ModelConfig
+from jaxsparse.config import MemoryConfig, ModelConfig, SparseAttentionConfig
 from jaxsparse.errors import UserError
 from jaxsparse.inference import long_input
 from jaxsparse.inference.decoding import (
@@ -76,6 +77,64 @@ def test_greedy_generation_of_a_ragged_batch(params, forward):
     logits, _, _ = forward({'params': params}, tokens, positions, segment_ids)
     best = jnp.argmax(logits[0], axis=-1)[len(prompt) - 1 : length - 1]
     assert best.tolist() == row
+
+
+SPARSE = dataclasses.replace(
+  CONFIG,
+  num_layers=1,
+  memory=None,
+  attention_pattern=('sparse',),
+  sparse=SparseAttentionConfig(
+    block=4, tile=2, window_blocks=1, max_blocks=2, coverage_logit=0.0
+  ),
+)
+
+
+@pytest.mark.parametrize(
+  'shape', [None, pytest.param((2, 2, 1), marks=pytest.mark.slow)]
+)
+def test_sparse_attention_reads_each_of_a_ragged_batch_as_alone(
+  shape, monkeypatch
+):
+  """Padding does not move a prompt on the grid of blocks."""
+  monkeypatch.setattr(long_input, 'CHUNK', 8)
+  rng = np.random.default_rng(0)
+  prompts = [rng.integers(19, size=n).tolist() for n in (21, 14, 3, 19)]
+  one = jnp.ones((1, 4), jnp.int32)
+  params = Transformer(SPARSE).init(jax.random.key(0), one, one, one)['params']
+  # So large that the likeliest token hangs on what is read.
+  params = jax.tree.map(lambda x: 3 * x, params)
+
+  def generated():
+    tokens = generate_tokens(SPARSE, params, prompts, 5, GREEDY)
+    return np.stack(list(tokens), axis=1).tolist()
+
+  if shape is None:
+    drawn = generated()
+  else:
+    devices = jax.devices()[: np.prod(shape)]
+    with jax.set_mesh(mesh.make_mesh(*shape, devices=devices)):
+      params = jax.device_put(params, jax.P())
+      drawn = generated()
+  whole = [prompt + row for prompt, row in zip(prompts, drawn, strict=True)]
+  # Padded on the right, where padding does not move anything.
+  tokens = np.array([row + [0] * (26 - len(row)) for row in whole])
+  segments = np.array([[1] * len(row) + [0] * (26 - len(row)) for row in whole])
+  positions = np.tile(np.arange(26), (4, 1))
+  forward = jax.jit(Transformer(SPARSE).apply, compiler_options=QUICKLY)
+  params = jax.tree.map(np.asarray, params)
+  logits, _, _ = forward({'params': params}, tokens, positions, segments)
+  best = np.argmax(logits, axis=-1)
+  for row, prompt, of_row in zip(drawn, prompts, best.tolist(), strict=True):
+    assert of_row[len(prompt) - 1 :][:5] == row
+
+
+def test_a_bounded_history_wants_prompts_of_one_length():
+  bounded = dataclasses.replace(
+    SPARSE, sparse=dataclasses.replace(SPARSE.sparse, history_blocks=2)
+  )
+  with pytest.raises(UserError, match='got lengths 5 and 2'):
+    generate_tokens(bounded, {}, PROMPTS, 6, GREEDY)
 
 
 def test_a_prompt_is_read_in_chunks(params, forward, monkeypatch):
