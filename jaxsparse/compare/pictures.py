@@ -25,6 +25,10 @@ def draw(
     draw_bars(names, results, 'facts_recalled', 'Facts recalled', drawn[1])
     drawn.append(folder / 'recall.png')
     draw_recall(names, results, drawn[2])
+  elif suite.needles:
+    draw_bars(names, results, 'needles_found', 'Needles found', drawn[1])
+    drawn.append(folder / 'depth.png')
+    draw_depths(names, results, drawn[2])
   else:
     title = 'Validation loss (nats per token)'
     draw_bars(names, results, 'validation_loss', title, drawn[1])
@@ -74,10 +78,11 @@ def draw_bars(
 ) -> None:
   """A bar for each architecture, and each seed as a dot.
 
-  Of facts the bars show the most over all numbers of people, and begin at 0;
-  of losses they begin near the lowest, for only differences matter.
+  Of facts the bars show the most over all numbers of people. Those of losses
+  begin near the lowest, for only differences matter, all others at 0.
   """
   of_most = key == 'facts_recalled'
+  from_zero = key != 'validation_loss'
   spreads = [
     report.most(results, name, key)
     if of_most
@@ -89,7 +94,7 @@ def draw_bars(
     lows = [s.low for s in spreads if s]
     highs = [s.high for s in spreads if s]
     margin = 0.3 * (max(highs) - min(lows)) or 0.1 * max(highs) or 1.0
-    start = 0.0 if of_most else min(lows) - margin
+    start = 0.0 if from_zero else min(lows) - margin
     for i, (name, figures) in enumerate(zip(names, spreads, strict=True)):
       if figures is None:
         continue
@@ -137,6 +142,31 @@ def draw_recall(
         axes.yaxis.set_major_formatter('{x:.0%}')
         axes.set_ylim(bottom=0)
         axes.legend()
+
+
+def draw_depths(
+  names: Sequence[str], results: Sequence[Result], path: pathlib.Path
+) -> None:
+  """Needles found, by the part of the haystack that holds them."""
+  with plots.new_figure(path, height=4.0) as figure:
+    axes = figure.add_subplot()
+    for i, name in enumerate(names):
+      shares = np.array(
+        [
+          r['needles_found_by_depth']
+          for r in results
+          if r['architecture'] == name
+        ]
+      )
+      parts = (np.arange(shares.shape[1]) + 0.5) / shares.shape[1]
+      _band(axes, parts, shares, i, name)
+    axes.set_title('Needles found; band: all seeds')
+    axes.set_xlabel('place in the haystack, from its beginning')
+    axes.xaxis.set_major_formatter('{x:.0%}')
+    axes.yaxis.set_major_formatter('{x:.0%}')
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.05)
+    axes.legend()
 
 
 def _band(

@@ -99,6 +99,10 @@ def tables(suite: Suite, results: Sequence[Result]) -> str:
     return '\n\n'.join(parts)
   if suite.is_walk:
     return _walk_table(suite, names, results)
+  if suite.needles:
+    return '\n\n'.join(
+      (_needles_table(names, results), _language_table(names, results))
+    )
   return _language_table(names, results)
 
 
@@ -197,6 +201,22 @@ def _language_table(names: Sequence[str], results: Sequence[Result]) -> str:
   heads = ['validation nats/token', f'against {base}, seed by seed']
   heads += ['bits/byte', 'training nats', 'tokens/s']
   return _markdown(['architecture', *_SIZE_HEADS, *heads], rows)
+
+
+def _needles_table(names: Sequence[str], results: Sequence[Result]) -> str:
+  base = names[0]
+  rows = [
+    [
+      name,
+      _cell(spread(results, name, 'needles_found'), '.1%'),
+      _ratio(
+        spread(results, name, 'needles_found'),
+        spread(results, base, 'needles_found'),
+      ),
+    ]
+    for name in names
+  ]
+  return _markdown(['architecture', 'needles found', f'to {base}'], rows)
 
 
 def _walk_table(

@@ -10,6 +10,7 @@ import numpy as np
 from jaxsparse.analysis import cost, usage
 from jaxsparse.compare import sizes
 from jaxsparse.compare.recall import Recall
+from jaxsparse.compare.retrieval import Retrieval
 from jaxsparse.config import Config
 from jaxsparse.data import facts, pipeline
 from jaxsparse.data.pieces import Corpus
@@ -121,4 +122,13 @@ def describe_recall(
     bits_of_all=people.bits,
     # Of all parameters, embeddings too: they may hold facts.
     bits_per_parameter=recalled.bits / total,
+  )
+
+
+def describe_retrieval(found: Retrieval) -> Result:
+  """Needles found, and where in the haystack."""
+  return dict(
+    needles_found=found.share,
+    needles_found_by_depth=list(found.share_by_depth),
+    num_questions=found.num_questions,
   )

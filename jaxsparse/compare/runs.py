@@ -19,13 +19,15 @@ import numpy as np
 from jaxsparse import command_line, mesh
 from jaxsparse import config as config_lib
 from jaxsparse import workdir as workdir_lib
-from jaxsparse.compare import recall, results, sizes
+from jaxsparse.compare import recall, results, retrieval, sizes
 from jaxsparse.compare import suite as suite_lib
 from jaxsparse.compare.results import Result
 from jaxsparse.compare.suite import Suite
 from jaxsparse.config import Config
-from jaxsparse.data import facts, tokenizer
+from jaxsparse.data import facts, needles, tokenizer
 from jaxsparse.data.corpus import build_corpus
+from jaxsparse.data.needles import Needles
+from jaxsparse.data.tokenizer import Tokenizer
 from jaxsparse.errors import UserError
 from jaxsparse.training import inputs, loop, resume
 from jaxsparse.training.progress import Reporter
@@ -52,6 +54,7 @@ class Run:
   # Without the files and the split of generated text, which do not exist yet.
   config: Config
   num_phrasings: int
+  needles: Needles | None
   folder: pathlib.Path
   # Holds what the runs of one seed share.
   data_folder: pathlib.Path
@@ -76,6 +79,7 @@ def plan(suite: Suite, workdir: str) -> list[Run]:
         steps = suite_lib.num_steps(suite, people)
         train = dataclasses.replace(config.train, seed=seed, num_steps=steps)
         group = f'people_{people:06}' if people else 'text'
+        kind = 'needles' if suite.needles else 'facts'
         runs.append(
           Run(
             architecture=name,
@@ -83,8 +87,9 @@ def plan(suite: Suite, workdir: str) -> list[Run]:
             people=people,
             config=dataclasses.replace(config, train=train),
             num_phrasings=suite.num_phrasings,
+            needles=suite.needles,
             folder=pathlib.Path(workdir) / 'runs' / group / f'{name}_{seed}',
-            data_folder=pathlib.Path(workdir) / 'facts' / f'{group}_{seed}',
+            data_folder=pathlib.Path(workdir) / kind / f'{group}_{seed}',
           )
         )
   return runs
@@ -141,7 +146,10 @@ def _identity(run: Run) -> dict:
   del config['mesh'], config['data']['cache_dir'], config['data']['prefetch']
   for name in ('log_every', 'save_every', 'keep_checkpoints'):
     del config['train'][name]
-  return config | dict(num_phrasings=run.num_phrasings)
+  config |= dict(num_phrasings=run.num_phrasings)
+  if run.needles:
+    config |= dict(needles=dataclasses.asdict(run.needles))
+  return config
 
 
 def _is_same(old: Any, new: Any, default: Any) -> bool:
@@ -237,13 +245,9 @@ def train(
     UserError: the run can't go on, or its batches are not those of the others.
   """
   start = time.perf_counter()
-  people = None
   config = run.config
-  if run.people:
-    people = facts.make_people(run.people, run.seed)
-    written = facts.write(run.data_folder, people, run.seed, run.num_phrasings)
-    data = dataclasses.replace(config.data, **written)
-    config = dataclasses.replace(config, data=data)
+  data = dataclasses.replace(config.data, **_write_text(run))
+  config = dataclasses.replace(config, data=data)
   config, _ = resume.claim_workdir(config, run.folder)
   command_line.keep_compiled_programs(config)
   corpus = build_corpus(config.data, reporter.say)
@@ -262,14 +266,7 @@ def train(
     )
     if outcome.validation is None:
       return None
-    recalled = None
-    if people is not None:
-      forward = recall.model_forward(config.model, outcome.params)
-      recalled = recall.measure(forward, tokens, people)
-      reporter.say(
-        f'{recalled.share:.1%} of {len(people.names) * len(facts.ATTRIBUTES):,}'
-        f' facts recalled, {recalled.bits:,.0f} of {people.bits:,.0f} bits'
-      )
+    answers = _ask(run, config, outcome.params, tokens, reporter)
   result = dict(
     architecture=run.architecture,
     seed=run.seed,
@@ -278,11 +275,40 @@ def train(
     seconds=time.perf_counter() - start,
     **results.describe(config, run.folder, outcome.validation),
     config=_as_json(_identity(run)),
+    **answers,
   )
-  if recalled is not None:
-    result |= results.describe_recall(config, people, recalled)
   _write(run, result)
   return result
+
+
+def _write_text(run: Run) -> dict[str, Any]:
+  """Generates the text; the fields of the `DataConfig` that name it."""
+  if run.people:
+    people = facts.make_people(run.people, run.seed)
+    return facts.write(run.data_folder, people, run.seed, run.num_phrasings)
+  if run.needles:
+    return needles.write(run.data_folder, run.needles, run.seed)
+  return {}
+
+
+def _ask(
+  run: Run, config: Config, params: dict, tokens: Tokenizer, reporter: Reporter
+) -> Result:
+  """What the model has of generated text; nothing of other text."""
+  forward = recall.model_forward(config.model, params)
+  if run.people:
+    people = facts.make_people(run.people, run.seed)
+    recalled = recall.measure(forward, tokens, people)
+    reporter.say(
+      f'{recalled.share:.1%} of {len(people.names) * len(facts.ATTRIBUTES):,}'
+      f' facts recalled, {recalled.bits:,.0f} of {people.bits:,.0f} bits'
+    )
+    return results.describe_recall(config, people, recalled)
+  if run.needles:
+    found = retrieval.measure(forward, tokens, run.needles, run.seed)
+    reporter.say(f'{found.share:.1%} of {found.num_questions:,} needles found')
+    return results.describe_retrieval(found)
+  return {}
 
 
 def _check_same_batches(

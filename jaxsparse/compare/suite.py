@@ -10,6 +10,7 @@ from typing import Any
 from jaxsparse import config as config_lib
 from jaxsparse.config import Config, MemoryConfig, MoEConfig
 from jaxsparse.data import facts
+from jaxsparse.data.needles import Needles
 from jaxsparse.errors import UserError, require
 
 DENSE = 'dense'
@@ -65,6 +66,8 @@ class Suite:
   exposures: int = 0
   # Different biographies of each person.
   num_phrasings: int = 16
+  # Documents that end with questions on their beginning, instead of a text.
+  needles: Needles | None = None
   # Widths of MLPs and experts are multiples of this.
   width_multiple: int = 1
   # Each architecture is one step further than the one before it, and the table
@@ -93,9 +96,22 @@ class Suite:
         architecture.memory is None or architecture.moe is None,
         f'architecture {name!r} has both memory and moe: set one of them.',
       )
+    texts = dict(
+      people=self.people,
+      needles=self.needles,
+      text=self.base.data.text or self.base.data.tfds,
+    )
+    given = [name for name, text in texts.items() if text]
     require(
-      not (self.people and (self.base.data.text or self.base.data.tfds)),
-      'people and a text in base.data exclude each other: set one of them.',
+      len(given) <= 1,
+      f'{" and ".join(given)} exclude each other: set one of them.',
+    )
+    seq_len = self.base.data.seq_len
+    require(
+      self.needles is None or self.needles.seq_len == seq_len,
+      'a row must be one document of needles: base.data.seq_len is '
+      f'{seq_len}, but documents have '
+      f'{self.needles.seq_len if self.needles else 0} tokens.',
     )
     require(
       self.exposures >= 0,
@@ -180,7 +196,7 @@ def narrowed(
     'configs/compare/facts.py.',
   )
   require(
-    not (text and suite.people),
+    not (text and (suite.people or suite.needles)),
     '--text needs a suite of language, such as configs/compare/cpu.py.',
   )
   base = suite.base

@@ -282,7 +282,7 @@ def write(
         validation_fraction=_write_text(folder, people, seed, num_phrasings),
       )
       # Last, so that a folder that a kill left half written is made again.
-      _write_whole(record, json.dumps(made))
+      write_whole(record, json.dumps(made))
   except OSError as error:
     raise UserError(
       f"{str(folder)!r} can't be written ({error.strerror}): give another "
@@ -317,13 +317,13 @@ def _write_text(
       chosen = rng.permutation(number)[:1024]
     order = rng.permutation(chosen).tolist()
     text = ''.join(people.biography(person, rng) for person in order)
-    _write_whole(folder / f'{name}.txt', text)
+    write_whole(folder / f'{name}.txt', text)
     sizes.append(len(text))
-  _write_whole(folder / TOKENIZER_NAME, make_tokenizer().to_str())
+  write_whole(folder / TOKENIZER_NAME, make_tokenizer().to_str())
   return sizes[-1] / sum(sizes)
 
 
-def _write_whole(path: pathlib.Path, text: str) -> None:
+def write_whole(path: pathlib.Path, text: str) -> None:
   """Writes all of a file at once: two comparisons may share a folder."""
   new = path.with_name(f'{path.name}.{os.getpid()}')
   new.write_text(text)

@@ -7,6 +7,7 @@ from small_suite import facts_suite
 
 from jaxsparse.compare import pictures, report
 from jaxsparse.compare.suite import Architecture
+from jaxsparse.data.needles import Needles
 
 
 def result(architecture, seed, people=0, **fields):
@@ -98,6 +99,27 @@ def test_facts_tables_compare_the_most_that_is_held(tmp_path):
   )
   assert row in text
   assert len(pictures.draw(suite, results, tmp_path)) == 3
+
+
+def test_needles_table_compares_what_is_found(tmp_path):
+  documents = Needles(num_needles=5, num_fillers=0, gap=0)
+  suite = facts_suite(tmp_path, people=())
+  data = dataclasses.replace(suite.base.data, seq_len=documents.seq_len)
+  base = dataclasses.replace(suite.base, data=data)
+  suite = dataclasses.replace(suite, base=base, needles=documents)
+  results = [
+    result(name, seed, needles_found=share, needles_found_by_depth=[share] * 4)
+    for name, seed, share in (
+      ('dense', 0, 0.8),
+      ('dense', 1, 1.0),
+      ('ultramem', 0, 0.45),
+    )
+  ]
+  table = report.write(suite, results, tmp_path)
+  assert '| dense | 90.0% (80.0% to 100.0%; ± 14.1%) | 1.00x |' in table
+  assert '| ultramem | 45.0% | 0.50x |' in table
+  drawn = pictures.draw(suite, results, tmp_path / 'plots')
+  assert [path.stem for path in drawn] == ['loss', 'bars', 'depth']
 
 
 def test_only_some_runs_are_no_trouble(tmp_path):

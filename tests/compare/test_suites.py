@@ -12,6 +12,7 @@ from jaxsparse.compare import runs
 from jaxsparse.compare import suite as suite_lib
 from jaxsparse.compare.suite import Architecture
 from jaxsparse.config import MemoryConfig, MoEConfig
+from jaxsparse.data.needles import Needles
 from jaxsparse.errors import UserError
 
 SUITES = sorted(
@@ -27,6 +28,7 @@ def test_all_suites_are_here():
     'cpu_ablation',
     'facts',
     'h100',
+    'needles',
     'sparse_attention',
   ]
 
@@ -58,6 +60,11 @@ def test_suite_derives_its_sizes(path, tmp_path):
     (dict(exposures=-1), 'exposures must be at least 0, got -1'),
     (dict(people=(), exposures=1), 'exposures are those of facts'),
     (dict(architectures={}), 'a suite needs an architecture'),
+    (dict(needles=Needles()), 'people and needles exclude each other'),
+    (
+      dict(needles=Needles(), people=()),
+      'base.data.seq_len is 16, but documents have 128 tokens',
+    ),
     (dict(architectures={'a/b': Architecture()}), 'is named by letters'),
     (
       dict(
