@@ -100,6 +100,15 @@ class SparseAttentionConfig:
   coverage_logit: float = 4.0
   # Width of the step at the covered share, for its gradient.
   temperature: float = 0.1
+  # What tells a block's importance: 'shared', the attention's own queries and
+  # the summaries, or 'indexer', projections that learn what attention reads in
+  # the blocks it keeps (`ops.block_router`).
+  router: str = 'shared'
+  # Heads of the indexer and their width.
+  router_heads: int = 4
+  router_dim: int = 32
+  # Coefficient of its loss, which trains nothing but the indexer.
+  router_weight: float = 1.0
   # Read summaries of the blocks that are not kept. Choosing learns by it.
   use_summaries: bool = True
   # 'merged': one softmax over everything, dense attention where all is kept.
@@ -117,7 +126,9 @@ class SparseAttentionConfig:
 
   def __post_init__(self):
     require_positive(self, 'block', 'tile', 'max_blocks', 'temperature')
-    require_positive(self, 'query_chunk')
+    require_positive(self, 'query_chunk', 'router_heads', 'router_dim')
+    require_positive(self, 'router_weight')
+    require_choice(self, 'router', ('shared', 'indexer'))
     require_not_negative(self, 'history_blocks', 'history_summaries')
     require_not_negative(self, 'window_blocks', 'sinks', 'budget_weight')
     require_choice(self, 'combine', ('merged', 'gated'))

@@ -8,8 +8,11 @@ that say nothing, and 21 questions after a gap of 24 tokens. One layer, which
 can find them. Blocks of 4 tokens, of which a query keeps 10 to 30 %; tiles of 2
 tokens, a question and its answer, as every question asks for another needle and
 a larger tile would share a choice among several. The window is as long as the
-sparse one's on average. Guessing finds 6 %. Minutes a run on one CPU core.
+sparse one's on average; `indexer` is the sparse one with a router of its own
+(`jaxsparse.ops.block_router`). Guessing finds 6 %. Minutes a run on one core.
 """
+
+import dataclasses
 
 from jaxsparse import config as c
 from jaxsparse.compare.suite import Architecture, Suite
@@ -51,6 +54,15 @@ def get_suite() -> Suite:
       dense=Architecture(),
       sparse=Architecture(
         model=dict(attention_pattern=('sparse',), sparse=sparse, **width)
+      ),
+      indexer=Architecture(
+        model=dict(
+          attention_pattern=('sparse',),
+          sparse=dataclasses.replace(
+            sparse, router='indexer', router_heads=2, router_dim=32
+          ),
+          **width,
+        )
       ),
       window=Architecture(
         model=dict(attention_pattern=('local',), window=12, **width)

@@ -12,10 +12,17 @@ def attention_parameters(config: ModelConfig, layer: int) -> int:
   heads = 2 * config.num_heads + 2 * config.num_kv_heads
   count = config.model_dim * heads * config.head_dim
   if config.attention_kinds[layer] == 'sparse':
-    return count + config.model_dim * (
-      3 * config.num_heads + config.num_kv_heads
-    )
+    count += config.model_dim * (3 * config.num_heads + config.num_kv_heads)
+    return count + _router_parameters(config)
   return count + _composition_parameters(config)
+
+
+def _router_parameters(config):
+  sparse = config.sparse
+  if sparse.router == 'shared':
+    return 0
+  heads, width = sparse.router_heads, sparse.router_dim
+  return config.model_dim * (heads * width + heads + width)
 
 
 def attention_gains(config: ModelConfig, layer: int) -> int:
@@ -46,7 +53,8 @@ def pair_flops(config: ModelConfig, layer: int, seq_len: int) -> int:
   """FLOPs of one query with all rows that it is multiplied with."""
   heads, width = config.num_heads, config.head_dim
   if config.attention_kinds[layer] == 'sparse':
-    return 4 * heads * width * rows_read(config, layer, seq_len)
+    flops = 4 * heads * width * rows_read(config, layer, seq_len)
+    return flops + _router_flops(config, seq_len)
   flops = 4 * heads * width
   dcmha = config.dcmha
   if dcmha:
@@ -56,6 +64,15 @@ def pair_flops(config: ModelConfig, layer: int, seq_len: int) -> int:
       places = dcmha.pre + dcmha.post
       flops += places * 2 * heads * heads // dcmha.num_groups
   return flops * rows_read(config, layer, seq_len)
+
+
+def _router_flops(config, seq_len):
+  """Of one query's share of its tile's choice."""
+  sparse = config.sparse
+  if sparse.router == 'shared':
+    return 0
+  per_block = 2 * sparse.router_heads * (sparse.router_dim + 1)
+  return per_block * (seq_len // sparse.block) // sparse.tile
 
 
 def rows_read(config: ModelConfig, layer: int, context: int) -> int:
@@ -77,4 +94,7 @@ def row_values(config: ModelConfig, layer: int) -> int:
   dcmha = config.dcmha
   if dcmha and config.attention_kinds[layer] != 'sparse':
     values += dcmha.num_cached * dcmha.num_factors * config.num_heads
+  if config.attention_kinds[layer] == 'sparse':
+    sparse = config.sparse
+    values += sparse.router_dim if sparse.router == 'indexer' else 0
   return values

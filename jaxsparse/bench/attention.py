@@ -150,7 +150,7 @@ def _measure_decode(options):
     1, options.kv_heads, context + 1, options.width, grid, options.dtype
   )
   filled = jax.jit(functools.partial(append, grid=grid))(
-    empty, jnp.int32(0), *past, segments
+    empty, jnp.int32(0), *past, segments, jnp.zeros((1, context, 0))
   )
   width = options.kv_heads * options.width * query.dtype.itemsize
   blocks = options.window_blocks + 1 + options.slots

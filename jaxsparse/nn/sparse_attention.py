@@ -1,7 +1,8 @@
 """The part of a sparse attention between projections and output map.
 
 See `ops.sparse_attention`. The parameters are gates of the three sets that a
-query reads, and the share of importance that its kept blocks are to cover.
+query reads, the share of importance that its kept blocks are to cover, and a
+router's.
 """
 
 import functools
@@ -15,7 +16,8 @@ from jaxtyping import Array, Float, Int
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig, SparseAttentionConfig
 from jaxsparse.nn.attention_maps import show, show_arrays
-from jaxsparse.nn.layers import Metrics
+from jaxsparse.nn.layers import Metrics, weight
+from jaxsparse.ops.block_router import Router, no_router
 from jaxsparse.ops.block_selection import Grid, Summaries
 from jaxsparse.ops.bounded_history import (
   BoundedCache,
@@ -35,12 +37,15 @@ _CACHE_DIMS = SparseCache(
   key='BK..', value='BK..', segments='B.',
   summary_key='BK..', summary_value='BK..',
   summary_count='B.', summary_segment='B.',
+  router_key='B..', summary_router_key='B..',
   kept_block='BK.', is_kept='BK.',
 )  # fmt: skip
-# Of queries, keys, values, documents, coverage and gates.
-_INPUT_DIMS = ('BTN.', 'BTK.', 'BTK.', 'BT', 'BTK', 'BTN.')
+# Of queries, keys, values, documents, coverage, gates and the router.
+_INPUT_DIMS = (
+  'BTN.', 'BTK.', 'BTK.', 'BT', 'BTK', 'BTN.', Router('BT..', 'BT.', 'BT.')
+)  # fmt: skip
 _STATS_DIMS = dict(kept='BK.', eligible='BK.', shares='BK..')
-_CHOICE_DIMS = dict(block='BK..', is_kept='BK..')
+_CHOICE_DIMS = dict(block='BK..', is_kept='BK..', router_loss='BK.')
 
 
 def _whole(dims):
@@ -76,6 +81,7 @@ def init_rows(
   sparse, dtype = config.sparse, jnp.dtype(config.dtype)
   sizes = (batch_size, config.num_kv_heads)
   grid = make_grid(sparse)
+  router_width = sparse.router_dim if sparse.router == 'indexer' else 0
   if sparse.history_blocks:
     cache = init_bounded_cache(
       *sizes,
@@ -84,10 +90,13 @@ def init_rows(
       sparse.history_blocks,
       sparse.history_summaries,
       dtype,
+      router_width,
     )
     all_dims = _BOUNDED_DIMS
   else:
-    cache = init_sparse_cache(*sizes, length, config.head_dim, grid, dtype)
+    cache = init_sparse_cache(
+      *sizes, length, config.head_dim, grid, dtype, router_width
+    )
     all_dims = _CACHE_DIMS
   placed = jax.tree.map(
     lambda dims, x: mesh.reshard(x, mesh.act(dims)), all_dims, cache
@@ -104,7 +113,9 @@ class SparseAttention(nn.Module):
   """Reads a window, the blocks that it chooses, and summaries of the others.
 
   Leaves: `gate` [D, N, 3], `coverage` [D, K] and `coverage_bias` [K]. At the
-  start all sets count as they are and nearly all importance is covered.
+  start all sets count as they are and nearly all importance is covered. With an
+  indexer also `router_query` [D, J, I], `router_weight` [D, J] and `router_key`
+  [D, I].
   """
 
   config: ModelConfig
@@ -127,7 +138,8 @@ class SparseAttention(nn.Module):
 
     The metrics are means over tiles with an eligible block: 'kept_share' of
     these blocks, 'coverage', and the shares of the softmax in 'window', 'kept'
-    and 'summary'; 'aux_loss' is the price of the kept blocks.
+    and 'summary', and without a cache an indexer's 'router_loss'; 'aux_loss' is
+    the price of the kept blocks and that loss, each by its weight.
     """
     sparse = self.config.sparse
     gates, coverage = self._gates_and_coverage(x)
@@ -137,7 +149,8 @@ class SparseAttention(nn.Module):
       combine=sparse.combine,
       chunk=sparse.query_chunk,
     )
-    inputs = (query, key, value, segment_ids, coverage, gates)
+    router = self._router(x)
+    inputs = (query, key, value, segment_ids, coverage, gates, router)
     if cache is None:
       run = mesh.per_device(
         functools.partial(_all_at_once, how),
@@ -204,6 +217,32 @@ class SparseAttention(nn.Module):
     coverage = jax.nn.sigmoid(logits + bias[None, None])
     return gates, coverage
 
+  def _router(self, x):
+    sparse, model_dim = self.config.sparse, x.shape[-1]
+    if sparse.router == 'shared':
+      return no_router(*x.shape[:2], x.shape[1])
+    # Nothing before it learns by the router's loss.
+    x = jax.lax.stop_gradient(x)
+    heads, width = sparse.router_heads, sparse.router_dim
+
+    def projected(name, dims, letters, *shape):
+      matrix = weight(
+        self, name, dims, (model_dim, *shape), 1 / model_dim, x.dtype
+      )
+      y = jnp.einsum(
+        f'btd,d{letters}->bt{letters}',
+        x,
+        matrix,
+        preferred_element_type=jnp.float32,
+      )
+      return mesh.reshard(y, mesh.act('BT' + '.' * len(shape)))
+
+    return Router(
+      projected('router_query', 'D..', 'ji', heads, width),
+      projected('router_weight', 'D.', 'j', heads),
+      projected('router_key', 'D.', 'i', width),
+    )
+
   def _metrics(self, stats, coverage):
     eligible = stats['eligible'].astype(jnp.float32)
     counts = (eligible > 0).astype(jnp.float32)
@@ -213,33 +252,38 @@ class SparseAttention(nn.Module):
     metrics = dict(kept_share=kept_share, coverage=coverage.mean())
     for i, name in enumerate(_SETS):
       metrics[name] = mean(stats['shares'][..., i])
-    return metrics | dict(
-      aux_loss=self.config.sparse.budget_weight * kept_share
-    )
+    sparse = self.config.sparse
+    aux_loss = sparse.budget_weight * kept_share
+    if sparse.router == 'indexer' and 'router_loss' in stats:
+      metrics['router_loss'] = mean(stats['router_loss'])
+      aux_loss += sparse.router_weight * metrics['router_loss']
+    return metrics | dict(aux_loss=aux_loss)
 
 
-def _all_at_once(how, query, key, value, segments, coverage, gates):
+def _all_at_once(how, query, key, value, segments, coverage, gates, router):
   return sparse_attention(
-    query, key, value, segments, segments, coverage, gates, **how
+    query, key, value, segments, segments, coverage, gates, router=router, **how
   )
 
 
 def _cached(function, how, *inputs):
-  y, cache, stats = function(*inputs, **how)
+  *arrays, router, cache, rows = inputs
+  y, cache, stats = function(*arrays, cache, rows, router=router, **how)
   return y, cache, {name: stats[name] for name in _STATS_DIMS}
 
 
 def _each_from_its_first_token(
-  *arrays: Any, **how: Any
+  *arrays: Any, router: Router, **how: Any
 ) -> tuple[Float[Array, 'B T N H'], SparseCache, dict[str, jax.Array]]:
   """`cached_sparse_attention` of sequences that are not equally long.
 
   Args:
     *arrays: its inputs, the last of which is the number of rows of each
       sequence.
+    router: of the tokens.
     **how: its options.
   """
-  *inputs, cache, lengths = arrays
+  *inputs, cache, lengths = (*arrays[:-2], router, *arrays[-2:])
   length = inputs[0].shape[1]
   skipped = num_skipped(inputs[3], lengths)
 
@@ -249,12 +293,14 @@ def _each_from_its_first_token(
 
   if length > 1:
     # To the end, where the rows of the next tokens will be.
-    inputs = [moved(x, skipped) for x in inputs]
+    inputs = jax.tree.map(lambda x: moved(x, skipped), inputs)
 
   def one(*arrays):
     *arrays, index, count = arrays
-    arrays = jax.tree.map(lambda x: x[None], arrays)
-    y, cache, stats = cached_sparse_attention(*arrays, index, count, **how)
+    *arrays, router, cache = jax.tree.map(lambda x: x[None], arrays)
+    y, cache, stats = cached_sparse_attention(
+      *arrays, cache, index, count, router, **how
+    )
     stats = {name: stats[name] for name in _STATS_DIMS}
     return jax.tree.map(lambda x: x[0], (y, cache, stats))
 

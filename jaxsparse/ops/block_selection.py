@@ -23,6 +23,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsparse.ops.block_router import Router, router_scores
+
 # Scores of what is left out. Finite, such that sums with it make no NaN.
 _NEVER = -1e30
 
@@ -83,16 +85,33 @@ def summarize(
   Only the last document of a block can go on after it, so the summary is that
   one's; segment 0 is padding.
   """
+  share, count = _share_of_rows(segments, key.dtype)
+
+  def mean(x):
+    return jnp.einsum('bkzsh,bzs->bkzh', x.astype(share.dtype), share)
+
+  return Summaries(
+    mean(key), mean(value), count.astype(jnp.int32), segments[..., -1]
+  )
+
+
+def _share_of_rows(segments, dtype):
+  """Of each row in the mean of its block's last document, and their number."""
   last = segments[..., -1]
   is_own = (segments == last[..., None]) & (last > 0)[..., None]
   count = is_own.sum(-1)
-  dtype = jnp.promote_types(key.dtype, jnp.float32)
+  dtype = jnp.promote_types(dtype, jnp.float32)
   share = is_own.astype(dtype) / jnp.maximum(count, 1)[..., None].astype(dtype)
+  return share, count
 
-  def mean(x):
-    return jnp.einsum('bkzsh,bzs->bkzh', x.astype(dtype), share)
 
-  return Summaries(mean(key), mean(value), count.astype(jnp.int32), last)
+def mean_of_blocks(
+  rows: Float[Array, 'B S I'], segments: Int[Array, 'B Z b']
+) -> Float[Array, 'B Z I']:
+  """Means over the same rows as those of `summarize`, in f32 at least."""
+  on_grid = rows.reshape(*segments.shape, rows.shape[-1])
+  share, _ = _share_of_rows(segments, rows.dtype)
+  return jnp.einsum('bzsi,bzs->bzi', on_grid.astype(share.dtype), share)
 
 
 def join_summaries(first: Summaries, second: Summaries) -> Summaries:
@@ -145,9 +164,13 @@ def importance(
     summaries.key,
   )
   scores *= query.shape[-1] ** -0.5
-  mask = is_eligible[:, None, :, None]
-  shares = jax.nn.softmax(jnp.where(mask, scores, _NEVER), axis=-1)
-  return jnp.where(mask, shares, 0.0).mean(axis=3)
+  return _shares(scores, is_eligible[:, None, :, None]).mean(axis=3)
+
+
+def _shares(scores, is_eligible):
+  """A softmax over the eligible ones, 0 of the others."""
+  shares = jax.nn.softmax(jnp.where(is_eligible, scores, _NEVER), axis=-1)
+  return jnp.where(is_eligible, shares, 0.0)
 
 
 def select(
@@ -202,13 +225,30 @@ def choose(
   segments: Int[Array, 'B n'],
   summaries: Summaries,
   grid: Grid,
+  router: Router,
 ) -> tuple[Selection, Bool[Array, 'B n Z'], Float[Array, 'B K n Z']]:
   """The blocks of each tile, by its first row.
 
-  Also which blocks were eligible, and the importance of each.
+  Args:
+    query: of each tile's first row, as the next ones.
+    coverage: share of importance that is to be covered.
+    first_row: the rows.
+    segments: their documents.
+    summaries: of the blocks.
+    grid: sizes and bounds.
+    router: queries of the n rows and keys of the Z blocks, if it is in use.
+
+  Returns:
+    The choice, which blocks were eligible, and the importance of each.
   """
   own_block = first_row // grid.block
   is_eligible = eligible_blocks(summaries, own_block, segments, grid)
-  shares = importance(query, summaries, is_eligible)
   coverage = jnp.moveaxis(coverage, 2, 1)
-  return select(shares, is_eligible, coverage, grid), is_eligible, shares
+  if not router.is_used:
+    shares = importance(query, summaries, is_eligible)
+    return select(shares, is_eligible, coverage, grid), is_eligible, shares
+  shares = _shares(router_scores(router), is_eligible)[:, None]
+  # The same for all heads, whose coverage may differ.
+  shares = jnp.broadcast_to(shares, (*coverage.shape, shares.shape[-1]))
+  fixed = jax.lax.stop_gradient(shares)
+  return select(fixed, is_eligible, coverage, grid), is_eligible, shares

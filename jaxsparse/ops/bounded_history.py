@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsparse.ops.block_router import Router, no_router
 from jaxsparse.ops.block_selection import (
   Grid,
   Selection,
@@ -62,11 +63,18 @@ def init_bounded_cache(
   history: int,
   num_summaries: int,
   dtype: jax.typing.DTypeLike = jnp.float32,
+  router_width: int = 0,
 ) -> BoundedCache:
   """An empty cache of `sinks + history + window + 1` blocks."""
   num_blocks = grid.sinks + history + grid.window_blocks + 1
   pages = init_sparse_cache(
-    batch, num_kv_heads, num_blocks * grid.block, width, grid, dtype
+    batch,
+    num_kv_heads,
+    num_blocks * grid.block,
+    width,
+    grid,
+    dtype,
+    router_width,
   )
   f32 = pages.summary_key.dtype
 
@@ -93,6 +101,7 @@ def bounded_attention(
   gates: Float[Array, 'B T N 3'],
   cache: BoundedCache,
   index: Int[Array, ''],
+  router: Router | None = None,
   *,
   grid: Grid,
   turn: Turn,
@@ -110,6 +119,7 @@ def bounded_attention(
     gates: factors of the window, the kept blocks and the summaries.
     cache: of all tokens before these.
     index: their number; a multiple of the block unless T is 1.
+    router: of the tokens; chooses the blocks instead of `query`.
     grid: blocks, tiles and bounds.
     turn: rotates heads [..., H] by rows that are broadcast over [...].
     use_summaries: read them, and not only choose by them.
@@ -119,8 +129,10 @@ def bounded_attention(
     Sums of the values, the cache, and the figures of `sparse_attention`.
   """
   how = dict(grid=grid, turn=turn, use_summaries=use_summaries, combine=combine)
-  length = query.shape[1]
-  new = (query, key, value, segments, coverage, gates)
+  batch, length = query.shape[:2]
+  if router is None:
+    router = no_router(batch, length, length)
+  new = (query, key, value, segments, coverage, gates, router)
   if length == 1:
     return _advance(cache, index, *new, last_row=0, **how)
   # Whole blocks; rows of padding are written over by those that come next.
@@ -142,7 +154,7 @@ def bounded_attention(
     return cache, (y, stats)
 
   cache, (y, stats) = jax.lax.scan(
-    one_block, cache, (jnp.arange(num_blocks), tuple(map(in_blocks, new)))
+    one_block, cache, (jnp.arange(num_blocks), jax.tree.map(in_blocks, new))
   )
   y = jnp.moveaxis(y, 0, 1).reshape(query.shape[0], -1, *query.shape[2:])
   stats = tiles_in_order(stats, -(-length // grid.tile))
@@ -158,6 +170,7 @@ def _advance(
   segments,
   coverage,
   gates,
+  router,
   *,
   grid,
   turn,
@@ -177,7 +190,7 @@ def _advance(
     lambda cache: cache,
     cache,
   )
-  pages = append(cache.pages, row, key, value, segments, grid, turn)
+  pages = append(cache.pages, row, key, value, segments, router.key, grid, turn)
   summaries = _placed(pages.summaries, grid, turn)
   rows = row + jnp.arange(length)
   query = turn(query, rows[None, :, None])
@@ -198,6 +211,11 @@ def _advance(
     lead,
     summaries,
     grid,
+    Router(
+      router.query[:, ::tile],
+      router.weight[:, ::tile],
+      pages.summary_router_key,
+    ),
   )
   if length == 1:
     # A tile keeps the choice of its first row, whichever call that came in.
@@ -208,7 +226,7 @@ def _advance(
     num_seen = begins.astype(jnp.int32)
   else:
     num_seen = last_row // grid.tile + 1
-  y, of_sets = attend_tiles(
+  y, of_sets, _ = attend_tiles(
     query,
     tiled(gates, *heads, 3),
     first_row,
@@ -311,6 +329,13 @@ def _forget_one(cache: BoundedCache, *, grid: Grid) -> BoundedCache:
     segments=jnp.where(
       is_new[..., None], 0, moved(on_grid.segments, 1)
     ).reshape(pages.segments.shape),
+    router_key=moved(
+      pages.router_key.reshape(
+        *on_grid.segments.shape, pages.router_key.shape[-1]
+      ),
+      1,
+    ).reshape(pages.router_key.shape),
+    summary_router_key=moved(pages.summary_router_key, 1),
     summary_key=moved(pages.summary_key, 2),
     summary_value=moved(pages.summary_value, 2),
     summary_count=emptied(pages.summary_count),

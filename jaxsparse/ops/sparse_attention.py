@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxsparse.ops.block_router import Router, no_router, router_loss
 from jaxsparse.ops.block_selection import (
   Grid,
   Selection,
@@ -25,15 +26,12 @@ from jaxsparse.ops.block_selection import (
   eligible_blocks,
   join_summaries,
   lead_segments,
+  mean_of_blocks,
   summarize,
 )
+from jaxsparse.ops.partial_softmax import combined, partial_softmax
 
 _NEVER = -1e30
-
-# How far above the largest kept score another may lie: e^20 still has a finite
-# gradient.
-_MOST_ABOVE = 20.0
-
 
 # Rotates keys [..., H] by their rows, which are broadcast over [...].
 Turn = Callable[[jax.Array, jax.Array], jax.Array]
@@ -45,14 +43,6 @@ class Pages(NamedTuple):
   key: Float[Array, 'B K Z b H']
   value: Float[Array, 'B K Z b H']
   segments: Int[Array, 'B Z b']
-
-
-class _Part(NamedTuple):
-  """A softmax that is not divided yet: its maximum, sum, and sum of values."""
-
-  maximum: jax.Array
-  total: jax.Array
-  values: jax.Array
 
 
 def to_pages(
@@ -85,7 +75,11 @@ def attend_tiles(
   combine: str = 'merged',
   turn: Turn | None = None,
   forgotten: Summaries | None = None,
-) -> tuple[Float[Array, 'B n r K G H'], Float[Array, 'B n r K G 3']]:
+) -> tuple[
+  Float[Array, 'B n r K G H'],
+  Float[Array, 'B n r K G 3'],
+  Float[Array, 'B K n k'],
+]:
   """Attention of given tiles with given blocks.
 
   Args:
@@ -102,16 +96,18 @@ def attend_tiles(
     forgotten: summaries of blocks that are in no page, which are read, too.
 
   Returns:
-    Sums of the values, 0 for padding, and each set's share of the softmax
-    ('merged') or its gate ('gated').
+    Sums of the values, 0 for padding; each set's share of the softmax
+    ('merged') or its gate ('gated'); and each slot's share of what the kept
+    blocks get together, the mean over rows and heads, without a gradient.
   """
   dtype = jnp.promote_types(query.dtype, jnp.float32)
   query = jnp.moveaxis(query, 3, 1).astype(dtype) * query.shape[-1] ** -0.5
   gates = jnp.moveaxis(gates, 3, 1).astype(dtype)
   own_block = first_row // grid.block
+  kept, masses = _kept(query, segments, pages, selection, turn)
   parts = [
     _window(query, first_row, segments, pages, own_block, grid, turn),
-    _kept(query, segments, pages, selection, turn),
+    kept,
   ]
   if summaries is not None:
     lead = lead_segments(pages.segments, first_row - first_row % grid.tile)
@@ -127,37 +123,9 @@ def attend_tiles(
       is_read = jnp.concatenate([is_same, is_read], axis=-1)
       summaries = join_summaries(forgotten, summaries)
     parts.append(_summarized(query, segments, summaries, is_read))
-  y, shares = _combined(parts, gates, combine)
+  y, shares = combined(parts, gates, combine)
   shares = jnp.pad(shares, [(0, 0)] * 5 + [(0, 3 - shares.shape[-1])])
-  return tuple(jnp.moveaxis(x, 1, 3) for x in (y, shares))
-
-
-def _combined(parts, gates, combine):
-  gate = [gates[..., i] for i in range(len(parts))]
-  if combine == 'gated':
-    y = sum(
-      g[..., None] * _divided(part.values, part.total)
-      for g, part in zip(gate, parts, strict=True)
-    )
-    return y, jnp.stack(gate, axis=-1)
-  maximum = jnp.stack([part.maximum for part in parts]).max(0)
-  scale = [
-    g * jnp.exp(part.maximum - maximum)
-    for g, part in zip(gate, parts, strict=True)
-  ]
-  masses = [s * part.total for s, part in zip(scale, parts, strict=True)]
-  total = sum(masses)
-  values = sum(
-    s[..., None] * part.values for s, part in zip(scale, parts, strict=True)
-  )
-  return _divided(values, total), _divided(jnp.stack(masses, -1), total)
-
-
-def _divided(values, total):
-  """values / total, and 0 with no gradient where that is 0."""
-  is_empty = total == 0
-  safe = jnp.where(is_empty, 1.0, total)
-  return jnp.where(is_empty[..., None], 0.0, values / safe[..., None])
+  return *(jnp.moveaxis(x, 1, 3) for x in (y, shares)), masses
 
 
 def _window(query, first_row, segments, pages, own_block, grid, turn):
@@ -173,7 +141,7 @@ def _window(query, first_row, segments, pages, own_block, grid, turn):
   is_past = (row[:, None] <= own_row[..., None]) & (row >= 0)[:, None]
   is_seen = _same_document(segments, of_keys) & is_past[None]
   logits = jnp.einsum('bknrgh,bknlh->bknrgl', query, key.astype(query.dtype))
-  return _part(logits, is_seen[:, None, :, :, None], value)
+  return partial_softmax(logits, is_seen[:, None, :, :, None], value)
 
 
 def _read_window(pages, block):
@@ -206,7 +174,18 @@ def _kept(query, segments, pages, selection, turn):
   weight = jnp.repeat(selection.weight, block, axis=-1)[..., None, None, :]
   key, value = (x.reshape(*shape, x.shape[-1]) for x in (key, value))
   logits = jnp.einsum('bknrgh,bknlh->bknrgl', query, key.astype(query.dtype))
-  return _part(logits, is_seen, value, is_kept, weight)
+  part = partial_softmax(logits, is_seen, value, is_kept, weight)
+  return part, _masses(logits, is_seen & is_kept, selection.block.shape[-1])
+
+
+def _masses(logits, is_read, num_slots):
+  """Shares [B, K, n, k] of the slots among what is read of the kept blocks."""
+  logits = jax.lax.stop_gradient(logits)
+  shares = jax.nn.softmax(jnp.where(is_read, logits, _NEVER), axis=-1)
+  shares = jnp.where(is_read, shares, 0.0).sum((3, 4))
+  shares = shares.reshape(*shares.shape[:3], num_slots, -1).sum(-1)
+  total = shares.sum(-1, keepdims=True)
+  return shares / jnp.where(total > 0, total, 1.0)
 
 
 def _is_kept_block(selection, num_blocks):
@@ -227,31 +206,13 @@ def _summarized(query, segments, summaries, is_read):
   logits = jnp.einsum('bknrgh,bkzh->bknrgz', query, summaries.key)
   count = jnp.maximum(summaries.count, 1).astype(logits.dtype)
   logits += jnp.log(count)[:, None, None, None, None]
-  return _part(logits, is_seen, summaries.value)
+  return partial_softmax(logits, is_seen, summaries.value)
 
 
 def _same_document(queries, keys):
   """[..., r] and [..., l] to [..., r, l]."""
   is_same = queries[..., :, None] == keys[..., None, :]
   return is_same & (queries > 0)[..., :, None]
-
-
-def _part(logits, is_seen, value, is_kept=True, weight=None):
-  """Sums over the last axis, with values [B, K, n, l, H] or [B, K, l, H].
-
-  What is seen and not kept adds nothing, but may have a gradient by `weight`.
-  """
-  maximum = jnp.where(is_seen & is_kept, logits, _NEVER).max(-1)
-  maximum = jax.lax.stop_gradient(maximum)
-  above = jnp.minimum(logits - maximum[..., None], _MOST_ABOVE)
-  share = jnp.where(is_seen, jnp.exp(above), 0.0)
-  if weight is not None:
-    share *= weight
-  rows = 'bknlh' if value.ndim == 5 else 'bklh'
-  values = jnp.einsum(
-    f'bknrgl,{rows}->bknrgh', share, value.astype(share.dtype)
-  )
-  return _Part(maximum, share.sum(-1), values)
 
 
 def sparse_attention(
@@ -266,6 +227,7 @@ def sparse_attention(
   grid: Grid,
   first_row: Int[Array, ''] | int = 0,
   earlier: tuple[Selection, Int[Array, '']] | None = None,
+  router: Router | None = None,
   use_summaries: bool = True,
   combine: str = 'merged',
   chunk: int = 512,
@@ -288,6 +250,8 @@ def sparse_attention(
     first_row: of the queries among the keys' rows, a multiple of the block.
     earlier: the choice [B, K, k] of the first tile that has queries, and the
       row of the first of them, if other rows of that tile came before.
+    router: chooses the blocks; without one, or by one of width 0, `query` and
+      the summaries do.
     use_summaries: read them, and not only choose by them.
     combine: 'merged' or 'gated'.
     chunk: queries at once, at least.
@@ -295,13 +259,19 @@ def sparse_attention(
   Returns:
     Sums of the values, and of each tile and key/value head: how many blocks are
     'kept' [B, K, n] (with the gradient of the coverage) and 'eligible', the
-    'block' of each slot [B, K, n, k] and whether it 'is_kept', and the 'shares'
-    [B, K, n, 3] of the three sets.
+    'block' of each slot [B, K, n, k] and whether it 'is_kept', the 'shares'
+    [B, K, n, 3] of the three sets, and the 'router_loss' [B, K, n].
   """
   batch, length, num_heads, width = query.shape
   num_kv_heads = key.shape[2]
   pages = to_pages(key, value, key_segments, grid.block)
   summaries = summarize(*pages)
+  if router is None:
+    router = no_router(batch, length, key.shape[1])
+  missing_keys = pages.segments.size // batch - key.shape[1]
+  router_key = mean_of_blocks(
+    jnp.pad(router.key, [(0, 0), (0, missing_keys), (0, 0)]), pages.segments
+  )
   per_chunk = max(1, chunk // grid.tile)
   num_chunks = -(-length // (per_chunk * grid.tile))
   missing = num_chunks * per_chunk * grid.tile - length
@@ -320,6 +290,8 @@ def sparse_attention(
     gates=tiled(gates, num_kv_heads, group, 3),
     coverage=tiled(coverage, num_kv_heads),
     segments=tiled(query_segments),
+    router_query=tiled(router.query, *router.query.shape[2:]),
+    router_weight=tiled(router.weight, router.weight.shape[2]),
     first_row=first_row
     + (jnp.arange(num_chunks * per_chunk) * grid.tile).reshape(
       num_chunks, per_chunk
@@ -328,17 +300,22 @@ def sparse_attention(
 
   @jax.checkpoint
   def run(tiles):
-    selection, is_eligible, _ = choose(
+    selection, is_eligible, importance = choose(
       tiles['query'][:, :, 0],
       tiles['coverage'][:, :, 0],
       tiles['first_row'],
       lead_segments(pages.segments, tiles['first_row']),
       summaries,
       grid,
+      Router(
+        tiles['router_query'][:, :, 0],
+        tiles['router_weight'][:, :, 0],
+        router_key,
+      ),
     )
     if earlier is not None:
       selection = _with_earlier(selection, *earlier, tiles['first_row'], grid)
-    y, shares = attend_tiles(
+    y, shares, masses = attend_tiles(
       tiles['query'],
       tiles['gates'],
       tiles['first_row'],
@@ -359,6 +336,10 @@ def sparse_attention(
       block=selection.block,
       is_kept=selection.is_kept,
     )
+    if router.is_used:
+      stats['router_loss'] = router_loss(importance, selection.block, masses)
+    else:
+      stats['router_loss'] = jnp.zeros(selection.block.shape[:3])
     return y, stats
 
   y, stats = jax.lax.map(run, tiles)

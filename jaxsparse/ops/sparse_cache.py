@@ -14,12 +14,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsparse.ops.block_router import Router, no_router
 from jaxsparse.ops.block_selection import (
   Grid,
   Selection,
   Summaries,
   choose,
   lead_segments,
+  mean_of_blocks,
   summarize,
 )
 from jaxsparse.ops.sparse_attention import (
@@ -40,6 +42,9 @@ class SparseCache(NamedTuple):
   summary_value: Float[Array, 'B K Z H']
   summary_count: Int[Array, 'B Z']
   summary_segment: Int[Array, 'B Z']
+  # Keys of the router, of width 0 without one, and their means.
+  router_key: Float[Array, 'B S I']
+  summary_router_key: Float[Array, 'B Z I']
   kept_block: Int[Array, 'B K k']
   is_kept: Bool[Array, 'B K k']
 
@@ -68,6 +73,7 @@ def init_sparse_cache(
   width: int,
   grid: Grid,
   dtype: jax.typing.DTypeLike = jnp.float32,
+  router_width: int = 0,
 ) -> SparseCache:
   """An empty cache for at least `length` rows."""
   num_blocks = -(-length // grid.block)
@@ -87,6 +93,8 @@ def init_sparse_cache(
   return SparseCache(
     rows(), rows(), numbers(num_blocks * grid.block),
     means(), means(), numbers(num_blocks), numbers(num_blocks),
+    jnp.zeros((batch, num_blocks * grid.block, router_width), f32),
+    jnp.zeros((batch, num_blocks, router_width), f32),
     numbers(num_kv_heads, slots), numbers(num_kv_heads, slots) > 0,
   )  # fmt: skip
 
@@ -97,6 +105,7 @@ def append(
   key: Float[Array, 'B T K H'],
   value: Float[Array, 'B T K H'],
   segments: Int[Array, 'B T'],
+  router_key: Float[Array, 'B T I'],
   grid: Grid,
   turn: Turn | None = None,
 ) -> SparseCache:
@@ -115,7 +124,8 @@ def append(
   for old, new in ((cache.value, value), (cache.key, key)):
     rows.insert(0, write(old, jnp.moveaxis(new, 1, 2), index, 2))
   cache = cache._replace(
-    **dict(zip(('key', 'value', 'segments'), rows, strict=True))
+    **dict(zip(('key', 'value', 'segments'), rows, strict=True)),
+    router_key=write(cache.router_key, router_key, index, 1),
   )
   pages, num_blocks = cache.pages(grid.block), cache.summary_count.shape[1]
   length = key.shape[1]
@@ -140,8 +150,13 @@ def append(
       )
     )
   )
+  rows = jax.lax.dynamic_slice_in_dim(
+    cache.router_key, first * grid.block, touched * grid.block, 1
+  )
+  router_means = mean_of_blocks(rows, near.segments)
   return cache._replace(
-    **{f'summary_{n}': x for n, x in summaries._asdict().items()}
+    **{f'summary_{n}': x for n, x in summaries._asdict().items()},
+    summary_router_key=write(cache.summary_router_key, router_means, first, 1),
   )
 
 
@@ -155,6 +170,7 @@ def cached_sparse_attention(
   cache: SparseCache,
   index: Int[Array, ''],
   count: Int[Array, ''] | None = None,
+  router: Router | None = None,
   *,
   grid: Grid,
   use_summaries: bool = True,
@@ -167,12 +183,14 @@ def cached_sparse_attention(
   and the summaries, whatever the length of the cache. Of several only the first
   `count` stay, if it is given: what comes next is written over the others.
   """
-  length = query.shape[1]
-  cache = append(cache, index, key, value, segments, grid)
+  batch, length = query.shape[:2]
+  if router is None:
+    router = no_router(batch, length, length)
+  cache = append(cache, index, key, value, segments, router.key, grid)
   how = dict(grid=grid, use_summaries=use_summaries, combine=combine)
   if length == 1:
     y, cache, stats = _one_token(
-      query, segments, coverage, gates, cache, index, **how
+      query, segments, coverage, gates, cache, index, router, **how
     )
     return y, cache, stats
   # Rows of tiles begin on the grid: rows before the first are padding here.
@@ -200,6 +218,9 @@ def cached_sparse_attention(
     placed(gates),
     first_row=index - before,
     earlier=(earlier, index),
+    router=Router(
+      placed(router.query), placed(router.weight), cache.router_key
+    ),
     chunk=chunk,
     **how,
   )
@@ -212,7 +233,9 @@ def cached_sparse_attention(
   return y, cache._replace(kept_block=kept_block, is_kept=is_kept), stats
 
 
-def _one_token(query, segments, coverage, gates, cache, index, *, grid, **how):
+def _one_token(
+  query, segments, coverage, gates, cache, index, router, *, grid, **how
+):
   batch, _, num_heads, width = query.shape
   num_kv_heads = cache.key.shape[1]
   heads = (num_kv_heads, num_heads // num_kv_heads)
@@ -220,7 +243,13 @@ def _one_token(query, segments, coverage, gates, cache, index, *, grid, **how):
   pages, first_row = cache.pages(grid.block), index - index % grid.tile
   lead = lead_segments(pages.segments, first_row[None])
   new, is_eligible, _ = choose(
-    query[:, :, 0], coverage, index[None], lead, cache.summaries, grid
+    query[:, :, 0],
+    coverage,
+    index[None],
+    lead,
+    cache.summaries,
+    grid,
+    router._replace(key=cache.summary_router_key),
   )
   is_first = index % grid.tile == 0
   block = jnp.where(is_first, new.block[:, :, 0], cache.kept_block)
@@ -230,7 +259,7 @@ def _one_token(query, segments, coverage, gates, cache, index, *, grid, **how):
     is_kept.astype(new.weight.dtype)[:, :, None],
     is_kept[:, :, None],
   )
-  y, shares = attend_tiles(
+  y, shares, _ = attend_tiles(
     query,
     gates.reshape(batch, 1, 1, *heads, 3),
     index[None],

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxsparse import mesh
+from jaxsparse.analysis import attention_cost
 from jaxsparse.attention_config import (
   DCMHAConfig,
   SparseAttentionConfig,
@@ -64,6 +65,9 @@ SPARSE = SparseAttentionConfig(
 )
 
 # Global and local, with and without composition of heads.
+INDEXER = dataclasses.replace(
+  SPARSE, router='indexer', router_heads=3, router_dim=4
+)
 VARIANTS = dict(
   plain=dict(use_qk_norm=True),
   local=dict(attention_pattern=('local',), window=3),
@@ -74,6 +78,11 @@ VARIANTS = dict(
   bounded=dict(
     attention_pattern=('sparse',),
     sparse=dataclasses.replace(SPARSE, history_blocks=4, history_summaries=1),
+  ),
+  indexer=dict(attention_pattern=('sparse',), sparse=INDEXER),
+  bounded_indexer=dict(
+    attention_pattern=('sparse',),
+    sparse=dataclasses.replace(INDEXER, history_blocks=4),
   ),
   local_query_wise=dict(
     attention_pattern=('local',), window=3, dcmha=query_wise_dcmha()
@@ -124,7 +133,15 @@ def run_in_parts(module, params, lengths, *inputs, capacity=None):
   ],
   ids=str,
 )
-@pytest.mark.parametrize('variant', VARIANTS)
+@pytest.mark.parametrize(
+  'variant',
+  [
+    pytest.param(name, marks=pytest.mark.slow)
+    if name == 'bounded_indexer'
+    else name
+    for name in VARIANTS
+  ],
+)
 def test_a_cache_gives_the_same_at_every_position(variant, lengths):
   """Two documents, and padding on the left of one row.
 
@@ -260,8 +277,13 @@ LOCAL = dict(attention_pattern=('local',), window=3, query_chunk=4)
       MODEL_OF_4,
       dict(num_heads=8, attention_pattern=('sparse',), sparse=SPARSE),
     ),
+    pytest.param(
+      MODEL_OF_4,
+      dict(num_heads=8, attention_pattern=('sparse',), sparse=INDEXER),
+      marks=pytest.mark.slow,
+    ),
   ],
-  ids=['one device', 'dcmha', 'by factors', 'by matrices', 'sparse'],
+  ids=['one device', 'dcmha', 'by factors', 'by matrices', 'sparse', 'indexer'],
 )
 def test_any_mesh_gives_the_same(sizes, fields):
   config = make_config(num_kv_heads=4, **fields)
@@ -287,3 +309,38 @@ def test_any_mesh_gives_the_same(sizes, fields):
   # Some gradients of the generator are as large as 70.
   for got, want in zip(*map(jax.tree.leaves, (sharded, expected)), strict=True):
     np.testing.assert_allclose(got, want, rtol=1e-5, atol=2e-5)
+
+
+def test_an_indexer_learns_alone():
+  """Its loss trains it and nothing else, and nothing else trains it."""
+  config = make_config(
+    attention_pattern=('sparse',),
+    sparse=dataclasses.replace(INDEXER, router_weight=0.5, budget_weight=0.0),
+  )
+  length = 24
+  x = jax.random.normal(KEY, (B, length, D))
+  inputs = (x, jnp.tile(jnp.arange(length), (B, 1)), jnp.ones((B, length), int))
+  module, params, _ = init_and_run(config, *inputs)
+
+  @jax.jit
+  def slopes(params):
+    def run(params):
+      y, _, metrics = module.apply(params, *inputs)
+      return jnp.stack([jnp.sin(y).sum(), metrics['aux_loss']]), metrics
+
+    return jax.jacobian(run, has_aux=True)(params)
+
+  jacobian, metrics = slopes(params)
+  assert metrics['aux_loss'] == 0.5 * metrics['router_loss'] > 0
+  leaves = jax.tree_util.tree_leaves_with_path(jacobian['params'])
+  names = [jax.tree_util.keystr(path) for path, _ in leaves]
+  assert sum('router' in name for name in names) == 3
+  for name, (_, slope) in zip(names, leaves, strict=True):
+    of_output, of_loss = (float(jnp.abs(x).max()) for x in slope)
+    if 'router' in name:
+      assert (of_output, of_loss > 0) == (0, True), name
+    else:
+      assert (of_output > 0, of_loss) == (True, 0), name
+  count = sum(x.size for x in jax.tree.leaves(params))
+  gains = attention_cost.attention_gains(config, 0)
+  assert count == attention_cost.attention_parameters(config, 0) + gains
