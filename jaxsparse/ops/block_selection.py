@@ -5,9 +5,10 @@ block and the `window_blocks` before it; all blocks before those are eligible.
 Each has a summary, the mean of its keys, whose product with a query is the mean
 of the query's scores in the block (MoBA, arXiv:2502.13189). The softmax of
 these over the eligible blocks, averaged over the query heads of a key/value
-head, is a block's importance. Blocks are kept, by descending importance, until
-those before cover a share `coverage` of it, learned and different for each
-input (as Twilight, arXiv:2502.02770, prunes by top-p), within static bounds.
+head, is a block's importance, unless a router tells it (`block_router`). Blocks
+are kept, by descending importance, until those before cover a share `coverage`
+of it, learned and different for each input (as Twilight, arXiv:2502.02770,
+prunes by top-p), within static bounds.
 
 One choice serves a tile of r rows, and its first row makes it: the choice then
 looks at nothing later than any row of the tile, and decoding can make the same.
