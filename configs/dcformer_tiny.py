@@ -6,7 +6,9 @@ Reproduces: nothing published; a DCFormer++ of our own size, local blocks of 32
 bytes and global ones by turns. configs/compare/attention.py has its controls,
 with the same QK-norm and windows.
 Hardware: two CPU cores.
-Result: none measured yet.
+Result: 2.320 bits/byte on 655,387 bytes of Python's text, mean of three seeds
+(2.331, 2.270, 2.357), and 2.436 without composition
+(results/compare_attention.json).
 """
 
 from jaxsparse import config as c
