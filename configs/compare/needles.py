@@ -10,6 +10,10 @@ tokens, a question and its answer, as every question asks for another needle and
 a larger tile would share a choice among several. The window is as long as the
 sparse one's on average; `indexer` is the sparse one with a router of its own
 (`jaxsparse.ops.block_router`). Guessing finds 6 %. Minutes a run on one core.
+Three seeds (results/compare_needles.json): dense finds all, `sparse` 97.2 to
+98.3 %, `indexer` 96.8 to 98.7 %, `window` 6.4 to 6.6 %. At the end queries keep
+33 to 37 % of the blocks, the mean over tiles, as bounds are rounded up where
+few blocks are eligible.
 """
 
 import dataclasses
