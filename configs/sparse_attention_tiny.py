@@ -12,11 +12,11 @@ everything, it reads input of any length in constant memory:
     --prompt_file=book.txt
 
 Hardware: two CPU cores.
-Result: 2.629 bits/byte on 655,387 bytes of Python's text, one seed (one core,
-3,200 tokens/s; to compare with its controls only). Of 1,000,000 bytes of that
-text, read by generate on one core, every stretch of some 35,000 was at 1.6 to
-2.0 nats/byte, at 6,000 to 8,200 bytes/s, in 650 MB of memory: none is slower or
-worse than the first.
+Result: 2.593 bits/byte on 655,387 bytes of Python's text, mean of three seeds
+(2.629, 2.502, 2.646; results/compare_sparse_attention.json). Of 1,000,000 bytes
+of that text, read by generate on one core, every stretch of some 35,000 was at
+1.6 to 2.0 nats/byte, at 6,000 to 8,200 bytes/s, in 650 MB of memory: none is
+slower or worse than the first.
 """
 
 from jaxsparse import config as c

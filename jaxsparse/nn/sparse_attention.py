@@ -295,16 +295,23 @@ def _each_from_its_first_token(
     # To the end, where the rows of the next tokens will be.
     inputs = jax.tree.map(lambda x: moved(x, skipped), inputs)
 
-  def one(*arrays):
-    *arrays, index, count = arrays
-    *arrays, router, cache = jax.tree.map(lambda x: x[None], arrays)
+  def run(*arrays):
+    *arrays, router, cache, index, count = arrays
     y, cache, stats = cached_sparse_attention(
       *arrays, cache, index, count, router, **how
     )
-    stats = {name: stats[name] for name in _STATS_DIMS}
-    return jax.tree.map(lambda x: x[0], (y, cache, stats))
+    return y, cache, {name: stats[name] for name in _STATS_DIMS}
 
-  y, cache, stats = jax.vmap(one)(*inputs, cache, lengths, length - skipped)
+  def one(arrays, index, count):
+    arrays = jax.tree.map(lambda x: x[None], arrays)
+    return jax.tree.map(lambda x: x[0], run(*arrays, index, count))
+
+  rows = (lengths, length - skipped)
+  if len(lengths) == 1:
+    # XLA's CPU copies a cache of one sequence that is written by a scatter.
+    y, cache, stats = run(*inputs, cache, *(x[0] for x in rows))
+  else:
+    y, cache, stats = jax.vmap(one)((*inputs, cache), *rows)
   return (moved(y, -skipped) if length > 1 else y), cache, stats
 
 

@@ -1,6 +1,7 @@
 """Generation against a loop that recomputes everything; seeds; padding."""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -127,6 +128,20 @@ def test_sparse_attention_reads_each_of_a_ragged_batch_as_alone(
   best = np.argmax(logits, axis=-1)
   for row, prompt, of_row in zip(drawn, prompts, best.tolist(), strict=True):
     assert of_row[len(prompt) - 1 :][:5] == row
+
+
+def test_a_sparse_cache_is_not_copied():
+  """Of one sequence; of several not either, where XLA optimizes."""
+  one = np.ones((1, 1), np.int32)
+  init = functools.partial(Transformer(SPARSE).init, jax.random.key(0))
+  params = jax.eval_shape(init, one, one, one)['params']
+  cache = jax.eval_shape(lambda: init_cache(SPARSE, 1, 8192))
+  compiled = decode_step.lower(
+    SPARSE, GREEDY, params, cache, (one, one, one), 0, 0
+  ).compile()
+  memory = compiled.memory_analysis()
+  num_bytes = sum(leaf.size * 4 for leaf in jax.tree.leaves(cache['blocks']))
+  assert memory.temp_size_in_bytes < num_bytes / 2
 
 
 def test_a_bounded_history_wants_prompts_of_one_length():
