@@ -17,18 +17,16 @@ have the same vocabulary and the same FLOPs.
 
 import dataclasses
 import itertools
-import json
 import math
-import os
 import pathlib
 from collections.abc import Iterator
 
 import numpy as np
 import tokenizers
 
-from jaxsparse.errors import UserError, require
+from jaxsparse.data import generated
+from jaxsparse.errors import require
 
-TOKENIZER_NAME = 'tokenizer.json'
 _RECORD_NAME = 'facts.json'
 
 # Changes with the text that a seed gives.
@@ -216,25 +214,14 @@ def make_people(number: int, seed: int) -> People:
 
 def make_tokenizer() -> tokenizers.Tokenizer:
   """The tokenizer: of names' parts, values and turns of phrase."""
-  words = ['<|endoftext|>', '<unk>', '.\n', 'is ']
+  words = ['.\n', 'is ']
   words += [f'{word} ' for word in FIRST_NAMES + LAST_NAMES]
   for attribute in ATTRIBUTES:
     words += [*attribute.values, f'The {attribute.noun} of ']
     words += [f'{phrase} ' for phrase in attribute.phrases]
-  vocabulary = {word: i for i, word in enumerate(words)}
-  if len(vocabulary) < len(words):
-    raise AssertionError('two words of the biographies are the same')
-  tokenizer = tokenizers.Tokenizer(
-    tokenizers.models.WordLevel(vocabulary, unk_token='<unk>')
-  )
   # 'The year of birth of ' | 'Bela ' | '1961' | 'was born in ' | '.\n'
   pattern = r'The (?:[a-z]+ )+|[A-Z][a-z]+ ?|[0-9]+|(?:[a-z]+ )+|\.\n'
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(
-    tokenizers.Regex(pattern), 'isolated'
-  )
-  tokenizer.decoder = tokenizers.decoders.Fuse()
-  tokenizer.add_special_tokens(['<|endoftext|>'])
-  return tokenizer
+  return generated.word_tokenizer(words, pattern)
 
 
 VOCAB_SIZE = make_tokenizer().get_vocab_size()
@@ -267,34 +254,17 @@ def write(
   Raises:
     UserError: the folder can't be written.
   """
-  record = folder / _RECORD_NAME
   identity = dict(
     version=_VERSION,
     names=[people.names[0], people.names[-1], len(people.names)],
     seed=seed,
     num_phrasings=num_phrasings,
   )
-  try:
-    made = json.loads(record.read_text()) if record.exists() else {}
-    if made.get('identity') != identity:
-      made = dict(
-        identity=identity,
-        validation_fraction=_write_text(folder, people, seed, num_phrasings),
-      )
-      # Last, so that a folder that a kill left half written is made again.
-      write_whole(record, json.dumps(made))
-  except OSError as error:
-    raise UserError(
-      f"{str(folder)!r} can't be written ({error.strerror}): give another "
-      '--workdir or make room.'
-    ) from error
-  return dict(
-    text=str(folder / '*.txt'),
-    # Files come in the order of their names, and the last is the validation's.
-    split='bytes',
-    validation_fraction=made['validation_fraction'],
-    test_fraction=0.0,
-    tokenizer=str(folder / TOKENIZER_NAME),
+  return generated.write_once(
+    folder / _RECORD_NAME,
+    identity,
+    make_tokenizer(),
+    lambda folder: _write_text(folder, people, seed, num_phrasings),
   )
 
 
@@ -302,7 +272,6 @@ def _write_text(
   folder: pathlib.Path, people: People, seed: int, num_phrasings: int
 ) -> float:
   """Returns the share of bytes that are for validation."""
-  folder.mkdir(parents=True, exist_ok=True)
   rng = np.random.default_rng([_VERSION, seed])
   number = len(people.names)
   famous = np.arange(min(_NUM_FAMOUS, number // 4))
@@ -317,14 +286,6 @@ def _write_text(
       chosen = rng.permutation(number)[:1024]
     order = rng.permutation(chosen).tolist()
     text = ''.join(people.biography(person, rng) for person in order)
-    write_whole(folder / f'{name}.txt', text)
+    generated.write_whole(folder / f'{name}.txt', text)
     sizes.append(len(text))
-  write_whole(folder / TOKENIZER_NAME, make_tokenizer().to_str())
   return sizes[-1] / sum(sizes)
-
-
-def write_whole(path: pathlib.Path, text: str) -> None:
-  """Writes all of a file at once: two comparisons may share a folder."""
-  new = path.with_name(f'{path.name}.{os.getpid()}')
-  new.write_text(text)
-  new.replace(path)

@@ -21,17 +21,15 @@ than minutes on a CPU.
 
 import dataclasses
 import hashlib
-import json
 import pathlib
 from collections.abc import Iterator
 
 import numpy as np
 import tokenizers
 
-from jaxsparse.data import facts
-from jaxsparse.errors import UserError, require
+from jaxsparse.data import facts, generated
+from jaxsparse.errors import require
 
-TOKENIZER_NAME = 'tokenizer.json'
 _RECORD_NAME = 'needles.json'
 
 # Changes with the text that a seed gives.
@@ -148,16 +146,11 @@ def _question(name: str) -> str:
 
 def make_tokenizer() -> tokenizers.Tokenizer:
   """The tokenizer: of needles, questions and words."""
-  words = ['<|endoftext|>', '<unk>']
-  words += [_needle(name, value) for name in _NAMES for value in _VALUES]
+  words = [_needle(name, value) for name in _NAMES for value in _VALUES]
   words += [_question(name) for name in _NAMES]
   fillers = [filler.split(' ') for filler in _FILLERS]
   words += sorted({f'{word} ' for filler in fillers for word in filler[:-1]})
   words += [filler[-1] for filler in fillers]
-  vocabulary = {word: i for i, word in enumerate(words)}
-  tokenizer = tokenizers.Tokenizer(
-    tokenizers.models.WordLevel(vocabulary, unk_token='<unk>')
-  )
   pattern = '|'.join(
     (
       _question('[A-Z][a-z]+').replace('?', r'\?'),
@@ -167,12 +160,7 @@ def make_tokenizer() -> tokenizers.Tokenizer:
       r'[a-z]+\.\n',
     )
   )
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Split(
-    tokenizers.Regex(pattern), 'isolated'
-  )
-  tokenizer.decoder = tokenizers.decoders.Fuse()
-  tokenizer.add_special_tokens(['<|endoftext|>'])
-  return tokenizer
+  return generated.word_tokenizer(words, pattern)
 
 
 VOCAB_SIZE = make_tokenizer().get_vocab_size()
@@ -195,26 +183,11 @@ def write(folder: pathlib.Path, needles: Needles, seed: int) -> dict:
   identity = repr((_VERSION, seed, needles))
   # Files of other sizes must not lie beside these.
   texts = folder / hashlib.sha256(identity.encode()).hexdigest()[:16]
-  record = texts / _RECORD_NAME
-  try:
-    if not record.exists():
-      texts.mkdir(parents=True, exist_ok=True)
-      share = _write_text(texts, needles, seed)
-      # Last, so that a folder that a kill left half written is made again.
-      facts.write_whole(record, json.dumps(dict(validation_fraction=share)))
-    validation_fraction = json.loads(record.read_text())['validation_fraction']
-  except OSError as error:
-    raise UserError(
-      f"{str(folder)!r} can't be written ({error.strerror}): give another "
-      '--workdir or make room.'
-    ) from error
-  return dict(
-    text=str(texts / '*.txt'),
-    # Files come in the order of their names, and the last are to validate.
-    split='bytes',
-    validation_fraction=validation_fraction,
-    test_fraction=0.0,
-    tokenizer=str(texts / TOKENIZER_NAME),
+  return generated.write_once(
+    texts / _RECORD_NAME,
+    dict(identity=identity),
+    make_tokenizer(),
+    lambda texts: _write_text(texts, needles, seed),
   )
 
 
@@ -227,7 +200,6 @@ def _write_text(texts: pathlib.Path, needles: Needles, seed: int) -> float:
   ):
     # 'validation' comes after 'train' in the order of names.
     for i, document in enumerate(documents(needles, number, seed, part)):
-      facts.write_whole(texts / f'{part}_{i:06}.txt', document.text)
+      generated.write_whole(texts / f'{part}_{i:06}.txt', document.text)
       sizes[part] = sizes.get(part, 0) + len(document.text)
-  facts.write_whole(texts / TOKENIZER_NAME, make_tokenizer().to_str())
   return sizes['validation'] / sum(sizes.values())

@@ -16,16 +16,7 @@ PEOPLE = facts.make_people(30, 0)
 BYTES = tokenizer.ByteTokenizer()
 
 
-@pytest.fixture(scope='module', autouse=True)
-def one_device():
-  mesh = jax.make_mesh(
-    (1, 1, 1),
-    ('data', 'sparse', 'model'),
-    axis_types=(jax.sharding.AxisType.Explicit,) * 3,
-    devices=jax.devices()[:1],
-  )
-  with jax.set_mesh(mesh):
-    yield
+pytestmark = pytest.mark.usefixtures('one_device')
 
 
 @pytest.fixture(scope='module')
