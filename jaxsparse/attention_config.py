@@ -146,3 +146,8 @@ class SparseAttentionConfig:
       'min_fraction and max_fraction must be in order between 0 and 1, got '
       f'{self.min_fraction} and {self.max_fraction}.',
     )
+
+  @property
+  def router_width(self) -> int:
+    """Numbers of a token's key for the router; 0 without one."""
+    return self.router_dim if self.router == 'indexer' else 0

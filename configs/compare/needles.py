@@ -22,14 +22,12 @@ from jaxsparse import config as c
 from jaxsparse.compare.suite import Architecture, Suite
 from jaxsparse.data import needles
 
-BLOCK = 4
-
 
 def get_suite() -> Suite:
   documents = needles.Needles()
   width = dict(mlp_dim=128)
   sparse = c.SparseAttentionConfig(
-    block=BLOCK,
+    block=4,
     tile=2,
     window_blocks=2,
     # 30 % of the 29 blocks before the last window, rounded up.

@@ -92,9 +92,8 @@ def row_values(config: ModelConfig, layer: int) -> int:
   """Numbers of one cached row: key, value, and factors of its token."""
   values = 2 * config.num_kv_heads * config.head_dim
   dcmha = config.dcmha
-  if dcmha and config.attention_kinds[layer] != 'sparse':
-    values += dcmha.num_cached * dcmha.num_factors * config.num_heads
   if config.attention_kinds[layer] == 'sparse':
-    sparse = config.sparse
-    values += sparse.router_dim if sparse.router == 'indexer' else 0
+    values += config.sparse.router_width
+  elif dcmha:
+    values += dcmha.num_cached * dcmha.num_factors * config.num_heads
   return values

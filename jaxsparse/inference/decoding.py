@@ -113,9 +113,9 @@ def generate_tokens(
   """
   if max_tokens < 1:
     raise UserError(f'max_tokens must be at least 1, got {max_tokens}.')
-  lengths = list(dict.fromkeys(map(len, prompt_ids)))
-  # Rows of such a cache are positions, and padding would be in its sinks.
   if model_config.sparse and model_config.sparse.history_blocks:
+    lengths = list(dict.fromkeys(map(len, prompt_ids)))
+    # Rows of such a cache are positions, and padding would be in its sinks.
     require(
       len(lengths) <= 1,
       'prompts of a batch must be equally long where the history is bounded, '

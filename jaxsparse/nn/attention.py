@@ -18,11 +18,7 @@ from jaxsparse.nn.attention_cache import Cache
 from jaxsparse.nn.attention_maps import probed, show
 from jaxsparse.nn.dcmha import DCMHA, cached_factors, head_mix
 from jaxsparse.nn.layers import Metrics, RMSNorm, bias, weight
-from jaxsparse.nn.sparse_attention import (
-  SparseAttention,
-  num_skipped,
-  reads_unrotated,
-)
+from jaxsparse.nn.sparse_attention import SparseAttention, reads_unrotated
 from jaxsparse.ops.attention import attention
 from jaxsparse.ops.rope import apply_rope
 
@@ -77,11 +73,7 @@ class Attention(nn.Module):
       read = SparseAttention(config, name='sparse')
       encoded, cache, metrics = read(x, *heads, segment_ids, cache)
       if cache is not None:
-        skipped = num_skipped(segment_ids, cache['lengths'])
-        cache = cache | dict(
-          index=cache['index'] + x.shape[1],
-          lengths=cache['lengths'] + x.shape[1] - skipped,
-        )
+        cache = cache | dict(index=cache['index'] + x.shape[1])
     else:
       encoded, cache = self._read(x, *heads, positions, segment_ids, cache)
     encoded = probed(self, encoded)

@@ -81,7 +81,6 @@ def init_rows(
   sparse, dtype = config.sparse, jnp.dtype(config.dtype)
   sizes = (batch_size, config.num_kv_heads)
   grid = make_grid(sparse)
-  router_width = sparse.router_dim if sparse.router == 'indexer' else 0
   if sparse.history_blocks:
     cache = init_bounded_cache(
       *sizes,
@@ -90,12 +89,12 @@ def init_rows(
       sparse.history_blocks,
       sparse.history_summaries,
       dtype,
-      router_width,
+      sparse.router_width,
     )
     all_dims = _BOUNDED_DIMS
   else:
     cache = init_sparse_cache(
-      *sizes, length, config.head_dim, grid, dtype, router_width
+      *sizes, length, config.head_dim, grid, dtype, sparse.router_width
     )
     all_dims = _CACHE_DIMS
   placed = jax.tree.map(
@@ -171,10 +170,13 @@ class SparseAttention(nn.Module):
   def _from_cache(self, how, inputs, cache):
     kind, function = SparseCache, _each_from_its_first_token
     dims = (_INPUT_DIMS, _CACHE_DIMS, 'BTN.', _STATS_DIMS)
-    rows, dims_of_rows = 'lengths', 'B'
+    lengths, segments = cache['lengths'], inputs[3]
+    skipped = _num_skipped(segments, lengths)
+    rows, dims_of_rows = (lengths, skipped), ('B', 'B')
+    cache = cache | dict(lengths=lengths + segments.shape[1] - skipped)
     if reads_unrotated(self.config, has_cache=True):
       kind, function = BoundedCache, bounded_attention
-      rows, dims_of_rows = 'index', ''
+      rows, dims_of_rows = cache['index'], ''
       dims = (_INPUT_DIMS, _BOUNDED_DIMS, 'BTN.', _STATS_DIMS)
       dims = (_whole(dims[0]), dims[1], *_whole(dims[2:]))
       turn = functools.partial(
@@ -191,7 +193,7 @@ class SparseAttention(nn.Module):
       (of_y, of_cache, of_stats),
     )
     old = kind(*(cache[name] for name in kind._fields))
-    y, new, stats = run(*inputs, old, cache[rows])
+    y, new, stats = run(*inputs, old, rows)
     return y, cache | new._asdict(), stats
 
   def _gates_and_coverage(self, x):
@@ -278,14 +280,14 @@ def _each_from_its_first_token(
   """`cached_sparse_attention` of sequences that are not equally long.
 
   Args:
-    *arrays: its inputs, the last of which is the number of rows of each
-      sequence.
+    *arrays: its inputs, the last of which are the number of rows of each
+      sequence and how many of the new ones are padding before it.
     router: of the tokens.
     **how: its options.
   """
-  *inputs, cache, lengths = (*arrays[:-2], router, *arrays[-2:])
+  *inputs, cache, (lengths, skipped) = arrays
   length = inputs[0].shape[1]
-  skipped = num_skipped(inputs[3], lengths)
+  sequences = (tuple(inputs), router)
 
   def moved(x, by):
     order = (jnp.arange(length)[None] + by[:, None]) % length
@@ -293,29 +295,26 @@ def _each_from_its_first_token(
 
   if length > 1:
     # To the end, where the rows of the next tokens will be.
-    inputs = jax.tree.map(lambda x: moved(x, skipped), inputs)
+    sequences = jax.tree.map(lambda x: moved(x, skipped), sequences)
 
-  def run(*arrays):
-    *arrays, router, cache, index, count = arrays
-    y, cache, stats = cached_sparse_attention(
-      *arrays, cache, index, count, router, **how
-    )
-    return y, cache, {name: stats[name] for name in _STATS_DIMS}
+  def run(sequences, cache, index, count):
+    inputs, router = sequences
+    return cached_sparse_attention(*inputs, cache, index, count, router, **how)
 
-  def one(arrays, index, count):
-    arrays = jax.tree.map(lambda x: x[None], arrays)
+  def one(sequences, cache, index, count):
+    arrays = jax.tree.map(lambda x: x[None], (sequences, cache))
     return jax.tree.map(lambda x: x[0], run(*arrays, index, count))
 
   rows = (lengths, length - skipped)
   if len(lengths) == 1:
     # XLA's CPU copies a cache of one sequence that is written by a scatter.
-    y, cache, stats = run(*inputs, cache, *(x[0] for x in rows))
+    y, cache, stats = run(sequences, cache, *(x[0] for x in rows))
   else:
-    y, cache, stats = jax.vmap(one)((*inputs, cache), *rows)
+    y, cache, stats = jax.vmap(one)(sequences, cache, *rows)
   return (moved(y, -skipped) if length > 1 else y), cache, stats
 
 
-def num_skipped(
+def _num_skipped(
   segments: Int[Array, 'B T'], lengths: Int[Array, ' B']
 ) -> Int[Array, ' B']:
   """Tokens of padding before the first one of sequences that have no rows."""

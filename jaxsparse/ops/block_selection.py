@@ -25,9 +25,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse.ops.block_router import Router, router_scores
-
-# Scores of what is left out. Finite, such that sums with it make no NaN.
-_NEVER = -1e30
+from jaxsparse.ops.partial_softmax import masked_softmax
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -165,13 +163,7 @@ def importance(
     summaries.key,
   )
   scores *= query.shape[-1] ** -0.5
-  return _shares(scores, is_eligible[:, None, :, None]).mean(axis=3)
-
-
-def _shares(scores, is_eligible):
-  """A softmax over the eligible ones, 0 of the others."""
-  shares = jax.nn.softmax(jnp.where(is_eligible, scores, _NEVER), axis=-1)
-  return jnp.where(is_eligible, shares, 0.0)
+  return masked_softmax(scores, is_eligible[:, None, :, None]).mean(axis=3)
 
 
 def select(
@@ -248,7 +240,7 @@ def choose(
   if not router.is_used:
     shares = importance(query, summaries, is_eligible)
     return select(shares, is_eligible, coverage, grid), is_eligible, shares
-  shares = _shares(router_scores(router), is_eligible)[:, None]
+  shares = masked_softmax(router_scores(router), is_eligible)[:, None]
   # The same for all heads, whose coverage may differ.
   shares = jnp.broadcast_to(shares, (*coverage.shape, shares.shape[-1]))
   fixed = jax.lax.stop_gradient(shares)

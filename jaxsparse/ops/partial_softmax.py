@@ -10,11 +10,18 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+# Scores of what is left out. Finite, such that sums with it make no NaN.
 _NEVER = -1e30
 
 # How far above the largest kept score another may lie: e^20 still has a finite
 # gradient.
 _MOST_ABOVE = 20.0
+
+
+def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
+  """Shares of the last axis where the mask is; 0 elsewhere, or everywhere."""
+  shares = jax.nn.softmax(jnp.where(mask, scores, _NEVER), axis=-1)
+  return jnp.where(mask, shares, 0.0)
 
 
 class Part(NamedTuple):

@@ -29,9 +29,11 @@ from jaxsparse.ops.block_selection import (
   mean_of_blocks,
   summarize,
 )
-from jaxsparse.ops.partial_softmax import combined, partial_softmax
-
-_NEVER = -1e30
+from jaxsparse.ops.partial_softmax import (
+  combined,
+  masked_softmax,
+  partial_softmax,
+)
 
 # Rotates keys [..., H] by their rows, which are broadcast over [...].
 Turn = Callable[[jax.Array, jax.Array], jax.Array]
@@ -180,9 +182,7 @@ def _kept(query, segments, pages, selection, turn):
 
 def _masses(logits, is_read, num_slots):
   """Shares [B, K, n, k] of the slots among what is read of the kept blocks."""
-  logits = jax.lax.stop_gradient(logits)
-  shares = jax.nn.softmax(jnp.where(is_read, logits, _NEVER), axis=-1)
-  shares = jnp.where(is_read, shares, 0.0).sum((3, 4))
+  shares = masked_softmax(jax.lax.stop_gradient(logits), is_read).sum((3, 4))
   shares = shares.reshape(*shares.shape[:3], num_slots, -1).sum(-1)
   total = shares.sum(-1, keepdims=True)
   return shares / jnp.where(total > 0, total, 1.0)

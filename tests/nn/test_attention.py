@@ -64,10 +64,10 @@ SPARSE = SparseAttentionConfig(
   block=2, tile=2, window_blocks=1, max_blocks=2, coverage_logit=0.5
 )
 
-# Global and local, with and without composition of heads.
 INDEXER = dataclasses.replace(
   SPARSE, router='indexer', router_heads=3, router_dim=4
 )
+# Global and local, with and without composition of heads.
 VARIANTS = dict(
   plain=dict(use_qk_norm=True),
   local=dict(attention_pattern=('local',), window=3),
