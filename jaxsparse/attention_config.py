@@ -5,6 +5,7 @@ import dataclasses
 from jaxsparse.errors import (
   require,
   require_choice,
+  require_fraction,
   require_not_negative,
   require_positive,
 )
@@ -114,8 +115,11 @@ class SparseAttentionConfig:
   # 'merged': one softmax over everything, dense attention where all is kept.
   # 'gated': a softmax for each of window, blocks and summaries (NSA).
   combine: str = 'merged'
-  # Coefficient of the mean kept fraction in the loss.
+  # Coefficient of the mean kept fraction in the loss, and over which last share
+  # of the training's steps it rises from 0; with 0 it is whole from the start,
+  # when what is worth keeping isn't known yet.
   budget_weight: float = 0.0
+  budget_ramp: float = 0.0
   # Queries at once, at least, in training and prefill.
   query_chunk: int = 512
   # Blocks that decoding keeps between the sinks and the window, the others are
@@ -132,6 +136,7 @@ class SparseAttentionConfig:
     require_not_negative(self, 'history_blocks', 'history_summaries')
     require_not_negative(self, 'window_blocks', 'sinks', 'budget_weight')
     require_choice(self, 'combine', ('merged', 'gated'))
+    require_fraction(self, 'budget_ramp')
     require(
       self.block % self.tile == 0,
       f'tile must divide block = {self.block}, got {self.tile}.',

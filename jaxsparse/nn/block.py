@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Int
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.nn.attention import Attention
-from jaxsparse.nn.layers import MLP, NORMS, Metrics, dropout
+from jaxsparse.nn.layers import LOSSES, MLP, NORMS, Metrics, dropout
 from jaxsparse.nn.memory import MemoryLayer
 from jaxsparse.nn.memory_tables import Tables
 from jaxsparse.nn.moe import MoE
@@ -76,7 +76,7 @@ class Block(nn.Module):
     h = norm(name='mlp_norm')(before if config.parallel_block else x)
     outputs, channel_metrics = self._channel_mixer(h)
     outputs = [self._drop(y) for y in outputs]
-    metrics = _merged(prefixed('attention', metrics), channel_metrics)
+    metrics = merged(prefixed('attention', metrics), channel_metrics)
     cache = cache | dict(attention=attention_cache) if cache else None
     memory_y = None
     write = dict(placements(config)).get(self.index)
@@ -85,7 +85,7 @@ class Block(nn.Module):
         h, segment_ids, cache, tables
       )
       memory_y = self._drop(memory_y)
-      metrics = _merged(metrics, prefixed('memory', memory_metrics))
+      metrics = merged(metrics, prefixed('memory', memory_metrics))
     outputs += arriving
     if write == self.index:
       outputs, memory_y = [*outputs, memory_y], None
@@ -155,18 +155,17 @@ class Block(nn.Module):
     return dropout(y, self.config.dropout_rate, self.make_rng('dropout'))
 
 
-def _merged(metrics: Metrics, others: Metrics) -> Metrics:
-  """All of both; their auxiliary losses are added."""
+def merged(metrics: Metrics, others: Metrics) -> Metrics:
+  """All of both; the parts of the loss among them are added."""
   both = metrics | others
-  if 'aux_loss' in both:
-    losses = (m.get('aux_loss', 0.0) for m in (metrics, others))
-    both['aux_loss'] = sum(losses, 0.0)
+  for name in LOSSES & metrics.keys() & others.keys():
+    both[name] = metrics[name] + others[name]
   return both
 
 
 def prefixed(prefix: str, metrics: Metrics) -> Metrics:
-  """Metrics under their layer's name; 'aux_loss' keeps its own."""
+  """Metrics under their layer's name; parts of the loss keep their own."""
   return {
-    name if name == 'aux_loss' else f'{prefix}/{name}': value
+    name if name in LOSSES else f'{prefix}/{name}': value
     for name, value in metrics.items()
   }

@@ -16,6 +16,8 @@ from jaxtyping import Array, Float, Int
 from jaxsparse import mesh
 
 Metrics = dict[str, jax.typing.ArrayLike]
+# Those that training adds to the loss, each the sum over all layers.
+LOSSES = frozenset({'aux_loss', 'block_price'})
 
 
 def weight(

@@ -137,8 +137,8 @@ class SparseAttention(nn.Module):
 
     The metrics are means over tiles with an eligible block: 'kept_share' of
     these blocks, 'coverage', and the shares of the softmax in 'window', 'kept'
-    and 'summary', and without a cache an indexer's 'router_loss'; 'aux_loss' is
-    the price of the kept blocks and that loss, each by its weight.
+    and 'summary', and without a cache an indexer's 'router_loss', whose
+    weighted value is 'aux_loss'; 'block_price' is the weighted 'kept_share'.
     """
     sparse = self.config.sparse
     gates, coverage = self._gates_and_coverage(x)
@@ -255,11 +255,11 @@ class SparseAttention(nn.Module):
     for i, name in enumerate(_SETS):
       metrics[name] = mean(stats['shares'][..., i])
     sparse = self.config.sparse
-    aux_loss = sparse.budget_weight * kept_share
+    metrics['block_price'] = sparse.budget_weight * kept_share
     if sparse.router == 'indexer' and 'router_loss' in stats:
       metrics['router_loss'] = mean(stats['router_loss'])
-      aux_loss += sparse.router_weight * metrics['router_loss']
-    return metrics | dict(aux_loss=aux_loss)
+      metrics['aux_loss'] = sparse.router_weight * metrics['router_loss']
+    return metrics
 
 
 def _all_at_once(how, query, key, value, segments, coverage, gates, router):

@@ -8,7 +8,14 @@ from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.errors import UserError
 from jaxsparse.nn import attention_cache
-from jaxsparse.nn.block import Block, Cache, block_name, placements, prefixed
+from jaxsparse.nn.block import (
+  Block,
+  Cache,
+  block_name,
+  merged,
+  placements,
+  prefixed,
+)
 from jaxsparse.nn.layers import (
   NORMS,
   Embed,
@@ -76,7 +83,8 @@ class Transformer(nn.Module):
 
     Returns:
       Logits in float32; the extended cache; float32 scalars such as
-      'block_01/memory/unevenness', and 'aux_loss', the sum over all layers.
+      'block_01/memory/unevenness', and sums over all layers: 'aux_loss', and
+      with sparse attention 'block_price'.
 
     Raises:
       UserError: a size does not fit the mesh, or vocab_size is not set.
@@ -134,8 +142,7 @@ class Transformer(nn.Module):
       if memory_y is not None:
         write = write_of[i]
         pending[write] = (*pending.get(write, ()), memory_y)
-      metrics['aux_loss'] += block_metrics.pop('aux_loss', 0.0)
-      metrics |= prefixed(block_name(i), block_metrics)
+      metrics = merged(metrics, prefixed(block_name(i), block_metrics))
       if new_cache is not None:
         new_cache['blocks'][block_name(i)] = block_cache
         extended = _split_shared(block_cache, cache['shared'])

@@ -1,8 +1,30 @@
-"""The language-modelling loss, in nats."""
+"""The language-modelling loss in nats, and what is minimized."""
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from jaxsparse.config import Config
+
+
+def objective(
+  config: Config, loss: jax.Array, metrics: dict, step: jax.Array
+) -> jax.Array:
+  """What training minimizes: the loss, and what layers add to it.
+
+  The price of kept blocks rises linearly from 0 to all of it over the last
+  share `budget_ramp` of the steps.
+  """
+  total = loss + metrics['aux_loss']
+  sparse = config.model.sparse
+  if 'block_price' not in metrics:
+    return total
+  price = metrics['block_price']
+  if sparse.budget_ramp:
+    num_steps = config.train.num_steps
+    left = num_steps - 1 - step
+    price *= jnp.clip(1 - left / (sparse.budget_ramp * num_steps), 0.0, 1.0)
+  return total + price
 
 
 def token_losses(

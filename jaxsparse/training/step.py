@@ -14,7 +14,7 @@ from jaxsparse.nn.transformer import Transformer
 from jaxsparse.ops.usage import count_hits
 from jaxsparse.training import optimizer as optimizer_lib
 from jaxsparse.training import table_step
-from jaxsparse.training.losses import token_losses
+from jaxsparse.training.losses import objective, token_losses
 from jaxsparse.training.optimizer import clip_scale
 from jaxsparse.training.row_updates import apply_updates
 
@@ -94,8 +94,8 @@ def train_step(
     losses = token_losses(logits, micro['targets']) * micro['loss_weight']
     loss = jnp.sum(losses) / total_weight
     metrics = jax.tree.map(lambda m: m / num_micro, metrics)
-    objective = loss + metrics.get('aux_loss', 0.0)
-    return objective, ({'loss': loss, **metrics}, sown)
+    total = objective(config, loss, metrics, state.step)
+    return total, ({'loss': loss, **metrics}, sown)
 
   def gradient(micro, key):
     gradients, (metrics, sown) = jax.grad(loss_fn, (0, 1), has_aux=True)(

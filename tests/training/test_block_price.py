@@ -1,0 +1,79 @@
+"""The price of the blocks that sparse attention keeps, and when it is asked."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from small_model import CONFIG, make_batch, make_mesh
+
+from jaxsparse.config import SparseAttentionConfig
+from jaxsparse.errors import UserError
+from jaxsparse.training.losses import objective
+from jaxsparse.training.step import init_state, train_step
+
+NUM_STEPS = 10
+
+
+def _config(weight, ramp):
+  sparse = SparseAttentionConfig(
+    block=2,
+    tile=2,
+    window_blocks=0,
+    max_blocks=3,
+    coverage_logit=0.5,
+    budget_weight=weight,
+    budget_ramp=ramp,
+  )
+  model = dataclasses.replace(
+    CONFIG.model, memory=None, attention_pattern=('sparse',), sparse=sparse
+  )
+  return dataclasses.replace(CONFIG, model=model)
+
+
+@pytest.mark.parametrize(
+  ('ramp', 'shares'),
+  [
+    (0.0, [1.0] * 10),
+    (0.4, [0.0] * 6 + [0.25, 0.5, 0.75, 1.0]),
+    (1.0, np.linspace(0.1, 1.0, 10)),
+  ],
+)
+def test_it_rises_over_the_last_steps(ramp, shares):
+  metrics = dict(aux_loss=jnp.float32(2.0), block_price=jnp.float32(8.0))
+  asked = [
+    objective(_config(1.0, ramp), jnp.float32(1.0), metrics, jnp.int32(step))
+    for step in range(NUM_STEPS)
+  ]
+  np.testing.assert_allclose(asked, 3 + 8 * np.asarray(shares), rtol=1e-6)
+
+
+def test_training_pays_it_from_the_step_on_where_it_begins():
+  with jax.set_mesh(make_mesh((1, 1, 1))):
+    first = jax.jit(functools.partial(init_state, _config(0.0, 0.0)))()
+
+  def after(step, run):
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+      state = dataclasses.replace(first, step=jnp.int32(step))
+      state, metrics = run(state, make_batch(0))
+    bias = state.params['block_00']['attention']['sparse']['coverage_bias']
+    return bias, metrics
+
+  free, ramped = (
+    jax.jit(functools.partial(train_step, _config(weight, 0.4)))
+    for weight in (0.0, 5.0)
+  )
+  np.testing.assert_array_equal(after(5, ramped)[0], after(5, free)[0])
+  # Paying for blocks makes all tiles cover less.
+  paid, metrics = after(NUM_STEPS - 1, ramped)
+  assert (paid < 0.5).all()
+  assert not (after(NUM_STEPS - 1, free)[0] < 0.5).all()
+  kept = [metrics[f'block_0{i}/attention/kept_share'] for i in range(2)]
+  np.testing.assert_allclose(metrics['block_price'], 5 * sum(kept), rtol=1e-6)
+
+
+def test_a_ramp_is_a_share_of_the_steps():
+  with pytest.raises(UserError, match='budget_ramp must be within 0 and 1'):
+    SparseAttentionConfig(budget_ramp=40.0)
