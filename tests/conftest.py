@@ -27,3 +27,8 @@ jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
 jaxtyping.install_import_hook('jaxsparse', 'beartype.beartype')
+
+
+def pytest_collection_modifyitems(items):
+  # Training's modules take longest: begun last, one worker would wait for them.
+  items.sort(key=lambda item: item.path, reverse=True)

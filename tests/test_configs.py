@@ -67,7 +67,7 @@ MAX_MILLIONS = {
 
 
 # Another model of the same kind, but for sizes, is in the default suite.
-LARGER = ('_680m', '_1b6', '_834m', '_1b4', '_2b8', '_6b9')
+LARGER = ('_680m', '_1b', '_1b6', '_834m', '_1b4', '_2b8', '_6b9')
 TRACED = [
   pytest.param(name, marks=pytest.mark.slow) if name.endswith(LARGER) else name
   for name in sorted(RECIPES)

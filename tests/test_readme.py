@@ -25,7 +25,7 @@ def test_layer_in_linen_and_in_nnx():
     y, aux_loss = names['Block']().apply(params, names['x'])
     return y.sum() + aux_loss
 
-  gradient = jax.grad(loss)(names['params'])
+  gradient = jax.jit(jax.grad(loss))(names['params'])
   touched = np.any(gradient['params']['MemoryLayer_0']['value_table'], axis=1)
   assert 0 < touched.sum() <= 2 * 16 * 32
 
@@ -38,7 +38,7 @@ def test_layer_in_linen_and_in_nnx():
   def nnx_loss(module):
     return module(names['x'])[0].sum()
 
-  gradient = nnx.grad(nnx_loss)(names['layer'])
+  gradient = nnx.jit(nnx.grad(nnx_loss))(names['layer'])
   assert np.any(gradient['value_table'])
 
 

@@ -1,5 +1,8 @@
 """Decoding from kept blocks is what a paged kernel does with a short table."""
 
+import functools
+
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -32,11 +35,14 @@ def test_kept_blocks_are_a_page_table(last):
   segments = jnp.ones((B, last + 1), jnp.int32)
   gates = jnp.ones((B, last + 1, N, 3))
   cache = init_sparse_cache(B, K, 64, H, GRID)
+  run = jax.jit(
+    functools.partial(cached_sparse_attention, grid=GRID, use_summaries=False)
+  )
   for rows, index in ((slice(None, last), 0), (slice(last, None), last)):
     query, key, value, coverage = (x[:, rows] for x in inputs)
-    y, cache, stats = cached_sparse_attention(
+    y, cache, stats = run(
       query, key, value, segments[:, rows], coverage, gates[:, rows],
-      cache, jnp.int32(index), grid=GRID, use_summaries=False,
+      cache, jnp.int32(index),
     )  # fmt: skip
   num_kept = np.asarray(stats['kept'][..., 0], int)
   assert num_kept.min() < num_kept.max()

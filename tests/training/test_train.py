@@ -122,7 +122,7 @@ def test_a_whole_run(whole):
 
 def test_killed_at_random_moments(recipe, whole, tmp_path):
   rng = random.Random(1)
-  for _ in range(3):
+  for _ in range(2):
     process = start(recipe, tmp_path)
     target = max(losses(tmp_path), default=0) + rng.randint(1, 9)
     wait_for_step(process, tmp_path, min(target, 35))
