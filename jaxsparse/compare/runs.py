@@ -78,6 +78,10 @@ def plan(suite: Suite, workdir: str) -> list[Run]:
       for name, config in configs.items():
         steps = suite_lib.num_steps(suite, people)
         train = dataclasses.replace(config.train, seed=seed, num_steps=steps)
+        optimizer = config.optimizer
+        if limit := suite.architectures[name].rate_times_people:
+          rate = min(optimizer.learning_rate, limit / people)
+          optimizer = dataclasses.replace(optimizer, learning_rate=rate)
         group = f'people_{people:06}' if people else 'text'
         kind = 'needles' if suite.needles else 'facts'
         runs.append(
@@ -85,7 +89,9 @@ def plan(suite: Suite, workdir: str) -> list[Run]:
             architecture=name,
             seed=seed,
             people=people,
-            config=dataclasses.replace(config, train=train),
+            config=dataclasses.replace(
+              config, train=train, optimizer=optimizer
+            ),
             num_phrasings=suite.num_phrasings,
             needles=suite.needles,
             folder=pathlib.Path(workdir) / 'runs' / group / f'{name}_{seed}',

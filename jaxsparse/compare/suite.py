@@ -33,6 +33,8 @@ class Architecture:
   model: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # Fields of the `OptimizerConfig` that differ from the base's.
   optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+  # With people, unless 0: the learning rate is at most this over their number.
+  rate_times_people: float = 0.0
   # In a walk: what the step to this architecture changed in a publication, in
   # nats of training and validation loss.
   published: tuple[float, float] | None = None
@@ -95,6 +97,12 @@ class Suite:
       require(
         architecture.memory is None or architecture.moe is None,
         f'architecture {name!r} has both memory and moe: set one of them.',
+      )
+      rate = architecture.rate_times_people
+      require(
+        rate == 0 or (rate > 0 and bool(self.people)),
+        f'rate_times_people of {name!r} must be positive, in a suite with '
+        f'people, or 0; got {rate}.',
       )
     texts = dict(
       people=self.people,

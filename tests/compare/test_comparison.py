@@ -129,6 +129,19 @@ def test_steps_are_such_that_facts_are_seen_equally_often(tmp_path):
     assert 10 <= seen < 10 + one_step
 
 
+def test_a_learning_rate_may_fall_with_the_number_of_people(tmp_path):
+  suite = facts_suite(tmp_path, people=(12, 24))
+  slower = dataclasses.replace(
+    suite.architectures['ultramem'], rate_times_people=0.06
+  )
+  suite = dataclasses.replace(
+    suite, architectures=dict(suite.architectures, ultramem=slower)
+  )
+  assert [
+    run.config.optimizer.learning_rate for run in runs.plan(suite, 'work')
+  ] == [3e-3, 3e-3, 3e-3, 2.5e-3]
+
+
 def test_steps_that_are_asked_for_override_exposures(tmp_path):
   suite = facts_suite(tmp_path, exposures=10)
   suite = entry.suite_lib.narrowed(suite, num_steps=4)

@@ -74,6 +74,16 @@ def test_suite_derives_its_sizes(path, tmp_path):
       ),
       'both memory and moe',
     ),
+    (
+      dict(architectures={'slow': Architecture(rate_times_people=-1.0)}),
+      "rate_times_people of 'slow' must be positive",
+    ),
+    (
+      dict(
+        people=(), architectures={'slow': Architecture(rate_times_people=1.0)}
+      ),
+      'in a suite with people, or 0; got 1.0',
+    ),
   ],
 )
 def test_suite_refuses(fields, message, tmp_path):
