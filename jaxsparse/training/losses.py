@@ -16,14 +16,12 @@ def objective(
   share `budget_ramp` of the steps.
   """
   total = loss + metrics['aux_loss']
-  sparse = config.model.sparse
   if 'block_price' not in metrics:
     return total
   price = metrics['block_price']
-  if sparse.budget_ramp:
-    num_steps = config.train.num_steps
-    left = num_steps - 1 - step
-    price *= jnp.clip(1 - left / (sparse.budget_ramp * num_steps), 0.0, 1.0)
+  num_steps = config.train.num_steps
+  if ramp := config.model.sparse.budget_ramp * num_steps:
+    price *= jnp.clip(1 - (num_steps - 1 - step) / ramp, 0.0, 1.0)
   return total + price
 
 

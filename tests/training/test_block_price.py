@@ -14,7 +14,7 @@ from jaxsparse.errors import UserError
 from jaxsparse.training.losses import objective
 from jaxsparse.training.step import init_state, train_step
 
-NUM_STEPS = 10
+NUM_STEPS = CONFIG.train.num_steps
 
 
 def _config(weight, ramp):
