@@ -112,6 +112,10 @@ class SparseAttentionConfig:
   router_weight: float = 1.0
   # Read summaries of the blocks that are not kept. Choosing learns by it.
   use_summaries: bool = True
+  # What stands for a block: 'mean' of its rotated keys, 'pre_rope', the mean of
+  # the keys before, rotated at the block's middle, or 'gated', a mean weighted
+  # by a learned softmax over its rows (`ops.block_summaries`).
+  summary_key: str = 'mean'
   # 'merged': one softmax over everything, dense attention where all is kept.
   # 'gated': a softmax for each of window, blocks and summaries (NSA).
   combine: str = 'merged'
@@ -136,6 +140,12 @@ class SparseAttentionConfig:
     require_not_negative(self, 'history_blocks', 'history_summaries')
     require_not_negative(self, 'window_blocks', 'sinks', 'budget_weight')
     require_choice(self, 'combine', ('merged', 'gated'))
+    require_choice(self, 'summary_key', ('mean', 'pre_rope', 'gated'))
+    require(
+      self.summary_key != 'gated' or self.use_summaries,
+      "summary_key = 'gated' learns by reading summaries: set use_summaries, "
+      'or another summary_key.',
+    )
     require_fraction(self, 'budget_ramp')
     require(
       self.block % self.tile == 0,

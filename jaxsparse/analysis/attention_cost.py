@@ -13,6 +13,8 @@ def attention_parameters(config: ModelConfig, layer: int) -> int:
   count = config.model_dim * heads * config.head_dim
   if config.attention_kinds[layer] == 'sparse':
     count += config.model_dim * (3 * config.num_heads + config.num_kv_heads)
+    if config.sparse.summary_key == 'gated':
+      count += config.num_kv_heads * config.head_dim
     return count + _router_parameters(config)
   return count + _composition_parameters(config)
 
@@ -31,8 +33,11 @@ def attention_gains(config: ModelConfig, layer: int) -> int:
   if config.use_bias:
     heads = config.num_heads + 2 * config.num_kv_heads
     gains += heads * config.head_dim + config.model_dim
-  is_sparse = config.attention_kinds[layer] == 'sparse'
-  return gains + (config.num_kv_heads if is_sparse else 0)
+  if config.attention_kinds[layer] == 'sparse':
+    is_gated = config.sparse.summary_key == 'gated'
+    per_head = 1 + (config.sparse.block if is_gated else 0)
+    gains += per_head * config.num_kv_heads
+  return gains
 
 
 def _composition_parameters(config):

@@ -1,8 +1,8 @@
 """The part of a sparse attention between projections and output map.
 
 See `ops.sparse_attention`. The parameters are gates of the three sets that a
-query reads, the share of importance that its kept blocks are to cover, and a
-router's.
+query reads, the share of importance that its kept blocks are to cover, weights
+of a block's rows in its summary, and a router's.
 """
 
 import functools
@@ -18,19 +18,17 @@ from jaxsparse.config import ModelConfig, SparseAttentionConfig
 from jaxsparse.nn.attention_maps import show, show_arrays
 from jaxsparse.nn.layers import Metrics, weight
 from jaxsparse.ops.block_router import Router, no_router
-from jaxsparse.ops.block_selection import Grid, Summaries
+from jaxsparse.ops.block_selection import Grid
+from jaxsparse.ops.block_summaries import Pooling, Summaries, plain_pooling
 from jaxsparse.ops.bounded_history import (
   BoundedCache,
   bounded_attention,
   init_bounded_cache,
 )
+from jaxsparse.ops.ragged_cache import each_from_its_first_token, num_skipped
 from jaxsparse.ops.rope import rotate
 from jaxsparse.ops.sparse_attention import sparse_attention
-from jaxsparse.ops.sparse_cache import (
-  SparseCache,
-  cached_sparse_attention,
-  init_sparse_cache,
-)
+from jaxsparse.ops.sparse_cache import SparseCache, init_sparse_cache
 
 # Letters of a cache's arrays; Z and k are no letters of the mesh.
 _CACHE_DIMS = SparseCache(
@@ -40,9 +38,10 @@ _CACHE_DIMS = SparseCache(
   router_key='B..', summary_router_key='B..',
   kept_block='BK.', is_kept='BK.',
 )  # fmt: skip
-# Of queries, keys, values, documents, coverage, gates and the router.
+# Of queries, keys, values, documents, coverage, gates, pooling and the router.
 _INPUT_DIMS = (
-  'BTN.', 'BTK.', 'BTK.', 'BT', 'BTK', 'BTN.', Router('BT..', 'BT.', 'BT.')
+  'BTN.', 'BTK.', 'BTK.', 'BT', 'BTK', 'BTN.',
+  Pooling('K.', 'K.'), Router('BT..', 'BT.', 'BT.'),
 )  # fmt: skip
 _STATS_DIMS = dict(kept='BK.', eligible='BK.', shares='BK..')
 _CHOICE_DIMS = dict(block='BK..', is_kept='BK..', router_loss='BK.')
@@ -112,9 +111,10 @@ class SparseAttention(nn.Module):
   """Reads a window, the blocks that it chooses, and summaries of the others.
 
   Leaves: `gate` [D, N, 3], `coverage` [D, K] and `coverage_bias` [K]. At the
-  start all sets count as they are and nearly all importance is covered. With an
-  indexer also `router_query` [D, J, I], `router_weight` [D, J] and `router_key`
-  [D, I].
+  start all sets count as they are and nearly all importance is covered. With
+  gated summaries also `summary_weight` [K, H] and `summary_bias` [K, b], which
+  weigh all rows of a block the same at the start. With an indexer also
+  `router_query` [D, J, I], `router_weight` [D, J] and `router_key` [D, I].
   """
 
   config: ModelConfig
@@ -144,12 +144,13 @@ class SparseAttention(nn.Module):
     gates, coverage = self._gates_and_coverage(x)
     how = dict(
       grid=make_grid(sparse),
+      summary_turn=self._turn() if sparse.summary_key == 'pre_rope' else None,
       use_summaries=sparse.use_summaries,
       combine=sparse.combine,
       chunk=sparse.query_chunk,
     )
-    router = self._router(x)
-    inputs = (query, key, value, segment_ids, coverage, gates, router)
+    inputs = (query, key, value, segment_ids, coverage, gates)
+    inputs += (self._pooling(), self._router(x))
     if cache is None:
       run = mesh.per_device(
         functools.partial(_all_at_once, how),
@@ -168,10 +169,10 @@ class SparseAttention(nn.Module):
     show_arrays(self, coverage=inputs[4], **stats)
 
   def _from_cache(self, how, inputs, cache):
-    kind, function = SparseCache, _each_from_its_first_token
+    kind, function = SparseCache, each_from_its_first_token
     dims = (_INPUT_DIMS, _CACHE_DIMS, 'BTN.', _STATS_DIMS)
     lengths, segments = cache['lengths'], inputs[3]
-    skipped = _num_skipped(segments, lengths)
+    skipped = num_skipped(segments, lengths)
     rows, dims_of_rows = (lengths, skipped), ('B', 'B')
     cache = cache | dict(lengths=lengths + segments.shape[1] - skipped)
     if reads_unrotated(self.config, has_cache=True):
@@ -179,13 +180,8 @@ class SparseAttention(nn.Module):
       rows, dims_of_rows = cache['index'], ''
       dims = (_INPUT_DIMS, _BOUNDED_DIMS, 'BTN.', _STATS_DIMS)
       dims = (_whole(dims[0]), dims[1], *_whole(dims[2:]))
-      turn = functools.partial(
-        rotate,
-        max_wavelength=self.config.rope_max_wavelength,
-        width=self.config.rope_dim,
-      )
       how = {name: x for name, x in how.items() if name != 'chunk'}
-      how |= dict(turn=turn)
+      how |= dict(turn=self._turn())
     of_inputs, of_cache, of_y, of_stats = dims
     run = mesh.per_device(
       functools.partial(_cached, function, how),
@@ -196,16 +192,31 @@ class SparseAttention(nn.Module):
     y, new, stats = run(*inputs, old, rows)
     return y, cache | new._asdict(), stats
 
+  def _turn(self):
+    return functools.partial(
+      rotate,
+      max_wavelength=self.config.rope_max_wavelength,
+      width=self.config.rope_dim,
+    )
+
+  def _zeros(self, name, dims, *shape):
+    init = mesh.sharded(nn.initializers.zeros, mesh.param(dims))
+    return mesh.gather(self.param(name, init, shape), dims)
+
+  def _pooling(self):
+    config, heads = self.config, self.config.num_kv_heads
+    if config.sparse.summary_key != 'gated':
+      return plain_pooling(heads)
+    return Pooling(
+      self._zeros('summary_weight', 'K.', heads, config.head_dim),
+      self._zeros('summary_bias', 'K.', heads, config.sparse.block),
+    )
+
   def _gates_and_coverage(self, x):
     config, model_dim = self.config, x.shape[-1]
     x = x.astype(jnp.float32)
-
-    def zeros(name, dims, *shape):
-      init = mesh.sharded(nn.initializers.zeros, mesh.param(dims))
-      return mesh.gather(self.param(name, init, shape), dims)
-
-    gate = zeros('gate', 'DN.', model_dim, config.num_heads, 3)
-    matrix = zeros('coverage', 'DK', model_dim, config.num_kv_heads)
+    gate = self._zeros('gate', 'DN.', model_dim, config.num_heads, 3)
+    matrix = self._zeros('coverage', 'DK', model_dim, config.num_kv_heads)
     init = nn.initializers.constant(config.sparse.coverage_logit)
     bias = self.param(
       'coverage_bias',
@@ -262,67 +273,17 @@ class SparseAttention(nn.Module):
     return metrics
 
 
-def _all_at_once(how, query, key, value, segments, coverage, gates, router):
-  return sparse_attention(
-    query, key, value, segments, segments, coverage, gates, router=router, **how
-  )
+def _all_at_once(how, *inputs):
+  query, key, value, segments, *of_queries, pooling, router = inputs
+  heads = (query, key, value, segments, segments, *of_queries)
+  return sparse_attention(*heads, pooling=pooling, router=router, **how)
 
 
 def _cached(function, how, *inputs):
-  *arrays, router, cache, rows = inputs
-  y, cache, stats = function(*arrays, cache, rows, router=router, **how)
+  *arrays, pooling, router, cache, rows = inputs
+  how = how | dict(pooling=pooling, router=router)
+  y, cache, stats = function(*arrays, cache, rows, **how)
   return y, cache, {name: stats[name] for name in _STATS_DIMS}
-
-
-def _each_from_its_first_token(
-  *arrays: Any, router: Router, **how: Any
-) -> tuple[Float[Array, 'B T N H'], SparseCache, dict[str, jax.Array]]:
-  """`cached_sparse_attention` of sequences that are not equally long.
-
-  Args:
-    *arrays: its inputs, the last of which are the number of rows of each
-      sequence and how many of the new ones are padding before it.
-    router: of the tokens.
-    **how: its options.
-  """
-  *inputs, cache, (lengths, skipped) = arrays
-  length = inputs[0].shape[1]
-  sequences = (tuple(inputs), router)
-
-  def moved(x, by):
-    order = (jnp.arange(length)[None] + by[:, None]) % length
-    return jax.vmap(lambda x, order: x[order])(x, order)
-
-  if length > 1:
-    # To the end, where the rows of the next tokens will be.
-    sequences = jax.tree.map(lambda x: moved(x, skipped), sequences)
-
-  def run(sequences, cache, index, count):
-    inputs, router = sequences
-    return cached_sparse_attention(*inputs, cache, index, count, router, **how)
-
-  def one(sequences, cache, index, count):
-    arrays = jax.tree.map(lambda x: x[None], (sequences, cache))
-    return jax.tree.map(lambda x: x[0], run(*arrays, index, count))
-
-  rows = (lengths, length - skipped)
-  if len(lengths) == 1:
-    # XLA's CPU copies a cache of one sequence that is written by a scatter.
-    y, cache, stats = run(sequences, cache, *(x[0] for x in rows))
-  else:
-    y, cache, stats = jax.vmap(one)(sequences, cache, *rows)
-  return (moved(y, -skipped) if length > 1 else y), cache, stats
-
-
-def _num_skipped(
-  segments: Int[Array, 'B T'], lengths: Int[Array, ' B']
-) -> Int[Array, ' B']:
-  """Tokens of padding before the first one of sequences that have no rows."""
-  is_token = segments > 0
-  before = jnp.where(
-    is_token.any(1), jnp.argmax(is_token, axis=1), segments.shape[1]
-  )
-  return jnp.where(lengths == 0, before, 0).astype(jnp.int32)
 
 
 def _mean(counts, total, x):

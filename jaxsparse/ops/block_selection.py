@@ -2,9 +2,8 @@
 
 Rows of a sequence lie on a grid of blocks of b. A query's window is its own
 block and the `window_blocks` before it; all blocks before those are eligible.
-Each has a summary, the mean of its keys, whose product with a query is the mean
-of the query's scores in the block (MoBA, arXiv:2502.13189). The softmax of
-these over the eligible blocks, averaged over the query heads of a key/value
+Each has a summary (`block_summaries`). The softmax of its key's products with
+a query over the eligible blocks, averaged over the query heads of a key/value
 head, is a block's importance, unless a router tells it (`block_router`). Blocks
 are kept, by descending importance, until those before cover a share `coverage`
 of it, learned and different for each input (as Twilight, arXiv:2502.02770,
@@ -25,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse.ops.block_router import Router, router_scores
+from jaxsparse.ops.block_summaries import Summaries
 from jaxsparse.ops.partial_softmax import masked_softmax
 
 
@@ -53,17 +53,6 @@ class Grid:
   is_overlapping: bool = False
 
 
-class Summaries(NamedTuple):
-  """What is known of each block without reading it."""
-
-  # Means over the rows of the block's last document.
-  key: Float[Array, 'B K Z H']
-  value: Float[Array, 'B K Z H']
-  # Their number, and the document.
-  count: Int[Array, 'B Z']
-  segment: Int[Array, 'B Z']
-
-
 class Selection(NamedTuple):
   """The blocks of each tile."""
 
@@ -72,51 +61,6 @@ class Selection(NamedTuple):
   weight: Float[Array, 'B K n k']
   # The same without a gradient.
   is_kept: Bool[Array, 'B K n k']
-
-
-def summarize(
-  key: Float[Array, 'B K Z b H'],
-  value: Float[Array, 'B K Z b H'],
-  segments: Int[Array, 'B Z b'],
-) -> Summaries:
-  """Means of rotated keys and of values, in f32 at least.
-
-  Only the last document of a block can go on after it, so the summary is that
-  one's; segment 0 is padding.
-  """
-  share, count = _share_of_rows(segments, key.dtype)
-
-  def mean(x):
-    return jnp.einsum('bkzsh,bzs->bkzh', x.astype(share.dtype), share)
-
-  return Summaries(
-    mean(key), mean(value), count.astype(jnp.int32), segments[..., -1]
-  )
-
-
-def _share_of_rows(segments, dtype):
-  """Of each row in the mean of its block's last document, and their number."""
-  last = segments[..., -1]
-  is_own = (segments == last[..., None]) & (last > 0)[..., None]
-  count = is_own.sum(-1)
-  dtype = jnp.promote_types(dtype, jnp.float32)
-  share = is_own.astype(dtype) / jnp.maximum(count, 1)[..., None].astype(dtype)
-  return share, count
-
-
-def mean_of_blocks(
-  rows: Float[Array, 'B S I'], segments: Int[Array, 'B Z b']
-) -> Float[Array, 'B Z I']:
-  """Means over the same rows as those of `summarize`, in f32 at least."""
-  on_grid = rows.reshape(*segments.shape, rows.shape[-1])
-  share, _ = _share_of_rows(segments, rows.dtype)
-  return jnp.einsum('bzsi,bzs->bzi', on_grid.astype(share.dtype), share)
-
-
-def join_summaries(first: Summaries, second: Summaries) -> Summaries:
-  """The blocks of both, one after the other."""
-  pairs = zip(first, second, (2, 2, 1, 1), strict=True)
-  return Summaries(*(jnp.concatenate(pair, axis) for *pair, axis in pairs))
 
 
 def lead_segments(

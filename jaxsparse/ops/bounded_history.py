@@ -25,15 +25,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse.ops.block_router import Router, no_router
-from jaxsparse.ops.block_selection import (
-  Grid,
-  Selection,
+from jaxsparse.ops.block_selection import Grid, Selection, choose, lead_segments
+from jaxsparse.ops.block_summaries import (
+  Pooling,
   Summaries,
-  choose,
+  Turn,
   join_summaries,
-  lead_segments,
 )
-from jaxsparse.ops.sparse_attention import Turn, attend_tiles, tiles_in_order
+from jaxsparse.ops.sparse_attention import attend_tiles, tiles_in_order
 from jaxsparse.ops.sparse_cache import SparseCache, append, init_sparse_cache
 
 # How much of a block's worth a tile leaves as it was.
@@ -101,10 +100,12 @@ def bounded_attention(
   gates: Float[Array, 'B T N 3'],
   cache: BoundedCache,
   index: Int[Array, ''],
-  router: Router | None = None,
   *,
   grid: Grid,
   turn: Turn,
+  pooling: Pooling | None = None,
+  router: Router | None = None,
+  summary_turn: Turn | None = None,
   use_summaries: bool = True,
   combine: str = 'merged',
 ) -> tuple[Float[Array, 'B T N H'], BoundedCache, dict[str, jax.Array]]:
@@ -119,16 +120,24 @@ def bounded_attention(
     gates: factors of the window, the kept blocks and the summaries.
     cache: of all tokens before these.
     index: their number; a multiple of the block unless T is 1.
-    router: of the tokens; chooses the blocks instead of `query`.
     grid: blocks, tiles and bounds.
     turn: rotates heads [..., H] by rows that are broadcast over [...].
+    pooling: weighs the rows in a block's summary.
+    router: of the tokens; chooses the blocks instead of `query`.
+    summary_turn: rotates the keys to the middle of a block that is summarized.
     use_summaries: read them, and not only choose by them.
     combine: 'merged' or 'gated'.
 
   Returns:
     Sums of the values, the cache, and the figures of `sparse_attention`.
   """
-  how = dict(grid=grid, turn=turn, use_summaries=use_summaries, combine=combine)
+  how = dict(
+    grid=grid,
+    turn=turn,
+    use_summaries=use_summaries,
+    combine=combine,
+    of_summaries=(pooling, summary_turn),
+  )
   batch, length = query.shape[:2]
   if router is None:
     router = no_router(batch, length, length)
@@ -176,6 +185,7 @@ def _advance(
   turn,
   use_summaries,
   combine,
+  of_summaries,
   last_row,
 ):
   """One row, or the rows of a whole block."""
@@ -190,7 +200,17 @@ def _advance(
     lambda cache: cache,
     cache,
   )
-  pages = append(cache.pages, row, key, value, segments, router.key, grid, turn)
+  pages = append(
+    cache.pages,
+    row,
+    key,
+    value,
+    segments,
+    router.key,
+    grid,
+    *of_summaries,
+    turn,
+  )
   summaries = _placed(pages.summaries, grid, turn)
   rows = row + jnp.arange(length)
   query = turn(query, rows[None, :, None])

@@ -1,7 +1,7 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 34)."""
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Real
 
 
 def apply_rope(
@@ -32,7 +32,7 @@ def apply_rope(
 
 def rotate(
   x: Float[Array, '*shape H'],
-  positions: Int[Array, '...'],
+  positions: Real[Array, '...'],
   max_wavelength: float = 10_000.0,
   width: int = 0,
 ) -> Float[Array, '*shape H']:

@@ -10,7 +10,6 @@ weighs them.
 Letters as in `block_selection`; r rows of a tile, T = n r queries.
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -21,11 +20,15 @@ from jaxsparse.ops.block_router import Router, no_router, router_loss
 from jaxsparse.ops.block_selection import (
   Grid,
   Selection,
-  Summaries,
   choose,
   eligible_blocks,
-  join_summaries,
   lead_segments,
+)
+from jaxsparse.ops.block_summaries import (
+  Pooling,
+  Summaries,
+  Turn,
+  join_summaries,
   mean_of_blocks,
   summarize,
 )
@@ -34,9 +37,6 @@ from jaxsparse.ops.partial_softmax import (
   masked_softmax,
   partial_softmax,
 )
-
-# Rotates keys [..., H] by their rows, which are broadcast over [...].
-Turn = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Pages(NamedTuple):
@@ -227,7 +227,9 @@ def sparse_attention(
   grid: Grid,
   first_row: Int[Array, ''] | int = 0,
   earlier: tuple[Selection, Int[Array, '']] | None = None,
+  pooling: Pooling | None = None,
   router: Router | None = None,
+  summary_turn: Turn | None = None,
   use_summaries: bool = True,
   combine: str = 'merged',
   chunk: int = 512,
@@ -250,8 +252,10 @@ def sparse_attention(
     first_row: of the queries among the keys' rows, a multiple of the block.
     earlier: the choice [B, K, k] of the first tile that has queries, and the
       row of the first of them, if other rows of that tile came before.
+    pooling: weighs the rows in a block's summary.
     router: chooses the blocks; without one, or by one of width 0, `query` and
       the summaries do.
+    summary_turn: rotates the keys to the middle of a block that is summarized.
     use_summaries: read them, and not only choose by them.
     combine: 'merged' or 'gated'.
     chunk: queries at once, at least.
@@ -265,7 +269,7 @@ def sparse_attention(
   batch, length, num_heads, width = query.shape
   num_kv_heads = key.shape[2]
   pages = to_pages(key, value, key_segments, grid.block)
-  summaries = summarize(*pages)
+  summaries = summarize(*pages, pooling, summary_turn)
   if router is None:
     router = no_router(batch, length, key.shape[1])
   missing_keys = pages.segments.size // batch - key.shape[1]

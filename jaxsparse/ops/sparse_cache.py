@@ -15,21 +15,15 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse.ops.block_router import Router, no_router
-from jaxsparse.ops.block_selection import (
-  Grid,
-  Selection,
+from jaxsparse.ops.block_selection import Grid, Selection, choose, lead_segments
+from jaxsparse.ops.block_summaries import (
+  Pooling,
   Summaries,
-  choose,
-  lead_segments,
+  Turn,
   mean_of_blocks,
   summarize,
 )
-from jaxsparse.ops.sparse_attention import (
-  Pages,
-  Turn,
-  attend_tiles,
-  sparse_attention,
-)
+from jaxsparse.ops.sparse_attention import Pages, attend_tiles, sparse_attention
 
 
 class SparseCache(NamedTuple):
@@ -107,12 +101,14 @@ def append(
   segments: Int[Array, 'B T'],
   router_key: Float[Array, 'B T I'],
   grid: Grid,
+  pooling: Pooling | None = None,
+  summary_turn: Turn | None = None,
   turn: Turn | None = None,
 ) -> SparseCache:
   """Writes rows at `index`, and the summaries of the blocks they touch.
 
   With `turn`, keys are not rotated yet, and summaries are of keys that are by
-  their rows in the block.
+  their rows in the block. `pooling` and `summary_turn` as in `summarize`.
   """
 
   def write(old, new, start, axis):
@@ -141,7 +137,7 @@ def append(
   if turn is not None:
     offset = jnp.arange(grid.block)[None, None, None]
     near = near._replace(key=turn(near.key, offset))
-  new = summarize(*near)
+  new = summarize(*near, pooling, summary_turn)
   summaries = Summaries(
     *(
       write(old, some, first, axis)
@@ -170,9 +166,11 @@ def cached_sparse_attention(
   cache: SparseCache,
   index: Int[Array, ''],
   count: Int[Array, ''] | None = None,
-  router: Router | None = None,
   *,
   grid: Grid,
+  pooling: Pooling | None = None,
+  router: Router | None = None,
+  summary_turn: Turn | None = None,
   use_summaries: bool = True,
   combine: str = 'merged',
   chunk: int = 512,
@@ -186,7 +184,9 @@ def cached_sparse_attention(
   batch, length = query.shape[:2]
   if router is None:
     router = no_router(batch, length, length)
-  cache = append(cache, index, key, value, segments, router.key, grid)
+  cache = append(
+    cache, index, key, value, segments, router.key, grid, pooling, summary_turn
+  )
   how = dict(grid=grid, use_summaries=use_summaries, combine=combine)
   if length == 1:
     y, cache, stats = _one_token(
@@ -221,6 +221,8 @@ def cached_sparse_attention(
     router=Router(
       placed(router.query), placed(router.weight), cache.router_key
     ),
+    pooling=pooling,
+    summary_turn=summary_turn,
     chunk=chunk,
     **how,
   )

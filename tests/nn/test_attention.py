@@ -67,6 +67,7 @@ SPARSE = SparseAttentionConfig(
 INDEXER = dataclasses.replace(
   SPARSE, router='indexer', router_heads=3, router_dim=4
 )
+GATED = dataclasses.replace(SPARSE, summary_key='gated')
 # Global and local, with and without composition of heads.
 VARIANTS = dict(
   plain=dict(use_qk_norm=True),
@@ -78,6 +79,15 @@ VARIANTS = dict(
   bounded=dict(
     attention_pattern=('sparse',),
     sparse=dataclasses.replace(SPARSE, history_blocks=4, history_summaries=1),
+  ),
+  pre_rope=dict(
+    attention_pattern=('sparse',),
+    sparse=dataclasses.replace(SPARSE, summary_key='pre_rope'),
+  ),
+  gated_summaries=dict(attention_pattern=('sparse',), sparse=GATED),
+  bounded_gated=dict(
+    attention_pattern=('sparse',),
+    sparse=dataclasses.replace(GATED, history_blocks=4),
   ),
   indexer=dict(attention_pattern=('sparse',), sparse=INDEXER),
   bounded_indexer=dict(
@@ -275,7 +285,7 @@ LOCAL = dict(attention_pattern=('local',), window=3, query_chunk=4)
     (MODEL_OF_4, LOCAL | dict(dcmha=DCMHAConfig(base=True, num_groups=4))),
     (
       MODEL_OF_4,
-      dict(num_heads=8, attention_pattern=('sparse',), sparse=SPARSE),
+      dict(num_heads=8, attention_pattern=('sparse',), sparse=GATED),
     ),
     pytest.param(
       MODEL_OF_4,
@@ -341,6 +351,12 @@ def test_an_indexer_learns_alone():
       assert (of_output, of_loss > 0) == (0, True), name
     else:
       assert (of_output > 0, of_loss) == (True, 0), name
-  count = sum(x.size for x in jax.tree.leaves(params))
+
+
+@pytest.mark.parametrize('sparse', [SPARSE, INDEXER, GATED])
+def test_cost_counts_what_a_sparse_layer_has(sparse):
+  config = make_config(attention_pattern=('sparse',), sparse=sparse)
+  shapes = jax.eval_shape(Attention(config).init, KEY, X, POSITIONS, SEGMENTS)
+  count = sum(x.size for x in jax.tree.leaves(shapes))
   gains = attention_cost.attention_gains(config, 0)
   assert count == attention_cost.attention_parameters(config, 0) + gains
