@@ -22,6 +22,11 @@ B, N, K, H = 2, 4, 2, 16
 GRID = Grid(block=8, tile=1, window_blocks=1, slots=3)
 
 
+run = jax.jit(
+  functools.partial(cached_sparse_attention, grid=GRID, use_summaries=False)
+)
+
+
 # The last row of a block, the first of one, and one between.
 @pytest.mark.parametrize('last', [47, 48, 59])
 def test_kept_blocks_are_a_page_table(last):
@@ -35,14 +40,12 @@ def test_kept_blocks_are_a_page_table(last):
   segments = jnp.ones((B, last + 1), jnp.int32)
   gates = jnp.ones((B, last + 1, N, 3))
   cache = init_sparse_cache(B, K, 64, H, GRID)
-  run = jax.jit(
-    functools.partial(cached_sparse_attention, grid=GRID, use_summaries=False)
-  )
-  for rows, index in ((slice(None, last), 0), (slice(last, None), last)):
-    query, key, value, coverage = (x[:, rows] for x in inputs)
+  # A prompt, and single tokens after it.
+  for begin, end in [(0, 44), *((i, i + 1) for i in range(44, last + 1))]:
+    query, key, value, coverage = (x[:, begin:end] for x in inputs)
     y, cache, stats = run(
-      query, key, value, segments[:, rows], coverage, gates[:, rows],
-      cache, jnp.int32(index),
+      query, key, value, segments[:, begin:end], coverage, gates[:, begin:end],
+      cache, jnp.int32(begin),
     )  # fmt: skip
   num_kept = np.asarray(stats['kept'][..., 0], int)
   assert num_kept.min() < num_kept.max()
