@@ -94,7 +94,7 @@ def head_mix(
     config: None for attention without composition.
     place: before or after the softmax.
     factors: of the queries' tokens.
-    keys: factors of the keys' tokens, as they are cached: [B, S, C, F, N].
+    keys: factors of the keys' tokens [B, S, C, F, N].
     bases: of each place.
   """
   if config is None or not getattr(config, place):

@@ -190,9 +190,9 @@ def test_a_local_layer_keeps_a_window_and_no_more():
     index=(),
     ring_positions=(B, 3),
     ring_segment_ids=(B, 3),
-    key=(B, 3, 2, 4),
-    value=(B, 3, 2, 4),
-    factors=(B, 3, 2, 5, 4),
+    key=(B, 2, 3, 4),
+    value=(B, 2, 3, 4),
+    factors=(B, 2, 5, 4, 3),
   )
   # Row i in slot i mod 3.
   np.testing.assert_array_equal(cache['ring_positions'][0], [3, 4, 5])
