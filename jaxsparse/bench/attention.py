@@ -119,7 +119,10 @@ def _measure_forward(options, length):
 
 
 def _measure_decode(options):
-  """A token, whose cache is donated and carried from call to call."""
+  """A token, whose cache is donated and carried from call to call.
+
+  Both caches hold the rows of a head next to each other, as the model's do.
+  """
   context = options.context
   query = _draw(options, 1, options.heads, 0)
   new = [_draw(options, 1, options.kv_heads, i) for i in (1, 2)]
@@ -130,10 +133,13 @@ def _measure_decode(options):
 
   def dense(cache, query, key, value):
     cache = [
-      jax.lax.dynamic_update_slice_in_dim(old, x, context, 1)
+      jax.lax.dynamic_update_slice_in_dim(
+        old, jnp.moveaxis(x, 1, 2), context, 2
+      )
       for old, x in zip(cache, (key, value), strict=True)
     ]
-    y = attention(query, *cache, rows[:, -1:], rows, one, segments)
+    by_row = [jnp.moveaxis(x, 2, 1) for x in cache]
+    y = attention(query, *by_row, rows[:, -1:], rows, one, segments)
     return cache, y
 
   coverage = jnp.full((1, 1, options.kv_heads), jnp.inf)
@@ -160,7 +166,9 @@ def _measure_decode(options):
     sparse=2 * width * (blocks * options.block + context // options.block),
   )
   contenders = {
-    'dense': _carried(dense, past, query, *new),
+    'dense': _carried(
+      dense, [jnp.moveaxis(x, 1, 2) for x in past], query, *new
+    ),
     'sparse': _carried(sparse, filled, query, *new),
   }
   records = measuring.compare(f'decode {context:,}', contenders, options.rounds)

@@ -219,12 +219,7 @@ def _attend(queries, keys, mixes, window):
   # With one key/value head `model` (of length 1) would go to its group.
   split = mesh.act(f'BT{letter}GH')
   query = query.reshape(B, T, K, N // K, H, out_sharding=split)
-  # Composition wants the heads of a query next to each other.
-  order = 'btkgs' if mixes else 'bkgts'
-  score = jnp.einsum(
-    f'btkgh,bskh->{order}', query, key, preferred_element_type=dtype
-  )
-  score *= H**-0.5
+  score = _scores(query, key, bool(mixes), dtype) * H**-0.5
   score = _composed(score, 'pre', queries, keys, mixes)
   mask_BTS = document_mask(
     queries['positions'],
@@ -238,11 +233,37 @@ def _attend(queries, keys, mixes, window):
   mask = mask_BTS[:, :, None, None] if mixes else mask_BTS[:, None, None]
   weight = jax.nn.softmax(jnp.where(mask, score, bound), axis=-1)
   weight = _composed(weight, 'post', queries, keys, mixes).astype(value.dtype)
-  encoded = jnp.einsum(f'{order},bskh->btkgh', weight, value)
+  encoded = _sums(weight, value, bool(mixes))
   merged = mesh.act(f'BT{letter}H')
   encoded = encoded.reshape(B, T, N, H, out_sharding=merged)
   sees_any = mask_BTS.any(axis=-1)[:, :, None, None]
   return jnp.where(sees_any, encoded, jnp.zeros_like(encoded))
+
+
+# A product's own order is that of its batch, its left side and its right side.
+# Asked for another, einsum has XLA multiply the other way around, for which its
+# CPU copies both sides; turning what comes out costs less. For one query the
+# other way around is the better one, as keys are then the left side.
+
+
+def _scores(query, key, is_composed, dtype):
+  """[B, K, G, T, S], or [B, T, K, G, S]: composition wants a query's heads."""
+  order = 'btkgs' if is_composed else 'bkgts'
+  if query.shape[1] == 1:
+    letters = f'btkgh,bskh->{order}'
+  elif is_composed:
+    letters = 'btkgh,bskh->bktgs'
+  else:
+    query, letters = jnp.moveaxis(query, 1, 3), 'bkgth,bskh->bkgts'
+  score = jnp.einsum(letters, query, key, preferred_element_type=dtype)
+  return jnp.moveaxis(score, 1, 2) if letters.endswith('bktgs') else score
+
+
+def _sums(weight, value, is_composed):
+  """Weights in the order of `_scores` to sums [B, T, K, G, H]."""
+  if is_composed:
+    return jnp.moveaxis(jnp.einsum('btkgs,bskh->bktgh', weight, value), 2, 1)
+  return jnp.moveaxis(jnp.einsum('bkgts,bskh->bkgth', weight, value), 3, 1)
 
 
 def _composed(score, name, queries, keys, mixes):
