@@ -19,6 +19,7 @@ J inner width of the generator.
 """
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -133,16 +134,40 @@ def _by_matrices(a, mix):
   shape = (*a.shape[:2], mix.num_groups, group, group)
   query = jnp.broadcast_to(query, shape)
   if mix.num_groups > 1:
-    out = jnp.einsum('btgmn,btgms->btgns', query, a)
-    if key is not None:
-      out += jnp.einsum('btgms,bsgmn->btgns', a, key)
-    return out
+    out = _product('btg', query, a)
+    return out if key is None else out + _product('bsg', key, a)
   # XLA's CPU products are twice as slow with one dimension more.
-  one = a[:, :, 0]
-  out = jnp.einsum('btmn,btms->btns', query[:, :, 0], one)
+  a = a[:, :, 0]
+  out = _product('bt', query[:, :, 0], a)
   if key is not None:
-    out += jnp.einsum('btms,bsmn->btns', one, key[:, :, 0])
+    out += _product('bs', key[:, :, 0], a)
   return out[:, :, None]
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _product(whose, matrix, heads):
+  """Heads [B, T, (G,) M, S] by matrices [*whose, M, N].
+
+  Autodiff would multiply the other way around, and transpose all heads.
+  """
+  group = whose[2:]
+  return jnp.einsum(f'{whose}mn,bt{group}ms->bt{group}ns', matrix, heads)
+
+
+def _save(whose, matrix, heads):
+  return _product(whose, matrix, heads), (matrix, heads)
+
+
+def _restore(whose, inputs, cotangent):
+  matrix, heads = inputs
+  group = whose[2:]
+  return (
+    jnp.einsum(f'bt{group}ms,bt{group}ns->{whose}mn', heads, cotangent),
+    jnp.einsum(f'{whose}mn,bt{group}ns->bt{group}ms', matrix, cotangent),
+  )
+
+
+_product.defvjp(_save, _restore)
 
 
 def _matrices(factors):
