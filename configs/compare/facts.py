@@ -25,9 +25,12 @@ Settings are those that recalled most in single runs of seed 0, on the facts of
 
 - So UltraMem's best rate falls as the number of people grows, and Memory+ and
   MoE follow it; PEER and UltraMemV2 keep the dense model's.
+- Memory+ should not, with 2,000 people (12,000 facts): there it recalls 44, 53,
+  65 and 26 % at 2.5e-3, 5e-3, 1e-2 and 2e-2, UltraMemV2 67 % at 1e-2, and dense
+  23, 25 and 19 % at 5e-3, 1e-2 and 2e-2. That is 2.6 and 2.7 times as many
+  facts. With 4,000 Memory+ recalls 25 % at 1e-2, fewer facts than with 2,000.
 - With 500 people MoE and PKM recalled more with b2 0.99: 3,000 facts are too
   few to judge these two by.
-- With 2,000 people nothing is searched: dense 25, Memory+ 44 at 2.5e-3.
 - 64 values a token. Of 16 UltraMem learned half as much in the same time. One
   exposure leaves the more behind, the more values it may change.
 - The values learn at the model's rate: 4 times it needed 1,500 steps for what
