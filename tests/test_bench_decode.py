@@ -116,8 +116,7 @@ def test_the_cache_stays_in_place(name):
   options = _options(context=512, layers=4, models=name)
   model = decode_models.make_models(options, 1)[name]
   cell = decode.Cell(
-    {name: model}, {name: decode_models.draw_params(model)}, options,
-    'uniform', 16,
+    {name: model}, {name: decode_models.draw_params(model)}, options, 16,
   )  # fmt: skip
   memory = cell._programs[name].memory_analysis()
   cache = (cell._keys, cell._contexts[name])
@@ -127,7 +126,7 @@ def test_the_cache_stays_in_place(name):
   assert memory.alias_size_in_bytes >= num_bytes - 4
   # Nothing of it is transposed, not even a layer at a time.
   assert memory.temp_size_in_bytes < 0.1 * num_bytes
-  cell.contenders[name].run()
+  cell.take_turns('uniform')
   assert keys.is_deleted()
 
 

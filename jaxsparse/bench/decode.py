@@ -24,6 +24,7 @@ so that at batch 1 two cores halve the time of all but the MoE.
 """
 
 import argparse
+import concurrent.futures
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -96,15 +97,17 @@ def measure(options: argparse.Namespace) -> list[dict]:
     for name, model in models.items():
       models[name], params[name] = fold_keys(model, params[name])
       print(f'KV /{group} {name}: {_describe(model, options)}', flush=True)
-    for routing in options.routing.split(','):
-      for batch_size in _numbers(options, 'batches'):
-        task = f'KV /{group}, {routing}, batch {batch_size}'
-        if not _fits(models, params, options, batch_size):
-          print(f'{task}: left out, it does not fit on the device.', flush=True)
-          continue
-        cell = Cell(models, params, options, routing, batch_size)
-        seconds = measuring.take_turns(cell.contenders, options.rounds)
-        rows = cell.records(task, seconds)
+    for batch_size in _numbers(options, 'batches'):
+      task = f'KV /{group}, batch {batch_size}'
+      if not _fits(models, params, options, batch_size):
+        print(f'{task}: left out, it does not fit on the device.', flush=True)
+        continue
+      cell = Cell(models, params, options, batch_size)
+      for routing in options.routing.split(','):
+        seconds = cell.take_turns(routing)
+        rows = cell.records(
+          f'KV /{group}, {routing}, batch {batch_size}', seconds
+        )
         show(rows)
         refuse_impossible(rows, options.margin)
         records += rows
@@ -113,7 +116,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
 
 
 class Cell:
-  """All models at one batch size, number of KV heads and kind of routing.
+  """All models at one batch size and number of KV heads.
 
   They take turns with one cache of keys and values, as it is the same for all.
   """
@@ -123,27 +126,41 @@ class Cell:
     models: Mapping[str, ModelConfig],
     params: Mapping[str, dict],
     options: argparse.Namespace,
-    routing: str,
     batch_size: int,
   ):
-    self._models, self._options = models, options
+    self._models, self._params, self._options = models, params, options
     self._batch_size = batch_size
-    vocab_size = next(iter(models.values())).vocab_size
-    self._tokens = draw_tokens(routing, options.steps, batch_size, vocab_size)
-    length = options.context + options.steps
-    self._keys, self._contexts = None, {}
-    self._picks, self._programs, self.contenders = {}, {}, {}
+    self._keys, self._contexts, self._picks = None, {}, {}
+    self._vocab_size = next(iter(models.values())).vocab_size
+    self._tokens = self._draw('uniform')
+    lowered = {}
     for name, model in models.items():
       self._keys, self._contexts[name] = fill_cache(
-        model, batch_size, length, self._keys
+        model, batch_size, options.context + options.steps, self._keys
       )
       cache = (self._keys, self._contexts[name])
-      self._programs[name] = lower_decode(
+      lowered[name] = lower_decode(
         model, params[name], cache, self._tokens, options.context
-      ).compile()
-      self.contenders[name] = measuring.Contender(
-        lambda name=name: self._run(name, params[name])
       )
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+      compiled = pool.map(lambda program: program.compile(), lowered.values())
+      self._programs = dict(zip(lowered, compiled, strict=True))
+
+  def _draw(self, routing):
+    return draw_tokens(
+      routing, self._options.steps, self._batch_size, self._vocab_size
+    )
+
+  def take_turns(self, routing: str) -> dict[str, float]:
+    """Median seconds of all steps with tokens so drawn, by model."""
+    self._tokens = self._draw(routing)
+    contenders = {
+      name: measuring.Contender(
+        lambda name=name: self._run(name, self._params[name])
+      )
+      for name in self._models
+    }
+    return measuring.take_turns(contenders, self._options.rounds)
 
   def _run(self, name, params):
     cache = (self._keys, self._contexts[name])

@@ -22,7 +22,9 @@ from jaxsparse.bench import measuring
 from jaxsparse.bench.measuring import Contender
 from jaxsparse.ops.grouped_matmul import assigned_matmul, grouped_matmul
 
-OPTIONS = dict(experts=64, depth=512, width=1024, rows=64, used=2, rounds=7)
+OPTIONS = dict(
+  experts=64, depth=512, width=1024, rows=64, used=2, dtype='float32', rounds=7
+)
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
@@ -114,7 +116,7 @@ def _draw(options, num_rows):
   shape = (options.experts, options.depth, options.width)
   experts = rng.standard_normal(shape, dtype=np.float32)
   rows = rng.standard_normal((num_rows, options.depth), dtype=np.float32)
-  return jnp.asarray(experts), jnp.asarray(rows)
+  return tuple(jnp.asarray(x, options.dtype) for x in (experts, rows))
 
 
 def _in_turn(function: Callable, arguments: Sequence[tuple]) -> Contender:
@@ -128,7 +130,8 @@ def _in_turn(function: Callable, arguments: Sequence[tuple]) -> Contender:
 def _record(task, contender, seconds, num_hit, num_rows, options):
   num_products = num_hit * options.depth * options.width
   num_ends = num_rows * (options.depth + options.width)
-  least_bytes = 4 * (num_products + num_ends)
+  item = jnp.dtype(options.dtype).itemsize
+  least_bytes = item * (num_products + num_ends)
   rate = least_bytes / seconds
   return dict(
     task=task,

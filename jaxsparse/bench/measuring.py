@@ -6,6 +6,7 @@ task must move at least, its score is their rate as a share of the rate of a
 copy, measured in the same process: 100 % cannot be beaten by much.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
 import importlib.metadata
@@ -38,6 +39,15 @@ def compiled(function: Callable, *args, **jit_options) -> Contender:
   program = jax.jit(function, **jit_options).lower(*args).compile()
   temp_bytes = program.memory_analysis().temp_size_in_bytes
   return Contender(lambda: program(*args), temp_bytes=temp_bytes)
+
+
+def compiled_together(
+  functions: Mapping[str, Callable], *args
+) -> dict[str, Contender]:
+  """`compiled` for each function, all at once where there are cores for it."""
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    contenders = pool.map(lambda f: compiled(f, *args), functions.values())
+    return dict(zip(functions, contenders, strict=True))
 
 
 def by_torch(run: Callable[[], Any]) -> Contender:

@@ -125,16 +125,20 @@ class Attention(nn.Module):
         keys['segment_ids'],
         window=config.window if has_ring else 0,
         chunk=config.query_chunk,
-        # Kernels want the queries' own rows as keys, a cache has more.
-        implementation=config.attention_implementation
-        if cache is None
-        else 'xla',
+        implementation=self._implementation(cache is not None, x.shape[1]),
         **mixes,
       )
 
     plain = dict(plain=read) if config.dcmha else {}
     show(self, value, weights=functools.partial(read, **mixes), **plain)
     return read(keys['value'], **mixes), cache
+
+  def _implementation(self, has_cache, num_new):
+    if not has_cache:
+      return self.config.attention_implementation
+    # Kernels for several queries want their own rows as keys, a cache has more.
+    one = self.config.attention_implementation in ('auto', 'pallas')
+    return 'auto' if one and num_new == 1 else 'xla'
 
   def _project(self, x, positions, is_rotated):
     config, model_dim = self.config, x.shape[-1]

@@ -8,6 +8,7 @@ logical keys per axis, P heads, r ranks, c weights of a cell, m kept cells per
 head, E virtual blocks, M slots.
 """
 
+import functools
 import math
 
 import jax
@@ -89,9 +90,7 @@ def _best_slots(
   """One device's tokens: query [B, T, 2, ..., k]."""
   batch = query.shape[:2]
   query = query.reshape(-1, *query.shape[2:])
-  row, column = (
-    _rank_scores(query[:, s], keys[:, s], config) for s in range(2)
-  )
+  row, column = _rank_scores(query, keys, config)
   if config.grid == 'additive':
     scores, address = product_key_top_m(
       row[..., 0], column[..., 0], config.num_selected
@@ -136,23 +135,57 @@ def _in_window(slot, first_row, num_rows):
 
 
 def _rank_scores(
-  query: Float[Array, 'T ...'],
-  keys: Float[Array, 'key_heads Q w r'],
+  query: Float[Array, 'T 2 ...'],
+  keys: Float[Array, 'key_heads 2 Q w r'],
   config: MemoryConfig,
-) -> Float[Array, 'T P Q r']:
-  """Inner products with all keys."""
+) -> tuple[Float[Array, 'T P Q r'], ...]:
+  """Inner products with all row keys, and with all column keys."""
+  query, keys = _wide(query), _wide(keys)
   if config.split_key_dim:
     # Narrow keys meet slices of the query.
     query = query.reshape(*query.shape[:-1], config.num_ranks, -1)
-  per_head = 'p' if config.query == 'per_head' else ''
   by_rank = config.split_key_dim or config.query == 'per_rank'
   per_rank = 'r' if by_rank else ''
-  if config.share_keys:
-    keys = keys[0]
-    shared = 'qkr'
-  else:
-    shared = 'pqkr'
-  return jnp.einsum(f't{per_head}{per_rank}k,{shared}->tpqr', query, keys)
+  per_head = 'p' if config.query == 'per_head' else ''
+  shared = 'qkr' if config.share_keys else 'pqkr'
+  dims = f't{per_head}{per_rank}k,{shared}->tpqr'
+
+  def one_by_one(query, keys):
+    sides = keys[0] if config.share_keys else jnp.moveaxis(keys, 1, 0)
+    return tuple(jnp.einsum(dims, query[:, s], sides[s]) for s in range(2))
+
+  if per_head or config.share_keys:
+    return one_by_one(query, keys)
+  return jax.lax.platform_dependent(
+    query,
+    keys,
+    cuda=lambda query, keys: _by_one_product(
+      query if by_rank else query[:, :, None], keys
+    ),
+    default=one_by_one,
+  )
+
+
+def _by_one_product(
+  query: Float[Array, 'T 2 ... k'], keys: Float[Array, 'P 2 Q k r']
+) -> tuple[Float[Array, 'T P Q r'], ...]:
+  """Each rank's query, zero at the other ranks, times the keys as they lie.
+
+  That is r times the FLOPs of a product for each rank, for which a GPU would
+  first cast all keys and sort them by rank, in decoding at every step.
+  """
+  num_heads, _, num_keys, width, num_ranks = keys.shape
+  is_own = jnp.eye(num_ranks, dtype=query.dtype)[None, None, :, None]
+  own = (query[..., None] * is_own).reshape(len(query), 2, num_ranks, -1)
+  scores = jnp.einsum(
+    'psqk,pstrk->pstrq',
+    keys.reshape(num_heads, 2, num_keys, width * num_ranks),
+    jnp.broadcast_to(
+      own.transpose(1, 0, 2, 3)[None],
+      (num_heads, 2, len(query), *own.shape[2:]),
+    ),
+  )
+  return tuple(scores[:, s].transpose(1, 0, 3, 2) for s in range(2))
 
 
 def _by_key_set(
@@ -190,17 +223,21 @@ def norm(
     x: queries or keys.
     scale: gain; None with 'none'.
     axis: that of the width.
-    kind: 'rms', 'layer', or 'none' for a cast alone.
+    kind: 'rms', 'layer', or 'none' for `x` as it is.
   """
-  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
   if kind == 'none':
     return x
+  x = _wide(x)
   if kind == 'layer':
     x -= jnp.mean(x, axis=axis, keepdims=True)
   shape = [1] * x.ndim
   shape[axis] = -1
   square = jnp.mean(x * x, axis=axis, keepdims=True)
   return x * jax.lax.rsqrt(square + _NORM_EPSILON) * scale.reshape(shape)
+
+
+def _wide(x):
+  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def _convolve(x, kernel, segment_ids, context):

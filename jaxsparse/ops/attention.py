@@ -80,8 +80,9 @@ def attention(
     pre: composes heads before the softmax and the mask.
     post: composes heads after the softmax.
     chunk: queries at once; 0 for all.
-    implementation: 'xla' as told above, or a library's kernel, see
-      `attention_libraries.choose`; then the keys' rows must be the queries'.
+    implementation: 'xla' as told above, or a kernel, see
+      `attention_libraries.choose`; then the keys' rows must be the queries', or
+      there is one query, which gets no gradient.
 
   Returns:
     Sums of the values by the softmax, in float32, or by what `post` makes of
@@ -102,6 +103,11 @@ def attention(
     is_composed=bool(mixes),
   )
   library = attention_libraries.choose(implementation, call)
+  if library != 'xla' and call.is_decoding:
+    return attention_libraries.decoding_attention(
+      query, key, value, query_positions, key_positions, query_segments,
+      key_segments, window,
+    )  # fmt: skip
   if library != 'xla':
     return attention_libraries.library_attention(
       library, query, key, value, query_segments, window

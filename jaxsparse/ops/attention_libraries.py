@@ -1,8 +1,9 @@
-"""Kernels of libraries for attention, and whether one runs here.
+"""Kernels for attention, and whether one runs here.
 
 'pallas' is JAX's splash attention on a TPU and its Triton kernel on a GPU:
 neither keeps scores, forward or backward. 'cudnn' does not either, but takes
 documents as a mask of all pairs only. All want the queries' own rows as keys.
+For one query with a cache 'pallas' is our own kernel for GPUs.
 """
 
 import dataclasses
@@ -15,6 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsparse import mesh
 from jaxsparse.errors import UserError
+from jaxsparse.kernels.decode_attention import decode_attention
 
 LIBRARIES = ('pallas', 'cudnn')
 
@@ -36,6 +38,10 @@ class Call:
   window: int
   is_composed: bool
 
+  @property
+  def is_decoding(self) -> bool:
+    return self.length == 1 < self.num_keys
+
 
 def choose(implementation: str, call: Call) -> str:
   """The library's kernel to use, or 'xla'.
@@ -52,7 +58,7 @@ def choose(implementation: str, call: Call) -> str:
     return 'xla'
   if implementation == 'auto':
     platform = jax.default_backend()
-    is_sliced = platform == 'gpu' and call.window > 0
+    is_sliced = platform == 'gpu' and call.window > 0 and not call.is_decoding
     if platform == 'cpu' or is_sliced or why_not('pallas', call):
       return 'xla'
     return 'pallas'
@@ -78,6 +84,10 @@ def why_not(name: str, call: Call) -> str | None:
     )
   if call.is_composed:
     return 'it does not compose heads'
+  if call.is_decoding and name == 'pallas' and platform == 'gpu':
+    if call.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+      return f'it takes 16 or 32 bits and not {call.dtype}'
+    return _why_not_decoding(call)
   if call.length != call.num_keys:
     return f'it has {call.num_keys} keys for {call.length} queries'
   if name == 'cudnn':
@@ -92,22 +102,80 @@ def why_not(name: str, call: Call) -> str | None:
 
 @functools.cache
 def _why_not_compiled(name: str, call: Call) -> str | None:
-  def heads(number):
-    shape = (1, call.length, number, call.width)
-    return jax.ShapeDtypeStruct(shape, call.dtype)
-
   def loss(query, key, value, segments):
     y = _KERNELS[name](query, key, value, segments, window=call.window)
     return y.astype(jnp.float32).sum()
 
+  def heads(number):
+    shape = (1, call.length, number, call.width)
+    return jax.ShapeDtypeStruct(shape, call.dtype)
+
   arguments = (heads(call.num_heads), *[heads(call.num_kv_heads)] * 2)
   segments = jax.ShapeDtypeStruct((1, call.length), jnp.int32)
+  return _trouble(jax.grad(loss, (0, 1, 2)), *arguments, segments)
+
+
+@functools.cache
+def _why_not_decoding(call: Call) -> str | None:
+  keys = (1, call.num_kv_heads, call.num_keys, call.width)
+  group = call.num_heads // call.num_kv_heads
+  heads = [
+    jax.ShapeDtypeStruct(shape, call.dtype)
+    for shape in ((*keys[:2], group, call.width), keys, keys)
+  ]
+  rows = [
+    jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1,), (1, keys[2]))
+  ]
+  kernel = functools.partial(decode_attention, window=call.window)
+  return _trouble(kernel, *heads, *rows, *rows)
+
+
+def _trouble(function, *arguments) -> str | None:
+  """The first line of what compiling raises, on one device, whatever is set."""
   try:
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-      jax.jit(jax.grad(loss, (0, 1, 2))).lower(*arguments, segments).compile()
+      jax.jit(function).lower(*arguments).compile()
   except Exception as error:
     return f'{type(error).__name__}: {error}'.split('\n')[0]
   return None
+
+
+def decoding_attention(
+  query: Float[Array, 'B 1 N H'],
+  key: Float[Array, 'B S K H'],
+  value: Float[Array, 'B S K H'],
+  query_positions: Int[Array, 'B 1'],
+  key_positions: Int[Array, 'B S'],
+  query_segments: Int[Array, 'B 1'],
+  key_segments: Int[Array, 'B S'],
+  window: int = 0,
+) -> Float[Array, 'B 1 N H']:
+  """Attention of one query for each sequence, where `choose` gave 'pallas'."""
+
+  def run(query, key, value, *rows):
+    batch, _, num_heads, width = query.shape
+    num_kv_heads = key.shape[2]
+    y = decode_attention(
+      query.reshape(batch, num_kv_heads, num_heads // num_kv_heads, width),
+      # As a cache has them, where this undoes what its reader did.
+      jnp.moveaxis(key, 1, 2),
+      jnp.moveaxis(value, 1, 2),
+      *(x.squeeze(1) if i % 2 == 0 else x for i, x in enumerate(rows)),
+      window=window,
+    )
+    return (y.reshape(query.shape),)
+
+  run = mesh.per_device(
+    run,
+    ('BTN.', 'BSK.', 'BSK.', 'BT', 'BS', 'BT', 'BS'),
+    ('BTN.',),
+    is_opaque=True,
+  )
+  (y,) = run(
+    query, key, value, query_positions, key_positions, query_segments,
+    key_segments,
+  )  # fmt: skip
+  return y
 
 
 def library_attention(

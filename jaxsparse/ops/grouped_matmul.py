@@ -4,11 +4,12 @@
 
 A mixture's cost at a small batch is reading weights, so only the matrices of
 experts that have rows are read. XLA offers no such product: `lax.ragged_dot`
-multiplies with all experts on CUDA, and reads them all. Here a loop whose trip
-count is the number of experts in use cuts out one matrix at a time and
-multiplies it with its rows, tile by tile. On a CPU that costs a copy of the
-matrix, as dots there take whole buffers; for an expert with few rows the sum of
-scaled matrix rows is written out instead, which XLA fuses with the cut.
+multiplies with all experts on CUDA, and reads them all. GPUs and TPUs have
+kernels for it. Elsewhere a loop whose trip count is the number of experts in
+use cuts out one matrix at a time and multiplies it with its rows, tile by tile.
+On a CPU that costs a copy of the matrix, as dots there take whole buffers; for
+an expert with few rows the sum of scaled matrix rows is written out instead,
+which XLA fuses with the cut.
 
 Sums are in f32 (f64 for f64). Matrices may be stored in another type than the
 rows': the loop casts them after the cut, never all of them; the others must.
@@ -25,11 +26,14 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxsparse.errors import UserError
+from jaxsparse.kernels import grouped_matmul as kernel
 from jaxsparse.ops import bag_pieces
 from jaxsparse.ops import grouped_matmul_libraries as libraries
 from jaxsparse.ops.varying import to_same_varying
 
-IMPLEMENTATIONS = ('auto', 'loop', 'megablox', 'ragged_dot')
+IMPLEMENTATIONS = ('auto', 'loop', 'triton', 'megablox', 'ragged_dot')
+
+_KERNELS = dict(gpu='triton', tpu='megablox')
 
 # On a CPU, experts with up to so many rows are multiplied without a copy, so
 # many rows at once.
@@ -57,9 +61,9 @@ def grouped_matmul(
     experts: a matrix for each.
     sizes: rows of each expert, together at most S. What rows beyond hold is of
       no influence; they give zero.
-    implementation: 'loop' as told above; 'megablox', a Pallas kernel for TPU;
-      'ragged_dot' of `jax.lax`; 'auto' is megablox where it compiles and the
-      loop elsewhere.
+    implementation: 'loop' as told above; 'triton', our kernel for GPUs;
+      'megablox', JAX's for TPUs; 'ragged_dot' of `jax.lax`; 'auto' is a kernel
+      where one compiles and the loop elsewhere.
 
   Returns:
     The products in the type of `rows`.
@@ -73,17 +77,21 @@ def grouped_matmul(
       f'{", ".join(map(repr, IMPLEMENTATIONS))}.'
     )
   if implementation == 'auto':
-    runs = jax.default_backend() == 'tpu' and not libraries.why_not_megablox(
-      rows, experts
-    )
-    implementation = 'megablox' if runs else 'loop'
-  elif implementation == 'megablox' and (
-    why := libraries.why_not_megablox(rows, experts)
+    implementation = _KERNELS.get(jax.default_backend(), 'loop')
+    if implementation != 'loop' and libraries.why_not(
+      implementation, rows, experts
+    ):
+      implementation = 'loop'
+  elif implementation in _KERNELS.values() and (
+    why := libraries.why_not(implementation, rows, experts)
   ):
-    raise UserError(f"implementation = 'megablox' can't run here: {why}.")
+    raise UserError(
+      f"implementation = {implementation!r} can't run here: {why}."
+    )
   rows, experts, sizes = to_same_varying(rows, experts, sizes)
   return dict(
     loop=_loop,
+    triton=libraries.triton,
     megablox=libraries.megablox,
     ragged_dot=libraries.ragged_dot,
   )[implementation](rows, experts, sizes)
@@ -327,6 +335,10 @@ def _assigned_products(rows, experts, expert):
     products = rows[..., None].astype(dtype) * matrices.astype(dtype)
     return products.sum(1).astype(rows.dtype)
 
+  if jax.default_backend() == 'gpu' and not libraries.why_not(
+    'triton', rows, experts
+  ):
+    return kernel.assigned_matmul(rows, experts, expert)
   return jax.lax.platform_dependent(
     rows, experts, expert, cpu=one_by_one, default=fused
   )

@@ -1,6 +1,7 @@
-"""Libraries' forms of `grouped_matmul`: `lax.ragged_dot`, and Megablox for TPU.
+"""Other forms of `grouped_matmul`, and whether they run here.
 
-Both want rows sorted by expert and matrices of the rows' type.
+`lax.ragged_dot`, and Megablox for TPU: both want matrices of the rows' type.
+And for GPUs our own kernel, see `kernels.grouped_matmul`.
 """
 
 import functools
@@ -10,6 +11,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from jaxsparse.kernels import grouped_matmul as kernel
 from jaxsparse.ops import bag_pieces
 from jaxsparse.ops.varying import to_same_varying
 
@@ -52,24 +54,36 @@ def _megablox_module():
   return importlib.import_module('jax.experimental.pallas.ops.tpu.megablox.ops')
 
 
-def why_not_megablox(rows, experts) -> str | None:
-  """What keeps megablox from running on these arrays, in words."""
-  if jax.default_backend() != 'tpu':
-    return f'it is for TPU, and this is {jax.default_backend()}'
+def triton(rows, experts, sizes, interpret=False):
+  return kernel.grouped_matmul(rows, experts, sizes, interpret)
+
+
+def why_not(name: str, rows, experts) -> str | None:
+  """What keeps 'megablox' or 'triton' from running on these arrays, in words."""
+  platform = dict(megablox='tpu', triton='gpu')[name]
+  if jax.default_backend() != platform:
+    return f'it is for {platform.upper()}, and this is {jax.default_backend()}'
+  if name == 'triton' and (why := kernel.why_not(rows, experts)):
+    return why
   try:
     sizes = jnp.zeros(len(experts), jnp.int32)
     # Under the mesh axes of the caller, which Pallas may not know.
-    jax.eval_shape(megablox, *to_same_varying(rows, experts, sizes))
-    _compile_megablox(rows.shape, rows.dtype, experts.shape, experts.dtype)
+    jax.eval_shape(_FUNCTIONS[name], *to_same_varying(rows, experts, sizes))
+    _compile(name, rows.shape, rows.dtype, experts.shape, experts.dtype)
   except Exception as error:
     return f'{type(error).__name__}: {error}'.split('\n')[0]
   return None
 
 
+_FUNCTIONS = dict(megablox=megablox, triton=triton)
+
+
 @functools.cache
-def _compile_megablox(rows_shape, rows_dtype, shape, dtype):
-  jax.jit(megablox).lower(
-    jax.ShapeDtypeStruct(rows_shape, rows_dtype),
-    jax.ShapeDtypeStruct(shape, dtype),
-    jax.ShapeDtypeStruct(shape[:1], jnp.int32),
-  ).compile()
+def _compile(name, rows_shape, rows_dtype, shape, dtype):
+  # On one device, whatever mesh is set.
+  with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+    jax.jit(_FUNCTIONS[name]).lower(
+      jax.ShapeDtypeStruct(rows_shape, rows_dtype),
+      jax.ShapeDtypeStruct(shape, dtype),
+      jax.ShapeDtypeStruct(shape[:1], jnp.int32),
+    ).compile()

@@ -58,7 +58,10 @@ def partial_softmax(
     share *= weight
   rows = 'bknlh' if value.ndim == 5 else 'bklh'
   values = jnp.einsum(
-    f'bknrgl,{rows}->bknrgh', share, value.astype(share.dtype)
+    f'bknrgl,{rows}->bknrgh',
+    share.astype(value.dtype),
+    value,
+    preferred_element_type=share.dtype,
   )
   return Part(maximum, share.sum(-1), values)
 

@@ -103,7 +103,7 @@ def attend_tiles(
     blocks get together, the mean over rows and heads, without a gradient.
   """
   dtype = jnp.promote_types(query.dtype, jnp.float32)
-  query = jnp.moveaxis(query, 3, 1).astype(dtype) * query.shape[-1] ** -0.5
+  query = jnp.moveaxis(query, 3, 1)
   gates = jnp.moveaxis(gates, 3, 1).astype(dtype)
   own_block = first_row // grid.block
   kept, masses = _kept(query, segments, pages, selection, turn)
@@ -142,7 +142,7 @@ def _window(query, first_row, segments, pages, own_block, grid, turn):
   own_row = first_row[:, None] + jnp.arange(segments.shape[2])[None]
   is_past = (row[:, None] <= own_row[..., None]) & (row >= 0)[:, None]
   is_seen = _same_document(segments, of_keys) & is_past[None]
-  logits = jnp.einsum('bknrgh,bknlh->bknrgl', query, key.astype(query.dtype))
+  logits = _logits('bknrgh,bknlh->bknrgl', query, key)
   return partial_softmax(logits, is_seen[:, None, :, :, None], value)
 
 
@@ -175,7 +175,7 @@ def _kept(query, segments, pages, selection, turn):
   is_kept = jnp.repeat(selection.is_kept, block, axis=-1)[..., None, None, :]
   weight = jnp.repeat(selection.weight, block, axis=-1)[..., None, None, :]
   key, value = (x.reshape(*shape, x.shape[-1]) for x in (key, value))
-  logits = jnp.einsum('bknrgh,bknlh->bknrgl', query, key.astype(query.dtype))
+  logits = _logits('bknrgh,bknlh->bknrgl', query, key)
   part = partial_softmax(logits, is_seen, value, is_kept, weight)
   return part, _masses(logits, is_seen & is_kept, selection.block.shape[-1])
 
@@ -203,10 +203,18 @@ def _summarized(query, segments, summaries, is_read):
   )
   is_same = _same_document(segments, of_keys)
   is_seen = is_read[..., None, None, :] & is_same[:, None, :, :, None]
-  logits = jnp.einsum('bknrgh,bkzh->bknrgz', query, summaries.key)
+  logits = _logits('bknrgh,bkzh->bknrgz', query, summaries.key)
   count = jnp.maximum(summaries.count, 1).astype(logits.dtype)
   logits += jnp.log(count)[:, None, None, None, None]
-  return partial_softmax(logits, is_seen, summaries.value)
+  return partial_softmax(logits, is_seen, summaries.value.astype(query.dtype))
+
+
+def _logits(letters, query, key):
+  dtype = jnp.promote_types(query.dtype, jnp.float32)
+  product = jnp.einsum(
+    letters, query, key.astype(query.dtype), preferred_element_type=dtype
+  )
+  return product * query.shape[-1] ** -0.5
 
 
 def _same_document(queries, keys):

@@ -122,7 +122,8 @@ def _trouble(
   widths = dict(value_dim=use.width, pre_value_dim=use.pre_value_width)
   for name, width in widths.items():
     columns = width / over_columns
-    if width and (columns % 1 or columns < floor):
+    is_narrow = over_columns > 1 and columns < floor
+    if width and (columns % 1 or is_narrow):
       return (
         f'splits memory.{name} = {width} over '
         f'mesh.{" x mesh.".join(layout.columns)} = {over_columns}, but a slice '

@@ -74,7 +74,11 @@ def tucker_top_m(
     2 if two_quadrants else 1,
   )
   row_THkr, column_THkr = _take(row, i_THk), _take(column, j_THk)
-  scores_THkc = jnp.einsum('thkp,chpq,thkq->thkc', row_THkr, cores, column_THkr)
+  # Not einsum: a GPU would start a matmul for each of these short contractions.
+  cores_Hcrr = jnp.moveaxis(cores, 0, 1)[None, :, None]
+  terms_THkcrr = row_THkr[..., None, :, None] * cores_Hcrr
+  terms_THkcrr *= column_THkr[..., None, None, :]
+  scores_THkc = terms_THkcrr.sum((-2, -1))
   dtype = jnp.int32 if num_keys**2 <= 2**31 else jnp.uint32
   address_THk = i_THk.astype(dtype) * jnp.asarray(num_keys, dtype)
   return scores_THkc, address_THk + j_THk.astype(dtype)
@@ -97,9 +101,18 @@ def _select(row, column, core_sum, directions, num_selected, num_quadrants):
   ranks = range(row.shape[-1])
   a_THQ = sum(row[..., a] * u_Hr[None, :, None, a] for a in ranks)
   b_THQ = sum(column[..., a] * t_Hr[None, :, None, a] for a in ranks)
-  i_THm = _candidates(a_THQ, num_selected, num_quadrants)
-  j_THm = _candidates(b_THQ, num_selected, num_quadrants)
-  left_THmr = jnp.einsum('thmp,hpq->thmq', _take(row, i_THm), core_sum)
+  i_THm, j_THm = jax.lax.platform_dependent(
+    a_THQ,
+    b_THQ,
+    cuda=lambda *axes: _candidates_together(axes, num_selected, num_quadrants),
+    default=lambda *axes: tuple(
+      _candidates(axis, num_selected, num_quadrants) for axis in axes
+    ),
+  )
+  row_THmr = _take(row, i_THm)
+  left_THmr = sum(
+    row_THmr[..., a, None] * core_sum[None, :, None, a] for a in ranks
+  )
   right_THmr = _take(column, j_THm)
 
   cells = num_heads * num_selected**2 // num_quadrants
@@ -134,6 +147,16 @@ def _candidates(merged, num_selected, num_quadrants):
   half = num_selected // 2
   best, worst = top_m(merged, half)[1], top_m(-merged, half)[1]
   return jnp.concatenate([best, worst], axis=-1)
+
+
+def _candidates_together(axes, num_selected, num_quadrants):
+  """Of both axes, by as many kernels as for one.
+
+  A CPU would sort all scores: XLA makes top_k of a sort whose first part is
+  used, and there each axis uses but half of that.
+  """
+  found = _candidates(jnp.concatenate(axes), num_selected, num_quadrants)
+  return tuple(jnp.split(found, 2))
 
 
 def _best_cells(left, right, num_selected, num_quadrants):

@@ -12,7 +12,9 @@ autodiff keeps them for the backward pass. Here the gradient is written by hand
 and recomputes them, and each backend gets the form that its compiler turns
 into code without that buffer:
   * GPU: the sum over k is unrolled, so that all gathers, products and sums fuse
-    into one kernel, for as many tokens at once as XLA agrees to fuse;
+    into one kernel, for as many tokens at once as XLA agrees to fuse; with few
+    tokens, as in decoding, that kernel would be short of threads, and rows are
+    gathered for a matmul;
   * CPU in f32 with one group: the same in pieces of the k entries, over which a
     loop goes;
   * TPU, and otherwise CPU: tokens go in chunks whose rows stay in fast memory,
@@ -43,6 +45,9 @@ _UNROLL_CPU = 8
 
 # A GPU fuses all entries up to this many; more take too long to compile.
 _FUSED_ENTRIES = 128
+
+# Elements of all rows up to which a GPU gathers them.
+_FEW_READS = 2**24
 
 # Elements read by one GPU kernel, the same row for several groups counting for
 # each. From twice as many on, XLA's cost model splits some kernels: then slots,
@@ -167,8 +172,16 @@ def _forward(table, slot, weight, group, num_used, num_groups):
   def fused(table, slot, weight, group, _):
     return _forward_fused(table, slot, weight, group, num_groups)
 
+  def gathered(table, slot, weight, group, _):
+    return _forward_gathered(table, slot, weight, group, num_groups)
+
   by_matmul = table.dtype.itemsize < 4 or group is not None
-  is_fused = num_used is None and slot.shape[1] <= _FUSED_ENTRIES
+  if num_used is None and slot.size * table.shape[1] <= _FEW_READS:
+    on_gpu = gathered
+  elif num_used is None and slot.shape[1] <= _FUSED_ENTRIES:
+    on_gpu = fused
+  else:
+    on_gpu = unrolled(_UNROLL_GPU)
   return jax.lax.platform_dependent(
     table, slot, weight, group, num_used,
     cpu=(
@@ -177,7 +190,7 @@ def _forward(table, slot, weight, group, num_used, num_groups):
       else unrolled(_UNROLL_CPU)
     ),
     tpu=chunked(bag_pieces.CHUNK_BYTES),
-    default=fused if is_fused else unrolled(_UNROLL_GPU),
+    default=on_gpu,
   )  # fmt: skip
 
 
@@ -215,6 +228,22 @@ def _forward_unrolled(
     at_once,
   )
   return pooled_TGW
+
+
+def _forward_gathered(table, slot, weight, group, num_groups):
+  dtype = bag_pieces.accumulator(table, weight)
+  pooled_TGcW = jnp.einsum(
+    'tkgc,tkw->tgcw',
+    _with_groups(weight.astype(dtype), group, num_groups),
+    bag_pieces.rows(table, slot).astype(dtype),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  # Each core's own block of all columns: to multiply only those, all rows would
+  # be transposed.
+  *shape, num_cores, width = pooled_TGcW.shape
+  blocks = pooled_TGcW.reshape(*shape, num_cores, num_cores, -1)
+  own = [blocks[:, :, i, i] for i in range(num_cores)]
+  return jnp.stack(own, axis=2).reshape(*shape, width)
 
 
 def _forward_fused(table, slot, weight, group, num_groups):

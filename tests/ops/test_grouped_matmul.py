@@ -184,7 +184,9 @@ def test_mlp_of_experts_equals_its_reference(num_tokens, kind):
 
 
 def test_contenders_of_the_bench_compute_the_same():
-  options = argparse.Namespace(experts=5, depth=8, width=6, rows=9, used=2)
+  options = argparse.Namespace(
+    experts=5, depth=8, width=6, rows=9, used=2, dtype='float32'
+  )
   dense, *others = bench.token_contenders(options).values()
   for _ in range(options.experts):
     expected = dense.run()
