@@ -1,9 +1,9 @@
 """Products of rows with their experts' matrices, in one Triton kernel each.
 
-XLA's loop over experts returns to the host for every expert and every tile. Here
-a grid of programs does, one for each tile of an expert's rows and each tile of
-columns; tiles beyond the last expert's end at once, so that matrices of experts
-without rows are never read. With up to 16 rows an expert's matrix is read once.
+XLA's loop over experts returns to the host for every expert and every tile; a
+grid of programs does not, one for each tile of an expert's rows and each tile
+of columns. Tiles beyond the last expert's end at once, so that matrices of
+experts without rows are never read. With up to 16 rows an expert's matrix is read once.
 
 Sums are in f32. Matrices may be stored in another type than the rows'.
 

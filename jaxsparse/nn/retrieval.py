@@ -8,7 +8,6 @@ logical keys per axis, P heads, r ranks, c weights of a cell, m kept cells per
 head, E virtual blocks, M slots.
 """
 
-import functools
 import math
 
 import jax
