@@ -36,6 +36,7 @@ import numpy as np
 from jaxsparse.analysis import cost, memory_cost
 from jaxsparse.bench import decode_models, measuring
 from jaxsparse.bench.decode_program import (
+  compile_decode,
   draw_tokens,
   fill_cache,
   lower_decode,
@@ -143,7 +144,7 @@ class Cell:
         model, params[name], cache, self._tokens, options.context
       )
     with concurrent.futures.ThreadPoolExecutor() as pool:
-      compiled = pool.map(lambda program: program.compile(), lowered.values())
+      compiled = pool.map(compile_decode, lowered.values())
       self._programs = dict(zip(lowered, compiled, strict=True))
 
   def _draw(self, routing):

@@ -16,7 +16,6 @@ from jaxtyping import Array, Float, Int
 
 # Rows at once, and programs that a GPU should have at least.
 _ROWS, _PROGRAMS = 64, 512
-_WARPS, _STAGES = 4, 3
 # Rows of a product at least, for tensor cores.
 _LEAST = 16
 # Scores of rows that are not seen: finite, as differences of them are taken.
@@ -127,9 +126,7 @@ def decode_attention(
       jax.ShapeDtypeStruct(shape, jnp.float32, manual_axis_type=mat)
       for shape in ((*parts, width), parts, parts)
     ],
-    compiler_params=triton.CompilerParams(
-      num_warps=_WARPS, num_stages=_STAGES
-    ),
+    compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
     interpret=interpret,
     name='decode_attention',
   )(

@@ -134,6 +134,8 @@ class Attention(nn.Module):
     return read(keys['value'], **mixes), cache
 
   def _implementation(self, has_cache, num_new):
+    if self.is_initializing():  # By a token, which is no matter for kernels.
+      return 'xla'
     if not has_cache:
       return self.config.attention_implementation
     # Kernels for several queries want their own rows as keys, a cache has more.

@@ -139,7 +139,7 @@ def _rank_scores(
   config: MemoryConfig,
 ) -> tuple[Float[Array, 'T P Q r'], ...]:
   """Inner products with all row keys, and with all column keys."""
-  query, keys = _wide(query), _wide(keys)
+  query = _wide(query)
   if config.split_key_dim:
     # Narrow keys meet slices of the query.
     query = query.reshape(*query.shape[:-1], config.num_ranks, -1)
@@ -150,6 +150,7 @@ def _rank_scores(
   dims = f't{per_head}{per_rank}k,{shared}->tpqr'
 
   def one_by_one(query, keys):
+    keys = _wide(keys)
     sides = keys[0] if config.share_keys else jnp.moveaxis(keys, 1, 0)
     return tuple(jnp.einsum(dims, query[:, s], sides[s]) for s in range(2))
 
@@ -176,6 +177,11 @@ def _by_one_product(
   num_heads, _, num_keys, width, num_ranks = keys.shape
   is_own = jnp.eye(num_ranks, dtype=query.dtype)[None, None, :, None]
   own = (query[..., None] * is_own).reshape(len(query), 2, num_ranks, -1)
+  is_narrow = keys.dtype == jnp.bfloat16
+  if is_narrow:
+    # In two parts, which together are as exact as the keys allow.
+    upper = jax.lax.reduce_precision(own, exponent_bits=8, mantissa_bits=7)
+    own = jnp.concatenate([upper, own - upper], axis=2).astype(keys.dtype)
   scores = jnp.einsum(
     'psqk,pstrk->pstrq',
     keys.reshape(num_heads, 2, num_keys, width * num_ranks),
@@ -183,7 +189,10 @@ def _by_one_product(
       own.transpose(1, 0, 2, 3)[None],
       (num_heads, 2, len(query), *own.shape[2:]),
     ),
+    preferred_element_type=query.dtype,
   )
+  if is_narrow:
+    scores = scores[..., :num_ranks, :] + scores[..., num_ranks:, :]
   return tuple(scores[:, s].transpose(1, 0, 3, 2) for s in range(2))
 
 
