@@ -5,7 +5,7 @@ five kernels of it, which write the scores and read them again. A cache's rows
 are divided among programs, such that a small batch keeps a GPU busy, and the
 parts put together after it (flash-decoding, Dao et al. 2023).
 
-Letters: B batch, S rows, K key/value heads, G query heads of each, H head width.
+Letters: B batch, S rows, K key/value heads, G query heads of each, H width.
 """
 
 import jax

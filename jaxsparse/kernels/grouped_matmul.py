@@ -3,7 +3,7 @@
 XLA's loop over experts returns to the host for every expert and every tile; a
 grid of programs does not, one for each tile of an expert's rows and each tile
 of columns. Tiles beyond the last expert's end at once, so that matrices of
-experts without rows are never read. With up to 16 rows an expert's matrix is read once.
+experts without rows are never read. An expert with up to 16 rows is read once.
 
 Sums are in f32. Matrices may be stored in another type than the rows'.
 
@@ -25,15 +25,13 @@ _COLUMNS, _DEPTH = 128, 64
 # Columns of a tile at least, and programs for which they become fewer.
 _LEAST_COLUMNS, _PROGRAMS = 32, 256
 # Positions are 32 bits wide.
-_MOST_ELEMENTS = 2**31
+_MOST_ELEMENTS = 2**31 - 1
 
 
-def why_not(
-  rows: Float[Array, 'S D'], experts: Float[Array, 'X D F']
-) -> str | None:
-  """What keeps the kernels from serving such arrays, in words."""
-  if experts.size >= _MOST_ELEMENTS:
-    return f'{experts.size} elements of matrices are more than 2^31'
+def why_not(rows, experts) -> str | None:
+  """What keeps the kernels from serving arrays of such shapes, in words."""
+  if experts.size > _MOST_ELEMENTS:
+    return f'{experts.size} elements of matrices are not below 2^31'
   if rows.size == 0 or experts.size == 0:
     return 'there is nothing to multiply'
   if rows.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):

@@ -59,7 +59,7 @@ def triton(rows, experts, sizes, interpret=False):
 
 
 def why_not(name: str, rows, experts) -> str | None:
-  """What keeps 'megablox' or 'triton' from running on these arrays, in words."""
+  """What keeps 'megablox' or 'triton' from running here, in words."""
   platform = dict(megablox='tpu', triton='gpu')[name]
   if jax.default_backend() != platform:
     return f'it is for {platform.upper()}, and this is {jax.default_backend()}'

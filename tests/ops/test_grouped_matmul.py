@@ -15,6 +15,7 @@ from compiled import arrays_of_size
 
 from jaxsparse.bench import grouped_matmul as bench
 from jaxsparse.errors import UserError
+from jaxsparse.kernels import grouped_matmul as kernels
 from jaxsparse.ops import expert_mlp as mlp
 from jaxsparse.ops import grouped_matmul as ops
 from jaxsparse.ops import grouped_matmul_libraries as libraries
@@ -128,14 +129,43 @@ def test_other_implementations_compute_the_same(sizes):
   expected = run(ops.grouped_matmul_reference, *args, cotangent)
   ragged = functools.partial(ops.grouped_matmul, implementation='ragged_dot')
   check(run(ragged, *args, cotangent), expected)
-  megablox = functools.partial(libraries.megablox, interpret=True)
-  check(run(megablox, *args, cotangent), expected)
+  for kernel in (libraries.megablox, libraries.triton):
+    interpreted = functools.partial(kernel, interpret=True)
+    check(run(interpreted, *args, cotangent), expected)
+
+
+def test_a_kernel_for_gpus_has_many_tiles():
+  """Several of each expert, and widths that they do not divide."""
+  sizes = jnp.array([0, 150, 100, 20], jnp.int32)
+  args = draw(300, 200), draw(4, 200, 130, seed=1), sizes
+  cotangent = draw(300, 130, seed=2)
+  triton = functools.partial(libraries.triton, interpret=True)
+  expected = run(ops.grouped_matmul_reference, *args, cotangent)
+  check(run(triton, *args, cotangent), expected)
+
+
+def test_a_kernel_for_gpus_takes_rows_as_assigned():
+  expert = jnp.array([3, 0, 3, 4], jnp.int32)
+  args = draw(4, 70), draw(X, 70, 130, seed=1), expert
+  y = kernels.assigned_matmul(*args, interpret=True)
+  check([y], [ops.assigned_matmul_reference(*args)])
+
+
+def test_what_a_kernel_for_gpus_does_not_serve():
+  rows, experts = draw(4, D), draw(X, D, F)
+  assert kernels.why_not(rows, experts) is None
+  assert 'nothing' in kernels.why_not(rows[:0], experts)
+  shapes = [(rows.shape, 'float64'), ((2**11, 2**10, 2**10), 'float32')]
+  wide, large = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
+  assert 'not float64' in kernels.why_not(wide, experts)
+  assert 'not below 2^31' in kernels.why_not(rows, large)
 
 
 def test_what_cannot_run_is_told_in_a_sentence():
   args = draw(S, D), draw(X, D, F), jnp.array(SIZES['even'], jnp.int32)
-  with pytest.raises(UserError, match="'megablox' can't run here: it is for"):
-    ops.grouped_matmul(*args, implementation='megablox')
+  for name in ('megablox', 'triton'):
+    with pytest.raises(UserError, match=f"'{name}' can't run here: it is for"):
+      ops.grouped_matmul(*args, implementation=name)
   with pytest.raises(UserError, match="'fast' must be one of 'auto', 'loop'"):
     ops.grouped_matmul(*args, implementation='fast')
 
