@@ -31,9 +31,9 @@ Settings are those that recalled most in single runs of seed 0, on the facts of
   facts. With 4,000 Memory+ recalls 25 % at 1e-2, fewer facts than with 2,000.
 - With 4,000 people and 96 exposures dense recalls 17 % of 24,000 facts at 1e-2,
   UltraMem 53 % at 5e-3 and Memory+ 61 % at 1e-2, all with b2 0.99: 3.1 and 3.6
-  times as many facts. With 2,000 people and 96 exposures they recall 47, 99 and
-  98 %. So 48 exposures hid what the tables can hold; single runs, seed 0, the
-  other architectures not run.
+  times as many facts. With 2,000 people, the same settings and 96 exposures
+  they recall 47, 89 and 99 % (results/facts_96_exposures.json; single runs,
+  seed 0, the other architectures not run). So 48 hid what the tables can hold.
 - With 500 people MoE and PKM recalled more with b2 0.99: 3,000 facts are too
   few to judge these two by.
 - 64 values a token. Of 16 UltraMem learned half as much in the same time. One
