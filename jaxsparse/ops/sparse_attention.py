@@ -103,7 +103,8 @@ def attend_tiles(
     blocks get together, the mean over rows and heads, without a gradient.
   """
   dtype = jnp.promote_types(query.dtype, jnp.float32)
-  query = jnp.moveaxis(query, 3, 1)
+  scaled = query.astype(dtype) * query.shape[-1] ** -0.5
+  query = jnp.moveaxis(scaled, 3, 1).astype(query.dtype)
   gates = jnp.moveaxis(gates, 3, 1).astype(dtype)
   own_block = first_row // grid.block
   kept, masses = _kept(query, segments, pages, selection, turn)
@@ -211,10 +212,8 @@ def _summarized(query, segments, summaries, is_read):
 
 def _logits(letters, query, key):
   dtype = jnp.promote_types(query.dtype, jnp.float32)
-  product = jnp.einsum(
-    letters, query, key.astype(query.dtype), preferred_element_type=dtype
-  )
-  return product * query.shape[-1] ** -0.5
+  key = key.astype(query.dtype)
+  return jnp.einsum(letters, query, key, preferred_element_type=dtype)
 
 
 def _same_document(queries, keys):
