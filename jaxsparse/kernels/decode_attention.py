@@ -14,6 +14,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
+from jaxsparse.kernels.tile_product import dot
+
 # Rows at once, and programs that a GPU should have at least.
 _ROWS, _PROGRAMS = 64, 512
 # Rows of a product at least, for tensor cores.
@@ -94,13 +96,13 @@ def decode_attention(
       is_seen = (of_rows == segment) & (of_rows > 0) & (distance >= 0)
       if window:
         is_seen &= distance < window
-      scores = _dot(q, load(key_ref), 1) * width**-0.5
+      scores = dot(q, load(key_ref), is_transposed=True) * width**-0.5
       scores = jnp.where(is_seen[None], scores, _NEVER)
       highest = jnp.maximum(maximum, scores.max(1))
       shares = jnp.where(is_seen[None], jnp.exp(scores - highest[:, None]), 0)
       before = jnp.exp(maximum - highest)
-      sums = sums * before[:, None] + _dot(
-        shares.astype(value_ref.dtype), load(value_ref), 0
+      sums = sums * before[:, None] + dot(
+        shares.astype(value_ref.dtype), load(value_ref)
       )
       return highest, total * before + shares.sum(1), sums
 
@@ -137,13 +139,3 @@ def decode_attention(
   total = (scale * total).sum(2)[..., None]
   y = (scale[..., None] * sums).sum(2) / jnp.where(total > 0, total, 1)
   return y.astype(query.dtype)
-
-
-def _dot(left, right, axis):
-  precision = None
-  if left.dtype == jnp.float32:
-    precision = jax.lax.Precision.HIGHEST
-  dims = ((1,), (axis,)), ((), ())
-  return jax.lax.dot_general(
-    left, right, dims, precision, preferred_element_type=jnp.float32
-  )

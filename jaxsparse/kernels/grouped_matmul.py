@@ -18,6 +18,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
+from jaxsparse.kernels.tile_product import dot
+
 # Rows of a tile at least and at most, as tensor cores want at least 16.
 _ROWS = 16, 64
 # Columns of a tile, and elements of the sum that are multiplied at once.
@@ -126,7 +128,7 @@ def _tiled_products(rows, experts, tiles, tile, interpret, is_transposed):
           mask=inside.T if is_transposed else inside,
           other=0,
         )
-        return total + _dot(part, matrix.astype(part.dtype), is_transposed)
+        return total + dot(part, matrix.astype(part.dtype), is_transposed)
 
       total = jnp.zeros((tile, columns), jnp.float32)
       total = jax.lax.fori_loop(0, pl.cdiv(depth, _DEPTH), add, total)
@@ -173,7 +175,7 @@ def _outer_products(rows, cotangent, sizes, dtype, interpret):
 
       left = load(rows_ref, row, _DEPTH, in_depth)
       right = load(cotangent_ref, column, _COLUMNS, in_width)
-      return total + _dot(left.T, right, is_transposed=False)
+      return total + dot(left.T, right)
 
     total = jnp.zeros((_DEPTH, _COLUMNS), jnp.float32)
     total = jax.lax.fori_loop(0, pl.cdiv(size, tile), add, total)
@@ -191,16 +193,6 @@ def _outer_products(rows, cotangent, sizes, dtype, interpret):
     interpret=interpret,
     name='grouped_outer_products',
   )(rows, cotangent, first, sizes)
-
-
-def _dot(left, right, is_transposed):
-  precision = None
-  if left.dtype == jnp.float32:
-    precision = jax.lax.Precision.HIGHEST
-  dims = ((1,), (1 if is_transposed else 0,)), ((), ())
-  return jax.lax.dot_general(
-    left, right, dims, precision, preferred_element_type=jnp.float32
-  )
 
 
 def _tile_rows(num_rows, num_experts):
