@@ -1,0 +1,62 @@
+"""What a memory layer runs on GPUs only, beside what it runs elsewhere."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsparse.nn import retrieval
+from jaxsparse.ops import tucker, value_bag
+
+T, P, Q, WIDTH, RANKS = 7, 2, 5, 4, 3
+
+
+def draw(*shape, seed=0):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), 'float32')
+
+
+@pytest.mark.parametrize('num_queries', [1, RANKS])
+def test_one_product_scores_all_ranks(num_queries):
+  query = draw(T, 2, num_queries, WIDTH)
+  keys = draw(P, 2, Q, WIDTH, RANKS, seed=1)
+  every = jnp.broadcast_to(query, (T, 2, RANKS, WIDTH))
+  sides = retrieval._by_one_product(query, keys)
+  for s, scores in enumerate(sides):
+    expected = np.einsum('trk,pqkr->tpqr', every[:, s], keys[:, s])
+    np.testing.assert_allclose(scores, expected, atol=1e-5)
+
+
+def test_narrow_keys_meet_the_whole_query():
+  """A query rounded to bfloat16 would be off by 2^-9, a hundred times more."""
+  query, keys = draw(T, 2, RANKS, 64), draw(P, 2, Q, 64, RANKS, seed=1)
+  keys = keys.astype(jnp.bfloat16)
+  wide = np.asarray(keys.astype(jnp.float32))
+  for s, scores in enumerate(jax.jit(retrieval._by_one_product)(query, keys)):
+    expected = np.einsum('trk,pqkr->tpqr', query[:, s], wide[:, s])
+    scale = np.abs(expected).max()
+    np.testing.assert_allclose(scores, expected, atol=2e-5 * scale)
+
+
+@pytest.mark.parametrize('num_quadrants', [1, 2])
+def test_candidates_of_both_axes_at_once(num_quadrants):
+  axes = draw(T, P, 16), draw(T, P, 16, seed=1)
+  together = tucker._candidates_together(axes, 4, num_quadrants)
+  for axis, found in zip(axes, together, strict=True):
+    apart = tucker._candidates(axis, 4, num_quadrants)
+    np.testing.assert_array_equal(found, apart)
+
+
+@pytest.mark.parametrize(('num_groups', 'num_cores'), [(1, 1), (4, 2)])
+def test_few_tokens_are_pooled_by_a_matmul(num_groups, num_cores):
+  rng = np.random.default_rng(0)
+  slot, group = (
+    jnp.asarray(rng.integers(n, size=(T, 6)), jnp.int32)
+    for n in (20, num_groups)
+  )
+  group = group if num_groups > 1 else None
+  args = draw(20, 8), slot, draw(T, 6, num_cores, seed=1), group, num_groups
+  np.testing.assert_allclose(
+    value_bag._forward_gathered(*args),
+    value_bag.value_bag_reference(*args),
+    atol=1e-5,
+  )
