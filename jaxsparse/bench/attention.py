@@ -26,7 +26,6 @@ slots for: fewer would take no less time.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import functools
 from collections.abc import Callable
@@ -137,7 +136,9 @@ def _measure_forward(options, length):
     functions['cuDNN'] = functools.partial(
       jax.nn.dot_product_attention, is_causal=True, implementation='cudnn'
     )
-  contenders = measuring.compiled_together(functions, query, key, value)
+  contenders = measuring.at_once(
+    lambda function: measuring.compiled(function, query, key, value), functions
+  )
   return measuring.compare(f'forward {length:,}', contenders, options.rounds)
 
 
@@ -234,11 +235,8 @@ def _measure_train(options):
     plain = configs['plain heads']
     model = dataclasses.replace(plain.model, attention_implementation='cudnn')
     configs['plain heads, cuDNN'] = dataclasses.replace(plain, model=model)
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    runs = pool.map(train_step.Run, configs.values())
-    contenders = {
-      name: run.contender for name, run in zip(configs, runs, strict=True)
-    }
+  runs = measuring.at_once(train_step.Run, configs)
+  contenders = {name: run.contender for name, run in runs.items()}
   task = f'train {options.train_length:,}'
   return measuring.compare(task, contenders, options.rounds)
 

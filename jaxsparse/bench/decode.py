@@ -42,7 +42,6 @@ ms and dense from 2.17 to 2.12, but at batch 1 they may have cost the MoE 0.2.
 """
 
 import argparse
-import concurrent.futures
 import dataclasses
 import os
 from collections.abc import Mapping, Sequence
@@ -166,9 +165,7 @@ class Cell:
       lowered[name] = lower_decode(
         model, params[name], cache, self._tokens, options.context
       )
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-      compiled = pool.map(compile_decode, lowered.values())
-      self._programs = dict(zip(lowered, compiled, strict=True))
+    self._programs = measuring.at_once(compile_decode, lowered)
 
   def _draw(self, routing):
     return draw_tokens(
