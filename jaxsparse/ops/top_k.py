@@ -1,19 +1,29 @@
 """The best m of many scores, on the fast path of every backend.
 
-Two habits decide the speed (letters: Q candidates, m kept):
+Three habits decide the speed (letters: Q candidates, m kept):
   * `lax.top_k` on bf16 falls back to a full sort on CPU and GPU, so scores are
     cast to f32 first;
   * a stable order of ties costs a full sort on GPU for m > 16, and a bag does
-    not care for the order, so it is given up where JAX lets us (0.11 on).
+    not care for the order, so it is given up where JAX lets us (0.11 on);
+  * XLA's CPU sorts row by row through a comparator, which takes two to three
+    times as long as counting, for many rows of few candidates at once, how
+    many beat each (88 candidates, 32 kept, 1,024 rows: 2.6 and 0.8 ms).
 """
 
+import functools
 import inspect
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxsparse.ops.varying import to_same_varying
+
 _CAN_BE_UNSTABLE = 'is_stable' in inspect.signature(jax.lax.top_k).parameters
+
+# Rows from which counting pays, the candidates up to which it does, and the
+# rows that are counted at once: their ranks should stay in a core's cache.
+_COUNTED_ROWS, _COUNTED_CANDIDATES, _TILE_ROWS = 512, 128, 256
 
 
 def top_m(
@@ -33,11 +43,61 @@ def top_m(
   *batch, num_candidates = scores.shape
   options = {'is_stable': is_stable} if _CAN_BE_UNSTABLE else {}
   # Only the flat form is sure to reach the specialised kernels.
-  values, indices = jax.lax.top_k(
-    scores.reshape(-1, num_candidates), num_selected, **options
-  )
+  rows = scores.reshape(-1, num_candidates)
+
+  def best(rows):
+    return tuple(jax.lax.top_k(rows, num_selected, **options))
+
+  if (
+    len(rows) >= _COUNTED_ROWS
+    and num_selected <= num_candidates <= _COUNTED_CANDIDATES
+  ):
+    counted = functools.partial(_by_counting, num_selected=num_selected)
+    values, indices = jax.lax.platform_dependent(
+      rows, cpu=counted, default=best
+    )
+  else:
+    values, indices = best(rows)
   shape = (*batch, num_selected)
   return values.reshape(shape), indices.reshape(shape)
+
+
+def _by_counting(rows, num_selected):
+  """`top_k`, whose order is stable: a rank is how many others come before."""
+  num_rows, num_candidates = rows.shape
+  tiles = -(-num_rows // _TILE_ROWS)
+  padding = tiles * _TILE_ROWS - num_rows
+  padded = jnp.pad(jax.lax.stop_gradient(rows), ((0, padding), (0, 0)))
+  tiled = padded.reshape(tiles, _TILE_ROWS, num_candidates)
+  indices = jax.lax.map(
+    functools.partial(_counted_tile, num_selected=num_selected), tiled
+  ).reshape(-1, num_selected)[:num_rows]
+  return jnp.take_along_axis(rows, indices, axis=-1), indices
+
+
+def _counted_tile(rows, num_selected):
+  # Rows last: every step is then a whole vector of them.
+  columns = rows.T
+  index = jnp.arange(len(columns), dtype=jnp.int32)[:, None]
+  place = jnp.arange(num_selected, dtype=jnp.int32)[:, None]
+
+  def count(i, ranks):
+    other = jax.lax.dynamic_slice_in_dim(columns, i, 1)
+    is_before = (other > columns) | ((other == columns) & (i < index))
+    return ranks + is_before.astype(jnp.int32)
+
+  def put(i, found):
+    rank = jax.lax.dynamic_slice_in_dim(ranks, i, 1)
+    return found + jnp.where(rank == place, i, 0).astype(jnp.int32)
+
+  def over_candidates(body, num_rows):
+    start = jnp.zeros((num_rows, rows.shape[0]), jnp.int32)
+    start, _ = to_same_varying(start, rows)
+    return jax.lax.fori_loop(0, len(columns), body, start, unroll=4)
+
+  ranks = over_candidates(count, len(columns))
+  # NaNs beat nobody, so that several have the rank 0.
+  return jnp.minimum(over_candidates(put, num_selected).T, len(columns) - 1)
 
 
 def top_m_reference(

@@ -74,14 +74,30 @@ def tucker_top_m(
     2 if two_quadrants else 1,
   )
   row_THkr, column_THkr = _take(row, i_THk), _take(column, j_THk)
-  # Not einsum: a GPU would start a matmul for each of these short contractions.
-  cores_Hcrr = jnp.moveaxis(cores, 0, 1)[None, :, None]
-  terms_THkcrr = row_THkr[..., None, :, None] * cores_Hcrr
-  terms_THkcrr *= column_THkr[..., None, None, :]
-  scores_THkc = terms_THkcrr.sum((-2, -1))
+  scores_THkc = _cell_scores(row_THkr, column_THkr, cores)
   dtype = jnp.int32 if num_keys**2 <= 2**31 else jnp.uint32
   address_THk = i_THk.astype(dtype) * jnp.asarray(num_keys, dtype)
   return scores_THkc, address_THk + j_THk.astype(dtype)
+
+
+def _cell_scores(row, column, cores):
+  """row[T, H, k] @ C[c, H] @ column[T, H, k], [T, H, k, c].
+
+  Unrolled over ranks and cores: sums that short, and those of their gradients,
+  are no matter for a GPU's matmuls or a CPU's reductions.
+  """
+  num_cores, _, num_ranks, _ = cores.shape
+  scores = []
+  for core in range(num_cores):
+    right = [
+      sum(
+        cores[core, None, :, None, a, b] * column[..., b]
+        for b in range(num_ranks)
+      )
+      for a in range(num_ranks)
+    ]
+    scores.append(sum(row[..., a] * right[a] for a in range(num_ranks)))
+  return jnp.stack(scores, axis=-1)
 
 
 def _take(

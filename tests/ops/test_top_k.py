@@ -27,3 +27,31 @@ def test_narrow_scores_are_compared_in_f32():
   assert top_m(scores, 3)[0].dtype == jnp.float32
   compiled = jax.jit(lambda s: top_m(s, 3)).lower(scores).compile()
   assert ' sort(' not in compiled.as_text()
+
+
+# So many rows of so few candidates are counted on a CPU.
+@pytest.mark.parametrize('shape', [(512, 9), (3, 257, 128)])
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_many_rows_equal_the_reference_with_ties_in_order(shape, dtype):
+  scores = jax.random.normal(jax.random.key(0), shape).astype(dtype)
+  # Every score stands there twice, and one row is all ties.
+  scores = jnp.concatenate([scores, scores], -1)[..., : shape[-1]]
+  scores = scores.at[0].set(1.0)
+  values, indices = top_m(scores, 7, is_stable=True)
+  expected_values, expected_indices = top_m_reference(scores, 7)
+  np.testing.assert_array_equal(values, expected_values)
+  np.testing.assert_array_equal(indices, expected_indices)
+
+
+def test_gradients_of_many_rows_reach_what_was_kept():
+  scores = jax.random.normal(jax.random.key(0), (600, 20))
+  got, expected = (
+    jax.grad(lambda s: (f(s, 3)[0] ** 2).sum())(scores)
+    for f in (top_m, top_m_reference)
+  )
+  np.testing.assert_array_equal(got, expected)
+
+
+def test_many_rows_with_nans_keep_indices_in_range():
+  _, indices = top_m(jnp.full((512, 20), jnp.nan), 3)
+  assert indices.min() >= 0 and indices.max() < 20
