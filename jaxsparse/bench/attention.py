@@ -69,7 +69,7 @@ OPTIONS = dict(
   layers=2,
   model_dim=512,
   # Queries at once there.
-  train_chunk=128,
+  train_chunk=64,
   dtype='float32',
   rounds=5,
 )

@@ -19,7 +19,6 @@ J inner width of the generator.
 """
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -134,40 +133,72 @@ def _by_matrices(a, mix):
   shape = (*a.shape[:2], mix.num_groups, group, group)
   query = jnp.broadcast_to(query, shape)
   if mix.num_groups > 1:
-    out = _product('btg', query, a)
-    return out if key is None else out + _product('bsg', key, a)
+    out = _by_queries(query, a)
+    return out if key is None else out + _by_keys(key, a)
   # XLA's CPU products are twice as slow with one dimension more.
   a = a[:, :, 0]
-  out = _product('bt', query[:, :, 0], a)
+  out = _by_queries(query[:, :, 0], a)
   if key is not None:
-    out += _product('bs', key[:, :, 0], a)
+    out += _by_keys(key[:, :, 0], a)
   return out[:, :, None]
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _product(whose, matrix, heads):
-  """Heads [B, T, (G,) M, S] by matrices [*whose, M, N].
-
-  Autodiff would multiply the other way around, and transpose all heads.
-  """
-  group = whose[2:]
-  return jnp.einsum(f'{whose}mn,bt{group}ms->bt{group}ns', matrix, heads)
+# Heads [B, T, (G,) M, S] by a matrix [(G,) M, N] of each query or key. Autodiff
+# would multiply the other way around, and transpose all heads for it.
 
 
-def _save(whose, matrix, heads):
-  return _product(whose, matrix, heads), (matrix, heads)
+@jax.custom_vjp
+def _by_queries(matrix, heads):
+  return jnp.einsum('bt...mn,bt...ms->bt...ns', matrix, heads)
 
 
-def _restore(whose, inputs, cotangent):
+def _save_by_queries(matrix, heads):
+  return _by_queries(matrix, heads), (matrix, heads)
+
+
+def _restore_by_queries(inputs, cotangent):
   matrix, heads = inputs
-  group = whose[2:]
   return (
-    jnp.einsum(f'bt{group}ms,bt{group}ns->{whose}mn', heads, cotangent),
-    jnp.einsum(f'{whose}mn,bt{group}ns->bt{group}ms', matrix, cotangent),
+    jnp.einsum('bt...ms,bt...ns->bt...mn', heads, cotangent),
+    jnp.einsum('bt...mn,bt...ns->bt...ms', matrix, cotangent),
   )
 
 
-_product.defvjp(_save, _restore)
+_by_queries.defvjp(_save_by_queries, _restore_by_queries)
+
+
+@jax.custom_vjp
+def _by_keys(matrix, heads):
+  # Turned over once, [B, S, (G,) M, T], as the gradient needs it again.
+  heads = jnp.swapaxes(heads, 1, -1)
+  out = _batched_matmul(jnp.swapaxes(matrix, -2, -1), heads)
+  return jnp.swapaxes(out, 1, -1)
+
+
+def _save_by_keys(matrix, heads):
+  return _by_keys(matrix, heads), (matrix, heads)
+
+
+def _restore_by_keys(inputs, cotangent):
+  matrix, heads = inputs
+  heads = jnp.swapaxes(heads, 1, -1)
+  # Once for both products, [B, S, (G,) T, N].
+  cotangent = jnp.moveaxis(jnp.swapaxes(cotangent, 1, -1), -1, -2)
+  of_heads = _batched_matmul(cotangent, jnp.swapaxes(matrix, -2, -1))
+  return (
+    _batched_matmul(heads, cotangent),
+    jnp.swapaxes(jnp.moveaxis(of_heads, -2, -1), 1, -1),
+  )
+
+
+_by_keys.defvjp(_save_by_keys, _restore_by_keys)
+
+
+def _batched_matmul(left, right):
+  """By the order that XLA's CPU has: an einsum may exchange the sides."""
+  batch = tuple(range(left.ndim - 2))
+  dims = (((left.ndim - 1,), (left.ndim - 2,)), (batch, batch))
+  return jax.lax.dot_general(left, right, dims)
 
 
 def _matrices(factors):

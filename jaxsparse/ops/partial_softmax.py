@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxsparse.ops.softmax import softmax
+
 # Scores of what is left out. Finite, such that sums with it make no NaN.
 _NEVER = -1e30
 
@@ -20,7 +22,7 @@ _MOST_ABOVE = 20.0
 
 def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
   """Shares of the last axis where the mask is; 0 elsewhere, or everywhere."""
-  shares = jax.nn.softmax(jnp.where(mask, scores, _NEVER), axis=-1)
+  shares = softmax(jnp.where(mask, scores, _NEVER))
   return jnp.where(mask, shares, 0.0)
 
 
