@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsparse.ops.softmax import softmax
+from jaxsparse.ops.softmax import row_sums, softmax
 
 # Scores of what is left out. Finite, such that sums with it make no NaN.
 _NEVER = -1e30
@@ -58,14 +58,15 @@ def partial_softmax(
   share = jnp.where(is_seen, jnp.exp(above), 0.0)
   if weight is not None:
     share *= weight
-  rows = 'bknlh' if value.ndim == 5 else 'bklh'
+  rows = 'bknl' if value.ndim == 5 else 'bkl'
   values = jnp.einsum(
-    f'bknrgl,{rows}->bknrgh',
+    f'bknrgl,{rows}h->bknrgh',
     share.astype(value.dtype),
     value,
     preferred_element_type=share.dtype,
   )
-  return Part(maximum, share.sum(-1), values)
+  total = row_sums(share, f'bknrgl,{rows}->bknrg')
+  return Part(maximum, total, values)
 
 
 def combined(
