@@ -5,11 +5,12 @@
 A mixture's cost at a small batch is reading weights, so only the matrices of
 experts that have rows are read. XLA offers no such product: `lax.ragged_dot`
 multiplies with all experts on CUDA, and reads them all. GPUs and TPUs have
-kernels for it. Elsewhere a loop whose trip count is the number of experts in
-use cuts out one matrix at a time and multiplies it with its rows, tile by tile.
-On a CPU that costs a copy of the matrix, as dots there take whole buffers; for
-an expert with few rows the sum of scaled matrix rows is written out instead,
-which XLA fuses with the cut.
+kernels for it; on TPUs `lax.ragged_dot` is one, too, but for the gradient of
+the matrices, which is summed here by a loop. Elsewhere a loop whose trip count
+is the number of experts in use cuts out one matrix at a time and multiplies it
+with its rows, tile by tile. On a CPU that costs a copy of the matrix, as dots
+there take whole buffers; for an expert with few rows the sum of scaled matrix
+rows is written out instead, which XLA fuses with the cut.
 
 Sums are in f32 (f64 for f64). Matrices may be stored in another type than the
 rows': the loop casts them after the cut, never all of them; the others must.
@@ -63,7 +64,8 @@ def grouped_matmul(
       no influence; they give zero.
     implementation: 'loop' as told above; 'triton', our kernel for GPUs;
       'megablox', JAX's for TPUs; 'ragged_dot' of `jax.lax`; 'auto' is a kernel
-      where one compiles and the loop elsewhere.
+      where one compiles, 'ragged_dot' on TPUs where none does, as Megablox does
+      not know meshes, and the loop elsewhere.
 
   Returns:
     The products in the type of `rows`.
@@ -77,11 +79,12 @@ def grouped_matmul(
       f'{", ".join(map(repr, IMPLEMENTATIONS))}.'
     )
   if implementation == 'auto':
-    implementation = _KERNELS.get(jax.default_backend(), 'loop')
+    platform = jax.default_backend()
+    implementation = _KERNELS.get(platform, 'loop')
     if implementation != 'loop' and libraries.why_not(
       implementation, rows, experts
     ):
-      implementation = 'loop'
+      implementation = 'ragged_dot' if platform == 'tpu' else 'loop'
   elif implementation in _KERNELS.values() and (
     why := libraries.why_not(implementation, rows, experts)
   ):
@@ -93,7 +96,7 @@ def grouped_matmul(
     loop=_loop,
     triton=libraries.triton,
     megablox=libraries.megablox,
-    ragged_dot=libraries.ragged_dot,
+    ragged_dot=_ragged,
   )[implementation](rows, experts, sizes)
 
 
@@ -148,6 +151,20 @@ def _loop_backward(inputs, cotangent):
 
 
 _loop.defvjp(lambda *inputs: (_loop(*inputs), inputs), _loop_backward)
+
+
+@jax.custom_vjp
+def _ragged(rows, experts, sizes):
+  return libraries.ragged_dot(rows, experts, sizes)
+
+
+def _ragged_backward(inputs, cotangent):
+  rows, experts, sizes = inputs
+  d_rows = libraries.ragged_dot(cotangent, experts, sizes, is_transposed=True)
+  return d_rows, _outer_products(rows, cotangent, sizes, experts.dtype), None
+
+
+_ragged.defvjp(lambda *inputs: (_ragged(*inputs), inputs), _ragged_backward)
 
 
 # Compiled as functions of their own, so that layers of one size share a trace.

@@ -19,13 +19,19 @@ from jaxsparse.ops.varying import to_same_varying
 _MEGABLOX_TILE = 128
 
 
-def ragged_dot(rows, experts, sizes):
+def ragged_dot(rows, experts, sizes, is_transposed=False):
   dtype = bag_pieces.accumulator(rows)
   in_use = _in_use(rows, sizes)
-  out = jax.lax.ragged_dot(
+  dims = jax.lax.RaggedDotDimensionNumbers(
+    dot_dimension_numbers=(((1,), (2 if is_transposed else 1,)), ((), ())),
+    lhs_ragged_dimensions=[0],
+    rhs_group_dimensions=[0],
+  )
+  out = jax.lax.ragged_dot_general(
     jnp.where(in_use, rows, 0),
     experts.astype(rows.dtype),
     sizes,
+    dims,
     preferred_element_type=dtype,
   )
   return jnp.where(in_use, out, 0).astype(rows.dtype)

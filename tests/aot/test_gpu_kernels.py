@@ -1,4 +1,4 @@
-"""Our kernels for GPUs, and what decoding runs there, compiled for an H100.
+"""Kernels for GPUs, what decoding runs there, and experts on TPUs, compiled.
 
 Run with `pytest -m aot`, extra `aot`.
 """
@@ -48,10 +48,10 @@ def test_products_with_experts(dtype, tmp_path):
   assert program.text.count('grouped_outer_products') > 0
 
 
-def test_experts_split_over_devices_take_the_kernel(monkeypatch):
-  monkeypatch.setattr(grouped_matmul_libraries, 'why_not', lambda *args: None)
+def gradient_of_split_experts(name, implementation):
+  """Of a mixture of 8 experts on 8 devices, for tokens and matrices."""
   sizes, dims = (2, 2, 2), ('BTD', 'BT.', 'BT.')
-  devices = targets.make_mesh('h100', sizes)
+  devices = targets.make_mesh(name, sizes)
 
   def place(shape, dtype, spec):
     sharding = jax.sharding.NamedSharding(devices, spec)
@@ -71,14 +71,27 @@ def test_experts_split_over_devices_take_the_kernel(monkeypatch):
 
   def loss(x, weights, experts, matrices):
     y = expert_mlp.sharded_expert_mlp(
-      x, weights, experts, matrices, implementation='triton'
+      x, weights, experts, matrices, implementation=implementation
     )
     return y.astype(jnp.float32).sum()
 
-  program = targets.compile_for(
-    'h100', jax.grad(loss, (0, 3)), *tokens, matrices, sizes=sizes
+  return targets.compile_for(
+    name, jax.grad(loss, (0, 3)), *tokens, matrices, sizes=sizes
   )
+
+
+def test_experts_split_over_devices_take_the_kernel(monkeypatch):
+  monkeypatch.setattr(grouped_matmul_libraries, 'why_not', lambda *args: None)
+  program = gradient_of_split_experts('h100', 'triton')
   assert 'grouped_outer_products' in program.text
+
+
+def test_experts_split_over_tpus_have_a_kernel():
+  program = gradient_of_split_experts('v5e', 'ragged_dot')
+  # What XLA calls its kernel, and the masks by which it would multiply all
+  # experts with all rows instead.
+  assert 'ragged-dot-metadata' in program.text
+  assert 'output_mask' not in program.text
 
 
 @pytest.mark.parametrize(

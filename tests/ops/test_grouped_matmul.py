@@ -170,6 +170,13 @@ def test_what_cannot_run_is_told_in_a_sentence():
     ops.grouped_matmul(*args, implementation='fast')
 
 
+def test_tpus_take_ragged_dot_where_their_kernel_cannot_run(monkeypatch):
+  args = draw(S, D), draw(X, D, F), jnp.array(SIZES['even'], jnp.int32)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+  monkeypatch.setattr(libraries, 'why_not', lambda *args: 'a mesh')
+  assert 'ragged_dot' in str(jax.make_jaxpr(ops.grouped_matmul)(*args))
+
+
 @pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
 def test_no_temporary_holds_all_experts(dtype):
   args = draw(16, D, dtype=dtype), draw(64, D, F), jnp.zeros(64, jnp.int32)
