@@ -40,9 +40,8 @@ _KERNELS = dict(gpu='triton', tpu='megablox')
 # many rows at once.
 _FEW_ROWS_CPU = {1: 1, 8: 4}
 
-# Elements of a matrix that one fused kernel of a CPU adds up, for one row and
-# for several.
-_FUSED_ELEMENTS_CPU = 2**14, 2**13
+# Elements of a matrix that one fused kernel of a CPU adds up.
+_FUSED_ELEMENTS_CPU = 2**13
 
 # Rows of a tile.
 _TILES = (16, 256)
@@ -308,7 +307,7 @@ def _product_in_place(rows, experts, expert):
   """rows @ experts[expert] for a few rows, the matrix read where it lies."""
   dtype = bag_pieces.accumulator(rows)
   depth, width = experts.shape[1:]
-  at_once = _FUSED_ELEMENTS_CPU[len(rows) > 1] // width
+  at_once = _FUSED_ELEMENTS_CPU // width
   at_once = math.gcd(depth, max(8, min(32, at_once)))
   flat = experts.reshape(-1, width)
   scales = rows.T.reshape(-1, at_once, len(rows)).astype(dtype)

@@ -27,6 +27,7 @@ def test_all_suites_are_here():
     'cpu',
     'cpu_ablation',
     'facts',
+    'facts_24000',
     'h100',
     'needles',
     'sparse_attention',
