@@ -29,11 +29,10 @@ Settings are those that recalled most in single runs of seed 0, on the facts of
   65 and 26 % at 2.5e-3, 5e-3, 1e-2 and 2e-2, UltraMemV2 67 % at 1e-2, and dense
   23, 25 and 19 % at 5e-3, 1e-2 and 2e-2. That is 2.6 and 2.7 times as many
   facts. With 4,000 Memory+ recalls 25 % at 1e-2, fewer facts than with 2,000.
-- With 4,000 people and 96 exposures dense recalls 17 % of 24,000 facts at 1e-2,
-  UltraMem 53 % at 5e-3 and Memory+ 61 % at 1e-2, all with b2 0.99: 3.1 and 3.6
-  times as many facts. With 2,000 people, the same settings and 96 exposures
-  they recall 47, 89 and 99 % (results/facts_96_exposures.json; single runs,
-  seed 0, the other architectures not run). So 48 hid what the tables can hold.
+- With 2,000 people and 96 exposures, of 48 phrasings, dense recalls 47 % at
+  1e-2, UltraMem 89 at 5e-3 and Memory+ 99 at 1e-2, all with b2 0.99
+  (results/facts_96_exposures.json; single runs, seed 0). So 48 hid what the
+  tables can hold: `facts_24000.py`.
 - With 500 people MoE and PKM recalled more with b2 0.99: 3,000 facts are too
   few to judge these two by.
 - 64 values a token. Of 16 UltraMem learned half as much in the same time. One

@@ -16,7 +16,7 @@ from jaxsparse.analysis import cost, memory_cost
 from jaxsparse.config import MemoryConfig, ModelConfig
 from jaxsparse.nn import moe
 from jaxsparse.nn.transformer import Transformer
-from jaxsparse.ops import compose, value_bag
+from jaxsparse.ops import compose, partial_softmax, value_bag
 from jaxsparse.ops.expert_mlp import expert_mlp_reference
 
 BYTES = 257
@@ -255,8 +255,10 @@ def test_tiny_recipes_have_the_flops_that_xla_counts(name, monkeypatch):
 
     monkeypatch.setattr(moe, 'sharded_expert_mlp', all_experts)
   # What is counted is composition by factors, not by the matrices of a CPU, nor
-  # is its pooling of groups, by a matmul in which most weights are zero.
+  # is its pooling of groups, by a matmul in which most weights are zero, or its
+  # sums of shares by a matmul.
   monkeypatch.setattr(compose, '_by_matrices', compose._by_factors)
+  monkeypatch.setattr(partial_softmax, 'row_sums', lambda x, _: x.sum(-1))
   monkeypatch.setattr(
     value_bag,
     '_forward',
