@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxsparse.ops.varying import to_same_varying
+from jaxsparse.ops import bag_pieces
 
 _CAN_BE_UNSTABLE = 'is_stable' in inspect.signature(jax.lax.top_k).parameters
 
@@ -64,14 +64,13 @@ def top_m(
 
 def _by_counting(rows, num_selected):
   """`top_k`, whose order is stable: a rank is how many others come before."""
-  num_rows, num_candidates = rows.shape
-  tiles = -(-num_rows // _TILE_ROWS)
-  padding = tiles * _TILE_ROWS - num_rows
-  padded = jnp.pad(jax.lax.stop_gradient(rows), ((0, padding), (0, 0)))
-  tiled = padded.reshape(tiles, _TILE_ROWS, num_candidates)
-  indices = jax.lax.map(
-    functools.partial(_counted_tile, num_selected=num_selected), tiled
-  ).reshape(-1, num_selected)[:num_rows]
+
+  def count(carry, tile):
+    return carry, _counted_tile(tile, num_selected)
+
+  _, indices = bag_pieces.over_tokens(
+    count, None, jax.lax.stop_gradient(rows), _TILE_ROWS
+  )
   return jnp.take_along_axis(rows, indices, axis=-1), indices
 
 
@@ -91,8 +90,7 @@ def _counted_tile(rows, num_selected):
     return found + jnp.where(rank == place, i, 0).astype(jnp.int32)
 
   def over_candidates(body, num_rows):
-    start = jnp.zeros((num_rows, rows.shape[0]), jnp.int32)
-    start, _ = to_same_varying(start, rows)
+    start = bag_pieces.zeros((num_rows, len(rows)), jnp.int32, rows)
     return jax.lax.fori_loop(0, len(columns), body, start, unroll=4)
 
   ranks = over_candidates(count, len(columns))
