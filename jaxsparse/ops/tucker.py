@@ -13,12 +13,11 @@ Letters: T tokens, H retrieval heads, Q keys per axis, r ranks, c cores, m
 candidates per axis, k kept cells per head (k = m here).
 """
 
-import math
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxsparse.ops import bag_pieces
 from jaxsparse.ops.top_k import top_m, top_m_reference
 
 Directions = tuple[Float[Array, 'H r'], Float[Array, 'H r']]
@@ -112,7 +111,6 @@ def _take(
 def _select(row, column, core_sum, directions, num_selected, num_quadrants):
   """Rows and columns [T, H, k] of the kept cells, tile by tile of tokens."""
   u_Hr, t_Hr = directions
-  num_tokens, num_heads = row.shape[:2]
   # Unrolled over r: a contraction that short is no matter for a matmul.
   ranks = range(row.shape[-1])
   a_THQ = sum(row[..., a] * u_Hr[None, :, None, a] for a in ranks)
@@ -131,27 +129,16 @@ def _select(row, column, core_sum, directions, num_selected, num_quadrants):
   )
   right_THmr = _take(column, j_THm)
 
-  cells = num_heads * num_selected**2 // num_quadrants
-  tile = max(1, min(num_tokens, _TILE_CELLS // cells))
-  num_tiles = math.ceil(num_tokens / tile)
-  tile = math.ceil(num_tokens / num_tiles)
+  def best_cells(carry, pair):
+    return carry, _best_cells(*pair, num_selected, num_quadrants)
 
-  def best_cells(pair):
-    return _best_cells(*pair, num_selected, num_quadrants)
-
-  if num_tiles == 1:
-    p_THk, q_THk = best_cells((left_THmr, right_THmr))
-  else:
-    padding = num_tiles * tile - num_tokens
-
-    def tiled(x):
-      x = jnp.pad(x, ((0, padding), (0, 0), (0, 0), (0, 0)))
-      return x.reshape(num_tiles, tile, *x.shape[1:])
-
-    p_THk, q_THk = (
-      x.reshape(-1, *x.shape[2:])[:num_tokens]
-      for x in jax.lax.map(best_cells, (tiled(left_THmr), tiled(right_THmr)))
-    )
+  cells = row.shape[1] * num_selected**2 // num_quadrants
+  _, (p_THk, q_THk) = bag_pieces.over_tokens(
+    best_cells,
+    None,
+    (left_THmr, right_THmr),
+    _TILE_CELLS // cells,
+  )
   take = jax.vmap(jax.vmap(lambda x, i: x.at[i].get(mode='promise_in_bounds')))
   return take(i_THm, p_THk), take(j_THm, q_THk)
 
