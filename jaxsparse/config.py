@@ -57,6 +57,10 @@ class DataConfig:
   bpe_vocab_size: int = 8192
   # Tokens T of one packed sequence.
   seq_len: int = 256
+  # Pieces begin in a row at multiples of it, after padding, a divisor of
+  # seq_len: with a sparse attention's block no document shares one with another
+  # and packed documents are as if apart. 1 packs without gaps.
+  align: int = 1
   # Sequences B of one optimizer step, over all devices.
   batch_size: int = 16
   # Independent packing streams of which the batch is made; the stream of
@@ -72,7 +76,11 @@ class DataConfig:
       f'give text or tfds, not both; got {self.text!r} and {self.tfds!r}.',
     )
     require_choice(self, 'split', ('file', 'bytes'))
-    require_positive(self, 'seq_len', 'batch_size', 'bpe_vocab_size')
+    require_positive(self, 'seq_len', 'batch_size', 'bpe_vocab_size', 'align')
+    require(
+      self.seq_len % self.align == 0,
+      f'align must divide seq_len = {self.seq_len}, got {self.align}.',
+    )
     require_fraction(self, 'validation_fraction', 'test_fraction')
     require(
       self.validation_fraction > 0

@@ -29,26 +29,38 @@ def shifted(piece: Piece, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
 
 
 def packed(
-  pieces: grain.MapDataset, tokenizer: Tokenizer, seq_len: int
+  pieces: grain.MapDataset, tokenizer: Tokenizer, seq_len: int, align: int = 1
 ) -> grain.IterDataset:
   """Rows that `seq_len` tokens fill without gaps; long pieces go on.
 
   Segments count from 1 and positions from 0 within a row, so a piece that
-  goes on in the next row is a segment of its own there.
+  goes on in the next row is a segment of its own there. With `align`, a divisor
+  of `seq_len`, pieces begin at multiples of it, after padding of segment 0.
   """
   sequences = pieces.map(lambda piece: shifted(piece, tokenizer))
+  arrays = ['tokens', 'targets']
+  if align > 1:
+    sequences = sequences.map(lambda sequence: _aligned(sequence, align))
+    arrays.append('is_token')
   rows = grain.experimental.ConcatThenSplitIterDataset(
     # The rows are made in a thread of their own already.
     sequences.to_iter_dataset(
       grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
     ),
-    length_struct=dict(tokens=seq_len, targets=seq_len),
+    length_struct=dict.fromkeys(arrays, seq_len),
   )
   return rows.map(_row)
 
 
+def _aligned(sequence, multiple):
+  length = len(sequence['tokens'])
+  padding = (0, -length % multiple)
+  sequence = dict(sequence, is_token=np.ones(length, np.int32))
+  return {name: np.pad(x, padding) for name, x in sequence.items()}
+
+
 def _row(row: Mapping[str, Any]) -> dict[str, np.ndarray]:
-  segment_ids = row['tokens_segment_ids']
+  segment_ids = row['tokens_segment_ids'] * row.get('is_token', 1)
   return dict(
     tokens=row['tokens'],
     targets=row['targets'],

@@ -99,7 +99,9 @@ def train_iterator(
     identity=dict(corpus=corpus.key, seed=seed, num_lanes=num_lanes),
     lanes={
       lane: iter(
-        packing.packed(pieces[lane::num_lanes], tokenizer, config.seq_len)
+        packing.packed(
+          pieces[lane::num_lanes], tokenizer, config.seq_len, config.align
+        )
       )
       for lane in range(process_index * owned, (process_index + 1) * owned)
     },
@@ -134,7 +136,10 @@ def validation_batches(
       f'{process_count} processes.'
     )
   rows = packing.packed(
-    grain.MapDataset.source(corpus.validation), tokenizer, config.seq_len
+    grain.MapDataset.source(corpus.validation),
+    tokenizer,
+    config.seq_len,
+    config.align,
   )
   owned = config.batch_size // process_count
   return _padded_batches(

@@ -136,6 +136,23 @@ def test_every_token_is_a_target_once_an_epoch(corpus):
   assert seen[0] != seen[1] != seen[2] != seen[0], 'a new order each epoch'
 
 
+def test_aligned_pieces_begin_at_multiples(corpus):
+  """And still every token is a target once an epoch."""
+  batches = _take(_train(corpus, num_lanes=1, align=8), 30)
+  for batch in batches:
+    begins = (batch['segment_ids'] > 0) & (batch['positions'] == 0)
+    assert (np.nonzero(begins)[1] % 8 == 0).all()
+    np.testing.assert_array_equal(
+      batch['loss_weight'], batch['segment_ids'] > 0
+    )
+  assert any((batch['segment_ids'] == 0).any() for batch in batches)
+  wanted = collections.Counter(
+    pair for piece in corpus.train for pair in _pairs(piece)
+  )
+  first_epoch = _packed_pairs(batches)[: wanted.total()]
+  assert collections.Counter(first_epoch) == wanted
+
+
 def _order(batches: list) -> list[int]:
   """Numbers of the pieces that begin in the batches, in order."""
   pairs = _packed_pairs(batches)
