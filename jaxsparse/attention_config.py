@@ -82,6 +82,10 @@ class SparseAttentionConfig:
   See `ops.block_selection` and `ops.sparse_attention`.
   """
 
+  # 'dense' reads everything by plain attention, with the same parameters: to
+  # begin training with, as the same workdir goes on with 'sparse', which has
+  # the same function while it keeps all blocks.
+  mode: str = 'sparse'
   # Rows b of a block.
   block: int = 64
   # Rows that share a choice of blocks, a divisor of the block. Tiles of many
@@ -136,6 +140,7 @@ class SparseAttentionConfig:
     require_positive(self, 'block', 'tile', 'max_blocks', 'temperature')
     require_positive(self, 'query_chunk', 'router_heads', 'router_dim')
     require_positive(self, 'router_weight')
+    require_choice(self, 'mode', ('sparse', 'dense'))
     require_choice(self, 'router', ('shared', 'indexer'))
     require_not_negative(self, 'history_blocks', 'history_summaries')
     require_not_negative(self, 'window_blocks', 'sinks', 'budget_weight')
@@ -145,6 +150,11 @@ class SparseAttentionConfig:
       self.summary_key != 'gated' or self.use_summaries,
       "summary_key = 'gated' learns by reading summaries: set use_summaries, "
       'or another summary_key.',
+    )
+    require(
+      self.mode == 'sparse' or not self.history_blocks,
+      'history_blocks are of sparse attention, but mode is '
+      f'{self.mode!r}: unset one.',
     )
     require_fraction(self, 'budget_ramp')
     require(

@@ -169,6 +169,11 @@ class ModelConfig:
     )
     if self.dcmha:
       require(
+        set(self.attention_pattern) != {'sparse'},
+        'dcmha composes heads of global and local blocks, but '
+        f'attention_pattern is {self.attention_pattern}: unset one.',
+      )
+      require(
         self.num_heads % self.dcmha.num_groups == 0,
         f'dcmha.num_groups must divide num_heads = {self.num_heads}, '
         f'got {self.dcmha.num_groups}.',
@@ -190,7 +195,18 @@ class ModelConfig:
     return round(self.rope_fraction * self.head_dim)
 
   @property
-  def attention_kinds(self) -> tuple[str, ...]:
-    """What each block's attention sees."""
+  def attention_blocks(self) -> tuple[str, ...]:
+    """The pattern's kind of each block, which decides its parameters."""
     pattern = self.attention_pattern
     return tuple(pattern[i % len(pattern)] for i in range(self.num_layers))
+
+  @property
+  def attention_kinds(self) -> tuple[str, ...]:
+    """What each block's attention sees."""
+    is_dense = self.sparse is not None and self.sparse.mode == 'dense'
+    seen = dict(sparse='global') if is_dense else {}
+    return tuple(seen.get(kind, kind) for kind in self.attention_blocks)
+
+  def composition(self, layer: int) -> DCMHAConfig | None:
+    """Of the heads of one block; sparse blocks have none."""
+    return None if self.attention_blocks[layer] == 'sparse' else self.dcmha

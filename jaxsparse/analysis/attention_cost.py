@@ -11,7 +11,7 @@ def attention_parameters(config: ModelConfig, layer: int) -> int:
   """Matrices of one block's attention."""
   heads = 2 * config.num_heads + 2 * config.num_kv_heads
   count = config.model_dim * heads * config.head_dim
-  if config.attention_kinds[layer] == 'sparse':
+  if config.attention_blocks[layer] == 'sparse':
     count += config.model_dim * (3 * config.num_heads + config.num_kv_heads)
     if config.sparse.summary_key == 'gated':
       count += config.num_kv_heads * config.head_dim
@@ -33,7 +33,7 @@ def attention_gains(config: ModelConfig, layer: int) -> int:
   if config.use_bias:
     heads = config.num_heads + 2 * config.num_kv_heads
     gains += heads * config.head_dim + config.model_dim
-  if config.attention_kinds[layer] == 'sparse':
+  if config.attention_blocks[layer] == 'sparse':
     is_gated = config.sparse.summary_key == 'gated'
     per_head = 1 + (config.sparse.block if is_gated else 0)
     gains += per_head * config.num_kv_heads
@@ -61,7 +61,7 @@ def pair_flops(config: ModelConfig, layer: int, seq_len: int) -> int:
     flops = 4 * heads * width * rows_read(config, layer, seq_len)
     return flops + _router_flops(config, seq_len)
   flops = 4 * heads * width
-  dcmha = config.dcmha
+  dcmha = config.composition(layer)
   if dcmha:
     # Reading and writing R vectors, and the gate.
     flops += len(dcmha.streams) * (4 * dcmha.rank + 2) * heads
@@ -96,7 +96,7 @@ def rows_read(config: ModelConfig, layer: int, context: int) -> int:
 def row_values(config: ModelConfig, layer: int) -> int:
   """Numbers of one cached row: key, value, and factors of its token."""
   values = 2 * config.num_kv_heads * config.head_dim
-  dcmha = config.dcmha
+  dcmha = config.composition(layer)
   if config.attention_kinds[layer] == 'sparse':
     values += config.sparse.router_width
   elif dcmha:

@@ -69,13 +69,17 @@ class Attention(nn.Module):
       is_rotated=not (is_sparse and reads_unrotated(config, cache is not None)),
     )
     metrics = {}
+    sparse = functools.partial(SparseAttention, config, name='sparse')
     if is_sparse:
-      read = SparseAttention(config, name='sparse')
-      encoded, cache, metrics = read(x, *heads, segment_ids, cache)
+      encoded, cache, metrics = sparse()(x, *heads, segment_ids, cache)
       if cache is not None:
         cache = cache | dict(index=cache['index'] + x.shape[1])
     else:
       encoded, cache = self._read(x, *heads, positions, segment_ids, cache)
+      is_warming_up = config.attention_blocks[self.layer] == 'sparse'
+      if is_warming_up and self.is_initializing():
+        # Makes the parameters with which sparse attention is to go on.
+        sparse()(x, *heads, segment_ids)
     encoded = probed(self, encoded)
     shape = (config.num_heads, config.head_dim, model_dim)
     variance = 1 / (2 * config.num_layers * shape[0] * shape[1])
@@ -92,14 +96,14 @@ class Attention(nn.Module):
 
   def _read(self, x, query, key, value, positions, segment_ids, cache):
     """Reads everything before, or a window, with composed heads or without."""
-    config = self.config
+    config, dcmha = self.config, self.config.composition(self.layer)
     new = dict(
       key=key, value=value, positions=positions, segment_ids=segment_ids
     )
     factors, bases = {}, {}
-    if config.dcmha:
+    if dcmha:
       factors, bases = DCMHA(
-        config.dcmha, config.num_heads, config.dtype, name='dcmha'
+        dcmha, config.num_heads, config.dtype, name='dcmha'
       )(x)
       if (of_keys := cached_factors(factors)) is not None:
         if cache is not None:
@@ -110,7 +114,7 @@ class Attention(nn.Module):
     if cache is not None:
       keys, cache = attention_cache.append(cache, new, has_ring)
     mixes = {
-      place: head_mix(config.dcmha, place, factors, keys.get('factors'), bases)
+      place: head_mix(dcmha, place, factors, keys.get('factors'), bases)
       for place in ('pre', 'post')
     }
 
@@ -129,7 +133,7 @@ class Attention(nn.Module):
         **mixes,
       )
 
-    plain = dict(plain=read) if config.dcmha else {}
+    plain = dict(plain=read) if dcmha else {}
     show(self, value, weights=functools.partial(read, **mixes), **plain)
     return read(keys['value'], **mixes), cache
 

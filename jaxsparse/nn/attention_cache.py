@@ -84,7 +84,7 @@ def init_rows(
 
   heads = (config.num_kv_heads, num_rows, config.head_dim)
   cache = {name: empty('BKSH', *heads) for name in ('key', 'value')}
-  dcmha = config.dcmha
+  dcmha = config.composition(layer)
   if dcmha and dcmha.num_cached:
     shape = (dcmha.num_cached, dcmha.num_factors, config.num_heads)
     cache['factors'] = empty('B...S', *shape, num_rows)

@@ -18,6 +18,7 @@ _FREE = (
   'data.cache_dir',
   'model.memory.scheme',
   'model.memory.table_gradient',
+  'model.sparse.mode',
   'optimizer.value_lr_',
   'optimizer.value_row_budget',
 )

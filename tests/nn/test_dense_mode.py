@@ -1,0 +1,112 @@
+"""Sparse blocks that read everything, until sparse attention goes on."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsparse import saved_config
+from jaxsparse.analysis import cost
+from jaxsparse.attention_config import DCMHAConfig, SparseAttentionConfig
+from jaxsparse.config import Config, ModelConfig
+from jaxsparse.errors import UserError
+from jaxsparse.nn.transformer import Transformer, init_cache
+from jaxsparse.training.resume import claim_workdir, save_config
+
+SPARSE = ModelConfig(
+  num_layers=2,
+  model_dim=16,
+  num_heads=2,
+  num_kv_heads=1,
+  head_dim=8,
+  mlp_dim=16,
+  vocab_size=11,
+  attention_pattern=('local', 'sparse'),
+  window=8,
+  dcmha=DCMHAConfig(),
+  # Room for all blocks, and nothing covers e^20 of itself.
+  sparse=SparseAttentionConfig(
+    block=4, tile=2, window_blocks=1, max_blocks=8, coverage_logit=20.0
+  ),
+)
+DENSE = dataclasses.replace(
+  SPARSE, sparse=dataclasses.replace(SPARSE.sparse, mode='dense')
+)
+T = 24
+
+
+@pytest.fixture(scope='module')
+def params():
+  token = jnp.zeros((1, 1), jnp.int32)
+  return Transformer(DENSE).init(jax.random.key(0), token, token, token + 1)[
+    'params'
+  ]
+
+
+def inputs():
+  tokens = jax.random.randint(jax.random.key(1), (2, T), 0, SPARSE.vocab_size)
+  return tokens, jnp.tile(jnp.arange(T), (2, 1)), jnp.ones((2, T), jnp.int32)
+
+
+def logits(config, params, *rest):
+  run = jax.jit(Transformer(config).apply)
+  return run({'params': params}, *inputs(), *rest)
+
+
+def test_its_parameters_are_those_of_sparse_attention(params):
+  token = jnp.zeros((1, 1), jnp.int32)
+  of_sparse = jax.eval_shape(
+    Transformer(SPARSE).init, jax.random.key(0), token, token, token + 1
+  )['params']
+  shapes = jax.tree.map(jnp.shape, params)
+  assert shapes == jax.tree.map(jnp.shape, of_sparse)
+  assert 'dcmha' not in params['block_01']['attention']
+  sizes = sum(x.size for x in jax.tree.leaves(params))
+  assert cost.count_parameters(DENSE).total == sizes
+
+
+def test_it_is_sparse_attention_that_keeps_all_blocks(params):
+  dense, _, metrics = logits(DENSE, params)
+  sparse, _, of_sparse = logits(SPARSE, params)
+  np.testing.assert_allclose(dense, sparse, rtol=0, atol=1e-5)
+  assert 'block_price' in of_sparse
+  assert 'block_price' not in metrics
+
+
+def test_it_is_plain_attention_to_the_bit(params):
+  plain = dataclasses.replace(
+    SPARSE, attention_pattern=('global',), sparse=None, dcmha=None
+  )
+  alone = dataclasses.replace(DENSE, attention_pattern=('sparse',), dcmha=None)
+  np.testing.assert_array_equal(
+    logits(alone, params)[0], logits(plain, params)[0]
+  )
+
+
+def test_its_cache_gives_the_same(params):
+  whole, *_ = logits(DENSE, params)
+  run, cache, found = (
+    jax.jit(Transformer(DENSE).apply),
+    init_cache(DENSE, 2, T),
+    [],
+  )
+  for part in (slice(0, 13), slice(13, 14), slice(14, T)):
+    y, cache, _ = run(
+      {'params': params}, *(x[:, part] for x in inputs()), cache
+    )
+    found.append(y)
+  np.testing.assert_allclose(np.concatenate(found, 1), whole, rtol=0, atol=1e-5)
+
+
+def test_a_run_may_go_on_sparse(tmp_path):
+  save_config(Config(model=DENSE), tmp_path)
+  _, (told,) = claim_workdir(Config(model=SPARSE), tmp_path)
+  assert told == "model.sparse.mode: 'dense' -> 'sparse'"
+  assert saved_config.from_json(saved_config.to_json(Config(model=DENSE)))
+
+
+def test_it_forgets_nothing():
+  with pytest.raises(UserError, match='history_blocks'):
+    dataclasses.replace(DENSE.sparse, history_blocks=3)
