@@ -10,6 +10,8 @@ weighs them.
 Letters as in `block_selection`; r rows of a tile, T = n r queries.
 """
 
+import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax
@@ -309,8 +311,7 @@ def sparse_attention(
     ),
   )
 
-  @jax.checkpoint
-  def run(tiles):
+  def run(grid, tiles):
     selection, is_eligible, importance = choose(
       tiles['query'][:, :, 0],
       tiles['coverage'][:, :, 0],
@@ -353,10 +354,46 @@ def sparse_attention(
       stats['router_loss'] = jnp.zeros(selection.block.shape[:3])
     return y, stats
 
-  y, stats = jax.lax.map(run, tiles)
+  most_slots = min(grid.slots, pages.segments.shape[1])
+
+  def run_chunks(chunks, slots):
+    part = jax.tree.map(lambda x: x[chunks], tiles)
+    on_part = functools.partial(run, dataclasses.replace(grid, slots=slots))
+    y, stats = jax.lax.map(jax.checkpoint(on_part), part)
+    for name in ('block', 'is_kept'):
+      unused = most_slots - stats[name].shape[-1]
+      stats[name] = jnp.pad(stats[name], [(0, 0)] * 4 + [(0, unused)])
+    return y, stats
+
+  y, stats = jax.tree.map(
+    lambda *parts: jnp.concatenate(parts),
+    *(
+      run_chunks(*group)
+      for group in _groups_of_chunks(
+        num_chunks, per_chunk * grid.tile, first_row, grid
+      )
+    ),
+  )
   y = jnp.moveaxis(y, 0, 1).reshape(batch, -1, num_heads, width)[:, :length]
   stats = tiles_in_order(stats, -(-length // grid.tile))
   return y.astype(query.dtype), stats
+
+
+def _groups_of_chunks(num_chunks, rows, first_row, grid):
+  """Chunks that go together, and their slots.
+
+  The first chunks of a sequence have few eligible blocks, and so few slots.
+  """
+  if not isinstance(first_row, int):
+    return [(slice(None), grid.slots)]
+  reach = 0 if grid.is_overlapping else grid.window_blocks
+  last_tiles = [
+    first_row + i * rows - grid.tile for i in range(1, num_chunks + 1)
+  ]
+  eligible = [max(1, row // grid.block - reach) for row in last_tiles]
+  few = sum(2 * most <= grid.slots for most in eligible)
+  groups = [(slice(few), eligible[few - 1]), (slice(few, None), grid.slots)]
+  return groups[few == 0 : 1 + (few < num_chunks)]
 
 
 def tiles_in_order(
