@@ -16,6 +16,7 @@ from jaxsparse.bench import (
   first_session,
   grouped_matmul,
   host_memory,
+  long_input,
   measuring,
   memory_layer,
   top_m,
@@ -32,6 +33,7 @@ BENCHES = dict(
   train_step=train_step,
   attention=attention,
   decode=decode,
+  long_input=long_input,
   host_memory=host_memory,
 )
 

@@ -13,6 +13,7 @@ from jaxsparse.bench import (
   decode,
   grouped_matmul,
   host_memory,
+  long_input,
   memory_layer,
   top_m,
   train_step,
@@ -102,5 +103,6 @@ def sections() -> list[tuple[str, ModuleType, list[dict]]]:
         _DECODE | dict(kv_groups='8', batches='64', models='dense,moe,pkm'),
       ],
     ),
+    ('long input', long_input, [dict(tokens=16_384, stretch=4096)]),
     ('gather from pinned host memory', host_memory, [dict()]),
   ]

@@ -84,17 +84,26 @@ def _curves(folder: pathlib.Path, validation: Validation) -> Result:
   losses = np.array([r['loss'] for r in rows])
   # Single batches are noisy: a point is the mean of those around it.
   groups = np.array_split(np.arange(len(rows)), min(len(rows), _CURVE_POINTS))
+  # The last tenth of the rows.
+  last = slice(-max(1, len(rows) // 10), None)
+  kept = [
+    x
+    for r in rows[last]
+    for name, x in r.items()
+    if name.endswith('kept_share')
+  ]
   share_used = {
     layer: float(usage.measure(hits).share_used)
     for layer, hits in validation.slot_counts.items()
   }
   return dict(
-    # The last tenth of the rows.
-    training_loss=float(np.mean(losses[-max(1, len(losses) // 10) :])),
+    training_loss=float(np.mean(losses[last])),
     validation_loss=validation.loss,
     bits_per_byte=validation.bits_per_byte,
     tokens_per_second=float(np.median(speeds)),
     slots_used=share_used,
+    # Of blocks that sparse attention may keep, the mean over its layers.
+    **(dict(kept_share=float(np.mean(kept))) if kept else {}),
     curve=[
       [float(np.mean(steps[group])), float(np.mean(losses[group]))]
       for group in groups

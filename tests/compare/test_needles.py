@@ -11,7 +11,7 @@ from small_suite import facts_suite
 
 from jaxsparse.compare import retrieval, runs
 from jaxsparse.compare.suite import Architecture
-from jaxsparse.config import DataConfig
+from jaxsparse.config import DataConfig, SparseAttentionConfig
 from jaxsparse.data import needles, pipeline, tokenizer
 from jaxsparse.data.corpus import build_corpus
 from jaxsparse.data.needles import Needles
@@ -132,7 +132,16 @@ def test_a_comparison_asks_for_needles(tmp_path):
   suite = dataclasses.replace(
     suite,
     base=dataclasses.replace(suite.base, data=data, model=model),
-    architectures=dict(dense=Architecture()),
+    architectures=dict(
+      dense=Architecture(
+        model=dict(
+          attention_pattern=('sparse',),
+          sparse=SparseAttentionConfig(
+            block=4, tile=2, window_blocks=1, max_blocks=1
+          ),
+        )
+      )
+    ),
     needles=SMALL,
   )
   (run,) = runs.plan(suite, str(tmp_path))
@@ -140,6 +149,7 @@ def test_a_comparison_asks_for_needles(tmp_path):
   result = runs.train(run, Reporter())
   assert result['num_questions'] == 256 * 4
   assert 0 <= result['needles_found'] <= 1
+  assert 0 < result['kept_share'] < 1
   assert runs.finished(run) == result
   more = dataclasses.replace(run, needles=dataclasses.replace(SMALL, gap=3))
   with pytest.raises(UserError, match='is the result of another config'):

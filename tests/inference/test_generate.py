@@ -1,13 +1,23 @@
 """The command: text on stdout, one sentence for bad input, samples kept."""
 
+import argparse
 import dataclasses
 import json
+from types import SimpleNamespace
 
+import jax
+import numpy as np
 import pytest
 from small_run import save_untrained
 
 from jaxsparse import config, generate
+from jaxsparse import workdir as workdir_lib
+from jaxsparse.bench import long_input as bench
+from jaxsparse.data import corpus as corpus_lib
+from jaxsparse.data.pieces import Piece
+from jaxsparse.errors import UserError
 from jaxsparse.inference import long_input
+from jaxsparse.nn.transformer import init_cache
 
 MODEL = config.ModelConfig(
   num_layers=1,
@@ -119,6 +129,37 @@ def test_a_long_file_is_read_by_a_bounded_history(
     (sparse_workdir / 'samples.jsonl').read_text().splitlines()[-1]
   )
   assert row['prompt'] == text.read_text()
+
+
+def test_a_bounded_cache_is_of_one_size_for_every_length(sparse_workdir):
+  model = workdir_lib.read_config(sparse_workdir).model
+  model = long_input.with_bounded_history(model, 16)
+  short, long = (
+    jax.eval_shape(lambda n=n: init_cache(model, 1, n)) for n in (100, 10**6)
+  )
+  assert short['blocks'] == long['blocks']
+
+
+def test_the_bench_tells_of_every_stretch(sparse_workdir, monkeypatch, capsys):
+  monkeypatch.setattr(long_input, 'CHUNK', 16)
+  text = [Piece(b'a text to read ' * 3, True)]
+  monkeypatch.setattr(
+    corpus_lib, 'build_corpus', lambda config: SimpleNamespace(validation=text)
+  )
+  options = dict(workdir=str(sparse_workdir), tokens=100, stretch=32)
+  options = argparse.Namespace(**bench.OPTIONS | options)
+  records = bench.measure(options)
+  assert [r['task'] for r in records] == [
+    f'tokens {i} to {i + 32}' for i in (0, 32, 64)
+  ]
+  # It repeats the 45 bytes, but no untrained model expects that.
+  for r in records:
+    assert r['nats_per_token'] == pytest.approx(np.log(257), rel=0.2)
+    assert r['tokens_per_second'] > 0 < r['resident_bytes']
+  bench.show(records)
+  assert 'to the first stretch, at most' in capsys.readouterr().out
+  with pytest.raises(UserError, match='stretch must be at least 16'):
+    bench.measure(argparse.Namespace(**vars(options) | dict(stretch=8)))
 
 
 @pytest.mark.parametrize(
