@@ -12,12 +12,14 @@ Result: none measured.
 
 from jaxsparse import config as c
 
+LAYERS, WIDTH = 32, 2560
+
 
 def get_config() -> c.Config:
   return c.Config(
     model=c.ModelConfig(
-      num_layers=32,
-      model_dim=2560,
+      num_layers=LAYERS,
+      model_dim=WIDTH,
       num_heads=32,
       num_kv_heads=32,
       head_dim=80,
@@ -26,6 +28,7 @@ def get_config() -> c.Config:
       tie_embeddings=False,
       use_qk_norm=True,
       norm_epsilon=1e-6,
+      init_deviations=((2 / (5 * WIDTH)) ** 0.5, 2 / (LAYERS * WIDTH**0.5)),
       attention_pattern=('local', 'global'),
       window=256,
       query_chunk=128,

@@ -30,6 +30,7 @@ def get_config() -> c.Config:
       tie_embeddings=False,
       use_qk_norm=True,
       norm_epsilon=1e-6,
+      init_deviations=(0.006, 0.006),
       attention_pattern=('local', 'global'),
       window=256,
       query_chunk=128,

@@ -13,12 +13,14 @@ Result: none measured.
 
 from jaxsparse import config as c
 
+LAYERS, WIDTH = 32, 2560
+
 
 def get_config() -> c.Config:
   return c.Config(
     model=c.ModelConfig(
-      num_layers=32,
-      model_dim=2560,
+      num_layers=LAYERS,
+      model_dim=WIDTH,
       num_heads=32,
       num_kv_heads=32,
       head_dim=80,
@@ -28,6 +30,8 @@ def get_config() -> c.Config:
       tie_embeddings=False,
       use_qk_norm=True,
       norm='layer',
+      qk_norm_epsilon=1e-6,
+      init_deviations=((2 / (5 * WIDTH)) ** 0.5, 2 / (LAYERS * WIDTH**0.5)),
       use_bias=True,
       parallel_block=True,
       rope_fraction=0.25,

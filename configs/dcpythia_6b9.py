@@ -28,6 +28,8 @@ def get_config() -> c.Config:
       tie_embeddings=False,
       use_qk_norm=True,
       norm='layer',
+      qk_norm_epsilon=1e-6,
+      init_deviations=(0.02, 0.0025),
       use_bias=True,
       parallel_block=True,
       rope_fraction=0.25,

@@ -103,6 +103,13 @@ class ModelConfig:
   norm: str = 'rms'
   # Added to the mean square in every norm.
   norm_epsilon: float = 1e-5
+  # In those of queries and keys; 0 for norm_epsilon.
+  qk_norm_epsilon: float = 0.0
+  # Standard deviations at the start: of the matrices of attention and MLPs that
+  # read the residual stream and of the head, and of those that write to it. 0
+  # for 1 / sqrt(fan-in), and for this over sqrt(2 num_layers). Without experts
+  # and memories, which have their own.
+  init_deviations: tuple[float, float] = (0.0, 0.0)
   # Biases in all products of attention and MLPs; the logits have none.
   use_bias: bool = False
   # Attention and MLP of a block read the same residual stream (GPT-J).
@@ -154,7 +161,12 @@ class ModelConfig:
       'moe and memory.replaces_mlp would both stand in place of the MLP; set '
       'one of them.',
     )
-    require_not_negative(self, 'vocab_size', 'query_chunk')
+    require_not_negative(self, 'vocab_size', 'query_chunk', 'qk_norm_epsilon')
+    require(
+      len(self.init_deviations) == 2 and min(self.init_deviations) >= 0,
+      'init_deviations must be two numbers of at least 0, got '
+      f'{self.init_deviations}.',
+    )
     require_positive(self, 'window')
     require(
       bool(self.attention_pattern)

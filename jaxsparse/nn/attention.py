@@ -17,7 +17,7 @@ from jaxsparse.nn import attention_cache
 from jaxsparse.nn.attention_cache import Cache
 from jaxsparse.nn.attention_maps import probed, show
 from jaxsparse.nn.dcmha import DCMHA, cached_factors, head_mix
-from jaxsparse.nn.layers import Metrics, RMSNorm, bias, weight
+from jaxsparse.nn.layers import Metrics, RMSNorm, bias, init_variances, weight
 from jaxsparse.nn.sparse_attention import SparseAttention, reads_unrotated
 from jaxsparse.ops.attention import attention
 from jaxsparse.ops.rope import apply_rope
@@ -82,8 +82,8 @@ class Attention(nn.Module):
         sparse()(x, *heads, segment_ids)
     encoded = probed(self, encoded)
     shape = (config.num_heads, config.head_dim, model_dim)
-    variance = 1 / (2 * config.num_layers * shape[0] * shape[1])
-    output = weight(self, 'output', 'NHD', shape, variance, config.dtype)
+    _, writing = self._variances(model_dim)
+    output = weight(self, 'output', 'NHD', shape, writing, config.dtype)
     # G for the heads: einsum contracts letters by the alphabet, and with H
     # before N it would transpose the matrix, in decoding at every step.
     y = jnp.einsum(
@@ -146,12 +146,20 @@ class Attention(nn.Module):
     one = self.config.attention_implementation in ('auto', 'pallas')
     return 'auto' if one and num_new == 1 else 'xla'
 
+  def _variances(self, model_dim):
+    config = self.config
+    inner = config.num_heads * config.head_dim
+    return init_variances(
+      config.init_deviations, model_dim, inner, config.num_layers
+    )
+
   def _project(self, x, positions, is_rotated):
     config, model_dim = self.config, x.shape[-1]
+    reading, _ = self._variances(model_dim)
 
     def project(name: str, dims: str, num_heads: int) -> jax.Array:
       shape = (model_dim, num_heads, config.head_dim)
-      matrix = weight(self, name, dims, shape, 1 / model_dim, config.dtype)
+      matrix = weight(self, name, dims, shape, reading, config.dtype)
       heads = jnp.einsum('btd,dnh->btnh', x, matrix)
       if not config.use_bias:
         return heads
@@ -163,7 +171,10 @@ class Attention(nn.Module):
     value = project('value', 'DKH', config.num_kv_heads)
     if config.use_qk_norm:
       norm = functools.partial(
-        RMSNorm, epsilon=config.norm_epsilon, dim='H', dtype=config.dtype
+        RMSNorm,
+        epsilon=config.qk_norm_epsilon or config.norm_epsilon,
+        dim='H',
+        dtype=config.dtype,
       )
       query, key = norm(name='query_norm')(query), norm(name='key_norm')(key)
     if not is_rotated:

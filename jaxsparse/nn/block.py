@@ -99,7 +99,12 @@ class Block(nn.Module):
       name, layer = 'moe', functools.partial(MoE, config.moe)
     else:
       name = 'mlp'
-      layer = functools.partial(MLP, config.mlp_dim, use_bias=config.use_bias)
+      layer = functools.partial(
+        MLP,
+        config.mlp_dim,
+        deviations=config.init_deviations,
+        use_bias=config.use_bias,
+      )
     has_memory = self.index in dict(placements(config))
     if has_memory and config.memory.replaces_mlp:
       return [], {}

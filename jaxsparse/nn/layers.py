@@ -42,6 +42,21 @@ def weight(
   return mesh.gather(module.param(name, init, shape), dims).astype(dtype)
 
 
+def init_variances(
+  deviations: tuple[float, float], fan_in: int, inner: int, num_layers: int
+) -> tuple[float, float]:
+  """Of matrices that read the residual stream, and of those that write to it.
+
+  Args:
+    deviations: of both; 0 for unit variance within, and 1 / (2 L) of it added.
+    fan_in: width of what is read.
+    inner: width of what is written from.
+    num_layers: depth L of the model.
+  """
+  reading, writing = (deviation**2 for deviation in deviations)
+  return reading or 1 / fan_in, writing or 1 / (2 * num_layers * inner)
+
+
 def dropout(
   x: Float[Array, 'B T D'], rate: float, rng: jax.Array
 ) -> Float[Array, 'B T D']:
@@ -151,8 +166,9 @@ class MLP(nn.Module):
   'swiglu' is eq. 6 of Shazeer 2020 (arXiv:2002.05202), with the matrices
   `gate`, `up` and `down`; 'gelu' has `up` and `down` and the tanh form of GELU.
   With `use_bias` each has a bias besides.
-  `num_layers` is the depth L of the model, for the initial values. With
-  `is_partial` the sum over `model` is left to the caller, see `mesh.partial`.
+  `num_layers` is the depth L of the model, and `deviations` as
+  `init_variances` takes them. With `is_partial` the sum over `model` is left to
+  the caller, see `mesh.partial`.
   """
 
   width: int
@@ -161,6 +177,7 @@ class MLP(nn.Module):
   dtype: jax.typing.DTypeLike = jnp.float32
   is_partial: bool = False
   use_bias: bool = False
+  deviations: tuple[float, float] = (0.0, 0.0)
 
   @nn.compact
   def __call__(
@@ -168,19 +185,19 @@ class MLP(nn.Module):
   ) -> tuple[Float[Array, 'B T D'], Metrics]:
     model_dim, width = x.shape[-1], self.width
     x = x.astype(self.dtype)
+    reading, writing = init_variances(
+      self.deviations, model_dim, width, self.num_layers
+    )
 
     def project(name: str) -> jax.Array:
-      matrix = weight(
-        self, name, 'DF', (model_dim, width), 1 / model_dim, self.dtype
-      )
+      matrix = weight(self, name, 'DF', (model_dim, width), reading, self.dtype)
       return self._biased(jnp.einsum('btd,df->btf', x, matrix), name, 'F')
 
     if self.kind == 'swiglu':
       hidden = nn.silu(project('gate')) * project('up')
     else:
       hidden = nn.gelu(project('up'))
-    variance = 1 / (2 * self.num_layers * width)
-    down = weight(self, 'down', 'FD', (width, model_dim), variance, self.dtype)
+    down = weight(self, 'down', 'FD', (width, model_dim), writing, self.dtype)
     spec = mesh.partial('BTD') if self.is_partial else mesh.act('BTD')
     y = jnp.einsum('btf,fd->btd', hidden, down, out_sharding=spec)
     return self._biased(y, 'down', 'D'), {}

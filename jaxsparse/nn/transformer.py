@@ -106,7 +106,7 @@ class Transformer(nn.Module):
     if config.tie_embeddings:
       return embed.logits(x), cache, metrics
     shape = (config.vocab_size, config.model_dim)
-    variance = 1 / config.model_dim
+    variance = config.init_deviations[0] ** 2 or 1 / config.model_dim
     table = weight(self, 'output', 'VD', shape, variance, config.dtype)
     return project_to_vocabulary(x, table), cache, metrics
 

@@ -50,6 +50,9 @@ def test_initial_variances():
   assert np.std(params['down']) == pytest.approx(
     (2 * 8 * 1024) ** -0.5, rel=0.02
   )
+  published = MLP(1024, deviations=(0.02, 0.0025)).init(KEY, x)['params']
+  for name, deviation in (('gate', 0.02), ('up', 0.02), ('down', 0.0025)):
+    assert np.std(published[name]) == pytest.approx(deviation, rel=0.02)
   embed = Embed(1000, 512)
   x, params = embed.init_with_output(KEY, jnp.arange(1000)[None])
   assert np.std(x) == pytest.approx(512**-0.5, rel=0.02)
