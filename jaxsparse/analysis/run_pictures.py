@@ -72,6 +72,9 @@ def draw(
   if experts or plots.curves(rows, '/moe/load_max'):
     drawn.append(into / 'expert_load.png')
     plot_expert_load(experts, drawn[-1], rows)
+  if plots.curves(rows, '/attention/kept_share'):
+    drawn.append(into / 'sparse_attention.png')
+    plot_kept_blocks(drawn[-1], rows)
   return drawn
 
 
@@ -88,12 +91,11 @@ def plot_expert_load(
     rows: of `metrics.jsonl`; where they have routing metrics, the largest load
       and the unevenness are drawn over training below.
   """
-  largest = plots.curves(rows, '/moe/load_max')
-  uneven = plots.curves(rows, '/moe/unevenness')
-  layers = sorted({*counts, *largest, *uneven})
-  colours = {
-    layer: plots.COLOURS[i % len(plots.COLOURS)]
-    for i, layer in enumerate(layers)
+  histories = {
+    'Largest load in a step (mean: 1)': plots.curves(rows, '/moe/load_max'),
+    'Unevenness of the load in a step (nats)': plots.curves(
+      rows, '/moe/unevenness'
+    ),
   }
   has_loads = bool(counts)
   height = 3.0 + has_loads * (1.5 + 0.25 * len(counts))
@@ -101,19 +103,39 @@ def plot_expert_load(
     grid = figure.add_gridspec(1 + has_loads, 2)
     if has_loads:
       _draw_loads(figure, figure.add_subplot(grid[0, :]), counts)
-    for column, (title, curves) in enumerate(
-      {
-        'Largest load in a step (mean: 1)': largest,
-        'Unevenness of the load in a step (nats)': uneven,
-      }.items()
-    ):
-      axes = figure.add_subplot(grid[-1, column])
-      axes.set_title(title)
-      plots.plot_history(axes, curves, colours)
-      for layer in layers:
-        axes.plot([], [], color=colours[layer], label=layer)
-      if column == 0 and len(layers) <= len(plots.COLOURS):
-        axes.legend(fontsize=8)
+    _draw_histories(figure, grid[-1, :], histories, counts)
+
+
+def plot_kept_blocks(
+  path: str | os.PathLike, rows: Sequence[plots.Row]
+) -> None:
+  """Draws how sparse attention's choice changed over training, into a PNG."""
+  histories = {
+    'Kept share of the eligible blocks': '/attention/kept_share',
+    "Entropy of the blocks' importance (nats)": '/attention/router_entropy',
+  }
+  with plots.new_figure(path, height=3.0) as figure:
+    histories = {t: plots.curves(rows, n) for t, n in histories.items()}
+    _draw_histories(figure, figure.add_gridspec(1, 1)[0], histories)
+
+
+def _draw_histories(figure, place, histories, layers=()):
+  """A panel of curves by layer for each title, next to each other."""
+  layers = sorted(
+    {*layers, *(n for curves in histories.values() for n in curves)}
+  )
+  colours = {
+    layer: plots.COLOURS[i % len(plots.COLOURS)]
+    for i, layer in enumerate(layers)
+  }
+  panels = place.subgridspec(1, len(histories)).subplots()
+  for axes, (title, curves) in zip(panels, histories.items(), strict=True):
+    axes.set_title(title)
+    plots.plot_history(axes, curves, colours)
+  if len(layers) <= len(plots.COLOURS):
+    for layer in layers:
+      panels[0].plot([], [], color=colours[layer], label=layer)
+    panels[0].legend(fontsize=8)
 
 
 def _draw_loads(figure, axes, counts):

@@ -44,7 +44,9 @@ _INPUT_DIMS = (
   Pooling('K.', 'K.'), Router('BT..', 'BT.', 'BT.'),
 )  # fmt: skip
 _STATS_DIMS = dict(kept='BK.', eligible='BK.', shares='BK..')
-_CHOICE_DIMS = dict(block='BK..', is_kept='BK..', router_loss='BK.')
+_CHOICE_DIMS = dict(
+  block='BK..', is_kept='BK..', entropy='BK.', router_loss='BK.'
+)
 
 
 def _whole(dims):
@@ -136,9 +138,11 @@ class SparseAttention(nn.Module):
     shift the grid of blocks.
 
     The metrics are means over tiles with an eligible block: 'kept_share' of
-    these blocks, 'coverage', and the shares of the softmax in 'window', 'kept'
-    and 'summary', and without a cache an indexer's 'router_loss', whose
-    weighted value is 'aux_loss'; 'block_price' is the weighted 'kept_share'.
+    these blocks and their number 'kept_blocks', 'coverage', least and most, and
+    the shares of the softmax in 'window', 'kept' and 'summary'; without a cache
+    the 'router_entropy' of the blocks' importance in nats, and an indexer's
+    'router_loss', whose weighted value is 'aux_loss'; 'block_price' is the
+    weighted 'kept_share'.
     """
     sparse = self.config.sparse
     gates, coverage = self._gates_and_coverage(x)
@@ -262,11 +266,19 @@ class SparseAttention(nn.Module):
     total = jnp.maximum(counts.sum(), 1.0)
     mean = functools.partial(_mean, counts, total)
     kept_share = mean(stats['kept'] / jnp.maximum(eligible, 1.0))
-    metrics = dict(kept_share=kept_share, coverage=coverage.mean())
+    metrics = dict(
+      kept_share=kept_share,
+      kept_blocks=mean(stats['kept']),
+      coverage=coverage.mean(),
+      coverage_least=coverage.min(),
+      coverage_most=coverage.max(),
+    )
     for i, name in enumerate(_SETS):
       metrics[name] = mean(stats['shares'][..., i])
     sparse = self.config.sparse
     metrics['block_price'] = sparse.budget_weight * kept_share
+    if 'entropy' in stats:
+      metrics['router_entropy'] = mean(stats['entropy'])
     if sparse.router == 'indexer' and 'router_loss' in stats:
       metrics['router_loss'] = mean(stats['router_loss'])
       metrics['aux_loss'] = sparse.router_weight * metrics['router_loss']

@@ -32,7 +32,11 @@ from jaxsparse.ops.block_summaries import (
   Turn,
   join_summaries,
 )
-from jaxsparse.ops.sparse_attention import attend_tiles, tiles_in_order
+from jaxsparse.ops.sparse_attention import (
+  attend_tiles,
+  mean_of_rows,
+  tiles_in_order,
+)
 from jaxsparse.ops.sparse_cache import SparseCache, append, init_sparse_cache
 
 # How much of a block's worth a tile leaves as it was.
@@ -269,7 +273,7 @@ def _advance(
     eligible=jnp.broadcast_to(
       is_eligible.sum(-1)[:, None], new.weight.shape[:3]
     ),
-    shares=jnp.moveaxis(of_sets.mean((2, 4)), 2, 1),
+    shares=mean_of_rows(of_sets, tiled(segments)),
   )
   pages = pages._replace(kept_block=kept_block, is_kept=is_kept)
   y = y.reshape(batch, length, num_heads, width).astype(value.dtype)

@@ -273,7 +273,8 @@ def sparse_attention(
     Sums of the values, and of each tile and key/value head: how many blocks are
     'kept' [B, K, n] (with the gradient of the coverage) and 'eligible', the
     'block' of each slot [B, K, n, k] and whether it 'is_kept', the 'shares'
-    [B, K, n, 3] of the three sets, and the 'router_loss' [B, K, n].
+    [B, K, n, 3] of the three sets, and [B, K, n] the 'entropy' of the blocks'
+    importance in nats and the 'router_loss'.
   """
   batch, length, num_heads, width = query.shape
   num_kv_heads = key.shape[2]
@@ -344,7 +345,8 @@ def sparse_attention(
     stats = dict(
       kept=selection.weight.sum(-1),
       eligible=eligible,
-      shares=jnp.moveaxis(shares.mean((2, 4)), 2, 1),
+      shares=mean_of_rows(shares, tiles['segments']),
+      entropy=_entropy(importance),
       block=selection.block,
       is_kept=selection.is_kept,
     )
@@ -377,6 +379,22 @@ def sparse_attention(
   y = jnp.moveaxis(y, 0, 1).reshape(batch, -1, num_heads, width)[:, :length]
   stats = tiles_in_order(stats, -(-length // grid.tile))
   return y.astype(query.dtype), stats
+
+
+def mean_of_rows(
+  shares: Float[Array, 'B n r K G 3'], segments: Int[Array, 'B n r']
+) -> Float[Array, 'B K n 3']:
+  """Over the heads of a group and the rows of a tile, but for padding."""
+  is_row = (segments > 0).astype(shares.dtype)
+  total = jnp.einsum('bnrkgs,bnr->bkns', shares, is_row)
+  count = jnp.maximum(is_row.sum(-1), 1) * shares.shape[4]
+  return total / count[:, None, :, None]
+
+
+def _entropy(importance):
+  importance = jax.lax.stop_gradient(importance)
+  logs = jnp.log(jnp.where(importance > 0, importance, 1.0))
+  return -(importance * logs).sum(-1)
 
 
 def _groups_of_chunks(num_chunks, rows, first_row, grid):

@@ -23,7 +23,12 @@ from jaxsparse.ops.block_summaries import (
   mean_of_blocks,
   summarize,
 )
-from jaxsparse.ops.sparse_attention import Pages, attend_tiles, sparse_attention
+from jaxsparse.ops.sparse_attention import (
+  Pages,
+  attend_tiles,
+  mean_of_rows,
+  sparse_attention,
+)
 
 
 class SparseCache(NamedTuple):
@@ -277,7 +282,7 @@ def _one_token(
     eligible=jnp.broadcast_to(
       is_eligible.sum(-1)[:, None], (batch, num_kv_heads, 1)
     ),
-    shares=jnp.moveaxis(shares.mean((2, 4)), 2, 1),
+    shares=mean_of_rows(shares, segments[:, None]),
   )
   y = y.reshape(batch, 1, num_heads, width).astype(query.dtype)
   return y, cache._replace(kept_block=block, is_kept=is_kept), stats

@@ -21,6 +21,8 @@ def workdir(tmp_path):
       'block_00/moe/unevenness': 0.1,
       'block_01/memory/slots_used': 0.5,
       'block_01/memory/unevenness': 1.0,
+      'block_02/attention/kept_share': 0.3,
+      'block_02/attention/router_entropy': 2.0,
     }
     for step in range(1, 5)
   ]
@@ -38,7 +40,12 @@ def test_report_draws_what_there_is(workdir, capsys):
   run_pictures.save_pass(workdir, counts, {'gzip': 2.6})
   assert report.main([str(workdir)]) == 0
   names = {line.split('/')[-1] for line in capsys.readouterr().out.split()}
-  assert names == {'training.png', 'slot_usage.png', 'expert_load.png'}
+  assert names == {
+    'training.png',
+    'slot_usage.png',
+    'expert_load.png',
+    'sparse_attention.png',
+  }
   for name in names:
     data = (workdir / 'plots' / name).read_bytes()
     assert data.startswith(b'\x89PNG')
