@@ -106,8 +106,10 @@ class Attention(nn.Module):
         dcmha, config.num_heads, config.dtype, name='dcmha'
       )(x)
       if (of_keys := cached_factors(factors)) is not None:
+        # As the cache keeps them, or 16-bit decoding would be another model.
+        of_keys = of_keys.astype(x.dtype)
         if cache is not None:
-          of_keys = mesh.reshard(of_keys.astype(x.dtype), mesh.act('BT...'))
+          of_keys = mesh.reshard(of_keys, mesh.act('BT...'))
         new['factors'] = of_keys
     has_ring = attention_cache.is_ring(config, self.layer)
     keys = new

@@ -44,8 +44,12 @@ class DCMHA(nn.Module):
     if config.base:
       for place in ('pre', 'post'):
         if getattr(config, place):
-          shape = (num_groups, group, group)
-          bases[place] = draw(f'{place}_base', '...', shape, 0.1 * group**-0.5)
+          bases[place] = draw(
+            f'{place}_base',
+            '...',
+            (num_groups, group, group),
+            0.0 if is_identity else 0.1 * group**-0.5,
+          )
     if not num_streams:
       return {}, bases
     hidden = draw(

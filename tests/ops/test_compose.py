@@ -8,6 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxsparse.config import DCMHAConfig, ModelConfig
+from jaxsparse.nn import attention_cache
 from jaxsparse.ops.attention import attention
 from jaxsparse.ops.compose import (
   HeadMix,
@@ -20,6 +22,10 @@ FIXTURE = pathlib.Path(__file__).parents[1] / 'fixtures/dcmha.npz'
 
 # Streams of the generator, in the order of the official checkpoints.
 PRE_QUERY, PRE_KEY, POST_QUERY, POST_KEY = range(4)
+
+
+# NumPy's own relative tolerance of 1e-7 would be the larger one in f64.
+assert_close = functools.partial(np.testing.assert_allclose, rtol=0)
 
 
 @pytest.fixture(autouse=True)
@@ -44,6 +50,7 @@ def composed(
       query=None if factors is None else factors[:, :, query],
       key=factors[:, :, key] if dynamic and key_wise else None,
       base=inputs['static'][base] if static else None,
+      num_groups=inputs['qkw'].shape[0],
     )
 
   batch, length = inputs['x'].shape[:2]
@@ -136,15 +143,17 @@ GOLDEN = dict(
 def test_golden_numbers(name):
   options, sums, row = GOLDEN[name]
   y = np.asarray(jax.jit(lambda i: composed(i, **options))(golden_inputs()))
-  np.testing.assert_allclose((y.sum(), (y**2).sum()), sums, atol=1e-11)
-  np.testing.assert_allclose(y[0, 5, 0], row, atol=1e-10)
+  assert_close((y.sum(), (y**2).sum()), sums, atol=1e-12)
+  assert_close(y[0, 5, 0], row, atol=1e-10)
+
+
+@jax.jit
+def factors_of(inputs):
+  return generate_factors(*(inputs[name] for name in ('x', 'dw1', 'qkw', 'dd')))
 
 
 def test_golden_factors():
-  inputs = golden_inputs()
-  factors = generate_factors(
-    inputs['x'], inputs['dw1'], inputs['qkw'], inputs['dd']
-  )
+  factors = factors_of(golden_inputs())
   read, write = factors[0, 2, PRE_QUERY, 0], factors[0, 2, PRE_QUERY, 2]
   gate = factors[0, 2, PRE_KEY, -1]
   for got, want in (
@@ -152,7 +161,71 @@ def test_golden_factors():
     (write, (0.00869968, 0.00195299, -0.00532958, -0.01114978)),
     (gate, (-0.04899416, -0.02161113, 0.01360002, 0.04388214)),
   ):
-    np.testing.assert_allclose(got, want, atol=1e-8)
+    assert_close(got, want, atol=1e-8)
+
+
+def test_golden_scores_and_row_sums():
+  inputs = golden_inputs()
+  factors = factors_of(inputs)
+  mix = HeadMix(query=factors[:, :, PRE_QUERY], key=factors[:, :, PRE_KEY])
+  score = jnp.einsum('btnh,bsnh->btns', inputs['q'], inputs['k']) / 2
+  assert_close(
+    compose(score, mix)[0, 5, 0],
+    (-0.60332876, -0.51403849, 0.22318063, 0.66246597, 0.24808603, -0.58607267),
+    atol=1e-8,
+  )
+  inputs['v'] = jnp.ones_like(inputs['v'])
+  assert_close(
+    composed(inputs)[0, 5, :, 0],
+    (0.88569517, 0.91249106, 0.97163005, 1.04249363),
+    atol=1e-8,
+  )
+
+
+def causal_softmax(score):
+  """[T, N, S] in NumPy."""
+  length = len(score)
+  is_later = np.arange(length)[:, None] < np.arange(length)
+  weight = np.exp(np.where(is_later[:, None], -np.inf, score))
+  return weight / weight.sum(-1, keepdims=True)
+
+
+def test_base_alone_is_talking_heads():
+  """Written as in arXiv:2003.02436, by a matrix on each side."""
+  inputs = golden_inputs()
+  q, k, v = (np.asarray(inputs[name][0]) for name in 'qkv')
+  before, after = np.eye(4) + np.asarray(inputs['static'][:, 0])
+  score = np.einsum('tmh,smh,mn->tns', q, k, before) / 2
+  weight = np.einsum('tms,mn->tns', causal_softmax(score), after)
+  expected = np.einsum('tns,snh->tnh', weight, v)
+  y = composed(inputs, dynamic=False, static=True)
+  assert_close(y[0], expected, atol=1e-14)
+
+
+def test_query_wise_equals_its_absorbed_form():
+  """Reading all heads' keys at once, by a query as wide as the model."""
+  inputs = golden_inputs()
+  q, k, v = (np.asarray(inputs[name][0]) for name in 'qkv')
+  factors = np.asarray(factors_of(inputs)[0])
+
+  def parts(stream):
+    return np.split(factors[:, stream], [2, 4], axis=1)
+
+  read, write, gate = parts(PRE_QUERY)
+  wide = (read[..., None] * q[:, None]).reshape(6, 2, 16)
+  score = np.einsum('tnh,snh->tns', (1 + gate[:, 0, :, None]) * q, k)
+  score += np.einsum('trn,trd,sd->tns', write, wide, k.reshape(6, 16))
+  weight = causal_softmax(score / 2)
+  read, write, gate = parts(POST_QUERY)
+  mixed = np.einsum('trm,tms->trs', read, weight)
+  expected = (1 + gate[:, 0, :, None]) * np.einsum('tns,snh->tnh', weight, v)
+  expected += np.einsum('trn,trs,snh->tnh', write, mixed, v)
+  assert_close(composed(inputs, key_wise=False)[0], expected, atol=1e-14)
+
+
+def official_arrays():
+  with np.load(FIXTURE) as data:
+    return {name: jnp.asarray(data[name]) for name in data.files}
 
 
 @pytest.mark.parametrize('chunk', [pytest.param(0, marks=pytest.mark.slow), 4])
@@ -166,8 +239,7 @@ def test_golden_factors():
   ],
 )
 def test_equals_the_official_layer(case, options, chunk):
-  with np.load(FIXTURE) as data:
-    arrays = {name: jnp.asarray(data[name]) for name in data.files}
+  arrays = official_arrays()
   names = ('x', 'q', 'k', 'v', 'dw1', 'qkw', 'dd')
   names += ('static',) if case == 'static' else ()
   inputs = {name: arrays[name] for name in names}
@@ -220,7 +292,7 @@ def test_equals_the_reference(parts, num_groups):
       functools.partial(compose, implementation=implementation)
     )
     for got, want in zip(jax.tree.leaves(found), expected, strict=True):
-      np.testing.assert_allclose(got, want, atol=1e-12)
+      assert_close(got, want, atol=1e-12)
 
 
 def test_zero_in_all_heads_stays_zero():
@@ -238,15 +310,60 @@ def test_groups_do_not_meet():
   assert (np.asarray(before[:, :, :3]) != np.asarray(after[:, :, :3])).all()
 
 
-def test_permuting_heads_permutes_the_result():
-  order = np.array([3, 1, 5, 0, 4, 2])
-  mix = random_mix(3, 1, ('query', 'key'))
-  permuted = HeadMix(query=mix.query[..., order], key=mix.key[..., order])
-  np.testing.assert_allclose(
-    compose(SCORE[:, :, order], permuted),
-    compose(SCORE, mix)[:, :, order],
-    atol=1e-5,
+def grouped_inputs():
+  """The golden ones for two groups of two heads."""
+  return golden_inputs() | dict(
+    dw1=sequence((16, 2, 4, 8), 0.37, 0.5, 0.3),
+    qkw=sequence((2, 4, 8, 4, 2), 0.53, 0.6, 0.2),
+    dd=sequence((16, 2, 8), 0.61, 0.7, 0.1),
+    static=sequence((2, 2, 2, 2), 0.43, 0.8, 0.1),
   )
+
+
+def test_each_group_has_a_generator_of_its_own():
+  inputs = grouped_inputs()
+  apart = [
+    generate_factors(
+      inputs['x'],
+      inputs['dw1'][:, g : g + 1],
+      inputs['qkw'][g : g + 1],
+      inputs['dd'][:, g : g + 1],
+    )
+    for g in range(2)
+  ]
+  assert_close(factors_of(inputs), np.concatenate(apart, axis=-1), atol=1e-15)
+
+
+def test_a_group_without_parameters_is_plain_and_alone():
+  inputs = grouped_inputs()
+  zeroed = inputs | dict(
+    dw1=inputs['dw1'].at[:, 0].set(0.0),
+    qkw=inputs['qkw'].at[0].set(0.0),
+    dd=inputs['dd'].at[:, 0].set(0.0),
+    static=inputs['static'].at[:, 0].set(0.0),
+  )
+  plain = jax.jit(functools.partial(composed, pre=False, post=False))(inputs)
+  run = jax.jit(functools.partial(composed, static=True))
+  before, after = run(inputs), run(zeroed)
+  np.testing.assert_array_equal(after[:, :, 2:], before[:, :, 2:])
+  np.testing.assert_array_equal(after[:, :, :2], plain[:, :, :2])
+  assert (np.asarray(before) != np.asarray(plain)).all()
+
+
+def test_permuting_heads_permutes_the_result():
+  order = np.array([2, 0, 3, 1])
+  inputs = golden_inputs()
+  permuted = {
+    name: x[:, :, order] if name in 'qkv' else x for name, x in inputs.items()
+  }
+  gates = inputs['dd'].reshape(16, 1, 4, 4)[..., order]
+  permuted |= dict(
+    qkw=inputs['qkw'][..., order],
+    dd=gates.reshape(16, 1, 16),
+    static=inputs['static'][:, :, order][..., order],
+  )
+  run = jax.jit(functools.partial(composed, static=True))
+  assert_close(run(permuted), run(inputs)[:, :, order], atol=1e-14)
 
 
 def test_without_factors_nothing_changes():
@@ -270,6 +387,92 @@ def test_later_positions_change_nothing():
   assert (np.asarray(before[:, 4:]) != np.asarray(after[:, 4:])).all()
 
 
+@pytest.mark.parametrize('chunk', [0, 2])
+def test_positions_before_the_window_change_nothing(chunk):
+  inputs = golden_inputs()
+  changed = {
+    name: x.at[:, :2].add(1.0) if name in 'xqkv' else x
+    for name, x in inputs.items()
+  }
+  run = jax.jit(lambda i: composed(i, window=3, chunk=chunk))
+  before, after = (np.asarray(run(i)) for i in (inputs, changed))
+  np.testing.assert_array_equal(before[:, 4:], after[:, 4:])
+  assert (before[:, :4] != after[:, :4]).all()
+
+
+@pytest.mark.parametrize('window', [0, 3])
+def test_chunks_of_any_length_give_the_same(window):
+  """Of one query, composed by factors, and of four, the last with padding."""
+
+  @jax.jit
+  def run(inputs):
+    return [
+      composed(inputs, window=window, static=True, chunk=chunk)
+      for chunk in (0, 1, 4)
+    ]
+
+  expected, *found = run(golden_inputs())
+  for y in found:
+    assert_close(y, expected, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+  'fields', [dict(), dict(attention_pattern=('local',), window=4)], ids=str
+)
+def test_cached_factors_give_the_same(fields):
+  """A prompt, longer than the window, a token, two, and one."""
+  config = ModelConfig(
+    model_dim=32, num_heads=4, num_kv_heads=4, head_dim=8,
+    dcmha=DCMHAConfig(base=True), **fields,
+  )  # fmt: skip
+  inputs = official_arrays()
+  batch, length = inputs['x'].shape[:2]
+  has_ring = attention_cache.is_ring(config, 0)
+  window = config.window if has_ring else 0
+  factors = factors_of(inputs)
+  ones = jnp.ones((batch, length), jnp.int32)
+  rows = dict(
+    query=inputs['q'],
+    of_query=factors[:, :, [PRE_QUERY, POST_QUERY]],
+    key=inputs['k'],
+    value=inputs['v'],
+    factors=factors[:, :, [PRE_KEY, POST_KEY]],
+    positions=jnp.cumsum(ones, axis=1) - 1,
+    segment_ids=ones,
+  )
+
+  @jax.jit
+  def step(rows, cache):
+    query, of_query = rows.pop('query'), rows.pop('of_query')
+    keys, cache = attention_cache.append(cache, rows, has_ring)
+    pre, post = (
+      HeadMix(
+        query=of_query[:, :, i],
+        key=keys['factors'][:, :, i],
+        base=inputs['static'][i],
+      )
+      for i in range(2)
+    )
+    y = attention(
+      query, keys['key'], keys['value'], rows['positions'], keys['positions'],
+      rows['segment_ids'], keys['segment_ids'],
+      window=window, pre=pre, post=post,
+    )  # fmt: skip
+    return y, cache
+
+  cache = attention_cache.init_shared(config, batch, length)
+  of_layer = attention_cache.init_rows(config, 0, batch, length)
+  cache |= jax.tree.map(lambda x: x.astype(jnp.float64), of_layer)
+  outputs, begin = [], 0
+  for num_new in (6, 1, 2, 1):
+    part = {n: x[:, begin : begin + num_new] for n, x in rows.items()}
+    y, cache = step(part, cache)
+    outputs.append(y)
+    begin += num_new
+  expected = composed(inputs, window=window, static=True)
+  assert_close(np.concatenate(outputs, axis=1), expected, atol=1e-13)
+
+
 def test_weights_are_no_distribution():
   """Their rows do not sum to one, and some are negative."""
   inputs = golden_inputs()
@@ -290,7 +493,7 @@ def test_reading_vectors_are_normalised():
   inputs = golden_inputs()
   large = inputs | dict(qkw=inputs['qkw'].at[:, :, :, :2].mul(100.0))
   larger = inputs | dict(qkw=large['qkw'].at[:, :, :, :2].mul(10.0))
-  np.testing.assert_allclose(composed(large), composed(larger), atol=1e-5)
+  assert_close(composed(large), composed(larger), atol=1e-5)
   small = inputs | dict(qkw=inputs['qkw'].at[:, :, :, :2].mul(1e-3))
   smaller = inputs | dict(qkw=small['qkw'].at[:, :, :, :2].mul(0.1))
   difference = np.asarray(composed(small) - composed(smaller))

@@ -108,3 +108,17 @@ def test_same_losses_of_attention(directory, name, shape):
   found = losses(RECIPES[name](), *batches(directory, name), shape)
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
   assert expected[-1] < expected[0] - 0.5
+
+
+def test_same_losses_of_groups_split_over_model(directory):
+  config = RECIPES['dcformer_tiny']()
+  dcmha = dataclasses.replace(config.model.dcmha, base=True, num_groups=4)
+  config = dataclasses.replace(
+    config, model=dataclasses.replace(config.model, dcmha=dcmha)
+  )
+  found, expected = (
+    losses(config, *batches(directory, 'dcformer_tiny'), shape)
+    for shape in ((2, 1, 4), (1, 1, 1))
+  )
+  np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
+  assert expected[-1] < expected[0] - 0.5
