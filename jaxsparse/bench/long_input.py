@@ -7,8 +7,8 @@ only time and memory mean something. What must hold is that after the history is
 full a token costs the same wherever it stands, that the process's memory
 stays, and that a text's nats do not grow with its place.
 
-On one core, 1,000,000 bytes by configs/sparse_attention_tiny.py
-(results/long_input_cpu.json; `--workdir=` that of the suite's run of seed 0).
+results/long_input_cpu.json: on one core, 1,000,000 bytes, by the model that
+`train.py --config=configs/sparse_attention_tiny.py` left in `--workdir`.
 """
 
 import argparse
