@@ -3,8 +3,8 @@
 Loss, rates and speed; for memory layers the use of slots and its unevenness
 over training; for mixtures the load of the experts. Works while the run goes
 on, and after it. With --attention="some text" also what the newest checkpoint
-looks at in that text: a picture of each layer, rollout and relevance, and
-plots/attention.html with all of it.
+looks at in that text: a picture of each layer, rollout, relevance and
+Grad-CAM++, and plots/attention.html with all of it.
 """
 
 import argparse
@@ -91,12 +91,12 @@ def draw_attention(
   next_text = _text(tokenizer, maps.next_token)
   folder.mkdir(parents=True, exist_ok=True)
   pictures = [folder / 'attention_tokens.png']
-  totals = dict(
-    Rollout=looking.rollout(maps), Relevance=looking.relevance(maps)
-  )
-  attention_pictures.draw_tokens(
-    *totals.values(), texts, next_text, pictures[0]
-  )
+  totals = {
+    'Rollout': looking.rollout(maps),
+    'Relevance': looking.relevance(maps),
+    'Grad-CAM++': looking.grad_cam(maps),
+  }
+  attention_pictures.draw_tokens(totals, texts, next_text, pictures[0])
   for i, layer in enumerate(maps.layers):
     pictures.append(folder / f'attention_block_{i:02}.png')
     attention_pictures.draw_layer(

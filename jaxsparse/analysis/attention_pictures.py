@@ -2,13 +2,13 @@
 
 One PNG a layer: the blocks that a sparse layer keeps and the shares of its
 three sets, or the weights of another and how much composition moves them. One
-more of rollout and relevance over all layers.
+more of what all layers together read: rollout, relevance, Grad-CAM++.
 """
 
 import base64
 import html
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 import numpy as np
@@ -170,26 +170,23 @@ def _draw_matrix(figure, axes, matrix, texts):
 
 
 def draw_tokens(
-  rollout: np.ndarray,
-  relevance: np.ndarray,
+  totals: Mapping[str, np.ndarray],
   texts: Sequence[str],
   next_text: str,
   path: pathlib.Path,
 ) -> None:
-  """Draws rollout and relevance of every token, and of the next one."""
-  with plots.new_figure(path, height=6.0) as figure:
-    grid = figure.add_gridspec(2, 2, height_ratios=(2, 1))
-    for column, (title, matrix) in enumerate(
-      {'Rollout': rollout, 'Relevance': relevance}.items()
-    ):
-      axes = figure.add_subplot(grid[0, column])
+  """Draws titled maps [T, T] of every token, and of the next one."""
+  with plots.new_figure(path, height=3.8 * len(totals)) as figure:
+    grid = figure.add_gridspec(len(totals), 2)
+    for i, (title, matrix) in enumerate(totals.items()):
+      axes = figure.add_subplot(grid[i, 0])
       # A token's own share would outshine all others.
       others = matrix * (1 - np.eye(len(matrix)))
       _draw_matrix(figure, axes, others, texts)
       axes.set_title(f'{title} of all layers')
-      axes = figure.add_subplot(grid[1, column])
-      axes.bar(range(len(texts)), last_row(matrix), color=plots.COLOURS[column])
-      axes.set_title(f'{title} for the next token, {next_text!r}')
+      axes = figure.add_subplot(grid[i, 1])
+      axes.bar(range(len(texts)), last_row(matrix), color=plots.COLOURS[i])
+      axes.set_title(f'{title} for {next_text!r}, the next token')
       axes.set_xlabel('position')
 
 

@@ -128,3 +128,22 @@ def relevance(maps: Maps) -> np.ndarray:
     product = layer.weights.astype(np.float64) * layer.gradient
     total = total + np.maximum(product, 0).mean(0) @ total
   return total
+
+
+def grad_cam(maps: Maps) -> np.ndarray:
+  """Grad-CAM++ of the weights for the likeliest next token: [T, T].
+
+  Each head's weights, times how much they speak for the token (Chattopadhay et
+  al. 2018, arXiv:1710.11063, with a map of weights in place of a convolution's
+  channel); the mean of all layers.
+  """
+  total = np.zeros_like(maps.layers[0].weights[0], np.float64)
+  for layer in maps.layers:
+    weights = layer.weights.astype(np.float64)
+    # alpha g = g^3 / (2 g^2 + S g^3) where the gradient g is positive; the sums
+    # S of composed weights may not be.
+    g = np.maximum(layer.gradient.astype(np.float64), 0)
+    sums = np.maximum(weights.sum((1, 2), keepdims=True), 0)
+    of_heads = (g / (2 + sums * g)).sum((1, 2))
+    total += np.maximum(np.einsum('h,hts->ts', of_heads, weights), 0)
+  return total / len(maps.layers)

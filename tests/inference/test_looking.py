@@ -11,7 +11,7 @@ from small_run import save_untrained
 
 from jaxsparse import report
 from jaxsparse.config import DCMHAConfig, ModelConfig, SparseAttentionConfig
-from jaxsparse.inference.looking import look, relevance, rollout
+from jaxsparse.inference.looking import grad_cam, look, relevance, rollout
 from jaxsparse.nn.attention_maps import MAPS, PROBES
 from jaxsparse.nn.transformer import Transformer
 
@@ -161,6 +161,18 @@ def test_what_is_read_by_all_heads_is_lit(maps):
   np.testing.assert_array_equal(
     relevance(_forced(maps, 7, gradient=-1.0)), np.eye(LENGTH)
   )
+
+
+def test_grad_cam_is_its_formula(maps):
+  total = grad_cam(_forced(maps, 7, gradient=3.0))
+  # Each of two heads has LENGTH^2 equal gradients, and weights of sum LENGTH.
+  alpha = 3**2 / (2 * 3**2 + LENGTH * 3**3)
+  np.testing.assert_allclose(total[7:, 7], 2 * LENGTH**2 * alpha * 3)
+  np.testing.assert_allclose(total[7:].sum(-1), total[7:, 7])
+  assert not grad_cam(_forced(maps, 7, gradient=-1.0)).any()
+  of_text = grad_cam(maps)
+  assert of_text.min() == 0 < of_text.max()
+  assert np.all(of_text[np.triu_indices(LENGTH, 1)] == 0)
 
 
 def test_report_draws_it(tmp_path, capsys):
