@@ -93,12 +93,14 @@ class SparseAttentionConfig:
   tile: int = 64
   # Blocks of the window before a query's own.
   window_blocks: int = 8
-  # The most blocks that can be kept; memory and time are for that many.
+  # Least kept blocks, and the most that can be; memory and time are for the
+  # latter.
+  min_blocks: int = 1
   max_blocks: int = 16
   # Blocks at a document's beginning that are always kept.
   sinks: int = 1
-  # Least and most kept blocks as a fraction of the eligible ones; with
-  # max_fraction = 0 only max_blocks limits them.
+  # Least and most kept blocks as a fraction of the eligible ones, the former in
+  # place of min_blocks; with max_fraction = 0 the numbers alone limit them.
   min_fraction: float = 0.0
   max_fraction: float = 0.0
   # Share of importance that is covered at the start, as a logit: 4 is 98 %.
@@ -165,6 +167,11 @@ class SparseAttentionConfig:
       self.sinks <= self.max_blocks,
       f'sinks must be at most max_blocks = {self.max_blocks}, '
       f'got {self.sinks}.',
+    )
+    require(
+      0 <= self.min_blocks <= self.max_blocks,
+      f'min_blocks must be 0 to max_blocks = {self.max_blocks}, '
+      f'got {self.min_blocks}.',
     )
     require(
       0 <= self.min_fraction <= self.max_fraction <= 1,

@@ -68,6 +68,7 @@ def make_grid(config: SparseAttentionConfig) -> Grid:
     window_blocks=config.window_blocks,
     slots=config.max_blocks,
     sinks=config.sinks,
+    least=config.min_blocks,
     least_fraction=config.min_fraction,
     most_fraction=config.max_fraction,
     temperature=config.temperature,

@@ -1,4 +1,4 @@
-"""Sparse blocks that read everything, until sparse attention goes on."""
+"""Sparse blocks in full: dense to begin with, and with a least number kept."""
 
 import dataclasses
 
@@ -105,6 +105,23 @@ def test_a_run_may_go_on_sparse(tmp_path):
   _, (told,) = claim_workdir(Config(model=SPARSE), tmp_path)
   assert told == "model.sparse.mode: 'dense' -> 'sparse'"
   assert saved_config.from_json(saved_config.to_json(Config(model=DENSE)))
+
+
+def test_as_many_blocks_are_kept_as_asked_for(params):
+  # Where nothing is to be covered only sinks and the least number are kept.
+  few = dataclasses.replace(
+    SPARSE, sparse=dataclasses.replace(SPARSE.sparse, coverage_logit=-20.0)
+  )
+  bias = params['block_01']['attention']['sparse']['coverage_bias']
+  params = jax.tree.map(lambda x: x, params)
+  params['block_01']['attention']['sparse']['coverage_bias'] = bias - 40
+  for least in (1, 2, 3):
+    sparse = dataclasses.replace(few.sparse, min_blocks=least)
+    config = dataclasses.replace(few, sparse=sparse)
+    kept = logits(config, params)[2]['block_01/attention/kept_blocks']
+    # Tiles of 2 rows see 1 to 4 blocks of 4 before the window.
+    expected = np.mean([min(least, eligible) for eligible in (1, 2, 3, 4)])
+    assert kept == pytest.approx(expected)
 
 
 def test_it_forgets_nothing():
