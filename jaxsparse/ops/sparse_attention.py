@@ -91,7 +91,7 @@ def attend_tiles(
     gates: factors of the window, the kept blocks and the summaries.
     first_row: of each tile, or of the part of it that is here.
     segments: document of each query; 0 for padding.
-    pages: all keys and values; rows after a query's own may hold anything.
+    pages: all keys and values; rows after a query's own may hold anything finite.
     summaries: of the blocks, or None to do without them.
     selection: the tiles' blocks.
     grid: sizes.
@@ -250,7 +250,7 @@ def sparse_attention(
 
   Args:
     query: N heads, rotated; head n reads key/value head n // (N / K).
-    key: K heads, rotated. Rows after the queries' may hold anything.
+    key: K heads, rotated. Rows after the queries' may hold anything finite.
     value: as `key`.
     query_segments: document of each query; 0 for padding.
     key_segments: document of each key.

@@ -68,35 +68,52 @@ INDEXER = dataclasses.replace(
   SPARSE, router='indexer', router_heads=3, router_dim=4
 )
 GATED = dataclasses.replace(SPARSE, summary_key='gated')
-# Global and local, with and without composition of heads.
+NSA = dataclasses.replace(SPARSE, combine='gated')
+# Neither bound alone tells how many blocks are kept.
+FRACTION = dataclasses.replace(
+  SPARSE, window_blocks=0, max_blocks=4, min_fraction=0.3, max_fraction=0.6
+)
+LOCAL_OF_3 = dict(attention_pattern=('local',), window=3)
+
+
+def sparse_layer(sparse, **fields):
+  sparse = dataclasses.replace(sparse, **fields)
+  return dict(attention_pattern=('sparse',), sparse=sparse)
+
+
+# Global and local, with and without composition of heads, and sparse.
 VARIANTS = dict(
   plain=dict(use_qk_norm=True),
-  local=dict(attention_pattern=('local',), window=3),
+  local=LOCAL_OF_3,
   dcmha=dict(dcmha=DCMHAConfig(base=True)),
   dcmha_in_groups=dict(dcmha=DCMHAConfig(num_groups=2, rank=1)),
-  local_dcmha=dict(attention_pattern=('local',), window=3, dcmha=DCMHAConfig()),
-  sparse=dict(attention_pattern=('sparse',), sparse=SPARSE),
-  bounded=dict(
-    attention_pattern=('sparse',),
-    sparse=dataclasses.replace(SPARSE, history_blocks=4, history_summaries=1),
+  local_dcmha=LOCAL_OF_3 | dict(dcmha=DCMHAConfig()),
+  local_query_wise=LOCAL_OF_3 | dict(dcmha=query_wise_dcmha()),
+  chunks=dict(query_chunk=2),
+  local_chunks=LOCAL_OF_3 | dict(query_chunk=2),
+  dcmha_chunks=dict(query_chunk=2, dcmha=DCMHAConfig(base=True)),
+  local_dcmha_chunks=LOCAL_OF_3 | dict(query_chunk=2, dcmha=DCMHAConfig()),
+  sparse=sparse_layer(SPARSE),
+  bounded=sparse_layer(SPARSE, history_blocks=4, history_summaries=1),
+  pre_rope=sparse_layer(SPARSE, summary_key='pre_rope'),
+  gated_summaries=sparse_layer(GATED),
+  bounded_gated=sparse_layer(GATED, history_blocks=4),
+  indexer=sparse_layer(INDEXER),
+  nsa=sparse_layer(NSA),
+  no_summaries=sparse_layer(SPARSE, use_summaries=False),
+  fraction=sparse_layer(FRACTION),
+)
+RARE_VARIANTS = dict(
+  bounded_indexer=sparse_layer(INDEXER, history_blocks=4),
+  indexer_no_summaries=sparse_layer(INDEXER, use_summaries=False),
+  bounded_no_summaries=sparse_layer(
+    SPARSE, use_summaries=False, history_blocks=4
   ),
-  pre_rope=dict(
-    attention_pattern=('sparse',),
-    sparse=dataclasses.replace(SPARSE, summary_key='pre_rope'),
-  ),
-  gated_summaries=dict(attention_pattern=('sparse',), sparse=GATED),
-  bounded_gated=dict(
-    attention_pattern=('sparse',),
-    sparse=dataclasses.replace(GATED, history_blocks=4),
-  ),
-  indexer=dict(attention_pattern=('sparse',), sparse=INDEXER),
-  bounded_indexer=dict(
-    attention_pattern=('sparse',),
-    sparse=dataclasses.replace(INDEXER, history_blocks=4),
-  ),
-  local_query_wise=dict(
-    attention_pattern=('local',), window=3, dcmha=query_wise_dcmha()
-  ),
+  nsa_gated_summaries=sparse_layer(NSA, summary_key='gated'),
+  nsa_no_summaries=sparse_layer(NSA, use_summaries=False),
+  bounded_nsa=sparse_layer(NSA, history_blocks=4, history_summaries=1),
+  bounded_fraction=sparse_layer(FRACTION, history_blocks=4),
+  sparse_chunks=sparse_layer(SPARSE, query_chunk=2),
 )
 
 
@@ -145,12 +162,8 @@ def run_in_parts(module, params, lengths, *inputs, capacity=None):
 )
 @pytest.mark.parametrize(
   'variant',
-  [
-    pytest.param(name, marks=pytest.mark.slow)
-    if name == 'bounded_indexer'
-    else name
-    for name in VARIANTS
-  ],
+  [*VARIANTS]
+  + [pytest.param(name, marks=pytest.mark.slow) for name in RARE_VARIANTS],
 )
 def test_a_cache_gives_the_same_at_every_position(variant, lengths):
   """Two documents, and padding on the left of one row.
@@ -163,7 +176,7 @@ def test_a_cache_gives_the_same_at_every_position(variant, lengths):
   segments = np.array([[1] * 4 + [2] * 7, [0] * 2 + [1] * 9])
   positions = np.array([[*range(4), *range(7)], [0, 0, *range(9)]], np.int32)
   inputs = (x, jnp.asarray(positions), jnp.asarray(segments, jnp.int32))
-  config = make_config(**VARIANTS[variant])
+  config = make_config(**(VARIANTS | RARE_VARIANTS)[variant])
   on_grid = config.sparse and not config.sparse.history_blocks
   padding = 2 if on_grid else 0
 
@@ -215,22 +228,32 @@ def test_chunks_of_queries_give_the_same(variant):
   np.testing.assert_allclose(y, expected, atol=2e-6)
 
 
-def test_identity_start_is_plain_attention_and_learns():
+@pytest.mark.parametrize(
+  'options',
+  [dict(), dict(base=True, rank=1), dict(base=True, num_groups=2)],
+  ids=str,
+)
+def test_identity_start_is_plain_attention_and_learns(options):
   inputs = (X, POSITIONS, SEGMENTS)
-  module = Attention(make_config(dcmha=DCMHAConfig(init='identity')))
-  params = module.init(KEY, *inputs)['params']
+  config = DCMHAConfig(init='identity', **options)
+  module = Attention(make_config(dcmha=config))
+  params = jax.jit(module.init)(KEY, *inputs)['params']
   plain = {name: x for name, x in params.items() if name != 'dcmha'}
-  expected, _, _ = Attention(make_config()).apply({'params': plain}, *inputs)
+  apply = jax.jit(Attention(make_config()).apply)
+  expected, _, _ = apply({'params': plain}, *inputs)
 
   def loss(params):
     y, _, _ = module.apply({'params': params}, *inputs)
     return jnp.sin(y).sum(), y
 
   gradients, y = jax.jit(jax.grad(loss, has_aux=True))(params)
-  np.testing.assert_allclose(y, expected, atol=1e-6)
-  writing = gradients['dcmha']['low_rank'][..., 2:, :]
-  assert np.abs(writing).min() > 0
-  assert np.abs(gradients['dcmha']['gate']).min() > 0
+  np.testing.assert_array_equal(y, expected)
+  gradients = gradients['dcmha']
+  writing = [gradients['low_rank'][..., config.rank :, :], gradients['gate']]
+  if config.base:
+    writing += [gradients['pre_base'], gradients['post_base']]
+  for gradient in writing:
+    assert np.abs(gradient).min() > 0
 
 
 def test_default_start_is_near_plain_attention():
@@ -250,6 +273,8 @@ def test_default_start_is_near_plain_attention():
     (1024, 16, {}, 344_064),
     (1024, 16, dict(base=True), 344_064 + 512),
     (2560, 32, {}, 1_703_936),
+    (5120, 40, {}, 4_198_400),
+    (6656, 52, {}, 7_095_296),
     (1024, 16, dict(key_wise=False), 344_064 // 2),
     (64, 8, dict(num_groups=2), 20 * 64 * 8 + 64 * 8**2 // 2),
   ],

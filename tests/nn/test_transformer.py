@@ -50,6 +50,9 @@ def make_config(placements=None, taps=0, **fields):
   return ModelConfig(**(sizes | fields))
 
 
+SPARSE = SparseAttentionConfig(
+  block=2, tile=2, window_blocks=0, max_blocks=2, coverage_logit=0.5
+)
 MODELS = dict(
   pythia=make_config(
     num_kv_heads=4, mlp='gelu', tie_embeddings=False, norm='layer',
@@ -66,9 +69,16 @@ MODELS = dict(
   sparse=make_config(
     attention_pattern=('sparse', 'local'),
     window=3,
-    sparse=SparseAttentionConfig(
-      block=2, tile=2, window_blocks=0, max_blocks=2, coverage_logit=0.5
-    ),
+    sparse=SPARSE,
+  ),
+  joined=make_config(
+    ((0, 1),),
+    num_kv_heads=4,
+    use_qk_norm=True,
+    attention_pattern=('local', 'sparse'),
+    window=3,
+    dcmha=DCMHAConfig(),
+    sparse=SPARSE,
   ),
   experts=make_config(
     moe=MoEConfig(
@@ -147,16 +157,17 @@ def test_packed_documents_see_nothing_of_each_other(name):
   config = MODELS[name]
   tokens, positions, segment_ids = one_document()
   expected = logits_of(config, tokens, positions, segment_ids)
-  # 4 tokens of one document, 3 of the other; then padding around 5 of one.
-  segments = np.array([[1, 1, 1, 1, 2, 2, 2], [0, 3, 3, 3, 3, 3, 0]], np.int32)
-  positions = np.array([[0, 1, 2, 3, 0, 1, 2], [0, 0, 1, 2, 3, 4, 0]], np.int32)
+  # 4 tokens of one document, 3 of the other; then padding around 4 of one. All
+  # begin on the grid of sparse attention's blocks.
+  segments = np.array([[1, 1, 1, 1, 2, 2, 2], [0, 0, 3, 3, 3, 3, 0]], np.int32)
+  positions = np.array([[0, 1, 2, 3, 0, 1, 2], [0, 0, 0, 1, 2, 3, 0]], np.int32)
   row = np.concatenate([tokens[0, :4], tokens[1, :3]])
   packed = logits_of(
-    config, np.stack([row, np.roll(tokens[1], 1)]), positions, segments
+    config, np.stack([row, np.roll(tokens[1], 2)]), positions, segments
   )
   np.testing.assert_allclose(packed[0, :4], expected[0, :4], atol=1e-5)
   np.testing.assert_allclose(packed[0, 4:], expected[1, :3], atol=1e-5)
-  np.testing.assert_allclose(packed[1, 1:6], expected[1, :5], atol=1e-5)
+  np.testing.assert_allclose(packed[1, 2:6], expected[1, :4], atol=1e-5)
   assert np.isfinite(packed).all()
 
 

@@ -62,7 +62,7 @@ def test_means_are_of_the_last_document():
     found = run(key, value, **how)
     for got, x in ((found.key, key), (found.value, value)):
       expected = np.einsum('bkzs,bkzsh->bkzh', weights, on_grid(x))
-      np.testing.assert_allclose(got, expected, atol=1e-15)
+      np.testing.assert_allclose(got, expected, rtol=0, atol=1e-15)
     np.testing.assert_array_equal(found.count, [[3, 2, 4], [4, 4, 0]])
     np.testing.assert_array_equal(found.segment, [[1, 2, 2], [1, 1, 0]])
 
@@ -78,7 +78,7 @@ def test_keys_before_rotation_are_rotated_at_the_middle():
   )
   expected = rotate(mean, jnp.asarray(middle)[:, None])
   # Angles are of f32.
-  np.testing.assert_allclose(found.key, expected, atol=2e-6)
+  np.testing.assert_allclose(found.key, expected, rtol=0, atol=2e-6)
   plain = run(rotated, value)
   np.testing.assert_array_equal(found.value, plain.value)
   assert np.abs(found.key - plain.key).max() > 0.1
@@ -95,10 +95,10 @@ def test_a_gate_weighs_rows_by_value_and_place():
   weights = weighted_rows(logit)
   for got, x in ((found.key, key), (found.value, value)):
     expected = np.einsum('bkzs,bkzsh->bkzh', weights, on_grid(x))
-    np.testing.assert_allclose(got, expected, atol=1e-14)
+    np.testing.assert_allclose(got, expected, rtol=0, atol=1e-14)
   even = run(key, value, pooling=jax.tree.map(jnp.zeros_like, pooling))
   for got, want in zip(even, run(key, value), strict=True):
-    np.testing.assert_allclose(got, want, atol=1e-15)
+    np.testing.assert_allclose(got, want, rtol=0, atol=1e-15)
 
 
 @pytest.mark.parametrize('use_summaries', [True, False])
