@@ -199,6 +199,11 @@ class MemoryConfig:
       'rank a query of full width.',
     )
     require(
+      not self.share_keys or self.query == 'per_head',
+      "share_keys needs query = 'per_head', a query for each head, got "
+      f'{self.query!r}.',
+    )
+    require(
       not self.gate or self.output_map,
       'gate needs output_map, which maps the gated values.',
     )

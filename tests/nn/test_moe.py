@@ -48,9 +48,16 @@ def run(layer, params, x):
   return *results, *gradients
 
 
+# OLMoE's: no bias, no shared expert, shares of all scores as they are.
+SOFTMAX = dataclasses.replace(
+  CONFIG, router='softmax', normalize_weights=False, num_shared=0,
+  bias_update_rate=0.0,
+)  # fmt: skip
+
+
 @functools.cache
-def expected(kind):
-  layer = MoE(CONFIG, kind)
+def expected(kind, config=CONFIG):
+  layer = MoE(config, kind)
   params = init(layer)
   return params, jax.jit(functools.partial(run, layer))(params, X)
 
@@ -111,17 +118,20 @@ def test_initial_variances():
 
 
 @pytest.mark.parametrize(
-  ('sizes', 'is_partial'),
+  ('sizes', 'is_partial', 'kind', 'config'),
   [
-    pytest.param((8, 1, 1), False, marks=pytest.mark.slow),
-    pytest.param((2, 4, 1), False, marks=pytest.mark.slow),
-    ((2, 2, 2), True),
-    ((1, 8, 1), False),
+    pytest.param((8, 1, 1), False, 'gelu', CONFIG, marks=pytest.mark.slow),
+    pytest.param((2, 4, 1), False, 'gelu', CONFIG, marks=pytest.mark.slow),
+    ((2, 2, 2), True, 'gelu', CONFIG),
+    ((1, 8, 1), False, 'gelu', CONFIG),
+    pytest.param((8, 1, 1), False, 'swiglu', SOFTMAX, marks=pytest.mark.slow),
+    pytest.param((1, 4, 2), True, 'swiglu', SOFTMAX, marks=pytest.mark.slow),
+    pytest.param((2, 2, 2), False, 'swiglu', SOFTMAX, marks=pytest.mark.slow),
   ],
 )
-def test_every_mesh_computes_the_same(sizes, is_partial):
-  params, results = expected('gelu')
-  layer = MoE(CONFIG, 'gelu', is_partial=is_partial)
+def test_every_mesh_computes_the_same(sizes, is_partial, kind, config):
+  params, results = expected(kind, config)
+  layer = MoE(config, kind, is_partial=is_partial)
   with jax.set_mesh(mesh_lib.make_mesh(*sizes)):
     specs = shardings(layer)
 

@@ -12,10 +12,11 @@ from jaxsparse.config import (
   DataConfig,
   MemoryConfig,
   ModelConfig,
+  MoEConfig,
   OptimizerConfig,
   TrainConfig,
 )
-from jaxsparse.memory_config import ultramem_v2
+from jaxsparse.memory_config import memory_plus, peer, ultramem_v2
 from jaxsparse.training import evaluation
 from jaxsparse.training.step import init_state, train_step
 
@@ -74,7 +75,9 @@ def first_state(config):
   settings = dataclasses.replace(
     config.optimizer, value_row_budget=0, grad_accumulation=1, clip_norm=1.0
   )
-  memory = dataclasses.replace(config.model.memory, scheme='auto')
+  memory = config.model.memory
+  if memory:
+    memory = dataclasses.replace(memory, scheme='auto')
   plain = dataclasses.replace(
     config,
     model=dataclasses.replace(config.model, memory=memory),
@@ -120,12 +123,26 @@ def with_tables(scheme='auto', value_optimizer='adamw', **settings):
   )
 
 
-def with_shared_tables(scheme='auto', value_optimizer='adamw'):
-  """CONFIG with UltraMemV2: values and pre-values that two layers share."""
-  memory = ultramem_v2(
+# Two layers each, which share tables but for PEER's.
+FAMILY = dict(
+  ultramem_v2=ultramem_v2(
     num_keys=12, key_dim=8, num_selected=6, value_dim=16, pre_value_dim=8,
-    shared_rows=256, placements=((0, 0), (1, 1)), scheme=scheme,
-  )  # fmt: skip
+    shared_rows=256, placements=((0, 0), (1, 1)),
+  ),
+  memory_plus=memory_plus(
+    num_keys=16, key_dim=8, num_heads=2, num_selected=6, value_dim=32,
+    shared_rows=256, placements=((0, 0), (1, 1)),
+  ),
+  peer=peer(
+    num_keys=16, key_dim=8, num_heads=2, num_selected=6, value_dim=32,
+    pre_value_dim=32, placements=((0, 0), (1, 1)),
+  ),
+)  # fmt: skip
+
+
+def with_family(name, scheme='auto', value_optimizer='adamw'):
+  """CONFIG with another member of the family of memory layers."""
+  memory = dataclasses.replace(FAMILY[name], scheme=scheme)
   return dataclasses.replace(
     CONFIG,
     model=dataclasses.replace(CONFIG.model, memory=memory),
@@ -133,6 +150,16 @@ def with_shared_tables(scheme='auto', value_optimizer='adamw'):
       CONFIG.optimizer, value_optimizer=value_optimizer
     ),
   )
+
+
+def with_experts():
+  """CONFIG with a mixture in place of every MLP, and no memory."""
+  moe = MoEConfig(
+    num_experts=8, num_used=2, expert_dim=16, num_shared=1, router='sigmoid',
+    bias_update_rate=0.01,
+  )  # fmt: skip
+  model = dataclasses.replace(CONFIG.model, memory=None, moe=moe)
+  return dataclasses.replace(CONFIG, model=model)
 
 
 def equal_losses(actual, expected):

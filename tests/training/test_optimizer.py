@@ -84,3 +84,28 @@ def test_equals_adamw_when_the_groups_agree():
       updates, states[i] = optimizer.update(grads, states[i], trees[i])
       trees[i] = optax.apply_updates(trees[i], updates)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), *trees)
+
+
+def test_balancing_biases_step_by_the_sign_of_the_load():
+  """At their own rate: without decay, moments or schedule, nor in the norm."""
+  params = {
+    'router': jnp.ones((4, 3)),
+    'router_bias': jnp.array([5.0, -5.0, 5.0]),
+  }
+  assert optimizer_lib.labels(params) == {
+    'router': 'decayed',
+    'router_bias': 'balance',
+  }
+  config = OptimizerConfig(warmup_steps=2, weight_decay=0.5)
+  optimizer = optimizer_lib.make_optimizer(config, 10, bias_update_rate=0.02)
+  state, update = optimizer.init(params), jax.jit(optimizer.update)
+  for load in ([3.0, -1e-4, 0.0], [-30.0, 1e4, 0.0]):
+    gradients = {
+      'router': jnp.full((4, 3), 0.5),
+      'router_bias': jnp.array(load),
+    }
+    np.testing.assert_allclose(optimizer_lib.squared_norm(gradients), 12 / 4)
+    updates, state = update(gradients, state, params)
+    expected = -0.02 * np.sign(load)
+    np.testing.assert_allclose(updates['router_bias'], expected, rtol=1e-6)
+    assert np.all(updates['router'] < 0)

@@ -14,6 +14,7 @@ from small_model import (
   make_batch,
   make_mesh,
   run,
+  with_experts,
   with_tables,
 )
 
@@ -51,6 +52,19 @@ def test_same_losses_on_every_mesh(scheme, shape):
   moments = moments['block_00']['memory']['value_table']
   # No device has more of a moment than another, copies of the table or not.
   assert moments.addressable_shards[0].data.size == 16**2 * 16 / np.prod(shape)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('shape', [(8, 1, 1), (1, 4, 2), (2, 2, 2)])
+def test_experts_give_the_same_losses_on_every_mesh(shape):
+  expected, one = run(with_experts(), (1, 1, 1))
+  losses, many = run(with_experts(), shape)
+  equal_losses(losses, expected)
+  for block in ('block_00', 'block_01'):
+    a, b = (s.params[block]['moe']['router_bias'] for s in (many, one))
+    # Three steps of the load's sign, which rounding does not reach.
+    np.testing.assert_allclose(a, b, atol=1e-7)
+    assert np.any(a)
 
 
 def test_state_moves_between_meshes(tmp_path):
@@ -103,6 +117,33 @@ def test_validation_counts_targets_and_reads():
   for counts in sums['slot_counts'].values():
     assert counts.shape == (256,)
     assert counts.sum() == reads
+
+
+def test_validation_counts_tokens_of_experts():
+  batch, config = make_batch(0), with_experts()
+  model = dataclasses.replace(config.model, num_layers=1)
+  config = dataclasses.replace(config, model=model)
+  rng = np.random.default_rng(0)
+  with jax.set_mesh(make_mesh((8, 1, 1))):
+    shapes = mesh.abstract(
+      functools.partial(init_state, config), mesh=jax.sharding.get_mesh()
+    )
+    params = jax.tree.map(
+      # From NumPy: a compiled draw takes seconds.
+      lambda x: jax.device_put(
+        rng.normal(size=x.shape).astype(x.dtype), x.sharding
+      ),
+      shapes.params,
+    )
+    sums = jax.jit(functools.partial(eval_step, config))(
+      params, evaluation.to_global(batch)
+    )
+  (count,) = sums['slot_counts'].values()
+  assert sums['slot_counts'].keys() == {'block_00 experts'}
+  assert count.shape == (8,)
+  assert count.sum() == batch['loss_weight'].sum() * 2
+  # A token passes an expert once.
+  assert count.max() <= batch['loss_weight'].sum()
 
 
 def test_golden_metrics_of_one_step():
