@@ -6,7 +6,7 @@ import inspect
 import pathlib
 import runpy
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -47,22 +47,30 @@ def parse_recipe(description: str) -> tuple[Config, str]:
   Raises:
     UserError: a flag, the file, a field's name, type or value is wrong.
   """
-  # Only a recipe needs it; a bench may run where it is not installed.
-  from ml_collections import config_flags
-
-  # `ml_collections` looks for overrides there, whatever it is given to parse.
   argv = sys.argv
   if {'--help', '-h', '--helpfull'} & set(argv):
     print(description, *describe(Config()), sep='\n')
     sys.exit(0)
   values = flags.FlagValues()
-  config_flags.DEFINE_config_file('config', flag_values=values)
   flags.DEFINE_string('workdir', None, '', flag_values=values)
   flags.DEFINE_bool('distributed', False, '', flag_values=values)
   flags.DEFINE_string('coordinator', None, '', flag_values=values)
   for name in ('num_processes', 'process_id'):
     flags.DEFINE_integer(name, None, '', flag_values=values)
+  config = _parse_flags(values, argv)
+  if not values.workdir:
+    raise UserError("--workdir=FOLDER is missing: name the run's folder.")
+  _join_processes(values)
+  return config, values.workdir
+
+
+def _parse_flags(values: flags.FlagValues, argv: list[str]) -> Config:
+  """Sets the flags; returns the recipe with its overrides, checked."""
+  # Only a recipe needs it; a bench may run where it is not installed.
+  from ml_collections import config_flags
+
   read_recipe(_config_path(argv))
+  config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
   try:
     rest = values(argv)[1:]
     config = values.config
@@ -75,11 +83,7 @@ def parse_recipe(description: str) -> tuple[Config, str]:
     raise UserError(
       f'{rest[0]!r} is not a flag: write --config.section.field=value.'
     )
-  if not values.workdir:
-    raise UserError("--workdir=FOLDER is missing: name the run's folder.")
-  config = config_lib.validated(config)
-  _join_processes(values)
-  return config, values.workdir
+  return config_lib.validated(config)
 
 
 def _join_processes(values: flags.FlagValues) -> None:
@@ -142,12 +146,19 @@ def _config_path(argv: list[str]) -> str:
   return path
 
 
-def read_recipe(path: str) -> Config:
+def read_recipe(path: str, overrides: Sequence[str] = ()) -> Config:
   """The config that the recipe at `path` returns.
+
+  Args:
+    path: of the recipe.
+    overrides: flags `--config.a.b=value`.
 
   Raises:
     UserError: there is no such file, or it fails, or its config is nonsense.
   """
+  if overrides:
+    argv = ['', f'--config={path}', *overrides]
+    return _parse_flags(flags.FlagValues(), argv)
   if not pathlib.Path(path).is_file():
     raise UserError(
       f'--config={path} is no file: name a recipe, such as '
@@ -193,4 +204,9 @@ def describe(config: Any, prefix: str = '--config') -> list[str]:
 
 
 # What a recipe may have or not: described by its defaults.
-_OPTIONAL = dict(memory=config_lib.MemoryConfig, moe=config_lib.MoEConfig)
+_OPTIONAL = dict(
+  memory=config_lib.MemoryConfig,
+  moe=config_lib.MoEConfig,
+  dcmha=config_lib.DCMHAConfig,
+  sparse=config_lib.SparseAttentionConfig,
+)

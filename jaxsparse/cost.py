@@ -1,4 +1,7 @@
-"""What a recipe costs: `python -m jaxsparse.cost --config=configs/NAME.py`."""
+"""What a recipe costs: `python -m jaxsparse.cost --config=configs/NAME.py`.
+
+Fields are overridden as in training: `--config.model.num_kv_heads=2`.
+"""
 
 import argparse
 import dataclasses
@@ -23,9 +26,9 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument(
     '--context', type=int, default=2048, help='tokens in the cache'
   )
-  options = parser.parse_args(arguments)
+  options, overrides = parser.parse_known_args(arguments)
   try:
-    config = command_line.read_recipe(options.config)
+    config = command_line.read_recipe(options.config, overrides)
     batch_sizes = _numbers(options.batch_sizes)
   except UserError as error:
     print(error, file=sys.stderr)

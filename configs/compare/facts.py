@@ -40,12 +40,13 @@ Settings are those that recalled most in single runs of seed 0, on the facts of
 - The values learn at the model's rate: 4 times it needed 1,500 steps for what
   once it took 1,200, and row_adagrad learned half as much.
 - Many small steps, of 512 tokens.
-Result (results/compare_facts.json; three seeds, least to greatest): of 6,000 facts dense recalls 43 to 54 %, Memory+ 96 to 99, MoE 84
-to 96, UltraMem 81 to 92, PEER 71 to 82, UltraMemV2 40 to 93, PKM 52 to 76. As
-dense holds 2,584 to 3,221, three times as many can't be seen below 10,000
-facts. Its parameters hold 0.34 to 0.41 bits each, where 1 is known to fit after
-100 exposures and 2 after 1,000 (arXiv:2404.05405): 48 limit all models by what
-they learn, not by what they could hold.
+Result (results/compare_facts.json; three seeds, least to greatest): of 6,000
+facts dense recalls 43 to 54 %, Memory+ 96 to 99, MoE 84 to 96, UltraMem 81 to
+92, PEER 71 to 82, UltraMemV2 40 to 93, PKM 52 to 76. As dense holds 2,584 to
+3,221, three times as many can't be seen below 10,000 facts. Its parameters hold
+0.34 to 0.41 bits each, where 1 is known to fit after 100 exposures and 2 after
+1,000 (arXiv:2404.05405): 48 limit all models by what they learn, not by what
+they could hold.
 Two processes may share a workdir with --only; the command without it puts all
 together.
 """

@@ -59,6 +59,8 @@ def pair_flops(config: ModelConfig, layer: int, seq_len: int) -> int:
   heads, width = config.num_heads, config.head_dim
   if config.attention_kinds[layer] == 'sparse':
     flops = 4 * heads * width * rows_read(config, layer, seq_len)
+    # A row's part in the means of its block.
+    flops += 4 * config.num_kv_heads * width
     return flops + _router_flops(config, seq_len)
   flops = 4 * heads * width
   dcmha = config.composition(layer)
@@ -74,9 +76,9 @@ def pair_flops(config: ModelConfig, layer: int, seq_len: int) -> int:
 def _router_flops(config, seq_len):
   """Of one query's share of its tile's choice."""
   sparse = config.sparse
-  if sparse.router == 'shared':
-    return 0
-  per_block = 2 * sparse.router_heads * (sparse.router_dim + 1)
+  per_block = 2 * config.num_heads * config.head_dim
+  if sparse.router == 'indexer':
+    per_block = 2 * sparse.router_heads * (sparse.router_dim + 1)
   return per_block * (seq_len // sparse.block) // sparse.tile
 
 

@@ -150,8 +150,9 @@ def _recall_table(
 def _capacity_table(names: Sequence[str], results: Sequence[Result]) -> str:
   """The most facts that an architecture has, and those of the longest text.
 
-  Steps are the same for all numbers of people, so a fact of a longer text is
-  seen less often, and an architecture may have fewer of more.
+  An architecture may have fewer of more: without `exposures` all runs take the
+  same steps and see a fact of a longer text less often, and with them the text
+  may still be more than the model holds.
   """
   largest = max(r['people'] for r in results)
   num_facts = next(r['num_facts'] for r in results if r['people'] == largest)
