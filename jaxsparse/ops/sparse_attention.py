@@ -91,7 +91,8 @@ def attend_tiles(
     gates: factors of the window, the kept blocks and the summaries.
     first_row: of each tile, or of the part of it that is here.
     segments: document of each query; 0 for padding.
-    pages: all keys and values; rows after a query's own may hold anything finite.
+    pages: all keys and values; rows after a query's own may hold anything that
+      is finite.
     summaries: of the blocks, or None to do without them.
     selection: the tiles' blocks.
     grid: sizes.
