@@ -41,6 +41,7 @@ MAX_MILLIONS = {
   'ultramem_1b6': 21_500,
   'ultramem_227m_release': 1232,
   'moe_tiny': 1.93,
+  'olmoe_tiny': 6.25,
   'moe_151m': 2091,
   'moe_680m': 9026,
   'moe_1b6': 21_463,
