@@ -197,7 +197,7 @@ def describe(config: Any, prefix: str = '--config') -> list[str]:
         lines += describe(value, f'{prefix}.{name}')
       else:
         lines.append(f'  {prefix}.{name}={value}  {" ".join(comment)}'.rstrip())
-        if name in _OPTIONAL:
+        if value is None and name in _OPTIONAL:
           lines += describe(_OPTIONAL[name](), f'{prefix}.{name}')
     comment = []
   return lines

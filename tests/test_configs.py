@@ -19,6 +19,7 @@ from recipes import CONFIGS, RECIPES
 from jaxsparse import config as config_lib
 from jaxsparse import mesh, saved_config
 from jaxsparse.analysis import cost
+from jaxsparse.command_line import describe
 from jaxsparse.training.step import init_state, train_step
 
 # 16 on `data`: the tables' rows, num_keys ** 2, divide by 16 in every recipe,
@@ -249,3 +250,13 @@ def test_large_leaves_are_spread(name):
     # Sub-keys meet every token whole, and are few beside the values.
     if leaf.size >= 2**20 and not where.endswith("['keys']"):
       assert any(leaf.sharding.spec), f'{where} is whole on every device'
+
+
+def test_help_tells_every_field():
+  lines = describe(config_lib.Config())
+  flags = [line.split('=')[0].strip() for line in lines]
+  assert len(flags) == len(set(flags))
+  for field in ('model.sparse.mode', 'model.dcmha.rank', 'model.moe.num_used'):
+    assert f'--config.{field}' in flags
+  assert '--config.mesh.sparse' in flags
+  assert not any(flag.startswith('--config.mesh.sparse.') for flag in flags)
