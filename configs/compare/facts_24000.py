@@ -8,19 +8,28 @@ time in other words: after 48 times what models have learned is the limit, not
 what they could hold. A run takes 7 to 14 minutes of a core (JAX 0.10.2, two
 runs at once); two processes may share the workdir with --only.
 
-Result (results/compare_facts_24000.json, of seed 0, and of seed 1 for dense and
-PKM), recalled of 24,000 facts and times what dense recalls on the mean:
+Result (results/compare_facts_24000.json): what three seeds recall of 24,000
+facts, and their mean in units of the dense one's:
 
-  dense        18, 21 %            MoE         56 %  2.9x
-  PEER         75 %      3.8x      UltraMem    53 %  2.7x
-  Memory+      66 %      3.4x      UltraMemV2  50 %  2.6x
-  PKM          52, 79 %  3.3x
+  dense       18, 21, 15 %
+  Memory+     66, 90, 84 %  4.4x
+  PEER        75, 74, 68 %  4.0x
+  PKM         52, 79, 68 %  3.7x
+  UltraMem    53, 68, 77 %  3.7x
+  MoE         56, 73, 62 %  3.6x
+  UltraMemV2  50, 75, 54 %  3.3x
 
-- One seed may recall 1.5 times as much as another (PKM), so the order is no
-  finding yet, but that all recall more than twice as much as dense is.
+- On the mean all recall more than three times as much as dense. Seeds differ by
+  up to 1.5 times, so the order among the sparse ones is no finding.
 - With more people and more exposures lower rates are better than in `facts.py`.
-  Seed 0: MoE 46 % at 5e-3 (36 with b2 0.95), PEER 47 at 1e-2, UltraMemV2 25 at
-  1e-2 and 37 at 5e-3. Lower ones than those below were not tried.
+  Seed 0 recalls, at 1e-2, 5e-3, 2.5e-3 and 1.25e-3 (- not tried):
+
+    dense 18, 18, -, -         UltraMem -, -, 53, 39
+    MoE -, 46, 56, 51          UltraMemV2 25, 37, 50, 32
+    PEER 47, 75, -, -
+
+  MoE and PEER recall 36 and 38 % with b2 0.95 at 5e-3 and 1e-2. PKM and Memory+
+  were trained at one rate only.
 - With 48 phrasings, each told twice, dense recalls 17 %, UltraMem 53 at 5e-3,
   Memory+ 61 at 1e-2 (results/facts_96_exposures.json).
 """

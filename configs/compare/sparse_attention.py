@@ -8,7 +8,7 @@ models are those of configs/sparse_attention_tiny.py with other attention and
 equal widths, so that a difference is the attention's; the window is as long as
 the sparse one's on average.
 Three seeds (results/compare_sparse_attention.json): against the dense model of
-the same seed, at 1.942 nats/byte, `sparse` has -0.138 to -0.156, `window`
+the same seed, at 1.942 nats/byte, `sparse` has -0.137 to -0.156, `window`
 -0.196 to -0.227. So sparse attention loses nothing, and 1M bytes teach a model
 of this size nothing from afar: the less it may read, the better.
 configs/compare/needles.py shows what it reads there. Kept blocks at the end: 27
