@@ -24,7 +24,6 @@ def get_config() -> c.Config:
       num_kv_heads=4,
       head_dim=32,
       mlp_dim=352,
-      mlp='swiglu',
       moe=c.MoEConfig(
         num_experts=96, num_used=8, expert_dim=40, normalize_weights=False
       ),

@@ -20,6 +20,7 @@ from jaxsparse.nn.layers import (
   NORMS,
   Embed,
   Metrics,
+  init_variances,
   project_to_vocabulary,
   weight,
 )
@@ -105,8 +106,11 @@ class Transformer(nn.Module):
     x = norm(config.norm_epsilon, dtype=config.dtype, name='final_norm')(x)
     if config.tie_embeddings:
       return embed.logits(x), cache, metrics
-    shape = (config.vocab_size, config.model_dim)
-    variance = config.init_deviations[0] ** 2 or 1 / config.model_dim
+    width = config.model_dim
+    shape = (config.vocab_size, width)
+    variance, _ = init_variances(
+      config.init_deviations, width, width, config.num_layers
+    )
     table = weight(self, 'output', 'VD', shape, variance, config.dtype)
     return project_to_vocabulary(x, table), cache, metrics
 
