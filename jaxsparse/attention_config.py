@@ -79,7 +79,7 @@ def query_wise_dcmha(**fields) -> DCMHAConfig:
 class SparseAttentionConfig:
   """A window, chosen blocks before it, and summaries of the others.
 
-  See `ops.block_selection` and `ops.sparse_attention`.
+  See `ops.block_selection` and `ops.tile_attention`.
   """
 
   # 'dense' reads everything by plain attention, with the same parameters: to

@@ -32,12 +32,9 @@ from jaxsparse.ops.block_summaries import (
   Turn,
   join_summaries,
 )
-from jaxsparse.ops.sparse_attention import (
-  attend_tiles,
-  mean_of_rows,
-  tiles_in_order,
-)
+from jaxsparse.ops.sparse_attention import tiles_in_order
 from jaxsparse.ops.sparse_cache import SparseCache, append, init_sparse_cache
+from jaxsparse.ops.tile_attention import attend_tiles, mean_of_rows
 
 # How much of a block's worth a tile leaves as it was.
 DECAY = 0.9

@@ -23,12 +23,8 @@ from jaxsparse.ops.block_summaries import (
   mean_of_blocks,
   summarize,
 )
-from jaxsparse.ops.sparse_attention import (
-  Pages,
-  attend_tiles,
-  mean_of_rows,
-  sparse_attention,
-)
+from jaxsparse.ops.sparse_attention import sparse_attention
+from jaxsparse.ops.tile_attention import Pages, attend_tiles, mean_of_rows
 
 
 class SparseCache(NamedTuple):

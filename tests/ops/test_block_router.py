@@ -9,11 +9,8 @@ import pytest
 
 from jaxsparse.ops.block_router import Router, router_loss, router_scores
 from jaxsparse.ops.block_selection import Grid, Selection
-from jaxsparse.ops.sparse_attention import (
-  attend_tiles,
-  sparse_attention,
-  to_pages,
-)
+from jaxsparse.ops.sparse_attention import sparse_attention
+from jaxsparse.ops.tile_attention import attend_tiles, to_pages
 
 B, N, K, H, J, I = 2, 4, 2, 8, 3, 5
 GRID = Grid(block=4, tile=2, window_blocks=1, slots=3, least=2)
