@@ -1,5 +1,6 @@
 """Eight CPU devices, strict promotion, shapes checked at run time."""
 
+import gc
 import os
 
 import jaxlib
@@ -32,3 +33,10 @@ jaxtyping.install_import_hook('jaxsparse', 'beartype.beartype')
 def pytest_collection_modifyitems(items):
   # Training's modules take longest: begun last, one worker would wait for them.
   items.sort(key=lambda item: item.path, reverse=True)
+
+
+def pytest_collection_finish():
+  # Tracing makes so many objects that collecting those of the imports again and
+  # again takes a sixteenth of the suite's time.
+  gc.freeze()
+  gc.set_threshold(50_000, 20, 50)
