@@ -29,6 +29,9 @@ class DCMHAConfig:
   # the number of key/value heads to mix within each one's query heads. If the
   # mesh axis `model` divides it, that axis splits the groups.
   num_groups: int = 1
+  # Groups of the heads n, n + G, n + 2 G, ... instead of neighbours: with G
+  # query heads to a key/value head, those of one index. No axis splits them.
+  interleave: bool = False
   # GELU of the generator: 'tanh', or 'erf' as in the PyTorch port.
   gelu: str = 'tanh'
   # 'default', or 'identity', which begins as plain attention, exactly: for a

@@ -110,6 +110,7 @@ def head_mix(
     key=key,
     base=bases.get(place),
     num_groups=config.num_groups,
+    interleave=config.interleave,
   )
 
 

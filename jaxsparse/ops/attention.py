@@ -148,8 +148,8 @@ def _head_letter(mixes):
   An axis of length 1 would go to the heads of a group, which are contracted.
   """
   _, num_shards = mesh.shards('N')
-  is_split = all(
-    num_shards > 1 and m.num_groups % num_shards == 0 for m in mixes.values()
+  is_split = num_shards > 1 and not any(
+    m.interleave or m.num_groups % num_shards for m in mixes.values()
   )
   return 'N' if is_split else '.'
 

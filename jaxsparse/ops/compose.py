@@ -83,8 +83,12 @@ class HeadMix:
   key: jax.Array | None = None
   # What is the same for all pairs, beside the identity, [G, M, M].
   base: jax.Array | None = None
-  # Groups G of neighbouring heads.
+  # Groups G of neighbouring heads, or of the heads n, n + G, n + 2 G, ...; the
+  # factors' heads are in the groups' order.
   num_groups: int = dataclasses.field(default=1, metadata=dict(static=True))
+  interleave: bool = dataclasses.field(
+    default=False, metadata=dict(static=True)
+  )
 
 
 def compose(
@@ -104,13 +108,19 @@ def compose(
   """
   batch, num_queries, num_heads, num_keys = score.shape
   group = num_heads // mix.num_groups
-  a = score.reshape(batch, num_queries, mix.num_groups, group, num_keys)
+  if mix.interleave:
+    a = score.reshape(batch, num_queries, group, mix.num_groups, num_keys)
+    a = jnp.swapaxes(a, 2, 3)
+  else:
+    a = score.reshape(batch, num_queries, mix.num_groups, group, num_keys)
   if implementation == 'auto':
     on_cpu = jax.default_backend() == 'cpu'
     is_many = on_cpu and num_queries >= num_heads
     implementation = 'matrices' if is_many else 'factors'
   by = dict(matrices=_by_matrices, factors=_by_factors)[implementation]
-  out = by(a, mix)
+  out = by(a, mix).reshape(a.shape)
+  if mix.interleave:
+    out = jnp.swapaxes(out, 2, 3)
   return out.reshape(score.shape)
 
 
@@ -120,31 +130,28 @@ def _grouped(factors, mix, dtype):
 
 
 def _by_matrices(a, mix):
-  group = a.shape[3]
   # What is the same for all pairs joins the queries' matrices [B, T, G, M, M].
-  query = jnp.eye(group, dtype=a.dtype)[None, None, None]
+  matrix = jnp.eye(a.shape[3], dtype=a.dtype)[None, None, None]
   if mix.base is not None:
-    query = query + mix.base.astype(a.dtype)[None, None]
+    matrix = matrix + mix.base.astype(a.dtype)[None, None]
   if mix.query is not None:
-    query = query + _matrices(_grouped(mix.query, mix, a.dtype))
-  key = None
+    matrix = matrix + _matrices(*_parts(_grouped(mix.query, mix, a.dtype)))
+  shape = (*a.shape[:-1], a.shape[3])
+  heads = _but_one_group(a)
+  out = _by_queries(_but_one_group(jnp.broadcast_to(matrix, shape)), heads)
   if mix.key is not None:
-    key = _matrices(_grouped(mix.key, mix, a.dtype))
-  shape = (*a.shape[:2], mix.num_groups, group, group)
-  query = jnp.broadcast_to(query, shape)
-  if mix.num_groups > 1:
-    out = _by_queries(query, a)
-    return out if key is None else out + _by_keys(key, a)
-  # XLA's CPU products are twice as slow with one dimension more.
-  a = a[:, :, 0]
-  out = _by_queries(query[:, :, 0], a)
-  if key is not None:
-    out += _by_keys(key[:, :, 0], a)
-  return out[:, :, None]
+    out += _by_keys(_grouped(mix.key, mix, a.dtype), heads)
+  return out
 
 
-# Heads [B, T, (G,) M, S] by a matrix [(G,) M, N] of each query or key. Autodiff
-# would multiply the other way around, and transpose all heads for it.
+def _but_one_group(x):
+  """Without G of [B, T, G, ...]: with it XLA's CPU products are slower."""
+  return x[:, :, 0] if x.shape[2] == 1 else x
+
+
+# Heads [B, T, (G,) M, S] by a matrix [(G,) M, N] of each query, or by one that
+# the factors of each key make. Autodiff would multiply the other way around,
+# and transpose all heads for it.
 
 
 @jax.custom_vjp
@@ -168,25 +175,37 @@ _by_queries.defvjp(_save_by_queries, _restore_by_queries)
 
 
 @jax.custom_vjp
-def _by_keys(matrix, heads):
+def _by_keys(factors, heads):
   # Turned over once, [B, S, (G,) M, T], as the gradient needs it again.
   heads = jnp.swapaxes(heads, 1, -1)
-  out = _batched_matmul(jnp.swapaxes(matrix, -2, -1), heads)
+  out = _batched_matmul(_turned_matrices(factors), heads)
   return jnp.swapaxes(out, 1, -1)
 
 
-def _save_by_keys(matrix, heads):
-  return _by_keys(matrix, heads), (matrix, heads)
+def _save_by_keys(factors, heads):
+  return _by_keys(factors, heads), (factors, heads)
 
 
 def _restore_by_keys(inputs, cotangent):
-  matrix, heads = inputs
+  factors, heads = inputs
   heads = jnp.swapaxes(heads, 1, -1)
   # Once for both products, [B, S, (G,) T, N].
   cotangent = jnp.moveaxis(jnp.swapaxes(cotangent, 1, -1), -1, -2)
-  of_heads = _batched_matmul(cotangent, jnp.swapaxes(matrix, -2, -1))
+  of_heads = _batched_matmul(cotangent, _turned_matrices(factors))
+  read, write, _ = _parts(factors)
+  group = factors.shape[-1]
+  of_matrix = _batched_matmul(heads, cotangent)
+  of_matrix = of_matrix.reshape(*factors.shape[:2], -1, group, group)
+  # Matrices this small are never transposed, which takes as long as all else.
+  of_read = sum(
+    write[..., n, None] * of_matrix[:, :, None, ..., n] for n in range(group)
+  )
+  of_write = sum(
+    read[..., m, None] * of_matrix[:, :, None, :, m] for m in range(group)
+  )
+  of_gate = jnp.diagonal(of_matrix, axis1=-2, axis2=-1)[:, :, None]
   return (
-    _batched_matmul(heads, cotangent),
+    jnp.concatenate([of_read, of_write, of_gate], axis=2),
     jnp.swapaxes(jnp.moveaxis(of_heads, -2, -1), 1, -1),
   )
 
@@ -201,13 +220,23 @@ def _batched_matmul(left, right):
   return jax.lax.dot_general(left, right, dims)
 
 
-def _matrices(factors):
-  """[B, T, F, G, M] to [B, T, G, M, M]."""
+def _parts(factors):
+  """[B, T, F, G, M]: what reads and what writes [B, T, R, G, M], the gates."""
   rank = factors.shape[2] // 2
-  read, write = factors[:, :, :rank], factors[:, :, rank:-1]
+  return factors[:, :, :rank], factors[:, :, rank:-1], factors[:, :, -1]
+
+
+def _matrices(read, write, gate):
+  """[B, T, G, M, N] from the parts of factors."""
   products = jnp.einsum('btrgm,btrgn->btgmn', read, write)
-  diagonal = jnp.eye(factors.shape[-1], dtype=factors.dtype)
-  return products + factors[:, :, -1, :, :, None] * diagonal[None, None, None]
+  diagonal = jnp.eye(gate.shape[-1], dtype=gate.dtype)
+  return products + gate[..., None] * diagonal[None, None, None]
+
+
+def _turned_matrices(factors):
+  """[B, S, (G,) N, M]."""
+  read, write, gate = _parts(factors)
+  return _but_one_group(_matrices(write, read, gate))
 
 
 def _by_factors(a, mix):
@@ -254,4 +283,8 @@ def compose_reference(
     by_pair = by_pair + base[None, None, None]
   shape = (batch, num_queries, num_keys, num_heads, num_heads)
   by_pair = jnp.broadcast_to(by_pair, shape)
+  if mix.interleave:
+    head = jnp.arange(num_heads)
+    place = head % mix.num_groups * group + head // mix.num_groups
+    by_pair = by_pair[:, :, :, place][..., place]
   return jnp.einsum('btms,btsmn->btns', score, by_pair)

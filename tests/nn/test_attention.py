@@ -87,6 +87,7 @@ VARIANTS = dict(
   local=LOCAL_OF_3,
   dcmha=dict(dcmha=DCMHAConfig(base=True)),
   dcmha_in_groups=dict(dcmha=DCMHAConfig(num_groups=2, rank=1)),
+  dcmha_interleaved=dict(dcmha=DCMHAConfig(num_groups=2, interleave=True)),
   local_dcmha=LOCAL_OF_3 | dict(dcmha=DCMHAConfig()),
   local_query_wise=LOCAL_OF_3 | dict(dcmha=query_wise_dcmha()),
   chunks=dict(query_chunk=2),
@@ -317,8 +318,16 @@ LOCAL = dict(attention_pattern=('local',), window=3, query_chunk=4)
       dict(num_heads=8, attention_pattern=('sparse',), sparse=INDEXER),
       marks=pytest.mark.slow,
     ),
+    pytest.param(
+      MODEL_OF_4,
+      dict(num_heads=8, dcmha=DCMHAConfig(num_groups=4, interleave=True)),
+      marks=pytest.mark.slow,
+    ),
   ],
-  ids=['one device', 'dcmha', 'by factors', 'by matrices', 'sparse', 'indexer'],
+  ids=[
+    *('one device', 'dcmha', 'by factors', 'by matrices', 'sparse', 'indexer'),
+    'interleaved',
+  ],
 )
 def test_any_mesh_gives_the_same(sizes, fields):
   config = make_config(num_kv_heads=4, **fields)
