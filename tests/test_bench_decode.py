@@ -226,8 +226,9 @@ def test_distinct_are_counted_by_layer():
 def _rigged(moe_seconds):
   def record(name, seconds, least_bytes):
     return dict(
-      task='cell', contender=name, seconds=seconds, least_bytes=least_bytes
-    )
+      task='cell', contender=name, seconds=seconds, least_bytes=least_bytes,
+      bytes_per_second=1.0, share_of_copy=1.0, distinct_per_layer=1.0,
+    )  # fmt: skip
 
   return decode.with_ratios(
     [
@@ -242,6 +243,31 @@ def test_a_ratio_above_the_limit_is_refused():
   decode.refuse_impossible(_rigged(4.3), 0.1)
   with pytest.raises(UserError, match=r'takes 4\.50 times .* only 4\.00 times'):
     decode.refuse_impossible(_rigged(4.5), 0.1)
+
+
+@pytest.mark.parametrize(
+  ('moe_seconds', 'num_measured', 'is_refused'),
+  [([4.0], 1, False), ([4.5, 4.3], 2, False), ([4.5] * 9, 3, True)],
+)
+def test_a_cell_above_the_limit_is_measured_again(
+  moe_seconds, num_measured, is_refused
+):
+  class BusyCell:
+    def __init__(self):
+      self.measured = []
+
+    def take_turns(self, routing):
+      return moe_seconds[len(self.measured)]
+
+    def records(self, task, seconds):
+      self.measured.append(seconds)
+      return _rigged(seconds)
+
+  cell = BusyCell()
+  rows, error = decode.measure_cell(cell, 'uniform', 'cell', 0.1)
+  assert len(cell.measured) == num_measured
+  assert (error is not None) == is_refused
+  assert rows == _rigged(cell.measured[-1])
 
 
 @pytest.mark.parametrize(
