@@ -87,7 +87,8 @@ class SparseAttentionConfig:
 
   # 'dense' reads everything by plain attention, with the same parameters: to
   # begin training with, as the same workdir goes on with 'sparse', which has
-  # the same function while it keeps all blocks.
+  # the same function while it keeps all blocks. An indexer learns of all blocks
+  # then, and alone by optimizer.trained='sparse/router'.
   mode: str = 'sparse'
   # Rows b of a block.
   block: int = 64
@@ -112,7 +113,7 @@ class SparseAttentionConfig:
   temperature: float = 0.1
   # What tells a block's importance: 'shared', the attention's own queries and
   # the summaries, or 'indexer', projections that learn what attention reads in
-  # the blocks it keeps (`ops.block_router`).
+  # the blocks it keeps, or in all in dense mode (`ops.block_router`).
   router: str = 'shared'
   # Heads of the indexer and their width.
   router_heads: int = 4

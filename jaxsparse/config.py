@@ -8,6 +8,7 @@ runs every check again afterwards. Everything else treats them as constants.
 
 import dataclasses
 import math
+import re
 import types
 import typing
 from typing import Any
@@ -142,6 +143,9 @@ class OptimizerConfig:
   # Keep a float32 copy of bfloat16 tables; without it their updates are rounded
   # stochastically.
   value_master: bool = False
+  # Only leaves whose path this regular expression finds are trained, such as
+  # 'sparse/router' or 'dcmha'; the others stay as they are. Empty: all.
+  trained: str = ''
   # Largest global norm of the gradient; 0 does not clip.
   clip_norm: float = 1.0
   # Micro-batches whose gradients are averaged into one step.
@@ -174,6 +178,17 @@ class OptimizerConfig:
       self, 'warmup_steps', 'weight_decay', 'value_weight_decay', 'clip_norm'
     )
     require_not_negative(self, 'value_learning_rate')
+    try:
+      re.compile(self.trained)
+    except re.error as error:
+      raise UserError(
+        f'trained must be a regular expression, got {self.trained!r}: {error}.'
+      ) from None
+    require(
+      not self.trained or self.value_optimizer == 'adamw',
+      "value_optimizer must be 'adamw' with trained, got "
+      f'{self.value_optimizer!r}.',
+    )
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)

@@ -58,7 +58,7 @@ class Attention(nn.Module):
 
     Returns:
       What to add to the residual stream, the extended cache, and the metrics
-      of `SparseAttention` if it is one.
+      of `SparseAttention` if it is one or warms one up.
     """
     config, model_dim = self.config, x.shape[-1]
     x = x.astype(config.dtype)
@@ -80,6 +80,10 @@ class Attention(nn.Module):
       if is_warming_up and self.is_initializing():
         # Makes the parameters with which sparse attention is to go on.
         sparse()(x, *heads, segment_ids)
+      elif is_warming_up and cache is None and config.sparse.router_width:
+        metrics = sparse(keeps_all=True)(
+          x, *map(jax.lax.stop_gradient, heads), segment_ids
+        )[-1]
     encoded = probed(self, encoded)
     shape = (config.num_heads, config.head_dim, model_dim)
     _, writing = self._variances(model_dim)

@@ -5,6 +5,7 @@ query reads, the share of importance that its kept blocks are to cover, weights
 of a block's rows in its summary, and a router's.
 """
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -121,6 +122,9 @@ class SparseAttention(nn.Module):
   """
 
   config: ModelConfig
+  # To train an indexer by all blocks: no others are left out, and what it
+  # learns of them is the only metric.
+  keeps_all: bool = False
 
   @nn.compact
   def __call__(
@@ -146,9 +150,14 @@ class SparseAttention(nn.Module):
     weighted 'kept_share'.
     """
     sparse = self.config.sparse
+    grid = make_grid(sparse)
     gates, coverage = self._gates_and_coverage(x)
+    if self.keeps_all:
+      slots = -(-x.shape[1] // sparse.block)
+      grid = dataclasses.replace(grid, slots=slots, most_fraction=0.0)
+      coverage = jnp.full_like(coverage, jnp.inf)
     how = dict(
-      grid=make_grid(sparse),
+      grid=grid,
       summary_turn=self._turn() if sparse.summary_key == 'pre_rope' else None,
       use_summaries=sparse.use_summaries,
       combine=sparse.combine,
@@ -278,6 +287,8 @@ class SparseAttention(nn.Module):
       metrics[name] = mean(stats['shares'][..., i])
     sparse = self.config.sparse
     metrics['block_price'] = sparse.budget_weight * kept_share
+    if self.keeps_all:
+      metrics = {}
     if 'entropy' in stats:
       metrics['router_entropy'] = mean(stats['entropy'])
     if sparse.router == 'indexer' and 'router_loss' in stats:

@@ -5,12 +5,15 @@ of the model's that falls linearly to it over training (UltraMem,
 arXiv:2411.12364), and their own weight decay.
 """
 
+import re
+
 import jax
 import jax.numpy as jnp
 import optax
 
 from jaxsparse import mesh
 from jaxsparse.config import OptimizerConfig
+from jaxsparse.errors import require
 from jaxsparse.training.row_optimizers import row_adagrad, row_adam
 from jaxsparse.training.row_updates import in_float32, with_float32_master
 
@@ -124,6 +127,32 @@ def squared_norm(gradients: dict) -> jax.Array:
     gradients,
   )
   return optax.tree.norm(of_loss, squared=True)
+
+
+def only_trained(config: OptimizerConfig, arrays: dict) -> dict:
+  """Gradients or updates, zero where `config.trained` does not find the leaf.
+
+  Raises:
+    UserError: it finds none.
+  """
+  if not config.trained:
+    return arrays
+  names = {
+    jax.tree_util.keystr(path, simple=True, separator='/')
+    for path, _ in jax.tree.leaves_with_path(arrays)
+  }
+  found = {name for name in names if re.search(config.trained, name)}
+  require(
+    bool(found),
+    f"optimizer.trained must find a parameter, such as '{min(names)}', got "
+    f'{config.trained!r}.',
+  )
+
+  def kept(path, x):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    return x if name in found else jnp.zeros_like(x)
+
+  return jax.tree.map_with_path(kept, arrays)
 
 
 def labels(params: dict) -> dict:

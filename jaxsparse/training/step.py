@@ -1,6 +1,7 @@
 """TrainState and the two pure functions of training: train and eval step."""
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
@@ -141,6 +142,8 @@ def _update(
 ) -> tuple[dict, optax.OptState, Metrics]:
   """Parameters and optimizer state after the step, and scalars."""
   optimizer = _optimizer(config)
+  only_trained = functools.partial(optimizer_lib.only_trained, config.optimizer)
+  grads = only_trained(grads)
   rounding_key = None
   if not config.optimizer.value_master:
     # Numbers below this are those of the micro-batches.
@@ -151,6 +154,8 @@ def _update(
     scale = clip_scale(norm, config.optimizer.clip_norm)
     scaled = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
     updates, opt_state = optimizer.update(scaled, opt_state, params)
+    # Without their decay, too.
+    updates = only_trained(updates)
     return apply_updates(params, updates, rounding_key), opt_state
 
   if not has_row_optimizer(config):

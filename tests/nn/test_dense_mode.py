@@ -100,6 +100,39 @@ def test_its_cache_gives_the_same(params):
   np.testing.assert_allclose(np.concatenate(found, 1), whole, rtol=0, atol=1e-5)
 
 
+def test_an_indexer_learns_of_all_blocks():
+  """As one beside sparse attention that keeps them all, and without a trace in
+  what dense attention gives or learns."""
+
+  def with_indexer(config):
+    sparse = dataclasses.replace(config.sparse, router='indexer', router_dim=4)
+    return dataclasses.replace(config, sparse=sparse)
+
+  few = dataclasses.replace(DENSE.sparse, max_blocks=1)
+  dense = with_indexer(dataclasses.replace(DENSE, sparse=few))
+  params = Transformer(dense).init(
+    jax.random.key(0), *(x[:1, :1] for x in inputs())
+  )['params']
+  _, _, of_sparse = logits(with_indexer(SPARSE), params)
+
+  def both(params):
+    y, _, metrics = Transformer(dense).apply({'params': params}, *inputs())
+    return jnp.stack([jnp.sin(y).sum(), metrics['aux_loss']]), (y, metrics)
+
+  slopes, (y, metrics) = jax.jit(jax.jacobian(both, has_aux=True))(params)
+  np.testing.assert_array_equal(y, logits(DENSE, params)[0])
+  layer = 'block_01/attention'
+  assert set(metrics) == {
+    'aux_loss', f'{layer}/router_loss', f'{layer}/router_entropy'
+  }  # fmt: skip
+  for name, value in metrics.items():
+    np.testing.assert_allclose(value, of_sparse[name], rtol=1e-5)
+  for path, (of_y, of_loss) in jax.tree.leaves_with_path(slopes):
+    name = jax.tree_util.keystr(path)
+    assert (np.abs(of_loss).max() > 0) == ('router' in name), name
+    assert 'router' not in name or np.abs(of_y).max() == 0, name
+
+
 def test_a_run_may_go_on_sparse(tmp_path):
   save_config(Config(model=DENSE), tmp_path)
   _, (told,) = claim_workdir(Config(model=SPARSE), tmp_path)

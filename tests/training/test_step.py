@@ -19,8 +19,9 @@ from small_model import (
 )
 
 from jaxsparse import checkpoint, mesh
+from jaxsparse.errors import UserError
 from jaxsparse.training import evaluation
-from jaxsparse.training.step import eval_step, init_state
+from jaxsparse.training.step import eval_step, init_state, train_step
 
 
 @pytest.mark.slow
@@ -91,6 +92,45 @@ def test_micro_batches_change_nothing():
   config = dataclasses.replace(CONFIG, optimizer=optimizer)
   losses, _ = run(config, (1, 1, 1))
   np.testing.assert_allclose(losses, losses_on_one_device(), atol=1e-5)
+
+
+def test_only_what_is_asked_for_is_trained():
+  """Not even decay or the gradient's norm tells of the rest."""
+  optimizer = dataclasses.replace(
+    CONFIG.optimizer, trained='block_01/mlp/|value_table$', weight_decay=0.5
+  )
+  config = dataclasses.replace(CONFIG, optimizer=optimizer)
+  with jax.set_mesh(make_mesh((1, 1, 1))):
+    first = jax.jit(functools.partial(init_state, config))()
+    step = jax.jit(functools.partial(train_step, config))
+    state, metrics = step(first, make_batch(0))
+    _, of_all = jax.jit(functools.partial(train_step, CONFIG))(
+      first, make_batch(0)
+    )
+    state, _ = step(state, make_batch(1))
+  assert metrics['grad_norm'] < 0.9 * of_all['grad_norm']
+  changed = jax.tree.map(
+    lambda a, b: bool((a != b).any()), first.params, state.params
+  )
+  for path, is_changed in jax.tree.leaves_with_path(changed):
+    name = jax.tree_util.keystr(path, simple=True, separator='/')
+    is_asked = 'block_01/mlp/' in name or name.endswith('/value_table')
+    assert is_changed == is_asked, name
+
+
+def test_nothing_to_train_is_said_in_a_sentence():
+  optimizer = dataclasses.replace(CONFIG.optimizer, trained='dcmha')
+  config = dataclasses.replace(CONFIG, optimizer=optimizer)
+  state = jax.eval_shape(functools.partial(init_state, config))
+  with pytest.raises(
+    UserError,
+    match=r"trained must find a parameter, such as '\w+/.*, got 'dcmha'",
+  ):
+    jax.eval_shape(functools.partial(train_step, config), state, make_batch(0))
+  with pytest.raises(UserError, match=r"regular expression, got '\('"):
+    dataclasses.replace(optimizer, trained='(')
+  with pytest.raises(UserError, match="must be 'adamw' with trained, got"):
+    dataclasses.replace(optimizer, value_optimizer='row_adam')
 
 
 @pytest.mark.slow
