@@ -21,11 +21,11 @@ Sparse attention there is made of XLA's gathers and matmuls, whose scores go
 through memory; what is published as 9x and 11.6x at 64k is one kernel. A token
 is decoded by some 30 short kernels, where dense has one.
 
-On two CPU cores (results/attention_cpu.json) sparse is 1.95x, 3.2x and 6.2x as
-fast as dense at 4,096, 8,192 and 16,384, and a token after 16,384 is decoded
-12.9x as fast. There a train step with composed heads takes 1.38x the time of
-plain ones, by queries only 1.12x; four more runs of 'train' on that day gave
-1.22x to 1.52x and 1.02x to 1.19x.
+On two CPU cores (results/attention_cpu.json) sparse is 2.07x, 3.45x and 6.04x
+as fast as dense at 4,096, 8,192 and 16,384, and a token after 16,384 is decoded
+11.3x as fast. There a train step with composed heads takes 1.31x the time of
+plain ones, by queries only 1.10x. Two more runs on that day gave 1.87x and
+2.03x, 3.7x, 6.3x and 6.5x; 9.7x and 13.4x; 1.36x and 1.35x, 1.11x.
 
 Ratios are to the first line of each task. Blocks kept are as many as there are
 slots for: fewer would take no less time.
