@@ -35,7 +35,12 @@ class Layer(Protocol):
 
 
 def draw_layer(
-  layer: Layer, title: str, texts: Sequence[str], block: int, path: pathlib.Path
+  layer: Layer,
+  title: str,
+  texts: Sequence[str],
+  block: int,
+  tile: int,
+  path: pathlib.Path,
 ) -> None:
   """Draws one layer.
 
@@ -44,32 +49,33 @@ def draw_layer(
     title: of the picture.
     texts: each token's.
     block: rows of a sparse layer's blocks.
+    tile: rows that share a choice of blocks.
     path: of the PNG.
   """
   if layer.kind == 'sparse':
-    _draw_sparse(layer, title, block, path)
+    _draw_sparse(layer, title, block, tile, path)
   else:
     _draw_weights(layer, title, texts, path)
 
 
-def _draw_sparse(layer, title, block, path):
+def _draw_sparse(layer, title, block, tile, path):
   choice = layer.choice
   length = layer.weights.shape[-1]
   num_heads = min(choice['kept'].shape[0], _MOST_HEADS)
-  tile = -(-length // choice['kept'].shape[1])
   with plots.new_figure(path, height=2.6 * (num_heads + 1) + 0.5) as figure:
-    grid = figure.add_gridspec(num_heads + 1, 2)
+    grid = figure.add_gridspec(num_heads + 1, 3)
     for head in range(num_heads):
       axes = figure.add_subplot(grid[head, :])
       image = axes.imshow(
-        _block_shares(layer, head, block, tile),
+        block_shares(layer, head, block, tile),
         aspect='auto',
         cmap='viridis',
         vmin=0,
         vmax=1,
         interpolation='nearest',
-        extent=(0, length, -(-length // block), 0),
+        extent=(0, choice['kept'].shape[1] * tile, -(-length // block), 0),
       )
+      axes.set_xlim(0, length)
       axes.yaxis.get_major_locator().set_params(integer=True)
       tiles, blocks = np.array(_kept(choice, head)).T.reshape(2, -1)
       axes.plot(
@@ -95,17 +101,22 @@ def _draw_sparse(layer, title, block, path):
     axes = figure.add_subplot(grid[-1, 1])
     for name, colour in (('eligible', '#888888'), ('kept', plots.COLOURS[1])):
       axes.plot(positions, choice[name].mean(0), color=colour, label=name)
-    axes.set_title('Blocks, and the share to be covered')
+    axes.set_title('Blocks, mean of heads')
     axes.set_xlabel('position')
     axes.legend(fontsize=8, loc='upper left')
-    covered = axes.twinx()
-    covered.plot(choice['coverage'].mean(1), color=plots.COLOURS[2])
-    covered.set_ylim(0, 1.02)
-    covered.yaxis.set_major_formatter('{x:.0%}')
-    covered.grid(visible=False)
+    axes = figure.add_subplot(grid[-1, 2])
+    # What the first row of a tile asks for counts.
+    covered = choice['coverage'][::tile]
+    for head in range(num_heads):
+      axes.plot(positions, covered[:, head], label=f'head {head}')
+    axes.set_ylim(0, 1.02)
+    axes.yaxis.set_major_formatter('{x:.0%}')
+    axes.set_title('Share to be covered')
+    axes.set_xlabel('position')
+    axes.legend(fontsize=8, loc='lower left', frameon=True)
 
 
-def _block_shares(layer, head, block, tile):
+def block_shares(layer: Layer, head: int, block: int, tile: int) -> np.ndarray:
   """[blocks, tiles]: mean over the head's group and the tile's tokens."""
   length = layer.weights.shape[-1]
   group = len(layer.weights) // len(layer.choice['kept'])
@@ -155,9 +166,14 @@ def _draw_weights(layer, title, texts, path):
       figure.colorbar(image, ax=axes)
 
 
-def _draw_matrix(figure, axes, matrix, texts):
+def _draw_matrix(figure, axes, matrix, texts, quantile=1.0):
+  roots = np.sqrt(np.maximum(matrix, 0))
   image = axes.imshow(
-    np.sqrt(np.maximum(matrix, 0)), cmap='viridis', interpolation='nearest'
+    roots,
+    cmap='viridis',
+    interpolation='nearest',
+    vmin=0,
+    vmax=np.quantile(roots, quantile) or None,
   )
   axes.grid(visible=False)
   if len(texts) <= _MOST_NAMED:
@@ -166,7 +182,8 @@ def _draw_matrix(figure, axes, matrix, texts):
     axes.set_yticks(range(len(names)), names, fontsize=7)
   axes.set_xlabel('read (square roots of the weights)')
   axes.set_ylabel('reads')
-  figure.colorbar(image, ax=axes, fraction=0.046, pad=0.04)
+  extend = 'neither' if quantile == 1 else 'max'
+  figure.colorbar(image, ax=axes, fraction=0.046, pad=0.04, extend=extend)
 
 
 def draw_tokens(
@@ -180,9 +197,9 @@ def draw_tokens(
     grid = figure.add_gridspec(len(totals), 2)
     for i, (title, matrix) in enumerate(totals.items()):
       axes = figure.add_subplot(grid[i, 0])
-      # A token's own share would outshine all others.
+      # A token's own share would outshine all others, and so would a few more.
       others = matrix * (1 - np.eye(len(matrix)))
-      _draw_matrix(figure, axes, others, texts)
+      _draw_matrix(figure, axes, others, texts, quantile=0.999)
       axes.set_title(f'{title} of all layers')
       axes = figure.add_subplot(grid[i, 1])
       axes.bar(range(len(texts)), last_row(matrix), color=plots.COLOURS[i])
