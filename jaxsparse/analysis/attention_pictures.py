@@ -108,7 +108,12 @@ def _draw_sparse(layer, title, block, tile, path):
     # What the first row of a tile asks for counts.
     covered = choice['coverage'][::tile]
     for head in range(num_heads):
-      axes.plot(positions, covered[:, head], label=f'head {head}')
+      axes.plot(
+        positions,
+        covered[:, head],
+        color=plots.COLOURS[head],
+        label=f'head {head}',
+      )
     axes.set_ylim(0, 1.02)
     axes.yaxis.set_major_formatter('{x:.0%}')
     axes.set_title('Share to be covered')

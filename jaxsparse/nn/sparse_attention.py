@@ -122,8 +122,8 @@ class SparseAttention(nn.Module):
   """
 
   config: ModelConfig
-  # To train an indexer by all blocks: no others are left out, and what it
-  # learns of them is the only metric.
+  # To train an indexer by all blocks: none is left out, and what it learns is
+  # the only metric.
   keeps_all: bool = False
 
   @nn.compact
