@@ -20,7 +20,19 @@ bench: it would be the MoE that is at fault.
 
 On a CPU give it one core, `taskset -c 0 python -m jaxsparse.bench decode`: XLA
 spreads a dense product over all cores, but runs the loop over experts on one,
-so that at batch 1 two cores halve the time of all but the MoE.
+so that at batch 1 two cores halve the time of all but the MoE. There
+(results/decode_cpu.json) by --batches=1,4,16,64,256 --kv_groups=1,4,8
+--routing=uniform,zipf, least and most of the six cells of a batch:
+
+  batch    dense           UltraMem      MoE to UltraMem   bytes allow
+  1          6.4-9.2 ms    1.09-1.16x    0.95-1.02x        1.00x
+  4         13.3-16.0 ms   1.05-1.09x    1.45-1.59x        2.48-2.92x
+  16        18.3-23.9 ms   1.04-1.15x    2.27-2.47x        4.82-5.94x
+  64        45.8-59.8 ms   1.10-1.22x    1.79-1.92x        4.06-6.21x
+  256        148-190 ms    1.24-1.37x    1.09-1.14x        2.17-4.24x
+
+From batch 64 on a core has more to multiply than to read, so that the MoE's
+bytes tell less and less.
 
 On an H200 (results/decode_h200.json) by --family=680m --dtype=bfloat16
 --context=2048 --steps=32 --width_multiple=64 --margin=1e9 --kv_groups=8
