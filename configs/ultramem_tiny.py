@@ -9,8 +9,8 @@ by what it costs, so that both models have the same FLOPs per token to 1 %,
 scoring and lookup included. AdamW at 3e-3, 2,048 bytes a step, values at 10x
 falling to 1x and without weight decay.
 Hardware: two CPU cores.
-Result: 2.102 bits/byte on 655,387 bytes of Python's text, mean of seeds 0, 1, 2
-(2.097 to 2.112); 4,700 to 5,000 tokens/s, 5:15 minutes; see results/tiny.json.
+Result: 2.103 bits/byte on 655,387 bytes of Python's text, mean of seeds 0, 1, 2
+(2.090 to 2.118); 4,700 to 5,000 tokens/s, 5:15 minutes; see results/tiny.json.
 """
 
 from jaxsparse import config as c
