@@ -6,7 +6,7 @@ Reproduces: the dense row of our own comparison at this size, with the FLOPs per
 token of `ultramem_tiny` to 1 %. AdamW at 3e-3, 2,048 bytes a step.
 Hardware: two CPU cores.
 Result: 2.107 bits/byte on 655,387 bytes of Python's text, mean of seeds 0, 1, 2
-(2.100 to 2.119); 5,700 to 7,100 tokens/s; see results/tiny.json.
+(2.100 to 2.119); 9,600 to 11,000 tokens/s; see results/tiny.json.
 """
 
 from jaxsparse import config as c
