@@ -103,8 +103,7 @@ def draw_attention(
       layer,
       f'Block {i}, {layer.kind}',
       texts,
-      model.sparse.block if model.sparse else 0,
-      model.sparse.tile if model.sparse else 0,
+      model.sparse,
       pictures[-1],
     )
   page = folder / attention_pictures.PAGE

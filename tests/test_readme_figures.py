@@ -30,9 +30,9 @@ def seconds(name):
   }
 
 
-def span(values, form='.2f', sign='-'):
+def span(values, form='.2f'):
   low, high = (format(f(values), form) for f in (min, max))
-  return low if low == high else f'{low}{sign}{high}'
+  return low if low == high else f'{low}-{high}'
 
 
 def tiny():
@@ -74,15 +74,13 @@ def language():
 
 
 def recalled():
-  share = {
-    name: f'{100 * np.mean(x):.0f}'
-    for name, x in by_seed('compare_facts', 'recall', 1000).items()
-  }
-  v2 = by_seed('compare_facts', 'recall', 1000)['ultramem_v2']
+  shares = by_seed('compare_facts', 'recall', 1000)
+  share = {name: f'{100 * np.mean(x):.0f}' for name, x in shares.items()}
   yield f'dense {share["dense"]} %, Memory+ {share["memory_plus"]},'
   yield f'MoE {share["moe"]}, UltraMem {share["ultramem"]},'
   yield f'PEER {share["peer"]}, UltraMemV2 {share["ultramem_v2"]}'
-  yield f'({span([100 * x for x in v2], ".0f")}), PKM {share["pkm"]}'
+  v2 = [100 * x for x in shares['ultramem_v2']]
+  yield f'({span(v2, ".0f")}), PKM {share["pkm"]}'
 
 
 NAMES = dict(
@@ -109,7 +107,6 @@ def walk():
 
 def decoding():
   cells = load('decode_cpu')['results']
-  moe = {r['task']: r for r in cells if r['contender'] == 'moe'}
 
   def ratios(is_large):
     ours = [
@@ -117,11 +114,9 @@ def decoding():
       for r in cells
       if r['contender'] == 'ultramem' and (r['batch_size'] > 64) == is_large
     ]
-    others = [moe[r['task']] for r in ours]
     yield span([r['to_dense'] for r in ours])
-    for key in ('seconds', 'least_bytes'):
-      shares = [m[key] / r[key] for m, r in zip(others, ours, strict=True)]
-      yield span(shares, '.1f')
+    for name in ('moe_ratio', 'moe_limit'):
+      yield span([r[name] for r in ours], '.1f')
 
   to_dense, of_moe, limits = ratios(is_large=False)
   yield f"to batch 64 UltraMem takes {to_dense}x dense's time"

@@ -14,6 +14,7 @@ from typing import Protocol, runtime_checkable
 import numpy as np
 
 from jaxsparse.analysis import plots
+from jaxsparse.attention_config import SparseAttentionConfig
 
 PAGE = 'attention.html'
 
@@ -38,8 +39,7 @@ def draw_layer(
   layer: Layer,
   title: str,
   texts: Sequence[str],
-  block: int,
-  tile: int,
+  sparse: SparseAttentionConfig | None,
   path: pathlib.Path,
 ) -> None:
   """Draws one layer.
@@ -48,12 +48,11 @@ def draw_layer(
     layer: its maps.
     title: of the picture.
     texts: each token's.
-    block: rows of a sparse layer's blocks.
-    tile: rows that share a choice of blocks.
+    sparse: sizes of a sparse layer's blocks and tiles.
     path: of the PNG.
   """
   if layer.kind == 'sparse':
-    _draw_sparse(layer, title, block, tile, path)
+    _draw_sparse(layer, title, sparse.block, sparse.tile, path)
   else:
     _draw_weights(layer, title, texts, path)
 

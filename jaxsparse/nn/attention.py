@@ -81,9 +81,7 @@ class Attention(nn.Module):
         # Makes the parameters with which sparse attention is to go on.
         sparse()(x, *heads, segment_ids)
       elif is_warming_up and cache is None and config.sparse.router_width:
-        metrics = sparse(keeps_all=True)(
-          x, *map(jax.lax.stop_gradient, heads), segment_ids
-        )[-1]
+        _, _, metrics = sparse(keeps_all=True)(x, *heads, segment_ids)
     encoded = probed(self, encoded)
     shape = (config.num_heads, config.head_dim, model_dim)
     _, writing = self._variances(model_dim)

@@ -275,25 +275,25 @@ class SparseAttention(nn.Module):
     counts = (eligible > 0).astype(jnp.float32)
     total = jnp.maximum(counts.sum(), 1.0)
     mean = functools.partial(_mean, counts, total)
-    kept_share = mean(stats['kept'] / jnp.maximum(eligible, 1.0))
-    metrics = dict(
-      kept_share=kept_share,
-      kept_blocks=mean(stats['kept']),
-      coverage=coverage.mean(),
-      coverage_least=coverage.min(),
-      coverage_most=coverage.max(),
-    )
-    for i, name in enumerate(_SETS):
-      metrics[name] = mean(stats['shares'][..., i])
-    sparse = self.config.sparse
-    metrics['block_price'] = sparse.budget_weight * kept_share
-    if self.keeps_all:
-      metrics = {}
+    sparse, metrics = self.config.sparse, {}
     if 'entropy' in stats:
       metrics['router_entropy'] = mean(stats['entropy'])
     if sparse.router == 'indexer' and 'router_loss' in stats:
       metrics['router_loss'] = mean(stats['router_loss'])
       metrics['aux_loss'] = sparse.router_weight * metrics['router_loss']
+    if self.keeps_all:
+      return metrics
+    kept_share = mean(stats['kept'] / jnp.maximum(eligible, 1.0))
+    metrics |= dict(
+      kept_share=kept_share,
+      kept_blocks=mean(stats['kept']),
+      coverage=coverage.mean(),
+      coverage_least=coverage.min(),
+      coverage_most=coverage.max(),
+      block_price=sparse.budget_weight * kept_share,
+    )
+    for i, name in enumerate(_SETS):
+      metrics[name] = mean(stats['shares'][..., i])
     return metrics
 
 

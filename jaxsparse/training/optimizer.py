@@ -137,22 +137,21 @@ def only_trained(config: OptimizerConfig, arrays: dict) -> dict:
   """
   if not config.trained:
     return arrays
-  names = {
-    jax.tree_util.keystr(path, simple=True, separator='/')
-    for path, _ in jax.tree.leaves_with_path(arrays)
-  }
-  found = {name for name in names if re.search(config.trained, name)}
-  require(
-    bool(found),
-    f"optimizer.trained must find a parameter, such as '{min(names)}', got "
-    f'{config.trained!r}.',
+  names = jax.tree.map_with_path(
+    lambda path, _: jax.tree_util.keystr(path, simple=True, separator='/'),
+    arrays,
   )
-
-  def kept(path, x):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
-    return x if name in found else jnp.zeros_like(x)
-
-  return jax.tree.map_with_path(kept, arrays)
+  is_trained = jax.tree.map(
+    lambda name: bool(re.search(config.trained, name)), names
+  )
+  require(
+    any(jax.tree.leaves(is_trained)),
+    'optimizer.trained must find a parameter, such as '
+    f'{jax.tree.leaves(names)[0]!r}, got {config.trained!r}.',
+  )
+  return jax.tree.map(
+    lambda x, keeps: x if keeps else jnp.zeros_like(x), arrays, is_trained
+  )
 
 
 def labels(params: dict) -> dict:
