@@ -1,10 +1,13 @@
 """Checkpoints in the workdir: the only importer of Orbax.
 
 A checkpoint holds the logical arrays; the mesh is a choice made at restore
-time. It also holds a fingerprint of every array, because Orbax notices missing
-and truncated files but not a flipped bit inside a value.
+time. It also holds a fingerprint of every array and a digest of all else that
+a resume reads, because Orbax notices missing and truncated files but not a
+flipped bit inside a value.
 """
 
+import hashlib
+import json
 import shutil
 from collections.abc import Callable
 from typing import Any
@@ -14,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from etils import epath
 from orbax.checkpoint.experimental import v1 as ocp
+from orbax.checkpoint.path import step as step_names
 
 from jaxsparse import hosts
 from jaxsparse import workdir as workdir_lib
@@ -61,7 +65,7 @@ class Checkpoints:
       return
     arrays = {PARAMS: params, OPTIMIZER: optimizer}
     fingerprints = np.asarray(_fingerprints(arrays)).tolist()
-    metadata = {'fingerprints': fingerprints, 'record': record}
+    metadata = _sealed({'fingerprints': fingerprints, 'record': record})
     self._guarded(
       lambda: self._checkpointer.save_checkpointables_async(
         step, arrays, force=True, custom_metadata=metadata
@@ -129,7 +133,7 @@ class Checkpoints:
     abstract = {PARAMS: params, OPTIMIZER: optimizer}
     try:
       metadata = self._checkpointer.checkpointables_metadata(step)
-      saved = metadata.custom_metadata
+      saved = _opened(metadata.custom_metadata)
       expected, record = saved['fingerprints'], saved['record']
       self._check_structure(step, len(expected), abstract)
       arrays = self._checkpointer.load_checkpointables(step, abstract)
@@ -210,6 +214,31 @@ def load_params(
   return step, loaded[PARAMS]
 
 
+def read_record(workdir: epath.PathLike) -> dict | None:
+  """What the loop wrote beside the arrays of the newest checkpoint.
+
+  Nothing in the workdir changes, and no array is read. A damaged record is
+  passed over for the one before it; None if there is none.
+  """
+  directory = _checkpoints_folder(workdir)
+  for step in reversed(_steps_in(directory)):
+    try:
+      found = ocp.checkpointables_metadata(directory / str(step))
+      return _opened(found.custom_metadata)['record']
+    except Exception:  # Orbax has no type for 'damaged'.
+      continue
+  return None
+
+
+def _steps_in(directory: epath.Path) -> list[int]:
+  """Steps of the complete checkpoints in a folder, oldest first."""
+  if not directory.is_dir():
+    return []
+  # The names of v1 read what a step says of itself, which may be damaged.
+  names = step_names.standard_name_format()
+  return sorted(found.step for found in names.find_all(directory))
+
+
 def _checkpoints_folder(workdir: epath.PathLike) -> epath.Path:
   path = epath.Path(workdir)
   if not workdir_lib.is_remote(workdir):
@@ -237,6 +266,29 @@ def check_disk_space(workdir: epath.PathLike, num_bytes: int) -> None:
       f'checkpoints need {num_bytes / 2**20:.0f} MiB: make room, lower '
       'train.keep_checkpoints, or give another --workdir.'
     )
+
+
+def _sealed(metadata: dict) -> dict:
+  """The metadata with a digest of themselves."""
+  return metadata | {'digest': _digest(metadata)}
+
+
+def _opened(sealed: dict) -> dict:
+  """What was sealed; older checkpoints have no digest.
+
+  Raises:
+    ValueError: it is no longer what was sealed.
+  """
+  metadata = {k: v for k, v in sealed.items() if k != 'digest'}
+  if sealed.get('digest', _digest(metadata)) != _digest(metadata):
+    raise ValueError('its record differs from the one that was saved')
+  return metadata
+
+
+def _digest(metadata: dict) -> str:
+  # As JSON reads it back: with strings for keys, which decide their order.
+  plain = json.loads(json.dumps(metadata))
+  return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 @jax.jit

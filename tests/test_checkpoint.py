@@ -31,12 +31,16 @@ def make_state():
   }
 
 
+def record_of(step):
+  return {'data': [1, {'lane': step}]}
+
+
 def save(workdir, shape=(8, 1, 1), steps=(1,), keep=2):
   with jax.set_mesh(make_mesh(shape)):
     checkpoints = checkpoint.Checkpoints(workdir, keep)
     params, optimizer = jax.jit(make_state)()
     for step in steps:
-      checkpoints.save(step, params, optimizer, {'data': [1, {'lane': step}]})
+      checkpoints.save(step, params, optimizer, record_of(step))
     checkpoints.close()
 
 
@@ -57,7 +61,7 @@ def test_restores_on_every_mesh(tmp_path, shape):
   save(tmp_path, (8, 1, 1))
   step, params, optimizer, record = restore(tmp_path, shape)
   expected, _ = make_state()
-  assert (step, record) == (1, {'data': [1, {'lane': 1}]})
+  assert (step, record) == (1, record_of(1))
   assert int(optimizer['step']) == 7
   assert params['kernel'].sharding.spec == jax.P('data', 'model')
   assert len(params['kernel'].sharding.device_set) == np.prod(shape)
@@ -132,6 +136,41 @@ def test_all_damaged_is_not_a_fresh_start(tmp_path):
     flip_bit(largest_file(tmp_path / 'checkpoints' / str(step) / 'params'))
   with pytest.raises(UserError, match='none of the checkpoints'):
     restore(tmp_path)
+
+
+def change_digit(path):
+  content = path.read_bytes()
+  assert content.count(b'"lane": 2') == 1
+  path.write_bytes(content.replace(b'"lane": 2', b'"lane": 3'))
+
+
+RECORD_DAMAGES = {
+  'a digit': change_digit,
+  'empty': lambda p: p.write_bytes(b''),
+  'cut short': lambda p: p.write_bytes(p.read_bytes()[:-5]),
+  'not JSON': lambda p: p.write_bytes(b'\0' * 100),
+  'missing': pathlib.Path.unlink,
+}
+
+
+@pytest.mark.parametrize('damage', RECORD_DAMAGES)
+def test_a_damaged_record_falls_back(tmp_path, damage):
+  save(tmp_path, steps=(1, 2))
+  assert checkpoint.read_record(tmp_path) == record_of(2)
+  RECORD_DAMAGES[damage](
+    tmp_path / 'checkpoints' / '2' / '_CHECKPOINT_METADATA'
+  )
+  assert checkpoint.read_record(tmp_path) == record_of(1)
+  said = []
+  step, _, _, record = restore(tmp_path, say=said.append)
+  assert (step, record) == (1, record_of(1))
+  assert said[0].startswith('The checkpoint of step 2 is damaged (')
+
+
+def test_no_record(tmp_path):
+  assert checkpoint.read_record(tmp_path) is None
+  (tmp_path / 'checkpoints').touch()
+  assert checkpoint.read_record(tmp_path) is None
 
 
 def test_too_little_disk_space(tmp_path):

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxsparse import checkpoint, hosts, mesh
+from jaxsparse import checkpoint, hosts, mesh, saved_config
 from jaxsparse.config import Config
 from jaxsparse.data.pipeline import merge_states
 from jaxsparse.errors import UserError
@@ -246,7 +246,10 @@ class _Run:
       step,
       state.params,
       {'step': state.step, 'opt_state': state.opt_state},
-      {'data': merge_states(hosts.gather(self.data.batches.get_state()))},
+      {
+        'data': merge_states(hosts.gather(self.data.batches.get_state())),
+        'config': saved_config.to_json(self.config),
+      },
     )
     self.writer.sync()
     self.clock.restart()
