@@ -32,7 +32,7 @@ def main() -> None:
   reporter = Reporter(is_silent=not hosts.is_lead())
   say = reporter.say
 
-  with hosts.lead_first('workdir'):
+  with hosts.lead_first():
     config, changes = resume.claim_workdir(config, workdir)
     for change in changes:
       say(f'Changed since the last start: {change}.')

@@ -9,6 +9,8 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from jaxsparse.errors import UserError
+
 
 def is_lead() -> bool:
   """Whether this process is the one that talks and writes for all."""
@@ -22,13 +24,40 @@ def wait_for_all(what: str) -> None:
 
 
 @contextlib.contextmanager
-def lead_first(what: str) -> Iterator[None]:
-  """The lead runs the block before all others, which find what it made."""
+def lead_first() -> Iterator[None]:
+  """The lead runs the block before all others, which find what it made.
+
+  Raises:
+    UserError: in every process, if one process failed in the block.
+  """
   if not is_lead():
-    wait_for_all(what)
-  yield
+    _end_with_the_others(None)
+  error = None
+  try:
+    yield
+  except Exception as caught:
+    error = caught
+  _end_with_the_others(error)
   if is_lead():
-    wait_for_all(what)
+    _end_with_the_others(None)
+
+
+def _end_with_the_others(error: Exception | None) -> None:
+  """Raises this process's error, or tells that another process has one."""
+  if jax.process_count() == 1:
+    if error is not None:
+      raise error
+    return
+  sentence = ''
+  if error is not None:
+    is_sentence = isinstance(error, UserError)
+    sentence = str(error) if is_sentence else f'{type(error).__name__}: {error}'
+  sentences = gather(sentence)
+  if error is not None:
+    raise error
+  for index, sentence in enumerate(sentences):
+    if sentence:
+      raise UserError(f'process {index} of {len(sentences)}: {sentence}')
 
 
 def gather(value: Any) -> list[Any]:
