@@ -34,8 +34,13 @@ from jaxsparse.model_config import MoEConfig as MoEConfig
 class DataConfig:
   """Text, tokenizer and batches; with no text named, Python's own sources."""
 
-  # Comma-separated globs of the user's UTF-8 text files.
+  # The user's text: files, folders and globs, separated by commas; here or on
+  # gs:// and the like. Plain UTF-8, one document a file; JSON lines (.jsonl,
+  # .ndjson) and parquet, one a record. All but parquet may be compressed (.gz,
+  # .bz2, .xz, .zst).
   text: str = ''
+  # Field of JSON lines, column of parquet files that holds the text.
+  text_field: str = 'text'
   # Name of a TensorFlow Dataset, such as 'lm1b'.
   tfds: str = ''
   # Name of the dataset's text feature.
@@ -43,9 +48,10 @@ class DataConfig:
   # Splits of the dataset, in TFDS's slicing syntax.
   tfds_train_split: str = 'train'
   tfds_validation_split: str = 'test'
-  # How text files are split: 'file' or 'bytes' (train, validation, test in
-  # this order, as enwik8 is split).
-  split: str = 'file'
+  # How text files are split: 'file' (whole files), 'bytes' (train, validation,
+  # test in this order, as enwik8 is split) or 'auto': by file where that gives
+  # about the shares below, else by bytes.
+  split: str = 'auto'
   # Shares of validation and test; the rest is for training.
   validation_fraction: float = 0.05
   test_fraction: float = 0.0
@@ -76,7 +82,12 @@ class DataConfig:
       not (self.text and self.tfds),
       f'give text or tfds, not both; got {self.text!r} and {self.tfds!r}.',
     )
-    require_choice(self, 'split', ('file', 'bytes'))
+    require_choice(self, 'split', ('auto', 'file', 'bytes'))
+    require(
+      bool(self.text_field) and (bool(self.text) or self.text_field == 'text'),
+      'text_field must name the field of text in the records of data.text '
+      f'(of data.tfds, tfds_feature does); got {self.text_field!r}.',
+    )
     require_positive(self, 'seq_len', 'batch_size', 'bpe_vocab_size', 'align')
     require(
       self.seq_len % self.align == 0,

@@ -14,14 +14,15 @@ import json
 import os
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tensorflow_datasets as tfds
 
 from jaxsparse.config import DataConfig
-from jaxsparse.data import documents as documents_lib
-from jaxsparse.data import pieces
+from jaxsparse.data import pieces, splits
+from jaxsparse.data.equal_documents import EqualDocuments
+from jaxsparse.data.percent import Percent
 from jaxsparse.errors import UserError
 
 FACTS = 'corpus.json'
@@ -35,8 +36,19 @@ class TextCorpus(tfds.core.GeneratorBasedBuilder):
 
   VERSION = tfds.core.Version('1.0.0')
 
-  def __init__(self, splits: documents_lib.Splits, **kwargs):
-    self._spans = {name: spans for name, spans in splits.items() if spans}
+  def __init__(
+    self,
+    spans: splits.Splits,
+    equal: EqualDocuments,
+    percent: Percent,
+    **kwargs,
+  ):
+    # Training comes last: of its documents `equal` keeps nothing.
+    order = sorted(spans, key=lambda name: name == 'train')
+    self._spans = {name: spans[name] for name in order if spans[name]}
+    self._equal = equal
+    self._percent = percent
+    self._num_bytes = 0
     super().__init__(**kwargs)
 
   def _info(self) -> tfds.core.DatasetInfo:
@@ -54,32 +66,35 @@ class TextCorpus(tfds.core.GeneratorBasedBuilder):
 
   def _split_generators(self, dl_manager):
     return {
-      name: self._generate_examples(spans)
+      name: self._generate_examples(name, spans)
       for name, spans in self._spans.items()
     }
 
-  def _generate_examples(self, spans):
+  def _generate_examples(self, name, spans):
     key = 0
     for span in spans:
-      with span.document.open() as stream:
-        stream.seek(span.start)
-        for text, is_last in pieces.cut(stream, span.stop - span.start):
-          ends_document = is_last and span.ends_document
-          yield key, {'text': text, 'ends_document': ends_document}
-          key += 1
+      for text, ends_document in self._equal.watch(
+        name, span.document.read(span.start, span.stop)
+      ):
+        yield key, {'text': text, 'ends_document': ends_document}
+        key += 1
+        self._num_bytes += len(text)
+        self._percent.reach(self._num_bytes)
 
 
 def content_key(
-  documents: list[documents_lib.Document], config: DataConfig
+  identities: Sequence[list[str]], split: str, config: DataConfig
 ) -> str:
   """A name for exactly these documents, split in exactly this way.
 
-  Raises:
-    UserError: a document cannot be read.
+  Args:
+    identities: of the documents, in their order.
+    split: 'file' or 'bytes'.
+    config: gives the shares.
   """
-  parts = [_FORMAT, pieces.PIECE_BYTES, config.split]
+  parts = [_FORMAT, pieces.PIECE_BYTES, split]
   parts += [config.validation_fraction, config.test_fraction]
-  parts += [(document.name, document.digest()) for document in documents]
+  parts += identities
   return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:24]
 
 
@@ -89,7 +104,7 @@ def is_built(directory: pathlib.Path) -> bool:
 
 
 def build(
-  splits: documents_lib.Splits,
+  spans: splits.Splits,
   directory: pathlib.Path,
   say: Callable[[str], None],
 ) -> None:
@@ -99,26 +114,41 @@ def build(
     UserError: the directory cannot be written or the disk is full.
   """
   num_bytes = {
-    name: sum(span.stop - span.start for span in spans)
-    for name, spans in splits.items()
+    name: sum(span.num_bytes for span in some) for name, some in spans.items()
   }
+  total = sum(num_bytes.values())
   with user_errors(directory), _locked(directory.with_suffix('.lock')):
     if is_built(directory):
       return
-    _require_space(directory.parent, 2 * sum(num_bytes.values()))
-    say(f'Building a corpus of {sum(num_bytes.values()):,} bytes ...')
+    _require_space(directory.parent, 2 * total)
+    say(f'Building a corpus of {total:,} bytes ...')
     # What lies here was left by a build that was killed: we hold the lock.
     partial = directory.with_suffix('.partial')
     for stale in (partial, directory):
       shutil.rmtree(stale, ignore_errors=True)
     partial.mkdir()
-    _write(splits, partial)
-    (partial / FACTS).write_text(json.dumps(dict(num_bytes=num_bytes)))
+    equal = EqualDocuments()
+    _write(
+      TextCorpus(
+        spans,
+        equal,
+        Percent('Building the corpus', total, say),
+        data_dir=partial,
+        file_format='array_record',
+      )
+    )
+    facts = dict(num_bytes=num_bytes, equal_documents=equal.found)
+    (partial / FACTS).write_text(json.dumps(facts))
     partial.rename(directory)
 
 
 def read(directory: pathlib.Path) -> tuple[dict[str, pieces.Pieces], dict]:
-  """The splits of the corpus in `directory`, and their sizes in bytes.
+  """The splits of the corpus in `directory`, and what is known of them.
+
+  Returns:
+    The splits, and under 'num_bytes' the bytes of each; under
+    'equal_documents' what `EqualDocuments` found, empty where a former version
+    built the corpus.
 
   Raises:
     UserError: files are damaged or missing.
@@ -139,14 +169,13 @@ def read(directory: pathlib.Path) -> tuple[dict[str, pieces.Pieces], dict]:
       f'the corpus in {str(directory)!r} is damaged: remove that directory, '
       'and it is built again.'
     ) from error
-  return sources, facts['num_bytes']
+  return sources, dict(dict(equal_documents={}), **facts)
 
 
-def _write(splits: documents_lib.Splits, directory: pathlib.Path) -> None:
+def _write(builder: TextCorpus) -> None:
   tfds.display_progress_bar(False)
   # TFDS prints what it downloads and that one need not do so again.
   with contextlib.redirect_stdout(io.StringIO()):
-    builder = TextCorpus(splits, data_dir=directory, file_format='array_record')
     builder.download_and_prepare(
       download_config=tfds.download.DownloadConfig(try_download_gcs=False)
     )

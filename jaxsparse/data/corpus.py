@@ -1,18 +1,27 @@
 """The text of a run: Python's own, the user's files, or a TFDS dataset."""
 
+import dataclasses
 import hashlib
 import pathlib
 from collections.abc import Callable
 
 from jaxsparse.config import DataConfig
-from jaxsparse.data import builder, documents, named_dataset, python_text
+from jaxsparse.data import (
+  builder,
+  documents,
+  named_dataset,
+  python_text,
+  splits,
+  survey,
+)
+from jaxsparse.data.percent import Percent
 from jaxsparse.data.pieces import Corpus
 from jaxsparse.errors import UserError
 
+Say = Callable[[str], None]
 
-def build_corpus(
-  config: DataConfig, say: Callable[[str], None] = print
-) -> Corpus:
+
+def build_corpus(config: DataConfig, say: Say = print) -> Corpus:
   """Opens the corpus that `config` names; builds it the first time.
 
   Args:
@@ -37,29 +46,61 @@ def build_corpus(
 
 
 def _from_documents(
-  config: DataConfig, corpora: pathlib.Path, say: Callable[[str], None]
+  config: DataConfig, corpora: pathlib.Path, say: Say
 ) -> Corpus:
-  texts = (
-    documents.match(config.text) if config.text else python_text.documents()
-  )
-  key = builder.content_key(texts, config)
+  texts = _documents(config, say)
+  identities = survey.identities(texts, say)
+  with builder.user_errors(corpora / builder.FACTS):
+    found = survey.survey(texts, identities, corpora, say)
+  if found.like_json:
+    first, *more = found.like_json
+    others = f' and {len(more):,} more' if more else ''
+    say(
+      f"Read as plain text, with JSON's punctuation: {first!r}{others}; for "
+      'their texts alone give JSON lines (.jsonl) and data.text_field.'
+    )
+  split = splits.kind(texts, found.sizes, config)
+  if config.split == 'auto' and split == 'bytes':
+    number = 'one file' if len(texts) == 1 else f'{len(texts):,} files'
+    say(
+      f"data.split = 'auto' splits by bytes, as {number} cannot be split by "
+      'file near the wanted shares: the last part of the text validates.'
+    )
+  key = builder.content_key(identities, split, config)
   directory = corpora / key
   if not builder.is_built(directory):
-    sizes = [documents.measure(document) for document in texts]
-    builder.build(documents.split(texts, sizes, config), directory, say)
-  sources, num_bytes = builder.read(directory)
+    config = dataclasses.replace(config, split=split)
+    builder.build(splits.split(texts, found.sizes, config), directory, say)
+  sources, facts = builder.read(directory)
+  for name, (number, num_bytes) in facts['equal_documents'].items():
+    say(
+      f'Documents of {name} that are in training too: {number:,} '
+      f'({num_bytes / facts["num_bytes"][name]:.2%} of its bytes).'
+    )
   return Corpus(
     key=key,
     directory=directory,
     train=sources['train'],
     validation=sources['validation'],
     test=sources.get('test'),
-    validation_bytes=num_bytes['validation'],
+    validation_bytes=facts['num_bytes']['validation'],
   )
 
 
+def _documents(config: DataConfig, say: Say) -> list[documents.Document]:
+  if not config.text:
+    return python_text.documents()
+  texts = documents.match(config.text, config.text_field)
+  if config.text_field != 'text' and not any(t.text_field for t in texts):
+    raise UserError(
+      f'data.text_field = {config.text_field!r} is in no file of data.text = '
+      f'{config.text!r}: give JSON lines (.jsonl) or parquet files with it.'
+    )
+  return texts
+
+
 def _from_named_dataset(
-  config: DataConfig, corpora: pathlib.Path, say: Callable[[str], None]
+  config: DataConfig, corpora: pathlib.Path, say: Say
 ) -> Corpus:
   train, validation, name = named_dataset.read(config, say)
   digest = hashlib.sha256(
@@ -68,7 +109,9 @@ def _from_named_dataset(
     ).encode()
   )
   validation_bytes = 0
-  for piece in validation:
+  percent = Percent('Hashing the validation text', len(validation), say)
+  for number, piece in enumerate(validation):
+    percent.reach(number)
     digest.update(piece.text)
     validation_bytes += len(piece.text)
   if not validation_bytes:

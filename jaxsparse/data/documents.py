@@ -1,233 +1,198 @@
-"""Text files as documents, and their split into train, validation and test."""
+"""Text files as documents: what they are known by, their size, their pieces."""
 
 import codecs
+import contextlib
 import dataclasses
-import glob
-import gzip
 import hashlib
 import io
-import os
+import lzma
 import pathlib
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from jaxsparse.config import DataConfig
-from jaxsparse.data import pieces
+from jaxsparse.data import formats, pieces, records, text_files
 from jaxsparse.errors import UserError
 
 _BLOCK_BYTES = 1 << 20
+# Text without a mark that holds so many NUL bytes is UTF-16, or none.
+_MOST_NUL_BYTES = 0.1
+
+_READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
+
+# Is told where in the file, as it is, reading has come to.
+Position = Callable[[int], None]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Document:
-  """One text, in a file or in memory."""
+  """A text in a file or in memory, or a file of many, each in a record."""
 
   # The same wherever the file lies; the split by file hangs on it.
   name: str
-  path: pathlib.Path | None = None
+  path: pathlib.PurePath | None = None
   content: bytes = b''
+  # The field of each record that holds its text; none for plain text.
+  text_field: str = ''
 
-  def open(self) -> io.BufferedIOBase:
+  def open(self) -> Any:
+    """The file as it is, compressed or not, to be read in binary."""
     if self.path is None:
       return io.BytesIO(self.content)
-    if self.path.suffix == '.gz':
-      return gzip.open(self.path, 'rb')
     return self.path.open('rb')
 
-  def digest(self) -> str:
+  def num_file_bytes(self) -> int:
+    if self.path is None:
+      return len(self.content)
+    with _readable(self):
+      stat = self.path.stat()
+      return stat.st_size if self.is_local else stat.length
+
+  @property
+  def is_local(self) -> bool:
+    return self.path is None or isinstance(self.path, pathlib.Path)
+
+  def digest(self, position: Position = lambda _: None) -> str:
     """SHA-256 of the file as it is, compressed or not.
 
     Raises:
       UserError: the file cannot be read.
     """
-    if self.path is None:
-      return hashlib.sha256(self.content).hexdigest()
+    digest = hashlib.sha256()
+    with _readable(self), self.open() as raw:
+      while block := raw.read(_BLOCK_BYTES):
+        digest.update(block)
+        position(raw.tell())
+    return digest.hexdigest()
+
+  def read(self, start: int, stop: int) -> Iterator[tuple[bytes, bool]]:
+    """Cuts bytes `start` to `stop` of the text into pieces.
+
+    The texts of records follow each other without a gap.
+
+    Yields:
+      Each piece, and whether a text ends with it.
+
+    Raises:
+      UserError: the file cannot be read.
+    """
+    with _readable(self), self.open() as raw:
+      if not self.text_field:
+        text = formats.open_text(raw, self._path)
+        formats.skip(text, start)
+        for piece, is_last in pieces.cut(text, stop - start):
+          yield piece, is_last and not text.read(1)
+        return
+      offset = 0
+      for text in records.read(raw, self._path, self.text_field):
+        part = text[max(start - offset, 0) : max(stop - offset, 0)]
+        offset += len(text)
+        for piece, is_last in pieces.cut(io.BytesIO(part), len(part)):
+          yield piece, is_last and offset <= stop
+        if offset >= stop:
+          return
+
+  def measure(self, position: Position = lambda _: None) -> int:
+    """Bytes of the text, all of which is read.
+
+    Raises:
+      UserError: the document cannot be read, is not UTF-8, or has a record
+        that is broken or without text.
+    """
+    with _readable(self), self.open() as raw:
+      if not self.text_field:
+        return self._measure_plain(raw, position)
+      size = 0
+      for text in records.read(raw, self._path, self.text_field):
+        size += len(text)
+        position(raw.tell())
+    return size
+
+  def looks_like_json(self) -> bool:
+    """Whether it is plain text to us and seems to be made for a parser."""
+    if self.text_field:
+      return False
+    return formats.ending(self._path) == '.json' or bool(
+      records.json_object(self.first_line())
+    )
+
+  def first_line(self) -> bytes:
+    with _readable(self), self.open() as raw:
+      return formats.open_text(raw, self._path).readline(_BLOCK_BYTES)
+
+  @property
+  def _path(self) -> pathlib.PurePath:
+    return self.path or pathlib.PurePath(self.name)
+
+  def _measure_plain(self, raw: io.IOBase, position: Position) -> int:
+    decoder = codecs.getincrementaldecoder('utf-8')()
+    text = formats.open_text(raw, self._path)
+    size = 0
     try:
-      with self.path.open('rb') as file:
-        return hashlib.file_digest(file, 'sha256').hexdigest()
-    except OSError as error:
+      while block := text.read(_BLOCK_BYTES):
+        pending = len(decoder.getstate()[0])
+        decoder.decode(block)
+        self._require_text(block)
+        size += len(block)
+        position(raw.tell())
+      pending = len(decoder.getstate()[0])
+      decoder.decode(b'', final=True)
+    except UnicodeDecodeError as error:
       raise UserError(
-        f'{self.path} cannot be read ({error.strerror}): repair it, or leave '
-        'it out of data.text.'
+        f'{str(self._path)!r} is not UTF-8 at byte '
+        f'{size - pending + error.start}: convert it, or leave it out of '
+        'data.text.'
       ) from error
+    return size
+
+  def _require_text(self, block: bytes) -> None:
+    if block.count(0) > _MOST_NUL_BYTES * len(block):
+      raise UserError(
+        f'{str(self._path)!r} holds more NUL bytes than text does, as UTF-16 '
+        'and archives do: convert or unpack it, or leave it out of data.text.'
+      )
 
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Span:
-  """Bytes `start` to `stop` of a document."""
-
-  document: Document
-  start: int
-  stop: int
-  # Whether `stop` is the document's end.
-  ends_document: bool
-
-
-# Split names to spans, in the order in which they are stored.
-Splits = dict[str, list[Span]]
-
-
-def match(patterns: str) -> list[Document]:
-  """The files that comma-separated globs name, sorted by path.
+def match(patterns: str, text_field: str = 'text') -> list[Document]:
+  """The files that data.text names, in the order of their paths.
 
   Raises:
-    UserError: a glob names no file.
+    UserError: a pattern names no file, or a file cannot be read.
   """
-  found = set()
-  names = [name.strip() for name in patterns.split(',')]
-  for pattern in [name for name in names if name] or names[:1]:
-    expanded = str(pathlib.Path(pattern).expanduser())
-    # Path.glob takes no absolute pattern.
-    matches = map(pathlib.Path, glob.glob(expanded, recursive=True))  # noqa: PTH207
-    files = {path.absolute() for path in matches if path.is_file()}
-    if not files:
-      raise UserError(
-        f'data.text = {pattern!r} names no file: give a glob of text files, '
-        "such as 'books/*.txt'."
-      )
-    found |= files
-  paths = sorted(found)
-  shared = os.path.commonpath([path.parent for path in paths])
+  paths = text_files.find(patterns)
+  names = text_files.names_below_shared_folder(paths)
   return [
-    Document(name=path.relative_to(shared).as_posix(), path=path)
-    for path in paths
+    _with_records(Document(name=name, path=path), text_field)
+    for name, path in zip(names, paths, strict=True)
   ]
 
 
-def measure(document: Document) -> int:
-  """A document's bytes, all of which are read.
+def _with_records(document: Document, text_field: str) -> Document:
+  """The document, as a file of records if it is one."""
+  ending = formats.ending(document.path)
+  # JSON lines are often called so, and so are files of a single object.
+  holds_records = ending in records.ENDINGS or (
+    ending == '.json'
+    and text_field in records.json_object(document.first_line())
+  )
+  if not holds_records:
+    return document
+  return dataclasses.replace(document, text_field=text_field)
 
-  Raises:
-    UserError: the document cannot be read or is not UTF-8.
-  """
-  decoder = codecs.getincrementaldecoder('utf-8')()
-  size = 0
+
+@contextlib.contextmanager
+def _readable(document: Document) -> Iterator[None]:
+  """Says in a sentence why a document cannot be read."""
   try:
-    with document.open() as stream:
-      while block := stream.read(_BLOCK_BYTES):
-        pending = len(decoder.getstate()[0])
-        decoder.decode(block)
-        size += len(block)
-    pending = len(decoder.getstate()[0])
-    decoder.decode(b'', final=True)
-  except UnicodeDecodeError as error:
+    yield
+  except UserError:
+    raise
+  except Exception as error:
+    # The libraries of remote stores have errors of their own.
+    if document.is_local and not isinstance(error, _READ_ERRORS):
+      raise
+    reason = getattr(error, 'strerror', None) or error or type(error).__name__
     raise UserError(
-      f'{document.path or document.name} is not UTF-8 at byte '
-      f'{size - pending + error.start}: convert it, or leave it out of '
-      'data.text.'
+      f'{str(document.path or document.name)!r} cannot be read ({reason}): '
+      'repair it, or leave it out of data.text.'
     ) from error
-  except (OSError, EOFError, zlib.error) as error:
-    raise UserError(
-      f'{document.path or document.name} cannot be read ({error}): repair it, '
-      'or leave it out of data.text.'
-    ) from error
-  return size
-
-
-def split(
-  documents: Sequence[Document], sizes: Sequence[int], config: DataConfig
-) -> Splits:
-  """Gives every byte of the documents to one split.
-
-  Raises:
-    UserError: a split would be empty.
-  """
-  total = sum(sizes)
-  if not total:
-    raise UserError(
-      f'data.text = {config.text!r} names only empty files: give files with '
-      'text.'
-    )
-  by_kind = _split_files if config.split == 'file' else _split_bytes
-  splits = by_kind(documents, sizes, config)
-  fractions = dict(
-    validation=config.validation_fraction, test=config.test_fraction
-  )
-  for name, spans in splits.items():
-    if not spans and fractions.get(name, 1):
-      raise UserError(
-        f'the corpus of {total:,} bytes in {len(documents):,} files is too '
-        f'small for a {name} split with data.split = {config.split!r}: give '
-        "more text, a larger fraction, or data.split='bytes'."
-      )
-  return splits
-
-
-def _split_files(
-  documents: Sequence[Document], sizes: Sequence[int], config: DataConfig
-) -> Splits:
-  """Whole files, drawn by a hash of their names until the fraction is met."""
-
-  def rank(i: int) -> str:
-    return hashlib.sha256(documents[i].name.encode()).hexdigest()
-
-  rest = sorted((i for i, size in enumerate(sizes) if size), key=rank)
-  chosen = {}
-  for name in ('validation', 'test'):
-    wanted = getattr(config, f'{name}_fraction') * sum(sizes)
-    chosen[name] = _draw(rest, sizes, wanted)
-    rest = [i for i in rest if i not in chosen[name]]
-  chosen['train'] = set(rest)
-  return {
-    name: [
-      Span(document=documents[i], start=0, stop=sizes[i], ends_document=True)
-      for i in sorted(chosen[name])
-    ]
-    for name in ('train', 'validation', 'test')
-  }
-
-
-def _draw(order: list[int], sizes: Sequence[int], wanted: float) -> set[int]:
-  """Indices in `order` whose sizes sum to about `wanted`; never all of them."""
-  drawn, total = set(), 0
-  for i in order:
-    # One huge file must not become half of the corpus.
-    if total < wanted and total + sizes[i] <= 1.5 * wanted:
-      drawn.add(i)
-      total += sizes[i]
-  if not drawn and wanted and len(order) > 1:
-    drawn.add(min(order, key=lambda i: sizes[i]))
-  return drawn
-
-
-def _split_bytes(
-  documents: Sequence[Document], sizes: Sequence[int], config: DataConfig
-) -> Splits:
-  """Contiguous shares of the documents' concatenation, in this order."""
-  total = sum(sizes)
-  num_test = round(config.test_fraction * total)
-  num_validation = round(config.validation_fraction * total)
-  stops = dict(
-    train=total - num_test - num_validation,
-    validation=total - num_test,
-    test=total,
-  )
-  splits = {name: [] for name in stops}
-  offset = 0
-  for document, size in zip(documents, sizes, strict=True):
-    start = 0
-    for name, stop in stops.items():
-      end = min(stop - offset, size)
-      if end < size:
-        end = _character_start(document, end) if end > start else start
-      if end > start:
-        splits[name].append(
-          Span(
-            document=document,
-            start=start,
-            stop=end,
-            ends_document=end == size,
-          )
-        )
-        start = end
-    offset += size
-  return splits
-
-
-def _character_start(document: Document, offset: int) -> int:
-  """`offset`, or the start of the character that it would cut."""
-  lead = min(offset, 3)
-  with document.open() as stream:
-    stream.seek(offset - lead)
-    around = stream.read(lead + 1)
-  return offset - lead + pieces.character_start(around, lead)

@@ -1,6 +1,8 @@
 """Corpora built once, whole or not at all."""
 
+import gzip
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -10,7 +12,7 @@ import textwrap
 import pytest
 
 from jaxsparse.config import DataConfig
-from jaxsparse.data import builder, compression, documents
+from jaxsparse.data import builder, compression, documents, percent, splits
 from jaxsparse.data.corpus import build_corpus
 from jaxsparse.errors import UserError
 
@@ -84,19 +86,167 @@ def test_shares_of_bytes_are_exact(config):
   assert sum(ends) == 30
 
 
+def _config(tmp_path, text, **fields) -> DataConfig:
+  return DataConfig(
+    text=str(tmp_path / text), cache_dir=str(tmp_path / 'cache'), **fields
+  )
+
+
+@pytest.mark.parametrize('others', [0, 3])
+def test_one_file_is_split_by_bytes_and_that_is_said(tmp_path, others):
+  """By itself or beside others that hold next to nothing."""
+  (tmp_path / 'in').mkdir()
+  text = 'To be, or not to be.\n' * 5000
+  (tmp_path / 'in' / 'all.txt').write_text(text)
+  for i in range(others):
+    (tmp_path / 'in' / f'{i}.txt').write_text('Yes.\n')
+  said = []
+  corpus = build_corpus(_config(tmp_path, 'in'), said.append)
+  assert corpus.validation_bytes == pytest.approx(0.05 * len(text), abs=20)
+  assert 'splits by bytes' in said[0]
+  explicit = _config(tmp_path, 'in', split='bytes')
+  said.clear()
+  assert build_corpus(explicit, said.append).key == corpus.key
+  assert not said
+
+
+def test_a_corpus_is_the_same_as_before_there_was_auto(config):
+  """A golden key: runs of former versions go on with their corpora."""
+  config.text = config.text.replace('*', '1*')
+  config.validation_fraction = 0.2
+  key = build_corpus(config, lambda line: None).key
+  assert key == '4a0edfb39de6bde76c4fdaa8'
+  config.split = 'file'
+  assert build_corpus(config, lambda line: None).key == key
+
+
+def test_records_keep_apart_in_both_splits(tmp_path):
+  path = tmp_path / 'a.jsonl.gz'
+  texts = [f'Record no. {i}. ' * (1 + i % 7) for i in range(400)]
+  path.write_bytes(
+    gzip.compress(
+      b'\n'.join(json.dumps({'t': text}).encode() for text in texts)
+    )
+  )
+  said = []
+  config = _config(tmp_path, 'a.jsonl.gz', text_field='t')
+  corpus = build_corpus(config, said.append)
+  stored = _text(corpus.train) + _text(corpus.validation)
+  assert stored == ''.join(texts).encode()
+  ends = [p.ends_document for x in (corpus.train, corpus.validation) for p in x]
+  assert sum(ends) == 400
+  # The same bytes are another text by another field.
+  path.write_bytes(
+    gzip.compress(
+      b'\n'.join(json.dumps({'t': x, 'u': x}).encode() for x in texts)
+    )
+  )
+  keys = {build_corpus(config, said.append).key}
+  config.text_field = 'u'
+  keys.add(build_corpus(config, said.append).key)
+  assert len(keys) == 2
+  config.text_field = 'v'
+  with pytest.raises(UserError, match=r'no field .v.: .*\(t, u\)'):
+    build_corpus(config, said.append)
+
+
+def test_a_field_that_no_file_has_is_refused(config):
+  config.text_field = 'body'
+  with pytest.raises(UserError, match="text_field = 'body' is in no file"):
+    build_corpus(config)
+  with pytest.raises(UserError, match='text_field must name'):
+    DataConfig(tfds='lm1b', text_field='body')
+  with pytest.raises(UserError, match='text_field must name'):
+    DataConfig(text='a.jsonl', text_field='')
+
+
+def test_equal_documents_on_both_sides_are_counted(tmp_path):
+  """At every start: it is the validation loss that they make too good."""
+  lines = [f'Document no. {i}.' for i in range(100)]
+  lines[97] = lines[3]
+  lines[98] = lines[99] = lines[1] = lines[2] = 'Said again and again.'
+  (tmp_path / 'a.jsonl').write_text(
+    '\n'.join(json.dumps({'text': line}) for line in lines)
+  )
+  total = sum(map(len, lines))
+  held_out = sum(map(len, lines[96:]))
+  config = _config(tmp_path, 'a.jsonl', validation_fraction=held_out / total)
+  equal = sum(map(len, lines[97:])) / held_out
+  wanted = f'of validation that are in training too: 3 ({equal:.2%} of'
+  for _ in range(2):
+    said = []
+    build_corpus(config, said.append)
+    assert wanted in said[-1]
+  # A corpus of a former version knows nothing of it.
+  facts = build_corpus(config, said.append).directory / builder.FACTS
+  num_bytes = json.loads(facts.read_text())['num_bytes']
+  facts.write_text(json.dumps(dict(num_bytes=num_bytes)))
+  said.clear()
+  build_corpus(config, said.append)
+  assert not [line for line in said if 'too:' in line]
+
+
+def test_json_read_as_plain_text_is_said(tmp_path):
+  (tmp_path / 'a.json').write_text(
+    json.dumps([{'body': 'x' * 99}] * 30, indent=1)
+  )
+  for _ in range(2):
+    said = []
+    build_corpus(_config(tmp_path, 'a.json'), said.append)
+    assert "punctuation: 'a.json'" in said[0]
+
+
+def test_names_of_any_bytes_are_in_a_corpus(tmp_path):
+  folder = tmp_path / os.fsdecode(b'caf\xe9')
+  folder.mkdir()
+  for i in range(20):
+    (folder / os.fsdecode(b'%d\xff.txt' % i)).write_text('Text.\n' * 100)
+  config = _config(tmp_path, folder.name)
+  corpus = build_corpus(config, lambda line: None)
+  assert corpus.validation_bytes == 600
+
+
+def test_a_file_that_goes_away_is_no_fault_of_the_cache(tmp_path, monkeypatch):
+  (tmp_path / 'a.txt').write_text('Text.\n' * 1000)
+  _require = builder._require_space
+
+  def remove(*args):
+    (tmp_path / 'a.txt').unlink()
+    _require(*args)
+
+  monkeypatch.setattr(builder, '_require_space', remove)
+  with pytest.raises(UserError, match=r"a.txt' cannot be read .No such file"):
+    build_corpus(_config(tmp_path, 'a.txt'), lambda line: None)
+
+
+def test_long_work_says_how_far_it_is(config, monkeypatch):
+  monkeypatch.setattr(percent, 'SECONDS', 0)
+  said = []
+  build_corpus(config, said.append)
+  for doing in ('Hashing the text', 'Reading the text', 'Building the corpus'):
+    shares = [
+      int(line.rpartition(' ')[2].removesuffix('%'))
+      for line in said
+      if line.startswith(f'{doing}: ')
+    ]
+    assert shares == sorted(shares)
+    assert len(set(shares)) > 20
+    assert shares[-1] == 100
+
+
 def test_a_killed_build_leaves_no_corpus(tmp_path):
   directory = tmp_path / 'corpora' / 'key'
   script = f"""
     import os, pathlib, signal
-    from jaxsparse.data import builder, documents
+    from jaxsparse.data import builder, documents, splits
 
     class Deadly(documents.Document):
       def open(self):
         os.kill(os.getpid(), signal.SIGKILL)
 
     spans = [
-      documents.Span(document=kind(name='x', content=b'x' * 10**6), start=0,
-                     stop=10**6, ends_document=True)
+      splits.Span(document=kind(name='x', content=b'x' * 10**6), start=0,
+                  stop=10**6)
       for kind in (documents.Document, Deadly)
     ]
     builder.build(dict(train=spans, validation=spans),
@@ -108,14 +258,12 @@ def test_a_killed_build_leaves_no_corpus(tmp_path):
   assert code == -signal.SIGKILL
   assert directory.with_suffix('.partial').exists()
   assert not builder.is_built(directory)
-  span = documents.Span(
-    document=documents.Document(name='x', content=b'y' * 9),
-    start=0, stop=9, ends_document=True,
-  )  # fmt: skip
+  document = documents.Document(name='x', content=b'y' * 9)
+  span = splits.Span(document=document, start=0, stop=9)
   builder.build(dict(train=[span]), directory, print)
-  sources, num_bytes = builder.read(directory)
+  sources, facts = builder.read(directory)
   assert _text(sources['train']) == b'y' * 9
-  assert num_bytes == dict(train=9)
+  assert facts['num_bytes'] == dict(train=9)
   assert not directory.with_suffix('.partial').exists()
 
 

@@ -1,32 +1,22 @@
-"""Files as documents, cut into pieces and given to splits."""
+"""Files as documents, decoded and cut into pieces."""
 
+import bz2
+import codecs
 import gzip
+import hashlib
 import io
+import lzma
+import os
+import pathlib
+import tarfile
 
-import numpy as np
+import pyarrow
 import pytest
 
-from jaxsparse.config import DataConfig
 from jaxsparse.data import documents, pieces, python_text
 from jaxsparse.errors import UserError
 
 TEXT = 'naïve café 🙂 日本語\n'
-
-
-def _documents(*sizes: int) -> list[documents.Document]:
-  return [
-    documents.Document(name=f'{i:03}.txt', content=b'x' * size)
-    for i, size in enumerate(sizes)
-  ]
-
-
-def _split(documents_: list, **fields) -> documents.Splits:
-  sizes = [documents.measure(document) for document in documents_]
-  return documents.split(documents_, sizes, DataConfig(**fields))
-
-
-def _num_bytes(spans: list) -> int:
-  return sum(span.stop - span.start for span in spans)
 
 
 @pytest.mark.parametrize('size', [4, 5, 7, 16, 1000])
@@ -53,89 +43,6 @@ def test_no_bytes_give_no_piece():
   assert list(pieces.cut(io.BytesIO(b''), 0)) == []
 
 
-def test_split_by_file_is_disjoint_whole_and_near_the_fraction():
-  sizes = np.random.default_rng(0).integers(1, 2000, 300).tolist()
-  splits = _split(
-    _documents(*sizes), validation_fraction=0.1, test_fraction=0.2
-  )
-  names = [span.document.name for s in splits.values() for span in s]
-  assert sorted(names) == [f'{i:03}.txt' for i in range(300)]
-  assert _num_bytes(splits['validation']) == pytest.approx(
-    0.1 * sum(sizes), rel=0.1
-  )
-  assert _num_bytes(splits['test']) == pytest.approx(0.2 * sum(sizes), rel=0.1)
-  assert splits == _split(
-    _documents(*sizes), validation_fraction=0.1, test_fraction=0.2
-  )
-
-
-def test_a_huge_file_stays_in_training():
-  splits = _split(_documents(10**6, *[1000] * 50))
-  assert '000.txt' in [span.document.name for span in splits['train']]
-  assert splits['validation']
-
-
-def test_a_new_file_moves_few_others():
-  before = _split(_documents(*[100] * 200), validation_fraction=0.2)
-  after = _split(_documents(*[100] * 201), validation_fraction=0.2)
-  names = [{s.document.name for s in x['validation']} for x in (before, after)]
-  assert len(names[0] ^ names[1]) <= 3
-
-
-def test_split_by_bytes_is_contiguous_and_exact_like_enwik8():
-  splits = _split(
-    _documents(61_000, 39_000), split='bytes', validation_fraction=0.05,
-    test_fraction=0.05,
-  )  # fmt: skip
-  spans = {
-    name: [(s.document.name, s.start, s.stop, s.ends_document) for s in spans]
-    for name, spans in splits.items()
-  }
-  assert spans == dict(
-    train=[('000.txt', 0, 61_000, True), ('001.txt', 0, 29_000, False)],
-    validation=[('001.txt', 29_000, 34_000, False)],
-    test=[('001.txt', 34_000, 39_000, True)],
-  )
-
-
-def test_split_by_bytes_never_cuts_a_character():
-  document = documents.Document(name='a', content='🙂'.encode() * 101)
-  splits = _split([document], split='bytes', validation_fraction=0.3)
-  assert sum(_num_bytes(spans) for spans in splits.values()) == 404
-  assert all(s.start % 4 == s.stop % 4 == 0 for x in splits.values() for s in x)
-
-
-@pytest.mark.parametrize(
-  ('sizes', 'fields', 'words'),
-  [
-    ((0, 0), {}, 'empty files'),
-    ((), {}, 'empty files'),
-    ((1000,), {}, 'too small for a validation split'),
-    ((1000, 1000), dict(test_fraction=0.1), 'too small for a test split'),
-    ((4,), dict(split='bytes'), 'too small for a validation split'),
-  ],
-)
-def test_too_little_text_is_refused(sizes, fields, words):
-  with pytest.raises(UserError, match=words):
-    _split(_documents(*sizes), **fields)
-
-
-def test_globs_name_files_below_their_common_directory(tmp_path):
-  (tmp_path / 'b').mkdir()
-  for name in ('a.txt', 'b/c.txt', 'd.md'):
-    (tmp_path / name).write_text(name)
-  patterns = f'{tmp_path}/**/*.txt, {tmp_path}/d.*,{tmp_path}/a.txt'
-  found = documents.match(patterns)
-  assert [document.name for document in found] == ['a.txt', 'b/c.txt', 'd.md']
-
-
-@pytest.mark.parametrize('pattern', ['{}/*.txt', '{}', '{}/a,{}/*.md', ' , '])
-def test_a_glob_without_files_is_refused(tmp_path, pattern):
-  (tmp_path / 'a').write_text('text')
-  with pytest.raises(UserError, match='names no file'):
-    documents.match(pattern.format(tmp_path, tmp_path))
-
-
 @pytest.mark.parametrize(
   ('content', 'offset'),
   [
@@ -149,18 +56,111 @@ def test_a_file_that_is_not_utf8_is_refused(tmp_path, content, offset):
   path = tmp_path / 'latin1.txt'
   path.write_bytes(content)
   document = documents.Document(name='latin1.txt', path=path)
-  with pytest.raises(UserError, match=rf'latin1.txt .* at byte {offset}:'):
-    documents.measure(document)
+  with pytest.raises(UserError, match=rf"latin1.txt' .* at byte {offset}:"):
+    document.measure()
 
 
-def test_gzip_files_are_read_unpacked(tmp_path):
-  path = tmp_path / 'text.gz'
-  path.write_bytes(gzip.compress(TEXT.encode()))
-  document = documents.Document(name='text.gz', path=path)
-  assert documents.measure(document) == len(TEXT.encode())
-  path.write_bytes(path.read_bytes()[:-12])
-  with pytest.raises(UserError, match=r'text.gz cannot be read'):
-    documents.measure(document)
+def _zstandard(content: bytes) -> bytes:
+  sink = pyarrow.BufferOutputStream()
+  with pyarrow.CompressedOutputStream(sink, 'zstd') as stream:
+    stream.write(content)
+  return sink.getvalue().to_pybytes()
+
+
+PACKED = {
+  'a.txt': bytes,
+  'a.TXT': bytes,
+  'a': bytes,
+  'a.gz': gzip.compress,
+  'a.txt.GZ': gzip.compress,
+  'a.bz2': bz2.compress,
+  'a.xz': lzma.compress,
+  'a.zst': _zstandard,
+}
+# More than any reader holds at once.
+LONG = TEXT * 40_000
+
+
+def _file(path: pathlib.Path, content: bytes) -> documents.Document:
+  path.write_bytes(content)
+  return documents.match(str(path))[0]
+
+
+def _read(document: documents.Document, *span: int) -> bytes:
+  return b''.join(piece for piece, _ in document.read(*span))
+
+
+@pytest.mark.parametrize('mark', [b'', codecs.BOM_UTF8], ids=['', 'BOM'])
+@pytest.mark.parametrize('name', PACKED)
+def test_text_is_read_unpacked_without_a_mark(tmp_path, name, mark):
+  content = LONG.encode()
+  document = _file(tmp_path / name, PACKED[name](mark + content))
+  assert document.measure() == len(content)
+  for start, stop in ((0, len(content)), (0, 4), (1_100_000, 1_100_009)):
+    assert _read(document, start, stop) == content[start:stop]
+  ends = [ends for _, ends in document.read(0, len(content))]
+  assert ends == [False] * (len(ends) - 1) + [True]
+  assert not any(ends for _, ends in document.read(0, len(content) - 1))
+
+
+@pytest.mark.parametrize('name', [n for n in PACKED if PACKED[n] is not bytes])
+def test_a_cut_file_is_refused(tmp_path, name):
+  content = PACKED[name](TEXT.encode())
+  document = _file(tmp_path / name, content[:-9])
+  with pytest.raises(UserError, match=rf"{name}' cannot be read"):
+    document.measure()
+  document = _file(tmp_path / name, b'not what its name says')
+  with pytest.raises(UserError, match=rf"{name}' cannot be read"):
+    document.measure()
+
+
+@pytest.mark.parametrize('name', ['a.txt', 'a.jsonl', 'a.txt.gz'])
+@pytest.mark.parametrize(
+  ('mark', 'encoding', 'called'),
+  [
+    (codecs.BOM_UTF16_LE, 'utf-16-le', 'UTF-16'),
+    (codecs.BOM_UTF16_BE, 'utf-16-be', 'UTF-16'),
+    (codecs.BOM_UTF32_LE, 'utf-32-le', 'UTF-32'),
+    (codecs.BOM_UTF32_BE, 'utf-32-be', 'UTF-32'),
+  ],
+)
+def test_other_encodings_are_named(tmp_path, name, mark, encoding, called):
+  pack = PACKED.get(name.replace('.txt', ''), bytes)
+  document = _file(tmp_path / name, pack(mark + TEXT.encode(encoding)))
+  with pytest.raises(UserError, match=rf"{name}' is {called}, not UTF-8"):
+    document.measure()
+
+
+def test_utf16_without_a_mark_and_archives_are_refused(tmp_path):
+  document = _file(tmp_path / 'a.txt', ('To be. ' * 99).encode('utf-16-le'))
+  with pytest.raises(UserError, match='NUL bytes'):
+    document.measure()
+  (tmp_path / 'a.txt').write_text('To be. ' * 99)
+  with tarfile.open(tmp_path / 'b.tar.gz', 'w:gz') as archive:
+    archive.add(tmp_path / 'a.txt')
+  with pytest.raises(UserError, match='archives do'):
+    documents.match(str(tmp_path / 'b.tar.gz'))[0].measure()
+
+
+def test_a_carriage_return_is_kept(tmp_path):
+  for name, content in (
+    ('a.txt', b'one\r\ntwo\rthree\n'),
+    ('a.jsonl', b'{"text": "one\\r\\ntwo\\rthree\\n"}\r\n'),
+  ):
+    document = _file(tmp_path / name, content)
+    assert _read(document, 0, 16) == b'one\r\ntwo\rthree\n'
+
+
+def test_names_may_be_any_bytes(tmp_path):
+  """What is no UTF-8 in a name is in a digest and in a message, too."""
+  name = os.fsdecode(b'caf\xe9.txt')
+  found = _file(tmp_path / name, b'')
+  assert found.name == name
+  assert found.digest() == hashlib.sha256().hexdigest()
+  document = _file(tmp_path / name, b'\xff')
+  with pytest.raises(UserError, match='is not UTF-8') as error:
+    document.measure()
+  str(error.value).encode()
 
 
 def test_python_carries_its_own_text():

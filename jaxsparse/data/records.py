@@ -1,0 +1,135 @@
+"""Files of records, each a document: JSON lines and parquet."""
+
+import io
+import json
+import pathlib
+from collections.abc import Iterator
+from typing import Any
+
+from jaxsparse.data import formats
+from jaxsparse.errors import UserError
+
+ENDINGS = ('.jsonl', '.ndjson', '.parquet')
+
+# Rows decoded at a time, of which each may be a whole book.
+_ROWS = 64
+
+# What messages call values that are no text.
+_KINDS = {
+  type(None): 'null',
+  bool: 'a truth value',
+  int: 'a number',
+  float: 'a number',
+  str: 'a string',
+  list: 'a list',
+  dict: 'an object',
+}
+
+
+def read(raw: io.IOBase, path: pathlib.PurePath, field: str) -> Iterator[bytes]:
+  """The text of each record in UTF-8, in order.
+
+  Args:
+    raw: the file as it is.
+    path: tells its form, and where a record is at fault.
+    field: of the text in each record.
+
+  Raises:
+    UserError: a record is broken or has no text, or a package is missing.
+  """
+  is_parquet = formats.ending(path) == '.parquet'
+  lines = _parquet_rows if is_parquet else _json_lines
+  for place, text in lines(raw, path, field):
+    if not isinstance(text, str):
+      raise UserError(
+        f'{field!r} in {place} of {str(path)!r} is {_kind(text)}, no text: '
+        'name another field in data.text_field, or leave that out.'
+      )
+    try:
+      yield text.encode()
+    except UnicodeEncodeError as error:
+      raise UserError(
+        f'{field!r} in {place} of {str(path)!r} holds half a character '
+        f'({text[error.start]!r}): repair it, or leave that out.'
+      ) from error
+
+
+def json_object(line: bytes) -> dict[str, Any]:
+  """The JSON object that the line is as a whole; empty if it is none."""
+  try:
+    record = json.loads(line)
+  except (ValueError, RecursionError):
+    return {}
+  return record if isinstance(record, dict) else {}
+
+
+def _json_lines(
+  raw: io.IOBase, path: pathlib.PurePath, field: str
+) -> Iterator[tuple[str, Any]]:
+  for number, line in enumerate(formats.open_text(raw, path), 1):
+    if not line.strip():
+      continue
+    place = f'line {number:,}'
+    try:
+      # Left to itself, `json` takes other encodings too.
+      record = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+      raise UserError(
+        f'{place} of {str(path)!r} is not UTF-8: convert it, or leave it out '
+        'of data.text.'
+      ) from error
+    except (ValueError, RecursionError) as error:
+      raise UserError(
+        f'{place} of {str(path)!r} is no JSON ({_reason(error)}): repair it, '
+        'or leave it out of data.text.'
+      ) from error
+    if not isinstance(record, dict):
+      raise UserError(
+        f'{place} of {str(path)!r} is {_kind(record)}, no JSON object: give '
+        f'one object a line, with its text in a field {field!r}.'
+      )
+    _require_field(place, path, field, list(record))
+    yield place, record[field]
+
+
+def _parquet_rows(
+  raw: io.IOBase, path: pathlib.PurePath, field: str
+) -> Iterator[tuple[str, Any]]:
+  # It takes half a second to import.
+  import pyarrow
+  from pyarrow import parquet
+
+  try:
+    file = parquet.ParquetFile(raw)
+    _require_field('the schema', path, field, file.schema_arrow.names)
+    row = 0
+    for batch in file.iter_batches(batch_size=_ROWS, columns=[field]):
+      for text in batch.column(0):
+        row += 1
+        yield f'row {row:,}', text.as_py()
+  except (pyarrow.ArrowException, UnicodeDecodeError) as error:
+    raise UserError(
+      f'{str(path)!r} is no sound parquet file ({str(error).splitlines()[0]}): '
+      'repair it, or leave it out of data.text.'
+    ) from error
+
+
+def _require_field(
+  place: str, path: pathlib.PurePath, field: str, fields: list[str]
+) -> None:
+  if field not in fields:
+    raise UserError(
+      f'{place} of {str(path)!r} has no field {field!r}: name one of its '
+      f'fields in data.text_field ({", ".join(fields) or "it has none"}).'
+    )
+
+
+def _reason(error: Exception) -> str:
+  if not isinstance(error, json.JSONDecodeError):
+    return str(error)
+  # Its own message counts lines within the line.
+  return f'{error.msg.removesuffix(" at")} at column {error.colno}'
+
+
+def _kind(value: Any) -> str:
+  return _KINDS.get(type(value), type(value).__name__)
