@@ -185,6 +185,31 @@ def test_seeds_differ_and_repeat(corpus):
   assert any((a['tokens'] != b['tokens']).any() for a, b in zip(first, other))  # noqa: B905
 
 
+def _two_epochs(corpus, seed: int) -> list[int]:
+  """The order of the pieces in two epochs, and a few more."""
+  num_pairs = sum(len(_pairs(piece)) for piece in corpus.train)
+  batches = _train(corpus, seed=seed, num_lanes=1)
+  return _order(_take(batches, -(-5 * num_pairs // 512)))
+
+
+def test_neighbouring_seeds_share_no_epoch(corpus):
+  """Grain shuffles an epoch by the seed that is one above the last one's."""
+  seen = {}
+  for seed in range(3):
+    order = _two_epochs(corpus, seed)
+    for epoch in range(2):
+      begin = epoch * NUM_PIECES
+      seen[seed, epoch] = tuple(order[begin : begin + NUM_PIECES])
+  assert len(set(seen.values())) == len(seen)
+
+
+def test_the_order_of_the_pieces_is_for_ever(corpus):
+  """A saved state holds where in this order it is, not the order."""
+  order = _two_epochs(corpus, seed=3)
+  assert order[:8] == [19, 52, 55, 35, 41, 57, 60, 30]
+  assert order[NUM_PIECES : NUM_PIECES + 8] == [5, 44, 55, 53, 21, 52, 48, 0]
+
+
 @pytest.mark.parametrize('count', [2, 4])
 def test_processes_see_the_same_global_stream(corpus, count):
   whole = _take(_train(corpus), 12)
