@@ -120,7 +120,7 @@ TRAIN = {
   ),
   'broken model': (C + 'data.tokenizer={folder}/broken.model', 'broken.model'),
   'cache in a file': (C + 'data.cache_dir={folder}/good0.txt', 'cache_dir'),
-  'split': (C + 'data.split=lines', 'one of file, bytes'),
+  'split': (C + 'data.split=lines', 'one of auto, file, bytes'),
   'no validation': (C + 'data.validation_fraction=0', 'validation_fraction'),
   'lanes': (C + 'data.num_lanes=3', 'num_lanes must divide batch_size = 16'),
   'accumulation': (C + 'optimizer.grad_accumulation=5', 'grad_accumulation'),

@@ -35,20 +35,32 @@ def build_corpus(config: DataConfig, say: Say = print) -> Corpus:
     UserError: the text is missing, empty, not UTF-8 or too small, the dataset
       is unknown or out of reach, or data.cache_dir cannot be used.
   """
-  if '://' in config.cache_dir:
-    raise UserError(
-      f'data.cache_dir = {config.cache_dir!r} must be a local directory.'
-    )
-  corpora = pathlib.Path(config.cache_dir).expanduser() / 'corpora'
+  corpora = _corpora_folder(config)
   if config.tfds:
     return _from_named_dataset(config, corpora, say)
   return _from_documents(config, corpora, say)
 
 
+def _corpora_folder(config: DataConfig) -> pathlib.Path:
+  try:
+    if '://' in config.cache_dir or '\0' in config.cache_dir:
+      raise ValueError
+    folder = pathlib.Path(config.cache_dir).expanduser() / 'corpora'
+    # The writer of ArrayRecord takes no other names.
+    str(folder).encode()
+  # No such user, or no UTF-8.
+  except (RuntimeError, ValueError) as error:
+    raise UserError(
+      f'data.cache_dir = {config.cache_dir!r} must be a local directory with a '
+      'name in UTF-8.'
+    ) from error
+  return folder
+
+
 def _from_documents(
   config: DataConfig, corpora: pathlib.Path, say: Say
 ) -> Corpus:
-  texts = _documents(config, say)
+  texts = _documents(config)
   identities = survey.identities(texts, say)
   with builder.user_errors(corpora / builder.FACTS):
     found = survey.survey(texts, identities, corpora, say)
@@ -87,7 +99,7 @@ def _from_documents(
   )
 
 
-def _documents(config: DataConfig, say: Say) -> list[documents.Document]:
+def _documents(config: DataConfig) -> list[documents.Document]:
   if not config.text:
     return python_text.documents()
   texts = documents.match(config.text, config.text_field)

@@ -124,4 +124,6 @@ def unreachable_host(urls: list[str]) -> str | None:
 
 def _first_line(error: Exception) -> str:
   lines = str(error).splitlines() or ['']
-  return f'{type(error).__name__}: {lines[0]}'
+  # It may repeat a name that is not UTF-8.
+  line = lines[0].encode(errors='backslashreplace').decode()
+  return f'{type(error).__name__}: {line}'

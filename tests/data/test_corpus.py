@@ -299,9 +299,10 @@ def test_a_cache_that_cannot_be_written_is_refused(config, tmp_path):
   config.cache_dir = str(tmp_path / 'file' / 'cache')
   with pytest.raises(UserError, match=r'cache_dir .* not writable'):
     build_corpus(config)
-  config.cache_dir = 'gs://bucket/cache'
-  with pytest.raises(UserError, match='must be a local directory'):
-    build_corpus(config)
+  for name in ('gs://bucket/cache', 'a\0b', 'caf\udce9', '~no-such-user/cache'):
+    config.cache_dir = name
+    with pytest.raises(UserError, match='must be a local directory'):
+      build_corpus(config)
 
 
 def test_a_full_disk_is_refused(config, monkeypatch):

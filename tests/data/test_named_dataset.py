@@ -113,11 +113,16 @@ def test_what_the_dataset_lacks_is_named(tmp_path, prepared, fields, words):
 
 @pytest.mark.parametrize(
   ('name', 'words'),
-  [('no_such_dataset', 'is unknown'), ('no such name', 'cannot be opened')],
+  [
+    ('no_such_dataset', 'is unknown'),
+    ('no such name', 'cannot be opened'),
+    ('caf\udce9', 'cannot be opened'),
+  ],
 )
 def test_an_unknown_name_is_refused(tmp_path, name, words):
-  with pytest.raises(UserError, match=words):
+  with pytest.raises(UserError, match=words) as error:
     build_corpus(_config(tmp_path, name))
+  str(error.value).encode()
 
 
 def test_a_name_out_of_reach_is_refused_at_once(tmp_path, monkeypatch):

@@ -61,7 +61,7 @@ def test_what_exists_is_meant_as_it_is(tmp_path, pattern, wanted):
   'pattern',
   [
     '{}/*.txt', '{}/folder', '{}/a,{}/*.md', ' , ', '', '{}/' + 'x' * 999,
-    '{}/\0', '~nobody/a', '{}/pipe', 'no\udcff',
+    '{}/\0', '~no-such-user/a', '{}/pipe', 'no\udcff',
   ],
 )  # fmt: skip
 def test_a_pattern_without_files_is_refused(tmp_path, pattern):
