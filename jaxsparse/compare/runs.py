@@ -150,6 +150,10 @@ def _identity(run: Run) -> dict:
   config = dataclasses.asdict(run.config)
   # They change nothing in a result.
   del config['mesh'], config['data']['cache_dir'], config['data']['prefetch']
+  if config['data']['split'] == 'auto':
+    # As results of former versions have it. A text that is too small for it has
+    # other batches since, which are found to be others.
+    config['data']['split'] = 'file'
   for name in ('log_every', 'save_every', 'keep_checkpoints'):
     del config['train'][name]
   config |= dict(num_phrasings=run.num_phrasings)

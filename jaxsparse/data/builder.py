@@ -14,6 +14,7 @@ import json
 import os
 import pathlib
 import shutil
+import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
@@ -132,7 +133,7 @@ def build(
       TextCorpus(
         spans,
         equal,
-        Percent('Building the corpus', total, say),
+        Percent('Building the corpus', total, _aloud(say)),
         data_dir=partial,
         file_format='array_record',
       )
@@ -179,6 +180,17 @@ def _write(builder: TextCorpus) -> None:
     builder.download_and_prepare(
       download_config=tfds.download.DownloadConfig(try_download_gcs=False)
     )
+
+
+def _aloud(say: Callable[[str], None]) -> Callable[[str], None]:
+  """Says it on the present standard output, also where that is redirected."""
+  stdout = sys.stdout
+
+  def say_aloud(text: str) -> None:
+    with contextlib.redirect_stdout(stdout):
+      say(text)
+
+  return say_aloud
 
 
 @contextlib.contextmanager

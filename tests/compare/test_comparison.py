@@ -87,6 +87,9 @@ def test_a_result_from_before_a_field_existed_stands(finished, tmp_path):
   result = json.loads((run.folder / runs.RESULT).read_text())
   run = dataclasses.replace(run, folder=tmp_path)
   del result['config']['model']['rope_fraction']
+  # The default since, which is by file where files are many.
+  result['config']['data']['split'] = 'file'
+  del result['config']['data']['text_field']
   del result['config']['model']['memory']['gate']
   (tmp_path / runs.RESULT).write_text(json.dumps(result))
   assert runs.finished(run) == result
