@@ -75,8 +75,8 @@ def _from_documents(
   if config.split == 'auto' and split == 'bytes':
     number = 'one file' if len(texts) == 1 else f'{len(texts):,} files'
     say(
-      f"data.split = 'auto' splits by bytes, as {number} cannot be split by "
-      'file near the wanted shares: the last part of the text validates.'
+      f'Of {number}, none can be left whole to validate near the wanted share: '
+      "the text's last part does, as with data.split='bytes'."
     )
   key = builder.content_key(identities, split, config)
   directory = corpora / key

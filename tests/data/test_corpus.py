@@ -103,7 +103,7 @@ def test_one_file_is_split_by_bytes_and_that_is_said(tmp_path, others):
   said = []
   corpus = build_corpus(_config(tmp_path, 'in'), said.append)
   assert corpus.validation_bytes == pytest.approx(0.05 * len(text), abs=20)
-  assert 'splits by bytes' in said[0]
+  assert "last part does, as with data.split='bytes'" in said[0]
   explicit = _config(tmp_path, 'in', split='bytes')
   said.clear()
   assert build_corpus(explicit, said.append).key == corpus.key
