@@ -133,7 +133,7 @@ class OptimizerConfig:
   b1: float = 0.9
   b2: float = 0.95
   epsilon: float = 1e-8
-  # Decoupled decay of matrices; norms, cores and values are left out.
+  # Decoupled decay of matrices; norms, biases, cores and values are left out.
   weight_decay: float = 0.1
   # Decoupled decay of the value tables.
   value_weight_decay: float = 0.0

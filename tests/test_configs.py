@@ -14,7 +14,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from recipes import CONFIGS, RECIPES
+from recipes import CONFIGS, RECIPES, check_groups
 
 from jaxsparse import config as config_lib
 from jaxsparse import mesh, saved_config
@@ -250,6 +250,12 @@ def test_large_leaves_are_spread(name):
     # Sub-keys meet every token whole, and are few beside the values.
     if leaf.size >= 2**20 and not where.endswith("['keys']"):
       assert any(leaf.sharding.spec), f'{where} is whole on every device'
+
+
+@pytest.mark.parametrize('name', TRACED)
+def test_matrices_alone_are_decayed(name):
+  (params, _), _, _ = _trace(name)
+  check_groups(params)
 
 
 def test_help_tells_every_field():

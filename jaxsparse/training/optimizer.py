@@ -157,15 +157,16 @@ def only_trained(config: OptimizerConfig, arrays: dict) -> dict:
 def labels(params: dict) -> dict:
   """The group of every leaf: by its name, as no other sign tells them apart."""
 
-  def label(path: tuple, leaf: jax.Array) -> str:
+  def label(path: tuple, leaf: jax.Array | jax.ShapeDtypeStruct) -> str:
     name = path[-1].key
     if name in ('value_table', 'pre_value_table'):
       return VALUES
     if name == 'router_bias':
       return BALANCE
-    # Gains and Tucker cores set scales that decay would pull to zero.
-    is_scale = leaf.ndim < 2 or name in ('cores', 'query_bias')
-    return UNDECAYED if is_scale else DECAYED
+    # Gains and Tucker cores set scales that decay would pull to zero, and
+    # biases, of whatever rank, are no matrices.
+    is_matrix = leaf.ndim > 1 and name != 'cores' and not name.endswith('bias')
+    return DECAYED if is_matrix else UNDECAYED
 
   return jax.tree_util.tree_map_with_path(label, params)
 

@@ -5,8 +5,16 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from recipes import check_groups
 
-from jaxsparse.config import OptimizerConfig
+from jaxsparse.config import (
+  DCMHAConfig,
+  MemoryConfig,
+  ModelConfig,
+  OptimizerConfig,
+  SparseAttentionConfig,
+)
+from jaxsparse.nn.transformer import Transformer
 from jaxsparse.training import optimizer as optimizer_lib
 
 PARAMS = {
@@ -44,6 +52,32 @@ def test_every_leaf_has_its_group():
       'memory': {'value_table': 'values', 'cores': 'undecayed'},
     },
   }
+
+
+BIASED = ModelConfig(
+  num_layers=2, model_dim=8, num_heads=2, num_kv_heads=2, head_dim=4, mlp_dim=8,
+  vocab_size=5, norm='layer', use_bias=True, use_qk_norm=True,
+  attention_pattern=('global', 'sparse'), dcmha=DCMHAConfig(),
+  sparse=SparseAttentionConfig(summary_key='gated', block=4, tile=4),
+  memory=MemoryConfig(
+    num_keys=4, key_dim=4, num_selected=2, value_dim=4, query='per_rank',
+    query_bias=True, placements=((0, 0),),
+  ),
+)  # fmt: skip
+
+
+def test_no_bias_decays_whatever_its_rank():
+  one = jnp.zeros((1, 4), jnp.int32)
+  init = Transformer(BIASED).init
+  params = jax.eval_shape(init, jax.random.key(0), one, one, one)['params']
+  check_groups(params)
+  biases = {
+    path[-1].key: leaf.ndim
+    for path, leaf in jax.tree.leaves_with_path(params)
+    if path[-1].key.endswith('bias')
+  }
+  assert biases.keys() >= {'bias', 'query_bias', 'value_bias', 'summary_bias'}
+  assert max(biases.values()) > 1
 
 
 def test_decay_and_rate_reach_only_their_group():
