@@ -25,7 +25,7 @@ def get_config() -> c.Config:
       num_kv_heads=32,
       head_dim=80,
       mlp_dim=10240,
-      mlp='gelu',
+      mlp='gelu_erf',
       vocab_size=50_304,
       tie_embeddings=False,
       use_qk_norm=True,

@@ -23,7 +23,7 @@ def get_config() -> c.Config:
       num_kv_heads=32,
       head_dim=128,
       mlp_dim=16384,
-      mlp='gelu',
+      mlp='gelu_erf',
       vocab_size=50_304,
       tie_embeddings=False,
       use_qk_norm=True,

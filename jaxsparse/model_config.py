@@ -69,7 +69,7 @@ class ModelConfig:
   head_dim: int = 32
   # Inner width F of the MLP (of each of gate and up for 'swiglu').
   mlp_dim: int = 512
-  # 'swiglu' or 'gelu'.
+  # 'swiglu', 'gelu' (by tanh, as GPT-2) or 'gelu_erf' (exact, as Pythia).
   mlp: str = 'swiglu'
   # Rows V of the embedding; 0 takes the tokenizer's size.
   vocab_size: int = 0
@@ -130,7 +130,7 @@ class ModelConfig:
       self, 'num_layers', 'model_dim', 'num_heads', 'num_kv_heads', 'head_dim'
     )
     require_positive(self, 'mlp_dim', 'rope_max_wavelength', 'norm_epsilon')
-    require_choice(self, 'mlp', ('swiglu', 'gelu'))
+    require_choice(self, 'mlp', ('swiglu', 'gelu', 'gelu_erf'))
     require_choice(self, 'norm', ('rms', 'layer'))
     require_choice(
       self, 'attention_implementation', ('auto', 'xla', 'pallas', 'cudnn')

@@ -92,7 +92,10 @@ TRAIN = {
   'negative width': (C + 'model.model_dim=-1', 'model_dim must be positive'),
   'grouping': (C + 'model.num_kv_heads=3', 'must divide num_heads = 4, got 3'),
   'odd head': (C + 'model.head_dim=5', 'head_dim must be even, got 5'),
-  'unknown MLP': (C + 'model.mlp=relu', "one of swiglu, gelu; got 'relu'"),
+  'unknown MLP': (
+    C + 'model.mlp=relu',
+    "one of swiglu, gelu, gelu_erf; got 'relu'",
+  ),
   'unknown type': (C + 'model.dtype=int8', "float32, bfloat16; got 'int8'"),
   'dropout': (C + 'model.dropout_rate=1', 'dropout_rate must be'),
   'small vocabulary': (C + 'model.vocab_size=100', "at least the tokenizer's"),

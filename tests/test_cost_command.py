@@ -41,6 +41,6 @@ def test_bad_input_is_one_sentence(capsys):
     assert cost.main([f'--config={path}', flag]) == 1
   lines = capsys.readouterr().err.strip().splitlines()
   parts = ['no/such.py is no file', "got '0'", "'now' is not a flag"]
-  parts += ["'kv'", 'Field heads', "one of swiglu, gelu; got 'x'"]
+  parts += ["'kv'", 'Field heads', "one of swiglu, gelu, gelu_erf; got 'x'"]
   for line, part in zip(lines, parts, strict=True):
     assert part in line

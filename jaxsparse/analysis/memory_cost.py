@@ -12,7 +12,7 @@ from jaxsparse.model_config import MoEConfig
 from jaxsparse.ops.product_key import candidates
 
 # Matrices of one MLP.
-MATRICES = {'swiglu': 3, 'gelu': 2}
+MATRICES = {'swiglu': 3, 'gelu': 2, 'gelu_erf': 2}
 
 
 def memory_parameters(memory: MemoryConfig, model_dim: int) -> int:

@@ -164,8 +164,8 @@ class MLP(nn.Module):
   """Feed-forward layer of width F.
 
   'swiglu' is eq. 6 of Shazeer 2020 (arXiv:2002.05202), with the matrices
-  `gate`, `up` and `down`; 'gelu' has `up` and `down` and the tanh form of GELU.
-  With `use_bias` each has a bias besides.
+  `gate`, `up` and `down`; 'gelu' has `up` and `down` and the tanh form of GELU,
+  'gelu_erf' its exact form. With `use_bias` each has a bias besides.
   `num_layers` is the depth L of the model, and `deviations` as
   `init_variances` takes them. With `is_partial` the sum over `model` is left to
   the caller, see `mesh.partial`.
@@ -196,7 +196,7 @@ class MLP(nn.Module):
     if self.kind == 'swiglu':
       hidden = nn.silu(project('gate')) * project('up')
     else:
-      hidden = nn.gelu(project('up'))
+      hidden = nn.gelu(project('up'), approximate=self.kind == 'gelu')
     down = weight(self, 'down', 'FD', (width, model_dim), writing, self.dtype)
     spec = mesh.partial('BTD') if self.is_partial else mesh.act('BTD')
     y = jnp.einsum('btf,fd->btd', hidden, down, out_sharding=spec)

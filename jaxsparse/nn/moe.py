@@ -24,7 +24,7 @@ class MoE(nn.Module):
 
   Attributes:
     config: sizes and variants.
-    kind: of each expert's MLP, 'swiglu' or 'gelu'.
+    kind: of each expert's MLP, as `MLP` has it.
     num_layers: blocks of the model, for the initial values.
     dtype: type of the activations; the router computes in f32.
     is_partial: leave the output's sum over the mesh axis `model` to the caller,
@@ -77,7 +77,12 @@ class MoE(nn.Module):
     self.sow('intermediates', 'experts', experts)
     x = x.astype(self.dtype)
     y = sharded_expert_mlp(
-      x, weights, experts, self._matrices(model_dim), is_partial=self.is_partial
+      x,
+      weights,
+      experts,
+      self._matrices(model_dim),
+      is_partial=self.is_partial,
+      gelu='erf' if self.kind == 'gelu_erf' else 'tanh',
     )
     if config.num_shared:
       y += self._shared(x)

@@ -32,12 +32,13 @@ def expert_mlp(
   matrices: Matrices,
   *,
   first_expert: Int[Array, ''] | int | None = None,
+  gelu: str = 'tanh',
   implementation: str = 'auto',
 ) -> Float[Array, 'T D']:
   """Weighted sums over a token's experts of their MLPs, on one device.
 
-  SwiGLU where there is a 'gate', else the tanh form of GELU. With fewer
-  assignments than experts, as in decoding, nothing is sorted.
+  SwiGLU where there is a 'gate', else GELU. With fewer assignments than
+  experts, as in decoding, nothing is sorted.
 
   Args:
     x: inputs, in the type of the products.
@@ -46,6 +47,7 @@ def expert_mlp(
     matrices: those of the experts, in any float type.
     first_expert: number of the first expert in `matrices`; others count as
       zero. None where all are there.
+    gelu: its form, 'tanh' or 'erf'.
     implementation: see `grouped_matmul`.
 
   Returns:
@@ -54,7 +56,7 @@ def expert_mlp(
   num_experts, num_used = len(matrices['up']), experts.shape[1]
   is_few = first_expert is None and experts.size < num_experts
   if is_few and implementation == 'auto':
-    return few_tokens_mlp(x, weights, experts, matrices)
+    return few_tokens_mlp(x, weights, experts, matrices, gelu)
   first_expert = 0 if first_expert is None else first_expert
   dispatch = routing.dispatch_order(experts, num_experts, first_expert)
 
@@ -64,7 +66,7 @@ def expert_mlp(
     )
 
   rows = routing.to_experts(x, dispatch, num_used)
-  rows = _mlp(product, rows, matrices)
+  rows = _mlp(product, rows, matrices, gelu)
   return routing.from_experts(rows, weights, dispatch)
 
 
@@ -73,6 +75,7 @@ def few_tokens_mlp(
   weights: Float[Array, 'T k'],
   experts: Int[Array, 'T k'],
   matrices: Matrices,
+  gelu: str = 'tanh',
 ) -> Float[Array, 'T D']:
   """`expert_mlp` without sorting: matrices are read for each assignment."""
   expert = experts.reshape(-1)
@@ -81,7 +84,7 @@ def few_tokens_mlp(
     return assigned_matmul(rows, matrices, expert)
 
   rows = jnp.repeat(x, experts.shape[1], axis=0)
-  return routing.weighted_sum(_mlp(product, rows, matrices), weights)
+  return routing.weighted_sum(_mlp(product, rows, matrices, gelu), weights)
 
 
 def expert_mlp_reference(
@@ -89,6 +92,7 @@ def expert_mlp_reference(
   weights: Float[Array, 'T k'],
   experts: Int[Array, 'T k'],
   matrices: Matrices,
+  gelu: str = 'tanh',
 ) -> Float[Array, 'T D']:
   """`expert_mlp` by running every expert on every token."""
 
@@ -102,7 +106,7 @@ def expert_mlp_reference(
   if 'gate' in matrices:
     hidden *= jax.nn.silu(product(x, matrices['gate']))
   else:
-    hidden = jax.nn.gelu(hidden)
+    hidden = jax.nn.gelu(hidden, approximate=gelu == 'tanh')
   is_used = jax.nn.one_hot(experts, len(matrices['up']), dtype=bool)
   weights_TX = jnp.where(is_used, weights[..., None], 0).sum(1)
   return jnp.einsum('tx,xtd->td', weights_TX, down(hidden, matrices['down']))
@@ -115,6 +119,7 @@ def sharded_expert_mlp(
   matrices: Matrices,
   *,
   is_partial: bool = False,
+  gelu: str = 'tanh',
   implementation: str = 'auto',
 ) -> Float[Array, '*T D']:
   """`expert_mlp` of global arrays; with no mesh set it is that very function.
@@ -126,6 +131,7 @@ def sharded_expert_mlp(
     experts: their numbers.
     matrices: experts split over `sparse`, F over `model`.
     is_partial: leave the sum over `model` to the caller, see `mesh.partial`.
+    gelu: see `expert_mlp`.
     implementation: see `grouped_matmul`.
 
   Returns:
@@ -140,7 +146,7 @@ def sharded_expert_mlp(
   def run(x, weights, experts, matrices, first_expert=None):
     return expert_mlp(
       x, weights, experts, matrices,
-      first_expert=first_expert, implementation=implementation,
+      first_expert=first_expert, gelu=gelu, implementation=implementation,
     ).astype(dtype)  # fmt: skip
 
   if axes is None:
@@ -175,10 +181,10 @@ def sharded_expert_mlp(
   )(x, weights, experts, dict(matrices))  # fmt: skip
 
 
-def _mlp(product, rows, matrices):
+def _mlp(product, rows, matrices, gelu):
   up = product(rows, matrices['up'])
   if 'gate' in matrices:
     hidden = jax.nn.silu(product(rows, matrices['gate'])) * up
   else:
-    hidden = jax.nn.gelu(up)
+    hidden = jax.nn.gelu(up, approximate=gelu == 'tanh')
   return product(hidden, matrices['down'])

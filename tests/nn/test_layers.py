@@ -26,7 +26,7 @@ def test_norm_keeps_its_statistics_in_float32():
   np.testing.assert_array_equal(y, wide.astype(jnp.bfloat16))
 
 
-@pytest.mark.parametrize('kind', ['swiglu', 'gelu'])
+@pytest.mark.parametrize('kind', ['swiglu', 'gelu', 'gelu_erf'])
 def test_mlp_is_its_formula(kind):
   x = jax.random.normal(KEY, (2, 3, 8))
   (y, metrics), params = jax.jit(MLP(16, kind).init_with_output)(KEY, x)
@@ -35,6 +35,9 @@ def test_mlp_is_its_formula(kind):
   if kind == 'swiglu':
     gate = x @ p['gate']
     hidden = gate / (1 + jnp.exp(-gate)) * up
+  elif kind == 'gelu_erf':
+    hidden = 0.5 * up * (1 + jax.scipy.special.erf(up / np.sqrt(2)))
+    assert 'gate' not in p
   else:
     cubic = np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)
     hidden = 0.5 * up * (1 + jnp.tanh(cubic))

@@ -73,7 +73,7 @@ def check(actual, expected, **tolerance):
   ('kind', 'changes'),
   [
     ('swiglu', dict(router='softmax', num_shared=0, bias_update_rate=0.0)),
-    ('gelu', dict(num_shared=2, normalize_weights=False)),
+    ('gelu_erf', dict(num_shared=2, normalize_weights=False)),
   ],
 )
 def test_mixture_is_its_definition(kind, changes):
@@ -93,7 +93,9 @@ def test_mixture_is_its_definition(kind, changes):
   )
   names = ('gate', 'up', 'down') if kind == 'swiglu' else ('up', 'down')
   matrices = {name: p[name] for name in names}
-  sums = expert_mlp_reference(flat, weights, experts, matrices).reshape(X.shape)
+  sums = expert_mlp_reference(
+    flat, weights, experts, matrices, gelu=kind.removeprefix('gelu_')
+  ).reshape(X.shape)
   if config.num_shared:
     width = config.num_shared * config.expert_dim
     sums += MLP(width, kind).apply({'params': p['shared']}, X)[0]

@@ -1,9 +1,12 @@
 """A block as Pythia has it, beside one written out in NumPy."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from recipes import RECIPES
 
 from jaxsparse.analysis import cost
 from jaxsparse.config import ModelConfig
@@ -20,7 +23,7 @@ CONFIG = ModelConfig(
   head_dim=H,
   mlp_dim=F,
   vocab_size=V,
-  mlp='gelu',
+  mlp='gelu_erf',
   tie_embeddings=False,
   norm='layer',
   use_bias=True,
@@ -76,8 +79,7 @@ def forward(p):
   y = np.einsum('nts,snh,nhd->td', weights, v, a['output']) + a['output_bias']
   m = block['mlp']
   up = layer_norm(x, block['mlp_norm']) @ m['up'] + m['up_bias']
-  cubic = np.sqrt(2 / np.pi) * (up + 0.044715 * up**3)
-  hidden = 0.5 * up * (1 + np.tanh(cubic))
+  hidden = 0.5 * up * (1 + np.vectorize(math.erf)(up / math.sqrt(2)))
   x = x + y + hidden @ m['down'] + m['down_bias']
   return layer_norm(x, p['final_norm']) @ p['output'].T
 
@@ -103,3 +105,8 @@ def test_leaves_are_counted():
 def test_an_odd_fraction_is_refused(fraction):
   with pytest.raises(UserError, match='rope_fraction'):
     ModelConfig(head_dim=H, rope_fraction=fraction)
+
+
+@pytest.mark.parametrize('name', ['dcpythia_2b8', 'dcpythia_6b9'])
+def test_recipes_have_its_mlp(name):
+  assert RECIPES[name]().model.mlp == CONFIG.mlp
