@@ -73,7 +73,7 @@ def measure(
     forward: of the model.
     tokenizer: with which it was trained.
     people: whose facts they are.
-    batch_size: questions at once; the mesh must divide it.
+    batch_size: questions at once; the mesh must divide it, if one is set.
   """
   questions = list(people.questions())
   nats, is_right = [], []

@@ -5,6 +5,7 @@ import math
 from collections.abc import Iterable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import mesh
@@ -69,8 +70,14 @@ def validate(
 
 
 def to_global(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
-  """This process's rows as part of the global batch, on the mesh in use."""
-  sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), mesh.act('BT'))
+  """This process's rows as part of the global batch, on the mesh in use.
+
+  With no mesh set they are the batch.
+  """
+  spec = mesh.act('BT')
+  if spec is None:
+    return jax.tree.map(jnp.asarray, batch)
+  sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec)
   return {
     name: jax.make_array_from_process_local_data(sharding, x)
     for name, x in batch.items()
