@@ -159,7 +159,9 @@ class OptimizerConfig:
   trained: str = ''
   # Largest global norm of the gradient; 0 does not clip.
   clip_norm: float = 1.0
-  # Micro-batches whose gradients are averaged into one step.
+  # Micro-batches whose gradients make one step. It is the step of the whole
+  # batch but for losses of experts' load, of blocks and of their router, which
+  # are of a micro-batch.
   grad_accumulation: int = 1
 
   def __post_init__(self):

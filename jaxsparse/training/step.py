@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -16,12 +15,14 @@ from jaxsparse.ops.usage import count_hits
 from jaxsparse.training import optimizer as optimizer_lib
 from jaxsparse.training import table_step
 from jaxsparse.training.losses import objective, token_losses
+from jaxsparse.training.micro_batches import (
+  Batch,
+  Metrics,
+  over_micro_batches,
+  weighed,
+)
 from jaxsparse.training.optimizer import clip_scale
 from jaxsparse.training.row_updates import apply_updates
-
-# tokens, targets, positions, segment_ids, loss_weight: each [B, T].
-Batch = dict[str, jax.Array]
-Metrics = dict[str, jax.Array]
 
 
 @jax.tree_util.register_dataclass
@@ -61,8 +62,9 @@ def train_step(
 ) -> tuple[TrainState, Metrics]:
   """One optimizer step on one global batch.
 
-  The batch's micro-batches are weighed by their targets, so that gradient
-  accumulation changes nothing but the rounding.
+  Gradient accumulation changes nothing but the rounding and what layers say of
+  their batch in other ways than by a mean over tokens, the experts' balance
+  loss above all: `micro_batches` has the list.
 
   Args:
     config: of the run; static.
@@ -82,7 +84,7 @@ def train_step(
     num_rows, length = batch['tokens'].shape
     taps = table_step.make_taps(config.model, num_rows // num_micro, length)
 
-  def loss_fn(params, taps, micro, key):
+  def loss_fn(params, taps, micro, share, key):
     (logits, _, metrics), sown = Transformer(config.model).apply(
       {'params': table_step.with_tables(params, tables), **taps},
       micro['tokens'],
@@ -94,18 +96,18 @@ def train_step(
     )
     losses = token_losses(logits, micro['targets']) * micro['loss_weight']
     loss = jnp.sum(losses) / total_weight
-    metrics = jax.tree.map(lambda m: m / num_micro, metrics)
+    metrics = weighed(metrics, share)
     total = objective(config, loss, metrics, state.step)
     return total, ({'loss': loss, **metrics}, sown)
 
-  def gradient(micro, key):
+  def gradient(micro, share, key):
     gradients, (metrics, sown) = jax.grad(loss_fn, (0, 1), has_aux=True)(
-      params, taps, micro, key
+      params, taps, micro, share, key
     )
     read = table_step.table_gradients(config.model, gradients[1], sown)
-    return (gradients[0], metrics), read
+    return gradients[0], metrics, read
 
-  (grads, metrics), read = _over_micro_batches(gradient, batch, num_micro, key)
+  grads, metrics, read = over_micro_batches(gradient, batch, num_micro, key)
   metrics |= _rates(config, state.step)
   params, opt_state, more = _update(config, state, grads, read, key)
   return TrainState(state.step + 1, params, opt_state), metrics | more
@@ -243,43 +245,3 @@ def _rates(config: Config, step: jax.Array) -> Metrics:
     name: schedule(config.optimizer, config.train.num_steps)(step)
     for name, schedule in schedules.items()
   }
-
-
-def _over_micro_batches(
-  function: Callable, batch: Batch, num_micro: int, key: jax.Array
-):
-  """What `function(micro_batch, its_key)` gives for all micro-batches.
-
-  Of the two trees that it returns the first is summed; arrays [B, ...] of the
-  second come together as [B, num_micro, ...].
-  """
-  micros = _split(batch, num_micro)
-  first = jax.tree.map(lambda x: x[0], micros)
-  rest = jax.tree.map(lambda x: x[1:], micros)
-  total, kept = function(first, jax.random.fold_in(key, 0))
-  if num_micro == 1:
-    return total, kept
-
-  def add(total, xs):
-    index, micro = xs
-    result, kept = function(micro, jax.random.fold_in(key, index))
-    return jax.tree.map(jnp.add, total, result), kept
-
-  total, others = jax.lax.scan(add, total, (jnp.arange(1, num_micro), rest))
-  kept = jax.tree.map(
-    lambda x, xs: jnp.moveaxis(jnp.concatenate([x[None], xs]), 0, 1),
-    kept,
-    others,
-  )
-  return total, kept
-
-
-def _split(batch: Batch, num_micro: int) -> Batch:
-  """[B, T] to [num_micro, B / num_micro, T], every device keeping its rows."""
-
-  def split(x: jax.Array) -> jax.Array:
-    shape = (x.shape[0] // num_micro, num_micro, *x.shape[1:])
-    spec = mesh.act('B..')
-    return jnp.moveaxis(jax.lax.reshape(x, shape, out_sharding=spec), 1, 0)
-
-  return jax.tree.map(split, batch)

@@ -87,13 +87,6 @@ def test_state_moves_between_meshes(tmp_path):
   checkpoints.close()
 
 
-def test_micro_batches_change_nothing():
-  optimizer = dataclasses.replace(CONFIG.optimizer, grad_accumulation=4)
-  config = dataclasses.replace(CONFIG, optimizer=optimizer)
-  losses, _ = run(config, (1, 1, 1))
-  np.testing.assert_allclose(losses, losses_on_one_device(), atol=1e-5)
-
-
 def test_only_what_is_asked_for_is_trained():
   """Not even decay or the gradient's norm tells of the rest."""
   optimizer = dataclasses.replace(
