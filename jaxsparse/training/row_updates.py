@@ -96,7 +96,7 @@ class MasterState(NamedTuple):
 def with_float32_master(
   inner: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-  """Lets `inner` work on an f32 copy of bf16 parameters.
+  """Lets `inner` work on an f32 copy of bf16 parameters, and f32 gradients.
 
   The copy is kept in the state, like the parameters in shape. The updates
   bring the parameters to the copy, rounded to the nearest: apply them without
@@ -111,7 +111,7 @@ def with_float32_master(
 
   def update(grads, state, params=None, **extra):
     updates, inner_state = inner.update(
-      grads, state.inner, state.master, **extra
+      _to_float32(grads), state.inner, state.master, **extra
     )
     master = apply_updates(state.master, updates)
 

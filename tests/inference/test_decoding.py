@@ -35,6 +35,7 @@ CONFIG = ModelConfig(
     key_dim=4,
     num_selected=4,
     value_dim=8,
+    value_dtype='bfloat16',
     query_conv_taps=3,
     placements=((0, 1),),
   ),

@@ -42,6 +42,16 @@ def test_value_learning_rate_of_the_release(step, rate):
   np.testing.assert_allclose(schedule(step), rate, rtol=3e-4)
 
 
+def test_value_learning_rate_is_back_when_its_share_is_over():
+  config = OptimizerConfig(
+    learning_rate=1e-2, warmup_steps=0, final_lr_fraction=1.0,
+    value_lr_multiplier=5.0, value_lr_decay_fraction=0.2,
+  )  # fmt: skip
+  schedule = optimizer_lib.value_learning_rate_schedule(config, 100)
+  for step, multiplier in ((0, 5), (5, 4), (15, 2), (20, 1), (60, 1)):
+    np.testing.assert_allclose(schedule(step), multiplier * 1e-2, rtol=1e-5)
+
+
 def test_every_leaf_has_its_group():
   labels = optimizer_lib.labels(PARAMS)
   assert labels == {
