@@ -19,7 +19,8 @@ from jaxsparse.analysis import cost, hardware, run_pictures
 from jaxsparse.config import Config
 from jaxsparse.data import compression, tokenizer
 from jaxsparse.data.corpus import Corpus, build_corpus
-from jaxsparse.inference import decoding, sampling, text
+from jaxsparse.errors import UserError
+from jaxsparse.inference import decoding, room, sampling, text
 from jaxsparse.nn import memory_tables
 from jaxsparse.training import loop, metrics, resume
 from jaxsparse.training.evaluation import Validation
@@ -50,6 +51,8 @@ def main() -> None:
   with jax.set_mesh(mesh.make_mesh(**dataclasses.asdict(config.mesh))):
     if config.model.memory:
       say(memory_tables.describe_table(config.model.memory, config.model.dtype))
+    if config.train.sample_tokens:
+      check_sample(config, tokens)
     outcome = loop.fit(
       config,
       workdir,
@@ -60,7 +63,10 @@ def main() -> None:
     if outcome.validation is None:
       return
     if config.train.sample_tokens:
-      write_sample(config, workdir, outcome.params, tokens, say)
+      try:
+        write_sample(config, workdir, outcome.params, tokens, say)
+      except UserError as error:  # All that counts has been kept before.
+        say(f'The sample is missing: {error}')
   if not hosts.is_lead():
     return
   compressed = compression.bits_per_byte(corpus)
@@ -82,6 +88,17 @@ def describe_run(config: Config, corpus: Corpus, say) -> None:
   say(
     f'{jax.device_count()} x {device.device_kind}, JAX {jax.__version__}; '
     f'validation text {corpus.validation_bytes / 1e6:.2f} MB.'
+  )
+
+
+def check_sample(config: Config, tokens: tokenizer.Tokenizer) -> None:
+  """Refuses a sample that won't fit into memory, before hours of training."""
+  room.check(
+    config.model,
+    mesh.num_token_shards(),
+    len(text.encode_prompt(tokens, config.train.sample_prompt)),
+    config.train.sample_tokens,
+    name='train.sample_tokens',
   )
 
 

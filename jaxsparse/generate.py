@@ -9,7 +9,6 @@ sparse layers keep a history of bounded size, and memory does not grow with it.
 import argparse
 import dataclasses
 import os
-import pathlib
 import sys
 import time
 
@@ -21,6 +20,7 @@ from jaxsparse.command_line import (
 from jaxsparse.config import Config, ModelConfig
 from jaxsparse.data.tokenizer import load_from_workdir
 from jaxsparse.errors import UserError
+from jaxsparse.inference import room
 from jaxsparse.inference.long_input import (
   Reading,
   can_forget,
@@ -32,6 +32,7 @@ from jaxsparse.inference.text import (
   Request,
   complete,
   encode_prompt,
+  read_file,
 )
 
 # Between two lines about a prompt that is being read.
@@ -89,7 +90,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     help='likeliest tokens with this probability together only; 1: all',
   )
   add('--seed', type=int, default=0, help='same seed, same text')
-  add('--stop', default='', help='end before this string')
+  add(
+    '--stop',
+    action='append',
+    default=[],
+    help='end before this string; of several --stop before the first to appear',
+  )
   add(
     '--num_samples',
     type=int,
@@ -102,6 +108,11 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     raise UserError(
       f'num_samples must be at least 1, got {arguments.num_samples}.'
     )
+  if arguments.seed + arguments.num_samples > 2**32:
+    raise UserError(
+      f'seed + num_samples must be at most {2**32}, got {arguments.seed} and '
+      f'{arguments.num_samples}.'
+    )
   if arguments.prompt and arguments.prompt_file:
     raise UserError('give --prompt or --prompt_file, not both.')
   if arguments.history_blocks is not None and arguments.history_blocks < 0:
@@ -112,61 +123,44 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
   return arguments
 
 
-def to_requests(arguments: argparse.Namespace) -> list[Request]:
-  """One request for each sample.
+def to_request(arguments: argparse.Namespace) -> Request:
+  """What the first sample continues; the others have further seeds.
 
   Raises:
-    UserError: a limit, the prompt or the stop string is not valid, or the file
+    UserError: a limit, the prompt or a stop string is not valid, or the file
       can't be read.
   """
   prompt = arguments.prompt
   if arguments.prompt_file:
-    prompt = _read_file(arguments.prompt_file)
-  sampling = Sampling(
-    temperature=arguments.temperature,
-    top_k=arguments.top_k,
-    top_p=arguments.top_p,
+    prompt = read_file('--prompt_file', arguments.prompt_file)
+  return Request(
+    prompt=prompt,
+    max_tokens=arguments.max_tokens,
+    stop=tuple(arguments.stop),
+    sampling=Sampling(
+      temperature=arguments.temperature,
+      top_k=arguments.top_k,
+      top_p=arguments.top_p,
+    ),
+    seed=arguments.seed,
   )
-  return [
-    Request(
-      prompt=prompt,
-      max_tokens=arguments.max_tokens,
-      stop=arguments.stop,
-      sampling=sampling,
-      seed=arguments.seed + i,
-    )
-    for i in range(arguments.num_samples)
-  ]
-
-
-def _read_file(path: str) -> str:
-  try:
-    return pathlib.Path(path).read_text(encoding='utf-8')
-  except OSError as error:
-    raise UserError(
-      f"--prompt_file={path} can't be read ({error.strerror}): name a text "
-      'file.'
-    ) from error
-  except UnicodeDecodeError as error:
-    raise UserError(
-      f'--prompt_file={path} must be UTF-8 text, but its byte {error.start} is '
-      'not.'
-    ) from error
 
 
 def main(argv: list[str]) -> None:
   with user_errors_end_in_a_sentence():
     arguments = parse_arguments(argv)
-    requests = to_requests(arguments)
+    first = to_request(arguments)
     config = workdir.read_config(arguments.workdir)
     keep_compiled_programs(config)
     tokenizer = load_from_workdir(arguments.workdir)
-    step, params = checkpoint.load_params(arguments.workdir, arguments.step)
-    num_prompt = len(encode_prompt(tokenizer, requests[0].prompt))
+    num_prompt = len(encode_prompt(tokenizer, first.prompt))
     model = _with_history(config, arguments, num_prompt)
+    room.check(model, 1, num_prompt, arguments.max_tokens)
+    step, params = checkpoint.load_params(arguments.workdir, arguments.step)
     if not (model.sparse and model.sparse.history_blocks):
       _warn_of_length(config, num_prompt + arguments.max_tokens)
-    for i, request in enumerate(requests):
+    for i in range(arguments.num_samples):
+      request = dataclasses.replace(first, seed=first.seed + i)
       if i:
         _write('\n\n')
       if not arguments.prompt_file:
@@ -174,8 +168,16 @@ def main(argv: list[str]) -> None:
       done = complete(
         model, params, tokenizer, request, _write, _Progress(num_prompt)
       )
-      workdir.append_sample(arguments.workdir, to_row(step, request, done))
       _report(done)
+      _keep(arguments.workdir, to_row(step, request, done))
+
+
+def _keep(folder: str, row: dict) -> None:
+  """Adds a text to the samples, where the workdir can be written."""
+  try:
+    workdir.append_sample(folder, row)
+  except UserError as error:
+    _say(f'The sample was not kept: {error}')
 
 
 def _with_history(

@@ -11,8 +11,6 @@ import argparse
 import pathlib
 import sys
 
-import numpy as np
-
 from jaxsparse import checkpoint
 from jaxsparse import workdir as workdir_lib
 from jaxsparse.analysis import attention_pictures, run_pictures
@@ -86,8 +84,8 @@ def draw_attention(
     )
   _, params = checkpoint.load_params(workdir, None)
   model = inputs.with_vocabulary(config, tokenizer.vocab_size).model
-  maps = looking.look(model, params, np.array(tokens, np.int32))
-  texts = [_text(tokenizer, token) for token in tokens]
+  maps = looking.look(model, params, tokens)
+  texts = [_text(tokenizer, token) for token in tokens.tolist()]
   next_text = _text(tokenizer, maps.next_token)
   folder.mkdir(parents=True, exist_ok=True)
   pictures = [folder / 'attention_tokens.png']

@@ -73,12 +73,21 @@ def fetch(workdir: epath.PathLike, path: pathlib.Path) -> None:
 
 
 def append_sample(workdir: epath.PathLike, sample: dict) -> None:
-  """Adds one line to the samples of the workdir."""
+  """Adds one line to the samples of the workdir.
+
+  Raises:
+    UserError: they can't be written, as in a folder for reading only.
+  """
   path = epath.Path(workdir) / SAMPLES
-  line = json.dumps(sample, ensure_ascii=False) + '\n'
-  if is_remote(workdir):
-    before = path.read_text() if path.exists() else ''
-    path.write_text(before + line)
-  else:
-    with path.open('a') as file:
-      file.write(line)
+  line = (json.dumps(sample, ensure_ascii=False) + '\n').encode()
+  try:
+    if is_remote(workdir):
+      before = path.read_bytes() if path.exists() else b''
+      path.write_bytes(before + line)
+    else:
+      with path.open('ab') as file:
+        file.write(line)
+  except OSError as error:
+    raise UserError(
+      f"{str(path)!r} can't be written ({error.strerror or error})."
+    ) from error

@@ -9,7 +9,13 @@ import numpy as np
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.errors import UserError, require
-from jaxsparse.inference.long_input import Reading, read
+from jaxsparse.inference import room
+from jaxsparse.inference.long_input import (
+  Reading,
+  chunk_size,
+  read,
+  read_chunk,
+)
 from jaxsparse.inference.sampling import Sampling, sample
 from jaxsparse.nn.transformer import Cache, Transformer, init_cache
 
@@ -18,7 +24,7 @@ Inputs = tuple[jax.typing.ArrayLike, jax.typing.ArrayLike, jax.typing.ArrayLike]
 
 
 def left_pad(
-  prompts: Sequence[Sequence[int]],
+  prompts: Sequence[Sequence[int] | np.ndarray],
 ) -> Inputs:
   """Prompts of unequal length as one batch that ends together.
 
@@ -86,7 +92,7 @@ def decode_step(
 def generate_tokens(
   model_config: ModelConfig,
   params: dict,
-  prompt_ids: Sequence[Sequence[int]],
+  prompt_ids: Sequence[Sequence[int] | np.ndarray],
   max_tokens: int,
   sampling: Sampling,
   seed: int = 0,
@@ -108,8 +114,8 @@ def generate_tokens(
     stops at will.
 
   Raises:
-    UserError: max_tokens is below 1, a prompt is empty, or prompts differ in
-      length and the history is bounded.
+    UserError: max_tokens is below 1, a prompt is empty, prompts differ in
+      length and the history is bounded, or there is no memory for it all.
   """
   if max_tokens < 1:
     raise UserError(f'max_tokens must be at least 1, got {max_tokens}.')
@@ -122,8 +128,35 @@ def generate_tokens(
       f'got lengths {" and ".join(map(str, lengths))}: give one at a time.',
     )
   inputs = left_pad(prompt_ids)
+  sizes = inputs[0].shape
+  held = functools.partial(
+    _temporary_bytes, model_config, sampling, params, *sizes
+  )
+  room.check(model_config, *sizes, max_tokens, held)
   return _generate(
     model_config, params, inputs, max_tokens, sampling, seed, on_reading
+  )
+
+
+def _temporary_bytes(config, sampling, params, batch_size, length, cache):
+  """What the programs of a generation hold beside parameters and cache."""
+
+  def row(num_columns):
+    return jax.ShapeDtypeStruct((batch_size, num_columns), np.int32)
+
+  size = chunk_size(config)
+  programs = [
+    decode_step.lower(
+      config, sampling, params, cache, (row(num_columns),) * 3, 0, 0
+    )
+    for num_columns in {1, (length - 1) % size + 1}
+  ]
+  if length > size:
+    inputs = (row(size),) * 3
+    programs.append(read_chunk.lower(config, params, cache, inputs, row(size)))
+  return max(
+    program.compile().memory_analysis().temp_size_in_bytes
+    for program in programs
   )
 
 

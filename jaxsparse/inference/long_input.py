@@ -99,7 +99,7 @@ def read(
   for begin in range(0, last, size):
     part = tuple(x[:, begin : begin + size] for x in inputs)
     targets = inputs[0][:, begin + 1 : begin + size + 1]
-    nats, cache = _read_chunk(config, params, cache, part, targets)
+    nats, cache = read_chunk(config, params, cache, part, targets)
     pending.append((begin, begin + size, nats))
     if len(pending) > 1:
       # The next chunk runs while the host waits for this one.
@@ -114,7 +114,14 @@ def _tell(on_reading, begin, end, nats):
 
 
 @functools.partial(jax.jit, static_argnames='config', donate_argnames='cache')
-def _read_chunk(config, params, cache, inputs, targets):
+def read_chunk(
+  config: ModelConfig,
+  params: dict,
+  cache: Cache,
+  inputs: Sequence[jax.typing.ArrayLike],
+  targets: jax.typing.ArrayLike,
+) -> tuple[jax.Array, Cache]:
+  """Feeds inputs [B, T]; returns the targets' mean loss and the cache."""
   logits, cache, _ = Transformer(config).apply(
     {'params': params}, *inputs, cache
   )

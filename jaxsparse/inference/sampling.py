@@ -2,17 +2,26 @@
 
 import dataclasses
 import functools
+import numbers
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxsparse.errors import UserError
+from jaxsparse.errors import require
+
+# Temperatures by which float32 logits can be divided: beyond them the quotient
+# overflows, or the divisor is taken for 0.
+_LOWEST, _HIGHEST = 1e-30, 1e30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sampling:
-  """How tokens are drawn; the limits apply in the order of the fields."""
+  """How tokens are drawn; the limits apply in the order of the fields.
+
+  Raises:
+    UserError: a limit is no number, or outside of what it may be.
+  """
 
   # Divides the logits; 0 takes the likeliest token.
   temperature: float = 1.0
@@ -22,16 +31,21 @@ class Sampling:
   top_p: float = 1.0
 
   def __post_init__(self):
-    if not self.temperature >= 0:
-      raise UserError(
-        f'temperature must not be negative, got {self.temperature}.'
-      )
-    if self.top_k < 0:
-      raise UserError(
-        f'top_k must not be negative (0 keeps all tokens), got {self.top_k}.'
-      )
-    if not 0 < self.top_p <= 1:
-      raise UserError(f'top_p must be above 0 and at most 1, got {self.top_p}.')
+    temperature, top_k, top_p = self.temperature, self.top_k, self.top_p
+    require(
+      isinstance(temperature, numbers.Real)
+      and (temperature == 0 or _LOWEST <= temperature <= _HIGHEST),
+      'temperature must be 0, for the likeliest token, or within '
+      f'{_LOWEST} and {_HIGHEST}, got {temperature}.',
+    )
+    require(
+      isinstance(top_k, numbers.Integral) and top_k >= 0,
+      f'top_k must be a whole number of tokens, or 0 to keep all, got {top_k}.',
+    )
+    require(
+      isinstance(top_p, numbers.Real) and 0 < top_p <= 1,
+      f'top_p must be above 0 and at most 1, got {top_p}.',
+    )
 
 
 @functools.partial(jax.jit, static_argnames='sampling')

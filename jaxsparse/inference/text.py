@@ -2,18 +2,30 @@
 
 import codecs
 import dataclasses
+import pathlib
+import sys
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
+
+from jaxsparse.analysis import free_memory
 from jaxsparse.config import ModelConfig
-from jaxsparse.errors import UserError
+from jaxsparse.errors import UserError, require
 from jaxsparse.inference.decoding import generate_tokens
 from jaxsparse.inference.long_input import Reading
 from jaxsparse.inference.sampling import Sampling
 
 # Tokens before a new one that decide how it is spelled, such as its space.
 _SPELLING_CONTEXT = 8
+
+# Of a file that is read at once.
+_PART = 1 << 22
+
+# Memory for each byte of a file: itself and its text, then its text and an
+# int32 for its token, three copies of which are held for a while.
+_BYTES_PER_BYTE = 8
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -24,8 +36,8 @@ class Request:
   prompt: str = ''
   # Most tokens to draw; the end of a document ends the text earlier.
   max_tokens: int = 200
-  # Ends the text when it appears, and is not part of it; '' for none.
-  stop: str = ''
+  # The text ends before the one that appears first; none is part of it.
+  stop: tuple[str, ...] = ()
   sampling: Sampling = dataclasses.field(default_factory=Sampling)
   seed: int = 0
 
@@ -36,14 +48,14 @@ class Request:
       raise UserError(
         f'seed must be within 0 and {2**32 - 1}, got {self.seed}.'
       )
-    for name in ('prompt', 'stop'):
-      try:
-        getattr(self, name).encode()
-      except UnicodeEncodeError as error:
-        raise UserError(
-          f'{name} must be UTF-8 text, but its character {error.start + 1} '
-          'stands for a byte that is not.'
-        ) from error
+    require(
+      isinstance(self.stop, tuple) and '' not in self.stop,
+      'stop must be a tuple of strings, none of them empty, got '
+      f'{self.stop!r}.',
+    )
+    require_utf8('prompt', self.prompt)
+    for text in self.stop:
+      require_utf8('stop', text)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -90,9 +102,12 @@ def complete(
       model_config, vocab_size=tokenizer.vocab_size
     )
   prompt_ids = encode_prompt(tokenizer, request.prompt)
-  arrivals, pieces = [time.monotonic()], []
+  # When the first and the last token came.
+  times: tuple[float, ...] = ()
+  start, num_tokens, pieces = time.monotonic(), 0, []
 
   def tokens() -> Iterator[int]:
+    nonlocal times, num_tokens
     for batch in generate_tokens(
       model_config,
       params,
@@ -102,7 +117,8 @@ def complete(
       request.seed,
       on_reading,
     ):
-      arrivals.append(time.monotonic())
+      now = time.monotonic()
+      times, num_tokens = (*times[:1], now), num_tokens + 1
       yield int(batch[0])
 
   for piece in stream_text(tokens(), tokenizer, prompt_ids, request.stop):
@@ -111,19 +127,79 @@ def complete(
       write(piece)
   return Completion(
     text=''.join(pieces),
-    num_tokens=len(arrivals) - 1,
-    first_token_seconds=arrivals[1] - arrivals[0],
-    seconds=arrivals[-1] - arrivals[1],
+    num_tokens=num_tokens,
+    first_token_seconds=times[0] - start,
+    seconds=times[-1] - times[0],
   )
 
 
-def encode_prompt(tokenizer: Any, prompt: str) -> list[int]:
-  """The tokens of a prompt, which begins a document."""
-  return [tokenizer.boundary_id, *tokenizer.encode(prompt).tolist()]
+def read_file(flag: str, path: str) -> str:
+  """The text of a file as training sees it: every byte but a first mark.
+
+  Args:
+    flag: that names the file, for messages.
+    path: of UTF-8 text, with or without a byte order mark.
+
+  Raises:
+    UserError: the file can't be read, is no UTF-8, or is larger than memory.
+  """
+  name = f'{flag}={path}'
+  try:
+    content = _read_bounded(name, pathlib.Path(path).expanduser())
+  except (OSError, ValueError) as error:
+    if isinstance(error, UserError):
+      raise
+    reason = getattr(error, 'strerror', None) or error
+    raise UserError(
+      f"{name} can't be read ({reason}): name a text file."
+    ) from error
+  begin = len(codecs.BOM_UTF8) if content.startswith(codecs.BOM_UTF8) else 0
+  try:
+    return str(memoryview(content)[begin:], 'utf-8')
+  except UnicodeDecodeError as error:
+    raise UserError(
+      f'{name} must be UTF-8 text, but its byte {begin + error.start} is not.'
+    ) from error
+
+
+def _read_bounded(name: str, path: pathlib.Path) -> bytearray:
+  """All bytes, unless they, their text and their tokens can't be in memory."""
+  available = free_memory.of_host()
+  most = sys.maxsize if available is None else available // _BYTES_PER_BYTE
+  content = bytearray()
+  with path.open('rb') as file:
+    while part := file.read(_PART):
+      content += part
+      if len(content) > most:
+        raise UserError(
+          f'{name} is longer than the {free_memory.words(most)} of text that '
+          'fit into memory here: give a smaller file.'
+        )
+  return content
+
+
+def require_utf8(name: str, text: str) -> None:
+  """Refuses a text of the command line with bytes that are no UTF-8."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f'{name} must be UTF-8 text, but its character {error.start + 1} '
+      'stands for a byte that is not.'
+    ) from error
+
+
+def encode_prompt(tokenizer: Any, prompt: str) -> np.ndarray:
+  """The tokens of a prompt, which begins a document: int32 [T]."""
+  boundary = np.array([tokenizer.boundary_id], np.int32)
+  return np.concatenate([boundary, tokenizer.encode(prompt)])
 
 
 def stream_text(
-  tokens: Iterable[int], tokenizer: Any, prompt_ids: list[int], stop: str = ''
+  tokens: Iterable[int],
+  tokenizer: Any,
+  prompt_ids: Sequence[int] | np.ndarray,
+  stop: tuple[str, ...] = (),
 ) -> Iterator[str]:
   """Text of the tokens that follow a prompt, up to the document's end.
 
@@ -131,18 +207,20 @@ def stream_text(
     tokens: ids as they come; not read further than needed.
     tokenizer: whose `boundary_id` ends the document.
     prompt_ids: what stands before the first token.
-    stop: a string that ends the text and is left out; '' for none.
+    stop: strings that end the text and are left out.
 
   Yields:
-    Whole characters. Those that may turn out to begin `stop` are held back
-    until that is decided.
+    Whole characters. Those that may turn out to begin a stop string are held
+    back until that is decided.
   """
   pieces = _token_bytes(tokens, tokenizer, prompt_ids)
   return until_stop(decode_utf8(pieces), stop)
 
 
 def _token_bytes(
-  tokens: Iterable[int], tokenizer: Any, prompt_ids: list[int]
+  tokens: Iterable[int],
+  tokenizer: Any,
+  prompt_ids: Sequence[int] | np.ndarray,
 ) -> Iterator[bytes]:
   context = prompt_ids[-_SPELLING_CONTEXT:]
   for token in tokens:
@@ -161,18 +239,25 @@ def decode_utf8(pieces: Iterable[bytes]) -> Iterator[str]:
   yield decoder.decode(b'', final=True)
 
 
-def until_stop(texts: Iterable[str], stop: str) -> Iterator[str]:
-  """The texts up to the first appearance of `stop`, also across their ends."""
+def until_stop(texts: Iterable[str], stop: tuple[str, ...]) -> Iterator[str]:
+  """The texts up to where the first of the stop strings begins.
+
+  Also across the ends of texts: what may be the beginning of one is held back.
+  """
   held = ''
   for text in texts:
     held += text
-    if stop and stop in held:
-      yield held[: held.index(stop)]
-      return
-    num_open = next(
-      n for n in range(len(stop), -1, -1) if held.endswith(stop[:n])
-    )
-    certain = len(held) - num_open
+    certain = min([_opening(held, s) for s in stop], default=len(held))
     yield held[:certain]
     held = held[certain:]
-  yield held
+    if held.startswith(stop):
+      return
+  found = [held.index(s) for s in stop if s in held]
+  yield held[: min(found, default=len(held))]
+
+
+def _opening(text: str, stop: str) -> int:
+  """Where in the text `stop` begins, or may yet turn out to have begun."""
+  parts = (text[i : i + len(stop)] for i in range(len(text)))
+  opens = (i for i, part in enumerate(parts) if stop.startswith(part))
+  return next(opens, len(text))

@@ -52,7 +52,12 @@ def run(workdir, capsys):
 
   def call(**flags):
     flags = dict(workdir=workdir, max_tokens=6) | flags
-    argv = [f'--{k}={v}' for k, v in flags.items() if v is not None]
+    argv = [
+      f'--{k}={v}'
+      for k, values in flags.items()
+      for v in (values if isinstance(values, list) else [values])
+      if v is not None
+    ]
     code = 0
     try:
       generate.main(argv)
@@ -88,6 +93,27 @@ def test_an_empty_prompt_and_a_stop_string(run, workdir):
   assert stop
   _, cut, _ = run(prompt='', temperature=0, seed=1, stop=stop)
   assert cut == text[: text.index(stop)] + '\n'
+  # Of several the first to appear counts.
+  _, cut, _ = run(temperature=0, seed=1, stop=[row['text'][3:], stop, '~~'])
+  assert cut == text[: text.index(stop)] + '\n'
+  row = json.loads((workdir / 'samples.jsonl').read_text().splitlines()[-1])
+  assert row['stop'][1:] == [stop, '~~']
+
+
+def test_a_sample_that_cannot_be_kept_is_shown(run, workdir):
+  samples = workdir / 'samples.jsonl'
+  _, text, report = run(prompt='a', seed=3)
+  assert 'not kept' not in report
+  kept = samples.rename(workdir / 'kept')
+  samples.mkdir()
+  try:
+    code, again, report = run(prompt='a', seed=3)
+  finally:
+    samples.rmdir()
+    kept.rename(samples)
+  assert (code, again) == (0, text)
+  assert report.count('\n') == 2
+  assert "The sample was not kept: '" in report
 
 
 def test_a_length_beyond_training_is_only_a_warning(run):
@@ -183,6 +209,13 @@ def test_the_bench_tells_of_every_stretch(sparse_workdir, monkeypatch, capsys):
     (dict(seed=-1), ['seed', '-1']),
     (dict(prompt='\udcff'), ['prompt', 'UTF-8']),
     (dict(stop='\udcff'), ['stop', 'UTF-8']),
+    (dict(stop=''), ['stop', 'empty']),
+    (dict(temperature='inf'), ['temperature', 'inf']),
+    (dict(temperature='nan'), ['temperature', 'nan']),
+    (dict(temperature='1e-38'), ['temperature', '1e-38']),
+    (dict(seed=2**32 - 1, num_samples=2), ['seed', 'num_samples']),
+    (dict(max_tokens=10**10), ['max_tokens', '32 bits']),
+    (dict(max_tokens=2 * 10**9), ['max_tokens', 'GiB', 'would fit']),
     (dict(promt='x'), ['--promt']),
   ],
   ids=str,

@@ -1,5 +1,7 @@
 """Draws against the distribution that the limits leave."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,11 +73,59 @@ def test_top_p_always_keeps_the_first():
   [
     ('temperature', -0.1),
     ('temperature', float('nan')),
+    ('temperature', float('inf')),
+    ('temperature', 1e-38),
+    ('temperature', 2e300),
     ('top_k', -1),
     ('top_p', 0.0),
     ('top_p', 1.1),
+    ('top_p', float('nan')),
   ],
 )
 def test_limits_are_checked(field, value):
-  with pytest.raises(UserError, match=f'^{field} must .* got {value}'):
+  with pytest.raises(
+    UserError, match=f'^{field} must .* got {re.escape(str(value))}'
+  ):
     Sampling(**{field: value})
+
+
+@pytest.mark.parametrize(
+  ('field', 'value'),
+  [('temperature', '1'), ('top_k', 2.5), ('top_k', '3'), ('top_p', None)],
+)
+def test_limits_are_numbers(field, value):
+  limits = object.__new__(Sampling)
+  for name, default in dict(temperature=1.0, top_k=0, top_p=1.0).items():
+    object.__setattr__(limits, name, default)
+  object.__setattr__(limits, field, value)
+  # As without the checks of types, which only the tests have.
+  with pytest.raises(UserError, match=f'^{field} must'):
+    limits.__post_init__()
+
+
+@pytest.mark.parametrize('scale', [1e-6, 1.0, 1e6])
+@pytest.mark.parametrize(
+  'limits',
+  [
+    dict(temperature=1e-30),
+    dict(temperature=1e-30, top_p=0.9),
+    dict(temperature=1e-30, top_k=3, top_p=1e-46),
+    dict(top_p=1e-46),
+    dict(top_k=1),
+  ],
+  ids=str,
+)
+def test_narrow_limits_take_the_likeliest(limits, scale):
+  logits = scale * jax.random.normal(KEY, (7, 11))
+  got = sample(logits, KEY, Sampling(**limits))
+  np.testing.assert_array_equal(got, jnp.argmax(logits, axis=-1))
+
+
+@pytest.mark.parametrize(
+  'limits',
+  [dict(temperature=1e30), dict(top_k=10**30), dict(top_p=1 - 1e-16)],
+  ids=str,
+)
+def test_wide_limits_leave_all_tokens(limits):
+  drawn = sample(jnp.tile(LOGITS, (400, 1)), KEY, Sampling(**limits))
+  assert set(drawn.tolist()) == set(range(5))

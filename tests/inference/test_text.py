@@ -1,7 +1,9 @@
 """Characters and stop strings across tokens."""
 
+import numpy as np
 import pytest
 
+from jaxsparse.analysis import free_memory
 from jaxsparse.data.tokenizer import ByteTokenizer
 from jaxsparse.errors import UserError
 from jaxsparse.inference.text import (
@@ -9,6 +11,7 @@ from jaxsparse.inference.text import (
   Request,
   decode_utf8,
   encode_prompt,
+  read_file,
   stream_text,
   until_stop,
 )
@@ -29,14 +32,19 @@ def test_what_is_no_utf8_is_marked():
 @pytest.mark.parametrize(
   ('text', 'stop', 'expected'),
   [
-    ('abcd', '', 'abcd'),
-    ('abcd', 'x', 'abcd'),
-    ('abcd', 'bc', 'a'),
-    ('abcd', 'a', ''),
-    ('abcd', 'cde', 'abcd'),
-    ('aaab', 'aab', 'a'),
-    ('ababac', 'abac', 'ab'),
-    ('end\n\nmore', '\n\n', 'end'),
+    ('abcd', (), 'abcd'),
+    ('abcd', ('x',), 'abcd'),
+    ('abcd', ('bc',), 'a'),
+    ('abcd', ('a',), ''),
+    ('abcd', ('cde',), 'abcd'),
+    ('aaab', ('aab',), 'a'),
+    ('ababac', ('abac',), 'ab'),
+    ('end\n\nmore', ('\n\n',), 'end'),
+    ('abcd', ('d', 'b'), 'a'),
+    # The one that begins first, though another is whole before it.
+    ('abcd', ('c', 'bcd'), 'a'),
+    ('abce', ('c', 'bcd'), 'ab'),
+    ('abc', ('c', 'bcd'), 'ab'),
   ],
 )
 def test_stop_strings_at_any_cut(text, stop, expected):
@@ -45,14 +53,65 @@ def test_stop_strings_at_any_cut(text, stop, expected):
     assert ''.join(until_stop(parts, stop)) == expected
 
 
+def test_any_stop_strings_cut_as_the_whole_text_would_be():
+  rng = np.random.default_rng(0)
+  for _ in range(2000):
+    text = ''.join(rng.choice(list('ab\n'), size=rng.integers(12)))
+    stop = tuple(
+      ''.join(rng.choice(list('ab\n'), size=rng.integers(1, 5)))
+      for _ in range(rng.integers(4))
+    )
+    begins = [text.index(s) for s in stop if s in text]
+    cuts = np.sort(rng.integers(len(text) + 1, size=3)).tolist()
+    parts = [
+      text[i:j] for i, j in zip([0, *cuts], [*cuts, len(text)], strict=True)
+    ]
+    expected = text[: min(begins, default=len(text))]
+    assert ''.join(until_stop(parts, stop)) == expected, (text, stop, parts)
+
+
 def test_nothing_of_a_stop_string_is_ever_written():
-  assert list(until_stop(['x\n', '\n', 'y'], '\n\n')) == ['x', '']
-  assert list(until_stop(['x\n', 'y'], '\n\n')) == ['x', '\ny', '']
+  stop = ('\n\n', 'z')
+  assert list(until_stop(['x\n', '\n', 'y'], stop)) == ['x', '']
+  assert list(until_stop(['x\n', 'y'], stop)) == ['x', '\ny', '']
+
+
+def test_a_file_is_read_as_training_reads_it(tmp_path):
+  """Ends of lines stay as they are; a byte order mark is none of the text."""
+  path = tmp_path / 'text.txt'
+  for content in (b'a\r\nb\rc\n', b'', 'ü\u2028\ufeff'.encode()):
+    for mark in (b'', b'\xef\xbb\xbf'):
+      path.write_bytes(mark + content)
+      assert read_file('--prompt_file', str(path)).encode() == content
+
+
+@pytest.mark.parametrize(
+  ('content', 'words'),
+  [
+    (b'ab\xff', 'its byte 2 is not'),
+    (b'\xef\xbb\xbfab\xff', 'its byte 5 is not'),
+    (None, "can't be read"),
+  ],
+)
+def test_a_file_that_is_no_text_is_refused(tmp_path, content, words):
+  path = tmp_path / 'text.txt'
+  if content is not None:
+    path.write_bytes(content)
+  with pytest.raises(UserError, match=f'^--prompt_file=.*{words}'):
+    read_file('--prompt_file', str(path))
+  with pytest.raises(UserError, match="can't be read"):
+    read_file('--prompt_file', f'{path}\0')
+
+
+def test_a_file_beyond_memory_is_not_read_to_its_end(monkeypatch):
+  monkeypatch.setattr(free_memory, 'of_host', lambda: 2**26)
+  with pytest.raises(UserError, match=r'/dev/zero is longer than the 8\.0 MiB'):
+    read_file('--prompt_file', '/dev/zero')
 
 
 def test_reading_ends_with_the_stop_string_and_with_the_document():
   tokens = iter(b'ab--cd')
-  assert ''.join(stream_text(tokens, TOKENIZER, [256], '--')) == 'ab'
+  assert ''.join(stream_text(tokens, TOKENIZER, [256], ('--',))) == 'ab'
   assert bytes(tokens) == b'cd'
   tokens = iter([97, TOKENIZER.boundary_id, 98])
   assert ''.join(stream_text(tokens, TOKENIZER, [256])) == 'a'
@@ -75,8 +134,8 @@ def test_spaces_between_tokens_survive():
 
 
 def test_a_prompt_begins_a_document():
-  assert encode_prompt(TOKENIZER, '') == [256]
-  assert encode_prompt(TOKENIZER, 'é') == [256, 0xC3, 0xA9]
+  assert encode_prompt(TOKENIZER, '').tolist() == [256]
+  assert encode_prompt(TOKENIZER, 'é').tolist() == [256, 0xC3, 0xA9]
 
 
 @pytest.mark.parametrize(
@@ -86,7 +145,8 @@ def test_a_prompt_begins_a_document():
     ('seed', -1),
     ('seed', 2**32),
     ('prompt', 'ab\udcff'),
-    ('stop', '\udc80'),
+    ('stop', ('a', '\udc80')),
+    ('stop', ('a', '')),
   ],
 )
 def test_requests_are_checked(field, value):
