@@ -10,6 +10,7 @@ what they mean; each can be set on the command line:
 """
 
 import dataclasses
+import functools
 
 import jax
 
@@ -20,12 +21,15 @@ from jaxsparse.config import Config
 from jaxsparse.data import compression, tokenizer
 from jaxsparse.data.corpus import Corpus, build_corpus
 from jaxsparse.errors import UserError
-from jaxsparse.inference import decoding, room, sampling, text
+from jaxsparse.inference import decoding, sampling, text
 from jaxsparse.nn import memory_tables
-from jaxsparse.training import loop, metrics, resume
+from jaxsparse.training import loop, metrics, resume, step
 from jaxsparse.training.evaluation import Validation
 from jaxsparse.training.inputs import training_data, with_vocabulary
 from jaxsparse.training.progress import Reporter
+
+# How the sample at the end is drawn.
+SAMPLING = sampling.Sampling(temperature=0.8)
 
 
 def main() -> None:
@@ -93,11 +97,14 @@ def describe_run(config: Config, corpus: Corpus, say) -> None:
 
 def check_sample(config: Config, tokens: tokenizer.Tokenizer) -> None:
   """Refuses a sample that won't fit into memory, before hours of training."""
-  room.check(
+  init = functools.partial(step.init_state, config)
+  decoding.check_room(
     config.model,
+    lambda: mesh.abstract(init, mesh=jax.sharding.get_mesh()).params,
     mesh.num_token_shards(),
     len(text.encode_prompt(tokens, config.train.sample_prompt)),
     config.train.sample_tokens,
+    SAMPLING,
     name='train.sample_tokens',
   )
 
@@ -118,7 +125,7 @@ def write_sample(
     params,
     [ids] * mesh.num_token_shards(),
     config.train.sample_tokens,
-    sampling.Sampling(temperature=0.8),
+    SAMPLING,
     config.train.seed,
   )
   written = ''.join(

@@ -20,7 +20,7 @@ from jaxsparse.command_line import (
 from jaxsparse.config import Config, ModelConfig
 from jaxsparse.data.tokenizer import load_from_workdir
 from jaxsparse.errors import UserError
-from jaxsparse.inference import room
+from jaxsparse.inference import decoding
 from jaxsparse.inference.long_input import (
   Reading,
   can_forget,
@@ -155,8 +155,11 @@ def main(argv: list[str]) -> None:
     tokenizer = load_from_workdir(arguments.workdir)
     num_prompt = len(encode_prompt(tokenizer, first.prompt))
     model = _with_history(config, arguments, num_prompt)
-    room.check(model, 1, num_prompt, arguments.max_tokens)
     step, params = checkpoint.load_params(arguments.workdir, arguments.step)
+    # As the generation itself does, but before the prompt is written.
+    decoding.check_room(
+      model, params, 1, num_prompt, first.max_tokens, first.sampling
+    )
     if not (model.sparse and model.sparse.history_blocks):
       _warn_of_length(config, num_prompt + arguments.max_tokens)
     for i in range(arguments.num_samples):

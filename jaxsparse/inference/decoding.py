@@ -128,17 +128,36 @@ def generate_tokens(
       f'got lengths {" and ".join(map(str, lengths))}: give one at a time.',
     )
   inputs = left_pad(prompt_ids)
-  sizes = inputs[0].shape
-  held = functools.partial(
-    _temporary_bytes, model_config, sampling, params, *sizes
-  )
-  room.check(model_config, *sizes, max_tokens, held)
+  check_room(model_config, params, *inputs[0].shape, max_tokens, sampling)
   return _generate(
     model_config, params, inputs, max_tokens, sampling, seed, on_reading
   )
 
 
-def _temporary_bytes(config, sampling, params, batch_size, length, cache):
+def check_room(
+  model_config: ModelConfig,
+  params: dict | Callable[[], dict],
+  batch_size: int,
+  num_prompt: int,
+  max_tokens: int,
+  sampling: Sampling,
+  name: str = 'max_tokens',
+) -> None:
+  """Refuses a generation that memory has no room for; see `room.check`.
+
+  `params` may be abstract, or a function that makes them so.
+  """
+
+  def held(cache: Cache) -> int:
+    of_model = params() if callable(params) else params
+    return _temporary_bytes(
+      model_config, sampling, of_model, batch_size, num_prompt, cache
+    )
+
+  room.check(model_config, batch_size, num_prompt, max_tokens, held, name)
+
+
+def _temporary_bytes(config, sampling, params, batch_size, num_prompt, cache):
   """What the programs of a generation hold beside parameters and cache."""
 
   def row(num_columns):
@@ -149,9 +168,9 @@ def _temporary_bytes(config, sampling, params, batch_size, length, cache):
     decode_step.lower(
       config, sampling, params, cache, (row(num_columns),) * 3, 0, 0
     )
-    for num_columns in {1, (length - 1) % size + 1}
+    for num_columns in {1, (num_prompt - 1) % size + 1}
   ]
-  if length > size:
+  if num_prompt > size:
     inputs = (row(size),) * 3
     programs.append(read_chunk.lower(config, params, cache, inputs, row(size)))
   return max(

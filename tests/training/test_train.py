@@ -123,6 +123,8 @@ def test_a_whole_run(whole):
 
 def test_killed_at_random_moments(recipe, whole, tmp_path):
   rng = random.Random(1)
+  # Where no sample can be kept, all else is.
+  (tmp_path / 'samples.jsonl').mkdir()
   for _ in range(2):
     process = start(recipe, tmp_path)
     target = max(losses(tmp_path), default=0) + rng.randint(1, 9)
@@ -130,9 +132,11 @@ def test_killed_at_random_moments(recipe, whole, tmp_path):
     time.sleep(rng.random() * 0.05)
     process.send_signal(signal.SIGKILL)
     process.communicate()
-  finish(start(recipe, tmp_path))
+  out, _ = finish(start(recipe, tmp_path))
   assert losses(tmp_path) == losses(whole[0])
   assert rows(tmp_path)[-1] == rows(whole[0])[-1]
+  assert "samples.jsonl' can't be written" in out
+  assert (tmp_path / 'plots' / 'training.png').exists()
 
 
 @pytest.mark.slow
