@@ -22,7 +22,7 @@ from jaxsparse.data import compression, tokenizer
 from jaxsparse.data.corpus import Corpus, build_corpus
 from jaxsparse.errors import UserError
 from jaxsparse.inference import decoding, sampling, text
-from jaxsparse.nn import memory_tables
+from jaxsparse.nn import block, memory_tables
 from jaxsparse.training import loop, metrics, resume, step
 from jaxsparse.training.evaluation import Validation
 from jaxsparse.training.inputs import training_data, with_vocabulary
@@ -76,7 +76,7 @@ def main() -> None:
   compressed = compression.bits_per_byte(corpus)
   for name, bits in compressed.items():
     say(f'{name} -9 on the same text: {bits:.4f} bits/byte')
-  draw(workdir, outcome.validation, compressed, say)
+  draw(config, workdir, outcome.validation, compressed, say)
 
 
 def describe_run(config: Config, corpus: Corpus, say) -> None:
@@ -137,12 +137,19 @@ def write_sample(
 
 
 def draw(
-  workdir: str, validation: Validation, compressed: dict[str, float], say
+  config: Config,
+  workdir: str,
+  validation: Validation,
+  compressed: dict[str, float],
+  say,
 ) -> None:
   files = workdir_lib.Files(workdir)
   run_pictures.save_pass(files.folder, validation.slot_counts, compressed)
   drawn = run_pictures.draw(
-    files.folder, metrics.read_rows(workdir), files.folder / workdir_lib.PLOTS
+    files.folder,
+    metrics.read_rows(workdir),
+    files.folder / workdir_lib.PLOTS,
+    placements=block.placements(config.model),
   )
   files.sync()
   names = ', '.join(f'{workdir}/{workdir_lib.PLOTS}/{p.name}' for p in drawn)

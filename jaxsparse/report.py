@@ -19,6 +19,7 @@ from jaxsparse.data import tokenizer as tokenizer_lib
 from jaxsparse.errors import UserError
 from jaxsparse.inference import looking
 from jaxsparse.inference.text import encode_prompt
+from jaxsparse.nn import block
 from jaxsparse.training import inputs, metrics
 
 # Maps grow with the square of the text.
@@ -51,7 +52,12 @@ def main(arguments: list[str] | None = None) -> int:
     return 1
   workdir_lib.fetch(options.workdir, files.folder / run_pictures.PASS)
   drawn = [
-    *run_pictures.draw(files.folder, rows, files.folder / workdir_lib.PLOTS),
+    *run_pictures.draw(
+      files.folder,
+      rows,
+      files.folder / workdir_lib.PLOTS,
+      placements=block.placements(config.model),
+    ),
     *drawn,
   ]
   for path in drawn:

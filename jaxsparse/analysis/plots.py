@@ -1,8 +1,8 @@
-"""Pictures of a run: its training curves and the use of its slots.
+"""Training curves of a run, and what all pictures share.
 
-They read what training wrote (rows of `metrics.jsonl`, counts of a pass) and
-draw what they find; keys that are missing leave their curve out. Matplotlib is
-imported on first use and never needs a display.
+They read what training wrote (rows of `metrics.jsonl`) and draw what they find;
+keys that are missing leave their curve out. Matplotlib is imported on first use
+and never needs a display.
 """
 
 import contextlib
@@ -12,8 +12,6 @@ from typing import Any
 
 import numpy as np
 from etils import epath
-
-from jaxsparse.analysis import usage
 
 Row = Mapping[str, Any]
 
@@ -65,40 +63,6 @@ def plot_training(
     _plot_speed(figure.add_subplot(grid[1, 1]), rows)
 
 
-def plot_slot_usage(
-  counts: Mapping[str, np.ndarray],
-  path: str | os.PathLike,
-  rows: Sequence[Row] = (),
-) -> None:
-  """Draws how often each slot was read, most used first, into a PNG.
-
-  Args:
-    counts: hits [M] of each memory layer over a pass, by its name.
-    path: of the PNG.
-    rows: of `metrics.jsonl`; where they have usage metrics, the share of slots
-      used and the unevenness are drawn over training below.
-  """
-  used = curves(rows, '/memory/slots_used')
-  uneven = curves(rows, '/memory/unevenness')
-  has_history = bool(used or uneven)
-  layers = sorted({*counts, *used, *uneven})
-  colours = {layer: COLOURS[i % len(COLOURS)] for i, layer in enumerate(layers)}
-  with new_figure(path, height=6.5 if has_history else 4.0) as figure:
-    grid = figure.add_gridspec(
-      1 + has_history, 2, height_ratios=(2, 1)[: 1 + has_history]
-    )
-    _plot_hits(figure.add_subplot(grid[0, :]), counts, colours)
-    if has_history:
-      share = figure.add_subplot(grid[1, 0])
-      share.set_title('Slots used in a step')
-      plot_history(share, used, colours)
-      share.set_ylim(0, 1.02)
-      share.yaxis.set_major_formatter('{x:.0%}')
-      divergence = figure.add_subplot(grid[1, 1])
-      divergence.set_title('Unevenness in a step (nats)')
-      plot_history(divergence, uneven, colours)
-
-
 @contextlib.contextmanager
 def new_figure(path: str | os.PathLike, height: float) -> Iterator[Any]:
   """A styled figure that is written to `path` at the end of the block."""
@@ -134,7 +98,7 @@ def curves(rows: Sequence[Row], suffix: str) -> dict[str, tuple]:
   return {key.split('/')[0]: _series(rows, key) for key in keys}
 
 
-def _smooth(values: np.ndarray, window: int) -> np.ndarray:
+def smooth(values: np.ndarray, window: int) -> np.ndarray:
   """Mean over the last `window` values, or over as many as there are."""
   total = np.cumsum(np.concatenate([[0.0], values]))
   end = np.arange(1, len(values) + 1)
@@ -148,8 +112,8 @@ def _plot_loss(axes: Any, rows: Sequence[Row], baselines: Mapping) -> None:
   steps, values = _series(rows, key)
   if len(values):
     axes.plot(steps, values, color=COLOURS[0], alpha=0.25, linewidth=1)
-    smooth = _smooth(values, max(1, len(values) // 30))
-    _draw(axes, steps, smooth, color=COLOURS[0], label='train')
+    line = smooth(values, max(1, len(values) // 30))
+    _draw(axes, steps, line, color=COLOURS[0], label='train')
   steps, validation = _series(rows, f'validation_{key}')
   if len(validation):
     label = f'validation ({validation[-1]:.3f} at the end)'
@@ -160,12 +124,77 @@ def _plot_loss(axes: Any, rows: Sequence[Row], baselines: Mapping) -> None:
     style = ('--', ':', '-.')[i % 3]
     label = f'{name} ({bits:.3f})'
     axes.axhline(bits, color=colour, linestyle=style, label=label)
-  _limit_loss(axes, [*values, *validation, *level.values()])
+  limit_loss(axes, [*values, *validation, *level.values()])
   axes.set_title('Loss')
   axes.set_xlabel('step')
   axes.set_ylabel('bits per byte' if in_bits else 'nats per token')
   if axes.get_legend_handles_labels()[0]:
     axes.legend(loc='upper right')
+
+
+def set_heading(figure: Any, title: str, explanation: str) -> None:
+  """A title over all panels, and a smaller line that says how to read them."""
+  figure.suptitle(title, x=0.01, ha='left', fontsize=11, fontweight='bold')
+  explain(figure, explanation)
+
+
+def explain(figure: Any, text: str) -> None:
+  """A line under all panels that says how to read them."""
+  figure.supxlabel(text, x=0.01, ha='left', fontsize=9, color='#555555')
+
+
+def colour(index: int) -> str:
+  """A colour for each of a few; grey beyond, where only names tell apart."""
+  return COLOURS[index] if index < len(COLOURS) else '#777777'
+
+
+def label_ends(axes: Any, ends: Mapping[str, tuple[float, str]]) -> None:
+  """Writes names at the right, beside the ends of their lines.
+
+  Names whose lines end close together are moved apart.
+
+  Args:
+    axes: with their final limits.
+    ends: of each name the line's last value and its colour.
+  """
+  low, high = axes.get_ylim()
+  # Of a line of text at the usual size, in parts of the axis.
+  least = 0.055
+  order = sorted(ends, key=lambda name: ends[name][0])
+  wanted = [(ends[name][0] - low) / (high - low) for name in order]
+  for name, place in zip(order, spread_out(wanted, least), strict=True):
+    axes.annotate(
+      name,
+      (1.01, place),
+      xycoords='axes fraction',
+      va='center',
+      color=ends[name][1],
+    )
+
+
+def spread_out(places: Sequence[float], least: float) -> np.ndarray:
+  """The rising `places` moved no further than needed to be `least` apart.
+
+  Those that touch stand around their common mean.
+  """
+  groups: list[list[float]] = []
+  for place in places:
+    groups.append([place])
+    while len(groups) > 1 and (
+      _middle(groups[-1]) - _middle(groups[-2])
+      < least * (len(groups[-1]) + len(groups[-2])) / 2
+    ):
+      groups[-2:] = [groups[-2] + groups[-1]]
+  return np.concatenate(
+    [
+      _middle(group) + least * (np.arange(len(group)) - (len(group) - 1) / 2)
+      for group in groups
+    ]
+  )
+
+
+def _middle(group: Sequence[float]) -> float:
+  return float(np.mean(group))
 
 
 def _draw(axes: Any, steps: np.ndarray, values: np.ndarray, **style) -> None:
@@ -188,7 +217,7 @@ def _mark_empty(axes: Any) -> None:
     )
 
 
-def _limit_loss(axes: Any, values: Sequence[float]) -> None:
+def limit_loss(axes: Any, values: Sequence[float]) -> None:
   """Cuts off the first steps' fall, which would flatten all that follows."""
   if not values:
     return
@@ -227,39 +256,26 @@ def _thousands(value: float, _: int) -> str:
   return f'{value:,.0f}'
 
 
-def _plot_hits(
-  axes: Any, counts: Mapping[str, np.ndarray], colours: Mapping[str, str]
+def layer_colours(layers: Sequence[str]) -> dict[str, Any]:
+  """Colours of layers; of many, shades from the first to the last."""
+  import matplotlib
+
+  if len(layers) <= len(COLOURS):
+    return dict(zip(layers, COLOURS, strict=False))
+  shades = matplotlib.colormaps['viridis'](np.linspace(0, 0.9, len(layers)))
+  return dict(zip(layers, shades, strict=True))
+
+
+def legend_of_layers(
+  axes: Any, labels: Mapping[str, str], colours: Mapping[str, Any], **style
 ) -> None:
-  for layer, hits in counts.items():
-    if not hits.any():
-      continue
-    # Most used first; slots that were never read end the curve.
-    ranked = np.sort(hits[hits > 0])[::-1]
-    rank = _log_spaced(len(ranked))
-    measured = usage.measure(hits)
-    label = (
-      f'{layer}: {measured.share_used:.1%} used, '
-      f'unevenness {measured.unevenness:.2f}'
-    )
-    axes.plot(rank + 1, ranked[rank], color=colours[layer], label=label)
-  means = {hits.sum() / len(hits) for hits in counts.values() if hits.any()}
-  for mean in means:
-    axes.axhline(mean, color='#666666', linestyle=':', linewidth=1)
-  axes.set_xscale('log')
-  axes.set_yscale('log')
-  axes.set_title('Reads of each slot in one pass (dotted: all slots equal)')
-  axes.set_xlabel('slots, most read first')
-  axes.set_ylabel('reads')
-  if axes.get_legend_handles_labels()[0]:
-    axes.legend(loc='lower left')
-
-
-def _log_spaced(length: int, num_points: int = 2000) -> np.ndarray:
-  """Indices below `length` that are dense enough on a logarithmic axis."""
-  if length <= num_points:
-    return np.arange(length)
-  spaced = np.geomspace(1, length, num_points)
-  return np.unique(spaced.astype(np.int64)) - 1
+  """A legend of all layers; of many, of the first, a middle and the last."""
+  layers = list(labels)
+  if len(layers) > len(COLOURS):
+    layers = [layers[0], layers[len(layers) // 2], layers[-1]]
+  for layer in layers:
+    axes.plot([], [], color=colours[layer], label=labels[layer])
+  axes.legend(fontsize=8, **style)
 
 
 def plot_history(axes: Any, curves: Mapping, colours: Mapping) -> None:

@@ -10,7 +10,8 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
-from jaxsparse.analysis import plots
+from jaxsparse.analysis import plots, usage_pictures
+from jaxsparse.nn.block import block_name
 
 PASS = 'validation_pass.npz'
 
@@ -39,7 +40,10 @@ def save_pass(
 
 
 def draw(
-  folder: pathlib.Path, rows: Sequence[plots.Row], into: pathlib.Path
+  folder: pathlib.Path,
+  rows: Sequence[plots.Row],
+  into: pathlib.Path,
+  placements: Sequence[tuple[int, int]] = (),
 ) -> list[pathlib.Path]:
   """Draws every picture that the run has data for.
 
@@ -47,6 +51,7 @@ def draw(
     folder: of the run; without a finished validation pass there are fewer.
     rows: of `metrics.jsonl`.
     into: where the pictures go.
+    placements: blocks at which memory layers read and write.
 
   Returns:
     Their paths.
@@ -68,7 +73,10 @@ def draw(
   plots.plot_training(rows, drawn[0], baselines)
   if slots or plots.curves(rows, '/memory/slots_used'):
     drawn.append(into / 'slot_usage.png')
-    plots.plot_slot_usage(slots, drawn[-1], rows)
+    names = {
+      block_name(read): _place(read, write) for read, write in placements
+    }
+    usage_pictures.plot_slot_usage(slots, drawn[-1], rows, names)
   if experts or plots.curves(rows, '/moe/load_max'):
     drawn.append(into / 'expert_load.png')
     plot_expert_load(experts, drawn[-1], rows)
@@ -76,6 +84,11 @@ def draw(
     drawn.append(into / 'sparse_attention.png')
     plot_kept_blocks(drawn[-1], rows)
   return drawn
+
+
+def _place(read: int, write: int) -> str:
+  of = f'memory of block {read}'
+  return of if read == write else f'{of}, added after block {write}'
 
 
 def plot_expert_load(
@@ -93,9 +106,7 @@ def plot_expert_load(
   """
   histories = {
     'Largest load in a step (mean: 1)': plots.curves(rows, '/moe/load_max'),
-    'Unevenness of the load in a step (nats)': plots.curves(
-      rows, '/moe/unevenness'
-    ),
+    'Unevenness in a step (nats)': plots.curves(rows, '/moe/unevenness'),
   }
   has_loads = bool(counts)
   height = 3.0 + has_loads * (1.5 + 0.25 * len(counts))
@@ -103,7 +114,13 @@ def plot_expert_load(
     grid = figure.add_gridspec(1 + has_loads, 2)
     if has_loads:
       _draw_loads(figure, figure.add_subplot(grid[0, :]), counts)
-    _draw_histories(figure, grid[-1, :], histories, counts)
+    _, uneven = _draw_histories(figure, grid[-1, :], histories, counts)
+    uneven.set_ylim(bottom=0)
+    plots.explain(
+      figure,
+      'unevenness: log of the number of experts - entropy of their load; 0: '
+      'all have the same load',
+    )
 
 
 def plot_kept_blocks(
@@ -124,18 +141,15 @@ def _draw_histories(figure, place, histories, layers=()):
   layers = sorted(
     {*layers, *(n for curves in histories.values() for n in curves)}
   )
-  colours = {
-    layer: plots.COLOURS[i % len(plots.COLOURS)]
-    for i, layer in enumerate(layers)
-  }
+  colours = plots.layer_colours(layers)
   panels = place.subgridspec(1, len(histories)).subplots()
   for axes, (title, curves) in zip(panels, histories.items(), strict=True):
     axes.set_title(title)
     plots.plot_history(axes, curves, colours)
-  if len(layers) <= len(plots.COLOURS):
-    for layer in layers:
-      panels[0].plot([], [], color=colours[layer], label=layer)
-    panels[0].legend(fontsize=8)
+  if layers:
+    names = {layer: layer for layer in layers}
+    plots.legend_of_layers(panels[0], names, colours)
+  return panels
 
 
 def _draw_loads(figure, axes, counts):

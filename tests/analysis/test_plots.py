@@ -43,21 +43,6 @@ def test_training_picture(rows, tmp_path):
   assert _is_picture(path)
 
 
-@pytest.mark.parametrize('rows', [TRAIN, []])
-@pytest.mark.parametrize(
-  'counts',
-  [
-    {'block_01': np.arange(64), 'block_05': np.repeat([0, 9], 32)},
-    {'block_01': np.zeros(64, np.int64)},
-    {},
-  ],
-)
-def test_slot_usage_picture(counts, rows, tmp_path):
-  path = tmp_path / 'slots.png'
-  plots.plot_slot_usage(counts, path, rows)
-  assert _is_picture(path)
-
-
 def test_series_keeps_finite_numbers_only():
   rows = [
     {'step': 1, 'loss': 3.0},
@@ -73,12 +58,24 @@ def test_series_keeps_finite_numbers_only():
 
 def test_smoothing_is_a_running_mean():
   np.testing.assert_allclose(
-    plots._smooth(np.array([1.0, 2.0, 6.0, 7.0]), 2), [1, 1.5, 4, 6.5]
+    plots.smooth(np.array([1.0, 2.0, 6.0, 7.0]), 2), [1, 1.5, 4, 6.5]
   )
 
 
-def test_thinned_curve_keeps_both_ends():
-  index = plots._log_spaced(1_000_000)
-  assert len(index) <= 2000
-  assert (index[0], index[-1]) == (0, 999_999)
-  assert np.all(np.diff(index) > 0)
+def test_names_at_the_ends_of_lines_do_not_touch():
+  rng = np.random.default_rng(0)
+  for size in range(1, 9):
+    places = np.sort(rng.uniform(size=size))
+    apart = plots.spread_out(places.tolist(), 0.05)
+    assert np.all(np.diff(apart) >= 0.05 - 1e-9)
+    # They move around their mean, and not at all where there is room.
+    assert apart.mean() == pytest.approx(places.mean())
+  np.testing.assert_allclose(plots.spread_out([0.1, 0.5], 0.05), [0.1, 0.5])
+
+
+def test_layers_have_colours_of_their_own():
+  for size in (1, 7, 8, 30):
+    layers = [f'block_{i:02}' for i in range(size)]
+    colours = plots.layer_colours(layers)
+    assert list(colours) == layers
+    assert len({tuple(np.ravel(colour)) for colour in colours.values()}) == size

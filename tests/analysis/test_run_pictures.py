@@ -4,10 +4,11 @@ import json
 
 import numpy as np
 import pytest
+from pictures import figures, texts
 
 from jaxsparse import report, saved_config
 from jaxsparse.analysis import run_pictures
-from jaxsparse.config import Config
+from jaxsparse.config import Config, MemoryConfig, ModelConfig
 
 
 @pytest.fixture
@@ -50,6 +51,19 @@ def test_report_draws_what_there_is(workdir, capsys):
     data = (workdir / 'plots' / name).read_bytes()
     assert data.startswith(b'\x89PNG')
     assert len(data) > 10_000
+
+
+def test_slots_are_those_of_a_placement(workdir, tmp_path, monkeypatch):
+  memory = MemoryConfig(placements=((1, 3), (2, 2)))
+  config = Config(model=ModelConfig(memory=memory))
+  (workdir / 'config.json').write_text(saved_config.to_json(config))
+  counts = {'block_01': np.array([0, 3]), 'block_02': np.array([1, 3])}
+  run_pictures.save_pass(workdir, counts, {})
+  written = figures(monkeypatch)
+  assert report.main([str(workdir)]) == 0
+  said = '\n'.join(text for figure in written for text in texts(figure))
+  assert 'memory of block 1, added after block 3: 50.0% used' in said
+  assert 'memory of block 2: 100.0% used' in said
 
 
 def test_without_a_run_it_is_one_sentence(tmp_path, capsys):

@@ -68,7 +68,7 @@ def test_table_and_plots_are_written(finished):
     assert part in table
   record = json.loads((work / 'comparison.json').read_text())
   assert len(record['runs']) == 2
-  for name in ('loss', 'bars', 'recall'):
+  for name in ('loss', 'seeds', 'recall'):
     image = (work / 'plots' / f'{name}.png').read_bytes()
     assert image.startswith(b'\x89PNG')
 

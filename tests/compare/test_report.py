@@ -2,7 +2,9 @@
 
 import dataclasses
 
+import numpy as np
 import pytest
+from pictures import figures, texts
 from small_suite import facts_suite
 
 from jaxsparse.compare import pictures, report
@@ -52,8 +54,49 @@ def test_language_table_has_losses_with_spread(language, tmp_path):
   assert '1.6000 (1.5000 to 1.7000; ± 0.1414)' in table
   assert '| ultramem | MLP 4 | 2M | 3M | 1.2500 |' in table
   drawn = pictures.draw(language, results, tmp_path / 'plots')
-  assert [path.name for path in drawn] == ['loss.png', 'bars.png']
+  assert [path.name for path in drawn] == ['loss.png', 'seeds.png']
   assert all(path.exists() for path in drawn)
+
+
+def test_losses_are_drawn_as_differences_seed_by_seed(
+  language, tmp_path, monkeypatch
+):
+  """No bar begins anywhere, no legend tells colours apart."""
+  results = [
+    result('dense', 0, validation_loss=1.5),
+    result('dense', 1, validation_loss=1.7),
+    result('ultramem', 0, validation_loss=1.25),
+    result('ultramem', 1, validation_loss=1.55),
+  ]
+  written = figures(monkeypatch)
+  pictures.draw(language, results, tmp_path)
+  curves, seeds = written
+  assert [axes.get_title('left') for axes in curves.axes] == [
+    'dense',
+    'ultramem',
+  ]
+  (axes,) = seeds.axes
+  assert not axes.patches
+  assert 'lower is better' in seeds.get_suptitle()
+  dots = [line.get_xdata() for line in axes.lines if line.get_marker() == 'o']
+  np.testing.assert_allclose(dots, [[-0.25, -0.15]])
+  said = texts(seeds)
+  assert {'dense  1.600', 'ultramem  1.400', '\N{MINUS SIGN}0.200'} <= {*said}
+  for figure in written:
+    assert not any(axes.get_legend() for axes in figure.axes)
+
+
+def test_losses_without_common_seeds_are_drawn_as_they_are(
+  language, tmp_path, monkeypatch
+):
+  results = [
+    result('dense', 0, validation_loss=1.5),
+    result('ultramem', 1, validation_loss=1.25),
+  ]
+  written = figures(monkeypatch)
+  pictures.draw(language, results, tmp_path)
+  assert {'1.500', '1.250'} <= {*texts(written[1])}
+  assert written[1].get_suptitle().startswith('Validation loss, nats')
 
 
 def test_walk_shows_each_step_beside_what_was_published(language):
@@ -119,7 +162,7 @@ def test_needles_table_compares_what_is_found(tmp_path):
   assert '| dense | 90.0% (80.0% to 100.0%; ± 14.1%) | 1.00x |' in table
   assert '| ultramem | 45.0% | 0.50x |' in table
   drawn = pictures.draw(suite, results, tmp_path / 'plots')
-  assert [path.stem for path in drawn] == ['loss', 'bars', 'depth']
+  assert [path.stem for path in drawn] == ['loss', 'seeds', 'depth']
 
 
 def test_only_some_runs_are_no_trouble(tmp_path):
