@@ -118,8 +118,8 @@ def plot_expert_load(
     uneven.set_ylim(bottom=0)
     plots.explain(
       figure,
-      'unevenness: log of the number of experts - entropy of their load; 0: '
-      'all have the same load',
+      'unevenness: log of the number of experts minus entropy of their load; '
+      '0: all loads are equal',
     )
 
 

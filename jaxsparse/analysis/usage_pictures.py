@@ -47,9 +47,8 @@ def plot_slot_usage(
       divergence.set_ylim(bottom=0)
     plots.explain(
       figure,
-      'unevenness: log of the number of slots - entropy of their reads; 0: all '
-      'are read alike,\nu: as uneven as if a share exp(-u) of them were, and '
-      'the others never',
+      'unevenness u: log of the number of slots minus entropy of their reads\n'
+      '0: all slots are read alike; u: as if only a share exp(-u) were, alike',
     )
 
 

@@ -41,7 +41,7 @@ def test_it_says_where_a_layer_is_and_what_unevenness_means(
   said = texts(written[0])
   (label,) = {t for t in said if t.startswith(names['block_01'])}
   assert label.endswith('50.0% used, unevenness 0.69')
-  assert any('entropy of their reads; 0: all' in text for text in said)
+  assert any('0: all slots are read alike' in text for text in said)
 
 
 def test_thinned_curve_keeps_both_ends():
