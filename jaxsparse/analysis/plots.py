@@ -270,12 +270,16 @@ def legend_of_layers(
   axes: Any, labels: Mapping[str, str], colours: Mapping[str, Any], **style
 ) -> None:
   """A legend of all layers; of many, of the first, a middle and the last."""
+  from matplotlib.lines import Line2D
+
   layers = list(labels)
   if len(layers) > len(COLOURS):
     layers = [layers[0], layers[len(layers) // 2], layers[-1]]
-  for layer in layers:
-    axes.plot([], [], color=colours[layer], label=labels[layer])
-  axes.legend(fontsize=8, **style)
+  lines = [
+    Line2D([], [], color=colours[layer], label=labels[layer])
+    for layer in layers
+  ]
+  axes.legend(handles=lines, fontsize=8, **style)
 
 
 def plot_history(axes: Any, curves: Mapping, colours: Mapping) -> None:

@@ -114,7 +114,8 @@ def plot_expert_load(
     grid = figure.add_gridspec(1 + has_loads, 2)
     if has_loads:
       _draw_loads(figure, figure.add_subplot(grid[0, :]), counts)
-    _, uneven = _draw_histories(figure, grid[-1, :], histories, counts)
+    most, uneven = _draw_histories(figure, grid[-1, :], histories, counts)
+    most.set_ylim(bottom=1)
     uneven.set_ylim(bottom=0)
     plots.explain(
       figure,
@@ -128,12 +129,14 @@ def plot_kept_blocks(
 ) -> None:
   """Draws how sparse attention's choice changed over training, into a PNG."""
   histories = {
-    'Kept share of the eligible blocks': '/attention/kept_share',
-    "Entropy of the blocks' importance (nats)": '/attention/router_entropy',
+    'Kept blocks, of the eligible': '/attention/kept_share',
+    'Entropy of their importance (nats)': '/attention/router_entropy',
   }
   with plots.new_figure(path, height=3.0) as figure:
     histories = {t: plots.curves(rows, n) for t, n in histories.items()}
-    _draw_histories(figure, figure.add_gridspec(1, 1)[0], histories)
+    share, _ = _draw_histories(figure, figure.add_gridspec(1, 1)[0], histories)
+    share.set_ylim(0, 1.02)
+    share.yaxis.set_major_formatter('{x:.0%}')
 
 
 def _draw_histories(figure, place, histories, layers=()):
@@ -148,7 +151,7 @@ def _draw_histories(figure, place, histories, layers=()):
     plots.plot_history(axes, curves, colours)
   if layers:
     names = {layer: layer for layer in layers}
-    plots.legend_of_layers(panels[0], names, colours)
+    plots.legend_of_layers(panels[0], names, colours, frameon=True)
   return panels
 
 
