@@ -132,7 +132,7 @@ def to_request(arguments: argparse.Namespace) -> Request:
   """
   prompt = arguments.prompt
   if arguments.prompt_file:
-    prompt = read_file('--prompt_file', arguments.prompt_file)
+    prompt = read_file('--prompt_file=', arguments.prompt_file)
   return Request(
     prompt=prompt,
     max_tokens=arguments.max_tokens,

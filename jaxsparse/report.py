@@ -2,14 +2,18 @@
 
 Loss, rates and speed; for memory layers the use of slots and its unevenness
 over training; for mixtures the load of the experts. Works while the run goes
-on, and after it. With --attention="some text" also what the newest checkpoint
-looks at in that text: a picture of each layer, rollout, relevance and
-Grad-CAM++, and plots/attention.html with all of it.
+on, and after it; where the workdir is for reading only, with --output=FOLDER.
+With --attention="some text" also what the newest checkpoint looks at in that
+text: a picture of each layer, rollout, relevance and Grad-CAM++, and
+attention.html with all of it.
 """
 
 import argparse
+import contextlib
 import pathlib
 import sys
+import tempfile
+from collections.abc import Iterator
 
 from jaxsparse import checkpoint
 from jaxsparse import workdir as workdir_lib
@@ -18,7 +22,11 @@ from jaxsparse.config import Config
 from jaxsparse.data import tokenizer as tokenizer_lib
 from jaxsparse.errors import UserError
 from jaxsparse.inference import looking
-from jaxsparse.inference.text import encode_prompt
+from jaxsparse.inference.text import (
+  encode_prompt,
+  read_file,
+  require_utf8,
+)
 from jaxsparse.nn import block
 from jaxsparse.training import inputs, metrics
 
@@ -33,6 +41,11 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument(
     '--attention', metavar='TEXT', help='a text to look at, or @FILE'
   )
+  parser.add_argument(
+    '--output',
+    metavar='FOLDER',
+    help='where the pictures go, instead of plots/ in the workdir',
+  )
   options = parser.parse_args(arguments)
   try:
     config = workdir_lib.read_config(options.workdir)
@@ -43,27 +56,45 @@ def main(arguments: list[str] | None = None) -> int:
         f'workdir {options.workdir!r} holds no metrics yet: wait for the first '
         'line of its run.'
       )
-    drawn = []
-    if options.attention is not None:
-      plots = files.folder / workdir_lib.PLOTS
-      drawn = draw_attention(options.workdir, config, options.attention, plots)
+    own = files.folder / workdir_lib.PLOTS
+    output = (
+      pathlib.Path(options.output).expanduser() if options.output else own
+    )
+    with _written_to(output):
+      drawn = []
+      if options.attention is not None:
+        drawn = draw_attention(
+          options.workdir, config, options.attention, output
+        )
+      workdir_lib.fetch(options.workdir, files.folder / run_pictures.PASS)
+      placements = block.placements(config.model)
+      drawn = [
+        *run_pictures.draw(files.folder, rows, output, placements=placements),
+        *drawn,
+      ]
   except UserError as error:
     print(error, file=sys.stderr)
     return 1
-  workdir_lib.fetch(options.workdir, files.folder / run_pictures.PASS)
-  drawn = [
-    *run_pictures.draw(
-      files.folder,
-      rows,
-      files.folder / workdir_lib.PLOTS,
-      placements=block.placements(config.model),
-    ),
-    *drawn,
-  ]
+  shown = options.output or f'{options.workdir}/{workdir_lib.PLOTS}'
   for path in drawn:
-    print(f'{options.workdir}/{workdir_lib.PLOTS}/{path.name}')
-  files.sync()
+    print(f'{shown}/{path.name}')
+  if output == own:
+    files.sync()
   return 0
+
+
+@contextlib.contextmanager
+def _written_to(folder: pathlib.Path) -> Iterator[None]:
+  """Makes the folder; says at once, or when it turns out, that it can't be."""
+  try:
+    folder.mkdir(parents=True, exist_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
+    yield
+  except OSError as error:
+    raise UserError(
+      f"pictures can't be written to {str(folder)!r} ({error.strerror}): give "
+      '--output=FOLDER.'
+    ) from error
 
 
 def draw_attention(
@@ -75,12 +106,8 @@ def draw_attention(
     UserError: there is no checkpoint, or the text is missing or too long.
   """
   if text.startswith('@'):
-    try:
-      text = pathlib.Path(text[1:]).read_text(encoding='utf-8')
-    except (OSError, UnicodeDecodeError) as error:
-      raise UserError(
-        f"--attention={text}: the file can't be read ({error})."
-      ) from error
+    text = read_file('--attention=@', text[1:])
+  require_utf8('--attention', text)
   tokenizer = tokenizer_lib.load_from_workdir(workdir)
   tokens = encode_prompt(tokenizer, text)
   if not 1 < len(tokens) <= _MOST_TOKENS:
@@ -93,7 +120,6 @@ def draw_attention(
   maps = looking.look(model, params, tokens)
   texts = [_text(tokenizer, token) for token in tokens.tolist()]
   next_text = _text(tokenizer, maps.next_token)
-  folder.mkdir(parents=True, exist_ok=True)
   pictures = [folder / 'attention_tokens.png']
   totals = {
     'Rollout': looking.rollout(maps),

@@ -75,7 +75,8 @@ def _draw_sparse(layer, title, block, tile, path):
         extent=(0, choice['kept'].shape[1] * tile, -(-length // block), 0),
       )
       axes.set_xlim(0, length)
-      axes.yaxis.get_major_locator().set_params(integer=True)
+      for axis in (axes.xaxis, axes.yaxis):
+        axis.get_major_locator().set_params(integer=True)
       tiles, blocks = np.array(_kept(choice, head)).T.reshape(2, -1)
       axes.plot(
         (tiles + 0.5) * tile, blocks + 0.5, '.', color='#e69f00', markersize=4
@@ -100,6 +101,7 @@ def _draw_sparse(layer, title, block, tile, path):
     axes = figure.add_subplot(grid[-1, 1])
     for name, colour in (('eligible', '#888888'), ('kept', plots.COLOURS[1])):
       axes.plot(positions, choice[name].mean(0), color=colour, label=name)
+    axes.set_ylim(0, max(axes.get_ylim()[1], 1))
     axes.set_title('Blocks, mean of heads')
     axes.set_xlabel('position')
     axes.legend(fontsize=8, loc='upper left')
@@ -162,7 +164,9 @@ def _draw_weights(layer, title, texts, path):
         interpolation='nearest',
         extent=(0, length, len(moved), 0),
       )
-      axes.yaxis.get_major_locator().set_params(integer=True)
+      axes.xaxis.get_major_locator().set_params(integer=True)
+      heads = range(0, len(moved), -(-len(moved) // 8))
+      axes.set_yticks([head + 0.5 for head in heads], heads)
       axes.set_title('Weight that composition moves')
       axes.set_xlabel('position')
       axes.set_ylabel('head')

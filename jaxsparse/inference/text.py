@@ -137,13 +137,13 @@ def read_file(flag: str, path: str) -> str:
   """The text of a file as training sees it: every byte but a first mark.
 
   Args:
-    flag: that names the file, for messages.
+    flag: that names the file, such as '--prompt_file=', for messages.
     path: of UTF-8 text, with or without a byte order mark.
 
   Raises:
     UserError: the file can't be read, is no UTF-8, or is larger than memory.
   """
-  name = f'{flag}={path}'
+  name = flag + path
   try:
     content = _read_bounded(name, pathlib.Path(path).expanduser())
   except (OSError, ValueError) as error:

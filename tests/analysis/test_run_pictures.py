@@ -66,6 +66,24 @@ def test_slots_are_those_of_a_placement(workdir, tmp_path, monkeypatch):
   assert 'memory of block 2: 100.0% used' in said
 
 
+def test_a_workdir_for_reading_only(workdir, tmp_path_factory, capsys):
+  """Pictures go where they are told to, and nothing into the workdir."""
+  (workdir / 'plots').write_text('no folder, as nobody may make one')
+  before = sorted(workdir.rglob('*'))
+  assert report.main([str(workdir)]) == 1
+  said = capsys.readouterr()
+  assert said.out == ''
+  assert said.err.count('\n') == 1
+  assert 'plots' in said.err
+  assert '--output=FOLDER' in said.err
+  output = tmp_path_factory.mktemp('out') / 'of' / 'run'
+  assert report.main([str(workdir), f'--output={output}']) == 0
+  names = capsys.readouterr().out.split()
+  assert f'{output}/training.png' in names
+  assert sorted(map(str, output.iterdir())) == sorted(names)
+  assert sorted(workdir.rglob('*')) == before
+
+
 def test_without_a_run_it_is_one_sentence(tmp_path, capsys):
   assert report.main([str(tmp_path)]) == 1
   (tmp_path / 'config.json').write_text(saved_config.to_json(Config()))

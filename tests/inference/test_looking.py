@@ -203,7 +203,7 @@ def test_report_draws_it(tmp_path, capsys):
 def test_report_refuses(tmp_path, capsys):
   save_untrained(tmp_path, dataclasses.replace(CONFIG, vocab_size=257))
   (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss": 3.0}\n')
-  texts = ['', 'x' * 2048, '@nothing.txt']
+  texts = ['', 'x' * 2048, '@nothing.txt', 'no UTF-8 \udcff']
   for text in texts:
     assert report.main([str(tmp_path), f'--attention={text}']) == 1
   lines = capsys.readouterr().err.strip().splitlines()

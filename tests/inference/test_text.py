@@ -82,7 +82,7 @@ def test_a_file_is_read_as_training_reads_it(tmp_path):
   for content in (b'a\r\nb\rc\n', b'', 'ü\u2028\ufeff'.encode()):
     for mark in (b'', b'\xef\xbb\xbf'):
       path.write_bytes(mark + content)
-      assert read_file('--prompt_file', str(path)).encode() == content
+      assert read_file('--prompt_file=', str(path)).encode() == content
 
 
 @pytest.mark.parametrize(
@@ -98,15 +98,15 @@ def test_a_file_that_is_no_text_is_refused(tmp_path, content, words):
   if content is not None:
     path.write_bytes(content)
   with pytest.raises(UserError, match=f'^--prompt_file=.*{words}'):
-    read_file('--prompt_file', str(path))
+    read_file('--prompt_file=', str(path))
   with pytest.raises(UserError, match="can't be read"):
-    read_file('--prompt_file', f'{path}\0')
+    read_file('--prompt_file=', f'{path}\0')
 
 
 def test_a_file_beyond_memory_is_not_read_to_its_end(monkeypatch):
   monkeypatch.setattr(free_memory, 'of_host', lambda: 2**26)
   with pytest.raises(UserError, match=r'/dev/zero is longer than the 8\.0 MiB'):
-    read_file('--prompt_file', '/dev/zero')
+    read_file('--prompt_file=', '/dev/zero')
 
 
 def test_reading_ends_with_the_stop_string_and_with_the_document():
