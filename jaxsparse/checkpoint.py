@@ -21,7 +21,7 @@ from orbax.checkpoint.path import step as step_names
 
 from jaxsparse import hosts
 from jaxsparse import workdir as workdir_lib
-from jaxsparse.errors import UserError
+from jaxsparse.errors import UserError, require_utf8
 
 # What each checkpoint is made of; `params` stands alone so that inference
 # reads nothing else.
@@ -244,6 +244,8 @@ def _checkpoints_folder(workdir: epath.PathLike) -> epath.Path:
   if not workdir_lib.is_remote(workdir):
     # Orbax takes no relative path, and says so only when it writes.
     path = path.resolve()
+  # Its library in C++ has no other names for files.
+  require_utf8('the path of the workdir', str(path))
   return path / workdir_lib.CHECKPOINTS
 
 

@@ -41,3 +41,14 @@ def require_fraction(config: Any, *names: str) -> None:
   for name in names:
     value = getattr(config, name)
     require(0 <= value <= 1, f'{name} must be within 0 and 1, got {value}.')
+
+
+def require_utf8(name: str, text: str) -> None:
+  """Refuses what the command line had in bytes that are no UTF-8."""
+  try:
+    text.encode()
+  except UnicodeEncodeError as error:
+    raise UserError(
+      f'{name} must be UTF-8 text, but its character {error.start + 1} '
+      'stands for a byte that is not.'
+    ) from error

@@ -20,13 +20,9 @@ from jaxsparse import workdir as workdir_lib
 from jaxsparse.analysis import attention_pictures, run_pictures
 from jaxsparse.config import Config
 from jaxsparse.data import tokenizer as tokenizer_lib
-from jaxsparse.errors import UserError
+from jaxsparse.errors import UserError, require_utf8
 from jaxsparse.inference import looking
-from jaxsparse.inference.text import (
-  encode_prompt,
-  read_file,
-  require_utf8,
-)
+from jaxsparse.inference.text import encode_prompt, read_file
 from jaxsparse.nn import block
 from jaxsparse.training import inputs, metrics
 

@@ -176,6 +176,7 @@ TRAIN = {
   ),
   'steps': (C + 'train.num_steps=0', 'num_steps must be positive'),
   'seed': (C + 'train.seed=-1', 'seed must not be negative'),
+  'workdir not UTF-8': ('--workdir={folder}/\udcff', 'must be UTF-8'),
   'workdir is a file': ('--workdir={folder}/good0.txt', 'good0.txt'),
   'workdir of something else': ('--workdir={folder}/other', 'saved config'),
 }

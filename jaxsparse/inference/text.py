@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxsparse.analysis import free_memory
 from jaxsparse.config import ModelConfig
-from jaxsparse.errors import UserError, require
+from jaxsparse.errors import UserError, require, require_utf8
 from jaxsparse.inference.decoding import generate_tokens
 from jaxsparse.inference.long_input import Reading
 from jaxsparse.inference.sampling import Sampling
@@ -176,17 +176,6 @@ def _read_bounded(name: str, path: pathlib.Path) -> bytearray:
           'fit into memory here: give a smaller file.'
         )
   return content
-
-
-def require_utf8(name: str, text: str) -> None:
-  """Refuses a text of the command line with bytes that are no UTF-8."""
-  try:
-    text.encode()
-  except UnicodeEncodeError as error:
-    raise UserError(
-      f'{name} must be UTF-8 text, but its character {error.start + 1} '
-      'stands for a byte that is not.'
-    ) from error
 
 
 def encode_prompt(tokenizer: Any, prompt: str) -> np.ndarray:
