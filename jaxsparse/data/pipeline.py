@@ -4,10 +4,15 @@ The stream of batches is made of independent lanes. Lane l of L packs every
 L-th piece of the shuffled order into B / L rows of each batch, and a process
 owns neighbouring lanes. So the global batch is the same for any number of
 processes, and so is the state, which is kept lane by lane.
+
+A run that goes on with another batch size B keeps its L lanes. Where L does not
+divide B, neighbouring lanes take turns: L / G of them fill B / G rows of each
+batch, G being the greatest common divisor of L and B.
 """
 
 import functools
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import grain
@@ -30,10 +35,19 @@ class TrainIterator:
   prepared ahead, as a small tree that `json` can write.
   """
 
-  def __init__(self, lanes: '_Lanes', prefetch: int):
-    self._lanes = lanes
+  def __init__(
+    self,
+    make_lanes: Callable[[int], '_Lanes'],
+    config: DataConfig,
+  ):
+    self._make_lanes = make_lanes
+    self._config = config
+    self._begin(config.lanes)
+
+  def _begin(self, num_lanes: int) -> None:
+    self._lanes = self._make_lanes(num_lanes)
     self._batches = grain.experimental.ThreadPrefetchDatasetIterator(
-      lanes, prefetch
+      self._lanes, self._config.prefetch
     )
 
   def __iter__(self) -> 'TrainIterator':
@@ -48,14 +62,25 @@ class TrainIterator:
   def set_state(self, state: dict[str, Any]) -> None:
     """Goes on where the iterator stood that gave the state.
 
+    Unless `num_lanes` is set, it takes the state's number of lanes, so that
+    with another batch size too no row is read twice or left out.
+
     Args:
-      state: of an iterator with the same lanes, or what `merge_states` made
-        of the states of all processes. Lanes of other processes are ignored.
+      state: of an iterator of the same data and seed, or what `merge_states`
+        made of the states of all processes. Lanes of other processes are
+        ignored.
 
     Raises:
       UserError: the state belongs to another corpus, seed or number of lanes,
         or lacks a lane.
     """
+    num_lanes = state.get('num_lanes')
+    if not self._config.num_lanes and num_lanes not in (
+      None,
+      self._lanes.num_lanes,
+    ):
+      self.close()
+      self._begin(num_lanes)
     self._lanes.require_fit(state)
     self._batches.set_state(state)
 
@@ -81,12 +106,6 @@ def train_iterator(
   Raises:
     UserError: the processes do not divide the lanes.
   """
-  num_lanes = config.lanes
-  if num_lanes % process_count:
-    raise UserError(
-      f'data.num_lanes = {num_lanes} must be a multiple of the '
-      f'{process_count} processes: change data.num_lanes or data.batch_size.'
-    )
   pieces = (
     grain.MapDataset.source(corpus.train)
     # Grain gives the next epoch the next seed; neighbouring seeds of ours
@@ -94,20 +113,35 @@ def train_iterator(
     .shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
     .repeat()
   )
-  owned = num_lanes // process_count
-  lanes = _Lanes(
-    identity=dict(corpus=corpus.key, seed=seed, num_lanes=num_lanes),
-    lanes={
-      lane: iter(
-        packing.packed(
-          pieces[lane::num_lanes], tokenizer, config.seq_len, config.align
-        )
+
+  def make_lanes(num_lanes: int) -> _Lanes:
+    num_groups = math.gcd(num_lanes, config.batch_size)
+    if num_groups % process_count:
+      raise UserError(
+        f'data.num_lanes = {num_lanes} must be a multiple of the '
+        f'{process_count} processes: change data.num_lanes or data.batch_size.'
+        if num_groups == num_lanes
+        else f'data.batch_size = {config.batch_size} and the {num_lanes} lanes '
+        f'of this run have {num_groups} as their greatest common divisor, '
+        f'which must be a multiple of the {process_count} processes: change '
+        'data.batch_size.'
       )
-      for lane in range(process_index * owned, (process_index + 1) * owned)
-    },
-    rows_per_lane=config.batch_size // num_lanes,
-  )
-  return TrainIterator(lanes, config.prefetch)
+    owned = num_lanes // process_count
+    return _Lanes(
+      identity=dict(corpus=corpus.key, seed=seed, num_lanes=num_lanes),
+      lanes={
+        lane: iter(
+          packing.packed(
+            pieces[lane::num_lanes], tokenizer, config.seq_len, config.align
+          )
+        )
+        for lane in range(process_index * owned, (process_index + 1) * owned)
+      },
+      lanes_per_group=num_lanes // num_groups,
+      rows_per_group=config.batch_size // num_groups,
+    )
+
+  return TrainIterator(make_lanes, config)
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -169,31 +203,44 @@ class _Lanes:
     self,
     identity: dict[str, Any],
     lanes: dict[int, grain.DatasetIterator],
-    rows_per_lane: int,
+    lanes_per_group: int,
+    rows_per_group: int,
   ):
     self._identity = identity
     self._lanes = lanes
-    self._rows_per_lane = rows_per_lane
+    self._size = lanes_per_group
+    self._rows = rows_per_group
+    # The lane of each group whose row is the next.
+    self._turn = 0
+
+  @property
+  def num_lanes(self) -> int:
+    return self._identity['num_lanes']
 
   def __iter__(self) -> '_Lanes':
     return self
 
   def __next__(self) -> Batch:
-    return packing.stack(
+    lanes = list(self._lanes.values())
+    batch = packing.stack(
       [
-        next(rows)
-        for rows in self._lanes.values()
-        for _ in range(self._rows_per_lane)
+        next(lanes[first + (self._turn + row) % self._size])
+        for first in range(0, len(lanes), self._size)
+        for row in range(self._rows)
       ]
     )
+    self._turn = (self._turn + self._rows) % self._size
+    return batch
 
   def get_state(self) -> dict[str, Any]:
     lanes = {str(lane): rows.get_state() for lane, rows in self._lanes.items()}
-    return dict(self._identity, lanes=lanes)
+    return dict(self._identity, lanes=lanes, turn=self._turn)
 
   def set_state(self, state: dict[str, Any]) -> None:
     for lane, rows in self._lanes.items():
       rows.set_state(_with_tuples(state['lanes'][str(lane)]))
+    # Of groups of another size, or of none, where lanes did not take turns.
+    self._turn = state.get('turn', 0) % self._size
 
   def require_fit(self, state: dict[str, Any]) -> None:
     for name, value in self._identity.items():

@@ -331,3 +331,49 @@ def test_processes_that_divide_nothing_are_refused(corpus):
     _train(corpus, process=(0, 3))
   with pytest.raises(UserError, match='batch_size = 8 must be a multiple of'):
     pipeline.validation_batches(_config(), corpus, TOKENIZER, 0, 3)
+
+
+def _rows(batches: list) -> collections.Counter:
+  return collections.Counter(
+    row.tobytes() for batch in batches for row in batch['tokens']
+  )
+
+
+@pytest.mark.parametrize('size', [4, 6, 12, 16])
+def test_another_batch_size_reads_nothing_twice(corpus, size):
+  """Of every lane the next rows come, in whatever batches."""
+  saved = _train(corpus, num_lanes=0)
+  _take(saved, 3)
+  state = json.loads(json.dumps(saved.get_state()))
+  iterator = _train(corpus, num_lanes=0, batch_size=size)
+  iterator.set_state(state)
+  # 48 rows are 6 of each of the 8 lanes.
+  batches = _take(iterator, 48 // size)
+  assert all(batch['tokens'].shape == (size, 32) for batch in batches)
+  assert _rows(batches) == _rows(_take(saved, 6))
+
+  # And so it goes on: restored between two turns, and back to the old size.
+  iterator.set_state(state)
+  _take(iterator, 1)
+  state = json.loads(json.dumps(iterator.get_state()))
+  whole = _take(iterator, 5)
+  iterator = _train(corpus, num_lanes=0, batch_size=size)
+  iterator.set_state(state)
+  _assert_equal(_take(iterator, 5), whole)
+  parts = []
+  for p in range(2):
+    part = _train(corpus, num_lanes=0, batch_size=size, process=(p, 2))
+    part.set_state(state)
+    parts.append(_take(part, 5))
+  together = [
+    {name: np.concatenate([x[name] for x in rows]) for name in rows[0]}
+    for rows in zip(*parts, strict=True)
+  ]
+  _assert_equal(together, whole)
+
+
+def test_processes_that_do_not_divide_the_turns_are_refused(corpus):
+  state = _train(corpus, batch_size=12, num_lanes=12).get_state()
+  iterator = _train(corpus, batch_size=16, num_lanes=0, process=(0, 8))
+  with pytest.raises(UserError, match='data.batch_size = 16 and the 12 lanes'):
+    iterator.set_state(state)
