@@ -14,7 +14,13 @@ import functools
 
 import jax
 
-from jaxsparse import command_line, hosts, mesh
+from jaxsparse import (
+  command_line,
+  compiled_programs,
+  hosts,
+  mesh,
+  workdir_lock,
+)
 from jaxsparse import workdir as workdir_lib
 from jaxsparse.analysis import cost, hardware, run_pictures
 from jaxsparse.config import Config
@@ -35,14 +41,20 @@ SAMPLING = sampling.Sampling(temperature=0.8)
 def main() -> None:
   config, workdir = command_line.parse_recipe(__doc__)
   reporter = Reporter(is_silent=not hosts.is_lead())
-  say = reporter.say
+  with workdir_lock.held(workdir, reporter.say):
+    train(config, workdir, reporter)
 
+
+def train(config: Config, workdir: str, reporter: Reporter) -> None:
+  """Trains in a workdir that no other start has."""
+  say = reporter.say
   with hosts.lead_first():
-    config, changes = resume.claim_workdir(config, workdir)
+    config, changes = resume.claim_workdir(config, workdir, say)
     for change in changes:
       say(f'Changed since the last start: {change}.')
-    command_line.keep_compiled_programs(config)
+    compiled_programs.keep(config.data.cache_dir, say)
     corpus = build_corpus(config.data, say)
+    resume.require_same_data(config, corpus, workdir)
     tokens = tokenizer.make_tokenizer(config.data, corpus, workdir)
     config = with_vocabulary(config, tokens.vocab_size)
     if hosts.is_lead():

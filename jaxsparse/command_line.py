@@ -13,6 +13,7 @@ import jax
 from absl import flags
 
 from jaxsparse import config as config_lib
+from jaxsparse import workdir as workdir_lib
 from jaxsparse.config import Config
 from jaxsparse.errors import UserError
 
@@ -25,13 +26,6 @@ def user_errors_end_in_a_sentence() -> Iterator[None]:
   except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     sys.exit(2)
-
-
-def keep_compiled_programs(config: Config) -> None:
-  """Lets later starts load what XLA compiled, from the config's cache."""
-  folder = pathlib.Path(config.data.cache_dir).expanduser() / 'compiled'
-  jax.config.update('jax_compilation_cache_dir', str(folder))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
 def parse_recipe(description: str) -> tuple[Config, str]:
@@ -61,7 +55,7 @@ def parse_recipe(description: str) -> tuple[Config, str]:
   if not values.workdir:
     raise UserError("--workdir=FOLDER is missing: name the run's folder.")
   _join_processes(values)
-  return config, values.workdir
+  return config, workdir_lib.expanded(values.workdir)
 
 
 def _parse_flags(values: flags.FlagValues, argv: list[str]) -> Config:
@@ -156,6 +150,7 @@ def read_recipe(path: str, overrides: Sequence[str] = ()) -> Config:
   Raises:
     UserError: there is no such file, or it fails, or its config is nonsense.
   """
+  path = workdir_lib.expanded(path)
   if overrides:
     argv = ['', f'--config={path}', *overrides]
     return _parse_flags(flags.FlagValues(), argv)

@@ -223,6 +223,9 @@ class TrainConfig:
   # What the sample at the end begins with, and its length in tokens.
   sample_prompt: str = 'def '
   sample_tokens: int = 200
+  # Project of Weights & Biases that gets the metrics too (extra `wandb`; its
+  # own variables, such as WANDB_MODE=offline, say how); empty: none.
+  wandb_project: str = ''
 
   def __post_init__(self):
     require_positive(self, 'num_steps', 'log_every', 'save_every')

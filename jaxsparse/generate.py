@@ -12,11 +12,8 @@ import os
 import sys
 import time
 
-from jaxsparse import checkpoint, workdir
-from jaxsparse.command_line import (
-  keep_compiled_programs,
-  user_errors_end_in_a_sentence,
-)
+from jaxsparse import checkpoint, compiled_programs, run_config, workdir
+from jaxsparse.command_line import user_errors_end_in_a_sentence
 from jaxsparse.config import Config, ModelConfig
 from jaxsparse.data.tokenizer import load_from_workdir
 from jaxsparse.errors import UserError
@@ -104,6 +101,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
   )
   add('--step', type=int, help='checkpoint to read; %(default)s: the newest')
   arguments = parser.parse_args(argv)
+  arguments.workdir = workdir.expanded(arguments.workdir)
+  arguments.prompt_file = workdir.expanded(arguments.prompt_file)
   if arguments.num_samples < 1:
     raise UserError(
       f'num_samples must be at least 1, got {arguments.num_samples}.'
@@ -150,8 +149,9 @@ def main(argv: list[str]) -> None:
   with user_errors_end_in_a_sentence():
     arguments = parse_arguments(argv)
     first = to_request(arguments)
-    config = workdir.read_config(arguments.workdir)
-    keep_compiled_programs(config)
+    config = run_config.read(arguments.workdir, _say)
+    # Not where its config says: the workdir may come from anybody.
+    compiled_programs.keep(say=_say)
     tokenizer = load_from_workdir(arguments.workdir)
     num_prompt = len(encode_prompt(tokenizer, first.prompt))
     model = _with_history(config, arguments, num_prompt)

@@ -15,7 +15,7 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-from jaxsparse import checkpoint
+from jaxsparse import checkpoint, run_config
 from jaxsparse import workdir as workdir_lib
 from jaxsparse.analysis import attention_pictures, run_pictures
 from jaxsparse.config import Config
@@ -44,7 +44,8 @@ def main(arguments: list[str] | None = None) -> int:
   )
   options = parser.parse_args(arguments)
   try:
-    config = workdir_lib.read_config(options.workdir)
+    options.workdir = workdir_lib.expanded(options.workdir)
+    config = run_config.read(options.workdir, _say)
     files = workdir_lib.Files(options.workdir)
     rows = metrics.read_rows(options.workdir)
     if not rows:
@@ -144,6 +145,10 @@ def draw_attention(
     page,
   )
   return [*pictures, page]
+
+
+def _say(text: str) -> None:
+  print(text, file=sys.stderr)
 
 
 def _text(tokenizer: tokenizer_lib.Tokenizer, token: int) -> str:

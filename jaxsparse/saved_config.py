@@ -6,8 +6,21 @@ import types
 import typing
 from typing import Any
 
+from jaxsparse import config as config_lib
 from jaxsparse.config import Config
 from jaxsparse.errors import UserError
+
+
+class DamagedError(UserError):
+  """A saved config of which nothing can be read."""
+
+  def __init__(self, what: str):
+    """`what`: says which it is, and what is wrong with it."""
+    super().__init__(
+      f'{what}, and no checkpoint has a copy: if it is there remove it, and '
+      "start train.py with the run's own recipe, which writes it anew."
+    )
+    self.what = what
 
 
 def to_json(config: Config) -> str:
@@ -18,10 +31,17 @@ def from_json(text: str) -> Config:
   """The config that `to_json` wrote.
 
   Raises:
-    UserError: the text is no JSON, or its fields are not this version's.
+    DamagedError: the text is no JSON object.
+    UserError: its fields are not this version's.
   """
   try:
-    return _from_dict(Config, json.loads(text))
+    fields = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise DamagedError('the saved config is damaged') from error
+  if not isinstance(fields, dict):
+    raise DamagedError('the saved config is damaged')
+  try:
+    return config_lib.validated(_from_dict(Config, fields))
   except (TypeError, KeyError, AttributeError) as error:
     raise UserError(
       f'the saved config does not fit this version of jaxsparse: {error}.'
@@ -43,16 +63,16 @@ def _from_value(hint: Any, value: Any) -> Any:
   return value
 
 
-def differences(old: Any, new: Any, prefix: str = '') -> list[str]:
-  """Fields whose values differ, as 'model.num_layers: 4 -> 6'."""
+def differences(
+  old: Any, new: Any, prefix: str = ''
+) -> dict[str, tuple[Any, Any]]:
+  """Fields whose values differ, as {'model.num_layers': (4, 6)}."""
   if not (dataclasses.is_dataclass(old) and type(old) is type(new)):
-    return [] if old == new else [f'{prefix}: {old!r} -> {new!r}']
-  return [
-    line
-    for field in dataclasses.fields(old)
-    for line in differences(
-      getattr(old, field.name),
-      getattr(new, field.name),
-      f'{prefix}.{field.name}' if prefix else field.name,
+    return {} if old == new else {prefix: (old, new)}
+  found = {}
+  for field in dataclasses.fields(old):
+    name = f'{prefix}.{field.name}' if prefix else field.name
+    found |= differences(
+      getattr(old, field.name), getattr(new, field.name), name
     )
-  ]
+  return found

@@ -1,9 +1,12 @@
 """The workdir: where training, inference and analysis meet."""
 
+import contextlib
 import json
 import os
 import pathlib
 import tempfile
+import uuid
+from collections.abc import Iterator
 
 from etils import epath
 
@@ -20,22 +23,93 @@ TENSORBOARD = 'tensorboard'
 
 
 def read_config(workdir: epath.PathLike) -> Config:
-  """The config with which the workdir was trained.
+  """The config in the workdir's config.json.
+
+  `run_config.read` also knows where there is a copy.
 
   Raises:
-    UserError: the workdir or its config is missing or does not fit.
+    UserError: the workdir or its config is missing or does not fit; a
+      `saved_config.DamagedError` if nothing of it can be read.
   """
   path = epath.Path(workdir) / CONFIG
   if not path.exists():
+    if (epath.Path(workdir) / CHECKPOINTS).exists():
+      raise saved_config.DamagedError(f'{str(path)!r} is missing')
     raise UserError(
       f'workdir {str(workdir)!r} holds no {CONFIG}: give the --workdir of a '
       'training run.'
     )
-  return saved_config.from_json(path.read_text())
+  try:
+    return saved_config.from_json(path.read_bytes().decode())
+  except OSError as error:
+    raise saved_config.DamagedError(
+      f"{str(path)!r} can't be read ({error.strerror})"
+    ) from error
+  except (UnicodeDecodeError, saved_config.DamagedError) as error:
+    raise saved_config.DamagedError(f'{str(path)!r} is damaged') from error
 
 
-def is_remote(workdir: epath.PathLike) -> bool:
-  return '://' in str(workdir)
+def is_remote(path: epath.PathLike) -> bool:
+  return '://' in str(path)
+
+
+def expanded(path: epath.PathLike) -> str:
+  """The path with `~` as the home folder, as shells leave it in --workdir=~/x.
+
+  Raises:
+    UserError: there is no such home folder.
+  """
+  path = os.fspath(path)
+  if not path.startswith('~'):
+    return path
+  try:
+    return os.fspath(pathlib.Path(path).expanduser())
+  except RuntimeError as error:
+    raise UserError(
+      f'{path!r} begins with a home folder that is unknown: write it out.'
+    ) from error
+
+
+def write_whole(path: epath.PathLike, content: bytes) -> None:
+  """Writes a file such that a kill or a power cut leaves the old or the new.
+
+  Raises:
+    OSError: it can't be written; the old one stays.
+  """
+  if is_remote(path):
+    # So an object store does it.
+    epath.Path(path).write_bytes(content)
+    return
+  path = pathlib.Path(path)
+  partial = path.with_name(f'{path.name}.{uuid.uuid4().hex}')
+  try:
+    with partial.open('xb') as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    partial.replace(path)
+  except OSError:
+    partial.unlink(missing_ok=True)
+    raise
+  # Some file systems refuse it for a folder.
+  with contextlib.suppress(OSError):
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+      os.fsync(folder)
+    finally:
+      os.close(folder)
+
+
+@contextlib.contextmanager
+def write_errors(workdir: epath.PathLike) -> Iterator[None]:
+  """Says in a sentence why nothing can be written to the workdir."""
+  try:
+    yield
+  except OSError as error:
+    raise UserError(
+      f"workdir {str(workdir)!r} can't be written ({error.strerror}): give "
+      'another --workdir or make room.'
+    ) from error
 
 
 class Files:
@@ -76,18 +150,29 @@ def append_sample(workdir: epath.PathLike, sample: dict) -> None:
   """Adds one line to the samples of the workdir.
 
   Raises:
-    UserError: they can't be written, as in a folder for reading only.
+    UserError: they can't be written, as in a folder for reading only, or lead
+      elsewhere: a workdir of others may not choose what is written to.
   """
   path = epath.Path(workdir) / SAMPLES
-  line = (json.dumps(sample, ensure_ascii=False) + '\n').encode()
+  line = json.dumps(sample, ensure_ascii=False) + '\n'
+  content = line.encode('utf-8', 'backslashreplace')
   try:
     if is_remote(workdir):
       before = path.read_bytes() if path.exists() else b''
-      path.write_bytes(before + line)
+      path.write_bytes(before + content)
     else:
-      with path.open('ab') as file:
-        file.write(line)
+      _append(path, content)
   except OSError as error:
     raise UserError(
       f"{str(path)!r} can't be written ({error.strerror or error})."
     ) from error
+
+
+def _append(path: epath.Path, content: bytes) -> None:
+  flags = os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW
+  with open(os.open(path, flags, 0o666), 'r+b', buffering=0) as file:  # noqa: PTH123
+    size = file.seek(0, os.SEEK_END)
+    # A full disk may have cut the line before.
+    if size and os.pread(file.fileno(), 1, size - 1) != b'\n':
+      content = b'\n' + content
+    file.write(content)

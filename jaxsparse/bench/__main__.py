@@ -50,7 +50,9 @@ def main(argv: Sequence[str]) -> None:
     arguments = dict(bench=name) | options
     report = dict(machine=machine, arguments=arguments, results=results)
   if path:
-    pathlib.Path(path).write_text(json.dumps(report, indent=2) + '\n')
+    pathlib.Path(path).expanduser().write_text(
+      json.dumps(report, indent=2) + '\n'
+    )
 
 
 def _parse(argv):

@@ -14,6 +14,7 @@ longer than the first, memory stays at 682 MB, and text that is read again after
 """
 
 import argparse
+import dataclasses
 import pathlib
 import resource
 import time
@@ -22,8 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse import checkpoint, workdir
-from jaxsparse.config import ModelConfig, SparseAttentionConfig
+from jaxsparse import checkpoint, run_config, workdir
+from jaxsparse.config import DataConfig, ModelConfig, SparseAttentionConfig
 from jaxsparse.errors import require
 from jaxsparse.inference import long_input
 from jaxsparse.nn.transformer import Transformer, init_cache
@@ -98,11 +99,14 @@ def _of_run(options):
   from jaxsparse.data.corpus import build_corpus
   from jaxsparse.data.tokenizer import load_from_workdir
 
-  config = workdir.read_config(options.workdir)
-  _, params = checkpoint.load_params(options.workdir)
-  pieces = build_corpus(config.data).validation
+  folder = workdir.expanded(options.workdir)
+  config = run_config.read(folder)
+  _, params = checkpoint.load_params(folder)
+  # Built where this user keeps corpora, not where the workdir's maker did.
+  data = dataclasses.replace(config.data, cache_dir=DataConfig.cache_dir)
+  pieces = build_corpus(data).validation
   text = b''.join(piece.text for piece in pieces).decode('utf-8', 'replace')
-  once = load_from_workdir(options.workdir).encode(text)
+  once = load_from_workdir(folder).encode(text)
   tokens = np.resize(np.asarray(once, np.int32), options.tokens + 1)
   return config.model, params, tokens, config.data.seq_len
 

@@ -16,6 +16,8 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
+from jaxsparse import workdir as workdir_lib
+from jaxsparse import workdir_lock
 from jaxsparse.analysis import cost
 from jaxsparse.command_line import user_errors_end_in_a_sentence
 from jaxsparse.compare import pictures, report, runs, sizes
@@ -35,7 +37,7 @@ def main(argv: Sequence[str]) -> None:
     num_steps=options.steps,
     text=options.text,
   )
-  compare(suite, options.workdir, options.dry_run)
+  compare(suite, workdir_lib.expanded(options.workdir), options.dry_run)
 
 
 def compare(suite: Suite, workdir: str, is_dry_run: bool = False) -> None:
@@ -55,14 +57,16 @@ def compare(suite: Suite, workdir: str, is_dry_run: bool = False) -> None:
   if is_dry_run:
     reporter.say(f'{len(planned)} runs.')
     return
-  folder = pathlib.Path(workdir)
-  try:
-    folder.mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise UserError(
-      f"workdir {workdir!r} can't be made ({error.strerror}): give another "
-      '--workdir.'
-    ) from error
+  with workdir_lock.held(workdir, reporter.say):
+    _compare(suite, planned, pathlib.Path(workdir), reporter)
+
+
+def _compare(
+  suite: Suite,
+  planned: Sequence[runs.Run],
+  folder: pathlib.Path,
+  reporter: Reporter,
+) -> None:
   results, is_stopped = runs.train_all(
     planned, reporter, lambda done: _write(suite, done, folder)
   )
@@ -74,12 +78,14 @@ def compare(suite: Suite, workdir: str, is_dry_run: bool = False) -> None:
   if not results:
     return
   reporter.say('\n' + _write(suite, results, folder))
-  drawn = pictures.draw(suite, results, folder / 'plots')
+  with workdir_lib.write_errors(folder):
+    drawn = pictures.draw(suite, results, folder / 'plots')
   reporter.say(f'\nPlots: {", ".join(map(str, drawn))}')
 
 
 def _write(suite, results, folder):
-  return report.write(suite, results, folder)
+  with workdir_lib.write_errors(folder):
+    return report.write(suite, results, folder)
 
 
 def _say_sizes(planned: Sequence[runs.Run], say) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from jaxsparse import workdir as workdir_lib
 from jaxsparse.compare.suite import DENSE, Suite
 
 Result = dict[str, Any]
@@ -83,9 +84,7 @@ def write(suite: Suite, results: Sequence[Result], folder: pathlib.Path) -> str:
     (JSON_NAME, json.dumps(content, indent=1)),
     (TABLE_NAME, text),
   ):
-    new = folder / f'{name}.new'
-    new.write_text(part + '\n')
-    new.replace(folder / name)
+    workdir_lib.write_whole(folder / name, (part + '\n').encode())
   return text
 
 

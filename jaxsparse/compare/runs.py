@@ -16,7 +16,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsparse import command_line, mesh
+from jaxsparse import compiled_programs, mesh, workdir_lock
 from jaxsparse import config as config_lib
 from jaxsparse import workdir as workdir_lib
 from jaxsparse.compare import recall, results, retrieval, sizes
@@ -136,9 +136,15 @@ def finished(run: Run) -> Result | None:
   path = run.folder / RESULT
   if not path.exists():
     return None
-  result = json.loads(path.read_text())
+  try:
+    result = json.loads(path.read_bytes())
+    saved = result['config']
+  except (OSError, ValueError, TypeError, KeyError) as error:
+    raise UserError(
+      f'{str(path)!r} is damaged: remove it, and the run is trained again.'
+    ) from error
   defaults = _as_json(dataclasses.asdict(Config()))
-  if not _is_same(result['config'], _as_json(_identity(run)), defaults):
+  if not _is_same(saved, _as_json(_identity(run)), defaults):
     raise UserError(
       f'{str(path)!r} is the result of another config: undo the change of the '
       'suite, or give another --workdir.'
@@ -154,7 +160,7 @@ def _identity(run: Run) -> dict:
     # As results of former versions have it. A text that is too small for it has
     # other batches since, which are found to be others.
     config['data']['split'] = 'file'
-  for name in ('log_every', 'save_every', 'keep_checkpoints'):
+  for name in ('log_every', 'save_every', 'keep_checkpoints', 'wandb_project'):
     del config['train'][name]
   config |= dict(num_phrasings=run.num_phrasings)
   if run.needles:
@@ -254,13 +260,21 @@ def train(
   Raises:
     UserError: the run can't go on, or its batches are not those of the others.
   """
+  with workdir_lock.held(run.folder, reporter.say):
+    return _train(run, reporter, others)
+
+
+def _train(
+  run: Run, reporter: Reporter, others: Iterable[Result]
+) -> Result | None:
   start = time.perf_counter()
   config = run.config
   data = dataclasses.replace(config.data, **_write_text(run))
   config = dataclasses.replace(config, data=data)
-  config, _ = resume.claim_workdir(config, run.folder)
-  command_line.keep_compiled_programs(config)
+  config, _ = resume.claim_workdir(config, run.folder, reporter.say)
+  compiled_programs.keep(config.data.cache_dir, reporter.say)
   corpus = build_corpus(config.data, reporter.say)
+  resume.require_same_data(config, corpus, run.folder)
   tokens = tokenizer.make_tokenizer(config.data, corpus, run.folder)
   config = inputs.with_vocabulary(config, tokens.vocab_size)
   resume.save_config(config, run.folder)
@@ -335,9 +349,8 @@ def _check_same_batches(
 
 
 def _write(run: Run, result: Result) -> None:
-  path = run.folder / RESULT
-  new = path.with_suffix('.new')
-  new.write_text(json.dumps(result, indent=1) + '\n')
-  new.replace(path)
+  content = json.dumps(result, indent=1) + '\n'
+  with workdir_lib.write_errors(run.folder):
+    workdir_lib.write_whole(run.folder / RESULT, content.encode())
   # What is left if a kill comes before this is only disk space.
   shutil.rmtree(run.folder / workdir_lib.CHECKPOINTS, ignore_errors=True)

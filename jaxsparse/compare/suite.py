@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxsparse import config as config_lib
+from jaxsparse import workdir
 from jaxsparse.config import Config, MemoryConfig, MoEConfig
 from jaxsparse.data import facts
 from jaxsparse.data.needles import Needles
@@ -148,6 +149,7 @@ def load(path: str) -> Suite:
   Raises:
     UserError: there is no such file, or it makes no valid suite.
   """
+  path = workdir.expanded(path)
   if not pathlib.Path(path).is_file():
     raise UserError(
       f'--suite={path} is no file: name a suite, such as '

@@ -15,6 +15,7 @@ from etils import epath
 from jaxsparse.config import DataConfig
 from jaxsparse.data import pieces
 from jaxsparse.errors import UserError
+from jaxsparse.workdir import expanded
 
 _TIMEOUT_SECONDS = 5
 
@@ -54,6 +55,7 @@ def read(
 
 
 def _builder(name: str) -> tfds.core.DatasetBuilder:
+  name = expanded(name)
   try:
     if (epath.Path(name) / 'dataset_info.json').exists():
       return tfds.builder_from_directory(name)

@@ -9,7 +9,6 @@ import functools
 import json
 import pathlib
 import re
-import uuid
 from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
@@ -20,6 +19,7 @@ from etils import epath
 from jaxsparse.config import DataConfig
 from jaxsparse.data.pieces import Corpus
 from jaxsparse.errors import UserError
+from jaxsparse.workdir import expanded, write_whole
 
 JSON_NAME = 'tokenizer.json'
 SENTENCEPIECE_NAME = 'tokenizer.model'
@@ -188,7 +188,7 @@ def make_tokenizer(
   elif config.tokenizer == 'bpe':
     tokenizer = _train_bpe(corpus, config.bpe_vocab_size)
   else:
-    tokenizer = _read(epath.Path(config.tokenizer))
+    tokenizer = _read(epath.Path(expanded(config.tokenizer)))
   tokenizer.save(workdir)
   return tokenizer
 
@@ -304,8 +304,5 @@ def _as_list(ids: Ids) -> list[int]:
 def _write(workdir: Workdir, name: str, content: bytes) -> None:
   directory = epath.Path(workdir)
   directory.mkdir(parents=True, exist_ok=True)
-  # A run that is killed here must not leave half a tokenizer behind, and every
-  # process of a run may write one.
-  partial = directory / f'{name}.{uuid.uuid4().hex}'
-  partial.write_bytes(content)
-  partial.replace(directory / name)
+  # Every process of a run may write one.
+  write_whole(directory / name, content)

@@ -15,7 +15,7 @@ from jaxsparse import checkpoint, hosts, mesh, saved_config
 from jaxsparse.config import Config
 from jaxsparse.data.pipeline import merge_states
 from jaxsparse.errors import UserError
-from jaxsparse.training import evaluation
+from jaxsparse.training import evaluation, resume
 from jaxsparse.training.interrupt import StopRequest, stop_on_signals
 from jaxsparse.training.metrics import MetricsWriter, read_rows
 from jaxsparse.training.progress import Reporter
@@ -123,6 +123,8 @@ def _restore_or_init(
   step, params, optimizer, record = restored
   data.batches.set_state(record['data'])
   reporter.say(f'Going on from the checkpoint of step {step}.')
+  for change in resume.rate_changes(record, config, step):
+    reporter.say(f'Changed since then: {change}.')
   return TrainState(optimizer['step'], params, optimizer['opt_state'])
 
 
@@ -165,7 +167,9 @@ class _Run:
   def to_the_end(self, state: TrainState) -> Outcome:
     total = self.config.train.num_steps
     step = int(state.step)
-    self.writer = MetricsWriter(self.workdir, step)
+    self.writer = MetricsWriter(
+      self.config, self.workdir, step, self.reporter.say
+    )
     train = jax.jit(
       functools.partial(train_step, self.config), donate_argnums=0
     )

@@ -1,33 +1,33 @@
 """What may change between two starts of one workdir."""
 
-import contextlib
 import dataclasses
-from collections.abc import Iterator
+import pathlib
+import tempfile
+from collections.abc import Callable
 
 from etils import epath
 
-from jaxsparse import saved_config
+from jaxsparse import checkpoint, run_config, saved_config
 from jaxsparse import workdir as workdir_lib
 from jaxsparse.config import Config
+from jaxsparse.data import tokenizer as tokenizer_lib
+from jaxsparse.data.pieces import Corpus
+from jaxsparse.data.tokenizer import Tokenizer
 from jaxsparse.errors import UserError
-
-# The state or the order of the data would no longer fit.
-_FIXED = ('model.', 'data.', 'train.seed', 'optimizer.value_')
-_FREE = (
-  'data.prefetch',
-  'data.cache_dir',
-  'model.memory.scheme',
-  'model.memory.table_gradient',
-  'model.sparse.mode',
-  'optimizer.value_lr_',
-  'optimizer.value_row_budget',
-)
+from jaxsparse.training import changes
 
 
 def claim_workdir(
-  config: Config, workdir: epath.PathLike
+  config: Config,
+  workdir: epath.PathLike,
+  say: Callable[[str], None] = print,
 ) -> tuple[Config, list[str]]:
   """Makes the workdir, or checks that it is this config's own.
+
+  Args:
+    config: of this start.
+    workdir: its folder.
+    say: is told if config.json is damaged and a copy is taken.
 
   Returns:
     The config, with the vocabulary that the workdir's run took from its
@@ -36,14 +36,14 @@ def claim_workdir(
   Raises:
     UserError: the workdir can't be written, or is another model's.
   """
-  workdir = epath.Path(workdir)
-  with _sentences(workdir):
+  workdir = epath.Path(workdir_lib.expanded(workdir))
+  with workdir_lib.write_errors(workdir):
     workdir.mkdir(parents=True, exist_ok=True)
     (workdir / '.writable').touch()
     (workdir / '.writable').unlink(missing_ok=True)
-    if not (workdir / workdir_lib.CONFIG).exists():
-      return config, []
-  saved = workdir_lib.read_config(workdir)
+  saved = _saved(workdir, say)
+  if saved is None:
+    return config, []
   if not config.model.vocab_size:
     config = dataclasses.replace(
       config,
@@ -51,16 +51,106 @@ def claim_workdir(
         config.model, vocab_size=saved.model.vocab_size
       ),
     )
-  changes = saved_config.differences(saved, config)
-  refused = [
-    c for c in changes if c.startswith(_FIXED) and not c.startswith(_FREE)
-  ]
+  refused, accepted = changes.judge(saved, config)
   if refused:
     raise UserError(
       f'workdir {str(workdir)!r} belongs to a run with another config '
       f'({"; ".join(refused)}): undo the change or give another --workdir.'
     )
-  return config, changes
+  return config, accepted
+
+
+def _saved(
+  workdir: epath.Path, say: Callable[[str], None] = lambda text: None
+) -> Config | None:
+  """The config of the workdir's last start; None for a new workdir."""
+  if (workdir / workdir_lib.CONFIG).exists():
+    return run_config.read(workdir, say)
+  copy = run_config.saved_copy(workdir)
+  if copy:
+    say(f'{workdir_lib.CONFIG} was missing: the newest checkpoint has a copy.')
+  return copy
+
+
+def require_same_data(
+  config: Config, corpus: Corpus, workdir: epath.PathLike
+) -> None:
+  """Checks that text and tokenizer are the run's, under whatever names.
+
+  Raises:
+    UserError: the run was trained on other text, by another tokenizer, or with
+      another number of lanes.
+  """
+  workdir = epath.Path(workdir_lib.expanded(workdir))
+  advice = 'undo the change or give another --workdir.'
+  record = checkpoint.read_record(workdir)
+  if record:
+    data = record['data']
+    if data['corpus'] != corpus.key:
+      raise UserError(
+        f'workdir {str(workdir)!r} belongs to a run on another text, or with '
+        f'another split of it (its hash is {data["corpus"]}, that of this '
+        f'text {corpus.key}): {advice}'
+      )
+    if config.data.num_lanes not in (0, data['num_lanes']):
+      raise UserError(
+        f'data.num_lanes must be {data["num_lanes"]} as in the run of workdir '
+        f'{str(workdir)!r}, or 0 to go on with them; got '
+        f'{config.data.num_lanes}: each lane has its place in the text.'
+      )
+  saved = _saved(workdir)
+  if saved is None:
+    return
+  changed = saved_config.differences(saved.data, config.data, 'data')
+  is_named_anew = not changed.keys().isdisjoint(changes.TOKENIZER)
+  # With a checkpoint the text is the same, and so is what it trains.
+  may_be_trained_anew = (
+    record is None
+    and config.data.tokenizer == 'bpe'
+    and not changed.keys().isdisjoint(changes.TEXT)
+  )
+  if (is_named_anew or may_be_trained_anew) and _has_other_tokenizer(
+    config, corpus, workdir
+  ):
+    raise UserError(
+      f'data.tokenizer = {config.data.tokenizer!r} is not the one that workdir '
+      f'{str(workdir)!r} has: {advice}'
+    )
+
+
+def _has_other_tokenizer(
+  config: Config, corpus: Corpus, workdir: epath.Path
+) -> bool:
+  """Whether the tokenizer that the config names is not the workdir's."""
+
+  def content(of: Tokenizer) -> dict[str, bytes]:
+    with tempfile.TemporaryDirectory() as folder:
+      of.save(folder)
+      files = pathlib.Path(folder).iterdir()
+      return {file.name: file.read_bytes() for file in files}
+
+  with tempfile.TemporaryDirectory() as folder:
+    named = tokenizer_lib.make_tokenizer(config.data, corpus, folder)
+  try:
+    own = tokenizer_lib.load_from_workdir(workdir)
+  except UserError:
+    # Killed before it had one.
+    return False
+  return content(named) != content(own)
+
+
+def rate_changes(record: dict, config: Config, step: int) -> list[str]:
+  """Learning rates that jump where the run goes on.
+
+  Args:
+    record: of the checkpoint; older versions put no config there.
+    config: of this start.
+    step: of the checkpoint.
+  """
+  if 'config' not in record:
+    return []
+  old = saved_config.from_json(record['config'])
+  return changes.rates(old, config, step)
 
 
 def save_config(config: Config, workdir: epath.PathLike) -> None:
@@ -69,19 +159,8 @@ def save_config(config: Config, workdir: epath.PathLike) -> None:
   Raises:
     UserError: the workdir can't be written.
   """
-  path = epath.Path(workdir) / workdir_lib.CONFIG
-  with _sentences(path.parent):
-    new = path.with_suffix('.new')
-    new.write_text(saved_config.to_json(config))
-    new.replace(path)
-
-
-@contextlib.contextmanager
-def _sentences(workdir: epath.Path) -> Iterator[None]:
-  try:
-    yield
-  except OSError as error:
-    raise UserError(
-      f"workdir {str(workdir)!r} can't be written ({error.strerror}): give "
-      'another --workdir or make room.'
-    ) from error
+  workdir = epath.Path(workdir_lib.expanded(workdir))
+  with workdir_lib.write_errors(workdir):
+    workdir_lib.write_whole(
+      workdir / workdir_lib.CONFIG, saved_config.to_json(config).encode()
+    )

@@ -375,5 +375,5 @@ def test_another_batch_size_reads_nothing_twice(corpus, size):
 def test_processes_that_do_not_divide_the_turns_are_refused(corpus):
   state = _train(corpus, batch_size=12, num_lanes=12).get_state()
   iterator = _train(corpus, batch_size=16, num_lanes=0, process=(0, 8))
-  with pytest.raises(UserError, match='data.batch_size = 16 and the 12 lanes'):
+  with pytest.raises(UserError, match='= 16 and the 12 lanes'):
     iterator.set_state(state)

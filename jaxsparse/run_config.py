@@ -1,0 +1,41 @@
+"""The config of a run: config.json, or its copy in the newest checkpoint."""
+
+from collections.abc import Callable
+
+from etils import epath
+
+from jaxsparse import checkpoint, saved_config
+from jaxsparse import workdir as workdir_lib
+from jaxsparse.config import Config
+
+
+def read(workdir: epath.PathLike, say: Callable[[str], None] = print) -> Config:
+  """The config with which the workdir was trained; nothing is written.
+
+  Args:
+    workdir: of a training run.
+    say: is told if config.json is of no use and a copy is taken.
+
+  Raises:
+    UserError: there is neither, or it does not fit this version.
+  """
+  try:
+    return workdir_lib.read_config(workdir)
+  except saved_config.DamagedError as error:
+    copy = saved_copy(workdir)
+    if copy is None:
+      raise
+    say(f'{error.what}: taken from the newest checkpoint, which has a copy.')
+    return copy
+
+
+def saved_copy(workdir: epath.PathLike) -> Config | None:
+  """The config in the newest checkpoint; older versions put none there.
+
+  Raises:
+    UserError: it does not fit this version.
+  """
+  record = checkpoint.read_record(workdir) or {}
+  return (
+    saved_config.from_json(record['config']) if 'config' in record else None
+  )
