@@ -88,7 +88,11 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
   compressed = compression.bits_per_byte(corpus)
   for name, bits in compressed.items():
     say(f'{name} -9 on the same text: {bits:.4f} bits/byte')
-  draw(config, workdir, outcome.validation, compressed, say)
+  try:
+    draw(config, workdir, outcome.validation, compressed, say)
+  except UserError as error:
+    # The run itself is whole: pictures can be drawn later.
+    say(f'No pictures: {error}')
 
 
 def describe_run(config: Config, corpus: Corpus, say) -> None:
@@ -144,8 +148,12 @@ def write_sample(
     text.stream_text((int(row[0]) for row in drawn), tokens, ids)
   )
   say(f'A sample:\n{prompt}{written}')
-  if hosts.is_lead():
+  if not hosts.is_lead():
+    return
+  try:
     workdir_lib.append_sample(workdir, {'prompt': prompt, 'text': written})
+  except OSError as error:
+    say(f"The sample can't be kept ({error.strerror}).")
 
 
 def draw(
@@ -156,12 +164,14 @@ def draw(
   say,
 ) -> None:
   files = workdir_lib.Files(workdir)
-  run_pictures.save_pass(files.folder, validation.slot_counts, compressed)
+  with workdir_lib.write_errors(workdir):
+    run_pictures.save_pass(files.folder, validation.slot_counts, compressed)
   drawn = run_pictures.draw(
     files.folder,
     metrics.read_rows(workdir),
     files.folder / workdir_lib.PLOTS,
-    placements=block.placements(config.model),
+    block.placements(config.model),
+    say,
   )
   files.sync()
   names = ', '.join(f'{workdir}/{workdir_lib.PLOTS}/{p.name}' for p in drawn)

@@ -66,7 +66,7 @@ def main(arguments: list[str] | None = None) -> int:
       workdir_lib.fetch(options.workdir, files.folder / run_pictures.PASS)
       placements = block.placements(config.model)
       drawn = [
-        *run_pictures.draw(files.folder, rows, output, placements=placements),
+        *run_pictures.draw(files.folder, rows, output, placements, _say),
         *drawn,
       ]
   except UserError as error:
@@ -117,6 +117,7 @@ def draw_attention(
   maps = looking.look(model, params, tokens)
   texts = [_text(tokenizer, token) for token in tokens.tolist()]
   next_text = _text(tokenizer, maps.next_token)
+  workdir_lib.make_folder(folder)
   pictures = [folder / 'attention_tokens.png']
   totals = {
     'Rollout': looking.rollout(maps),

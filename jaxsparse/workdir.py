@@ -100,6 +100,21 @@ def write_whole(path: epath.PathLike, content: bytes) -> None:
       os.close(folder)
 
 
+def make_folder(path: pathlib.Path) -> None:
+  """Makes a folder of a workdir, if it isn't there.
+
+  Raises:
+    UserError: it can't be made, or a file stands there or a link, by which a
+      workdir of others could choose what is written to.
+  """
+  if path.is_symlink() or (path.exists() and not path.is_dir()):
+    raise UserError(
+      f'{str(path)!r} must be a folder, but is a file or a link: move it away.'
+    )
+  with write_errors(path.parent):
+    path.mkdir(parents=True, exist_ok=True)
+
+
 @contextlib.contextmanager
 def write_errors(workdir: epath.PathLike) -> Iterator[None]:
   """Says in a sentence why nothing can be written to the workdir."""

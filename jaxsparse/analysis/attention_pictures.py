@@ -13,6 +13,7 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from jaxsparse import workdir
 from jaxsparse.analysis import plots
 from jaxsparse.attention_config import SparseAttentionConfig
 
@@ -260,4 +261,4 @@ def write_page(
       f'<img alt="{html.escape(picture.stem)}" '
       f'src="data:image/png;base64,{data}">'
     )
-  path.write_text('\n'.join(parts) + '\n', encoding='utf-8')
+  workdir.write_whole(path, ('\n'.join(parts) + '\n').encode())

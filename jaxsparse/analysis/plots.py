@@ -6,12 +6,15 @@ and never needs a display.
 """
 
 import contextlib
+import io
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from etils import epath
+
+from jaxsparse import workdir
 
 Row = Mapping[str, Any]
 
@@ -77,8 +80,9 @@ def new_figure(path: str | os.PathLike, height: float) -> Iterator[Any]:
       _mark_empty(axes)
     path = epath.Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with path.open('wb') as file:
-      figure.savefig(file, format='png')
+    png = io.BytesIO()
+    figure.savefig(png, format='png')
+    workdir.write_whole(path, png.getvalue())
 
 
 def _series(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray]:

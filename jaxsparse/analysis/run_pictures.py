@@ -4,12 +4,14 @@ Beside `metrics.jsonl` that is one file of the last validation pass: how often
 each slot and each expert was used, and what other codes make of the text.
 """
 
+import io
 import os
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
+from jaxsparse import workdir
 from jaxsparse.analysis import plots, usage_pictures
 from jaxsparse.nn.block import block_name
 
@@ -33,10 +35,15 @@ def save_pass(
     folder: of the run.
     counts: uses of each slot or expert, by layer.
     baselines: bits per byte of other codes for the validation text.
+
+  Raises:
+    OSError: the file can't be written.
   """
   arrays = {_COUNTS + name: hits for name, hits in counts.items()}
   arrays |= {_BASELINES + name: np.array(b) for name, b in baselines.items()}
-  np.savez_compressed(folder / PASS, **arrays)
+  file = io.BytesIO()
+  np.savez_compressed(file, **arrays)
+  workdir.write_whole(folder / PASS, file.getvalue())
 
 
 def draw(
@@ -44,6 +51,7 @@ def draw(
   rows: Sequence[plots.Row],
   into: pathlib.Path,
   placements: Sequence[tuple[int, int]] = (),
+  say: Callable[[str], None] = print,
 ) -> list[pathlib.Path]:
   """Draws every picture that the run has data for.
 
@@ -52,14 +60,41 @@ def draw(
     rows: of `metrics.jsonl`.
     into: where the pictures go.
     placements: blocks at which memory layers read and write.
+    say: is told if what the validation pass left is damaged.
 
   Returns:
     Their paths.
+
+  Raises:
+    UserError: the pictures can't be written.
   """
-  arrays = {}
-  if (folder / PASS).exists():
-    with np.load(folder / PASS) as file:
+  with workdir.write_errors(folder):
+    return _draw(_read_pass(folder / PASS, say), rows, into)
+
+
+def _read_pass(
+  path: pathlib.Path, say: Callable[[str], None]
+) -> dict[str, np.ndarray]:
+  if not path.exists():
+    return {}
+  try:
+    with np.load(path) as file:
       arrays = {name: file[name] for name in file.files}
+    for name, array in arrays.items():
+      is_right = array.size and array.ndim == int(name.startswith(_COUNTS))
+      if not is_right or not np.isfinite(array).all():
+        raise ValueError(name)
+  except Exception:  # NumPy and zipfile have many for what is no such file.
+    say(f'{str(path)!r} is damaged: the pictures are drawn without it.')
+    return {}
+  return arrays
+
+
+def _draw(
+  arrays: Mapping[str, np.ndarray],
+  rows: Sequence[plots.Row],
+  into: pathlib.Path,
+) -> list[pathlib.Path]:
   counts = _part(arrays, _COUNTS)
   slots = {n: c for n, c in counts.items() if not n.endswith(_EXPERTS)}
   experts = {
@@ -68,7 +103,7 @@ def draw(
     if n.endswith(_EXPERTS)
   }
   baselines = {n: float(b) for n, b in _part(arrays, _BASELINES).items()}
-  into.mkdir(exist_ok=True)
+  workdir.make_folder(into)
   drawn = [into / 'training.png']
   plots.plot_training(rows, drawn[0], baselines)
   if slots or plots.curves(rows, '/memory/slots_used'):

@@ -10,7 +10,6 @@ import json
 import pathlib
 import time
 import uuid
-from typing import Protocol, runtime_checkable
 
 from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
@@ -27,19 +26,6 @@ _SECONDS = 30.0
 _WANDB = 'wandb.json'
 
 
-@runtime_checkable
-class Board(Protocol):
-  """Shows scalars by step."""
-
-  name: str
-
-  def write(self, step: int, scalars: dict[str, float | int]) -> None: ...
-
-  def flush(self) -> None: ...
-
-  def close(self) -> None: ...
-
-
 class TensorBoard:
   """Events of TensorBoard, written by the thread that calls.
 
@@ -52,7 +38,9 @@ class TensorBoard:
   def __init__(self, folder: pathlib.Path, first_step: int):
     """Hides what a longer run before this one wrote after `first_step`."""
     folder.mkdir(parents=True, exist_ok=True)
-    self._events = EventsWriter(str(folder / 'events'))
+    # By the names' time alone, in seconds, two starts could be one.
+    number = len(list(folder.iterdir()))
+    self._events = EventsWriter(str(folder / 'events'), f'.{number:04}')
     start = SessionLog(status=SessionLog.START)
     self._add(step=first_step + 1, session_log=start)
     self.flush()
@@ -103,6 +91,9 @@ class WandB:
 
   def close(self) -> None:
     self._run.finish()
+
+
+Board = TensorBoard | WandB
 
 
 def _run_id(path: pathlib.Path, project: str) -> str:

@@ -175,7 +175,7 @@ class MetricsWriter:
     self._size += len(content)
     self._waiting.clear()
 
-  def _open(self, board: type[boards.Board], *args: Any) -> None:
+  def _open(self, board: type, *args: Any) -> None:
     try:
       self._boards.append(board(*args))
     except Exception as error:  # Disks and networks fail in many ways.
