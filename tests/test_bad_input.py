@@ -9,7 +9,7 @@ import sys
 import jax
 import pytest
 
-from jaxsparse import command_line, generate
+from jaxsparse import command_line, generate, workdir_lock
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECIPE = """
@@ -189,6 +189,15 @@ def test_train(name, train, folder, tmp_path, capsys, monkeypatch):
   flags = flag.format(folder=folder).split(' ')
   monkeypatch.setattr(sys, 'argv', [*argv, *flags])
   assert said in ending(train, capsys)
+
+
+def test_a_workdir_in_use(train, folder, tmp_path, capsys, monkeypatch):
+  flags = [f'--config={folder}/recipe.py', f'--workdir={tmp_path}/w']
+  monkeypatch.setattr(sys, 'argv', ['train.py', *flags])
+  with workdir_lock.held(tmp_path / 'w'):
+    before = sorted(tmp_path.rglob('*'))
+    assert 'is in use by process' in ending(train, capsys)
+    assert sorted(tmp_path.rglob('*')) == before
 
 
 CONFIGS = {

@@ -122,7 +122,7 @@ MEANINGS = {
     ('optimizer', _FREE, 'value_row_budget grad_accumulation'),
     # The rest.
     ('train', Meaning('schedules spread over all steps'), 'num_steps'),
-    ('train', _fixed('data and dropout are drawn by it'), 'seed'),
+    ('train', _fixed('data and dropout are drawn by the seed'), 'seed'),
     ('train', _FREE, 'log_every save_every keep_checkpoints eval_every'),
     ('train', _FREE, 'sample_prompt sample_tokens wandb_project'),
     ('mesh', _FREE, 'data sparse model'),
@@ -131,21 +131,22 @@ MEANINGS = {
 }  # fmt: skip
 
 
-def judge(old: Config, new: Config) -> tuple[list[str], list[str]]:
-  """What `new` changes that a run can't go on with, and what it can.
+def judge(old: Config, new: Config) -> tuple[dict[str, str], list[str]]:
+  """What `new` changes that a run can't go on with, with why, and what it can.
 
   Without the data, of which names are not enough to judge.
   """
-  refused, accepted = [], []
+  refused, accepted = {}, []
   for name, (before, after) in saved_config.differences(old, new).items():
     change = f'{name}: {before!r} -> {after!r}'
     if name in (*TEXT, *TOKENIZER, LANES):
       accepted.append(change)
       continue
     meaning = MEANINGS[name]
-    if meaning.text:
-      change += f' ({meaning.text})'
-    (accepted if meaning.is_allowed else refused).append(change)
+    if not meaning.is_allowed:
+      refused[change] = meaning.text
+      continue
+    accepted.append(f'{change} ({meaning.text})' if meaning.text else change)
   return refused, accepted
 
 

@@ -53,9 +53,11 @@ def claim_workdir(
     )
   refused, accepted = changes.judge(saved, config)
   if refused:
+    why = ' and '.join(dict.fromkeys(refused.values()))
     raise UserError(
       f'workdir {str(workdir)!r} belongs to a run with another config '
-      f'({"; ".join(refused)}): undo the change or give another --workdir.'
+      f'({"; ".join(refused)}), and {why}: undo the change or give another '
+      '--workdir.'
     )
   return config, accepted
 

@@ -91,3 +91,90 @@ def test_without_a_run_it_is_one_sentence(tmp_path, capsys):
   lines = capsys.readouterr().err.strip().splitlines()
   assert 'holds no config.json' in lines[0]
   assert 'holds no metrics yet' in lines[1]
+
+
+def no_zip(path):
+  path.write_bytes(b'PK nothing of the kind')
+
+
+def cut(path):
+  path.write_bytes(path.read_bytes()[:-60])
+
+
+def folder(path):
+  path.unlink()
+  path.mkdir()
+
+
+def objects(path):
+  np.savez(path, **{'counts/block_01': np.array([{}, []], object)})
+
+
+def matrix(path):
+  np.savez(path, **{'counts/block_01': np.ones((2, 2))})
+
+
+def not_finite(path):
+  np.savez(path, **{'baselines/gzip': np.array(np.nan)})
+
+
+@pytest.mark.parametrize(
+  'damage', [no_zip, cut, folder, objects, matrix, not_finite]
+)
+def test_a_damaged_pass_is_left_out(damage, workdir, monkeypatch, capsys):
+  drawn = []
+  monkeypatch.setattr(
+    run_pictures, '_draw', lambda arrays, *_: drawn.append(arrays) or []
+  )
+  run_pictures.save_pass(workdir, {'block_01': np.array([0, 3])}, {'xz': 2.0})
+  assert report.main([str(workdir)]) == 0
+  assert sorted(drawn.pop()) == ['baselines/xz', 'counts/block_01']
+  assert capsys.readouterr().err == ''
+  damage(workdir / run_pictures.PASS)
+  assert report.main([str(workdir)]) == 0
+  assert drawn == [{}]
+  err = capsys.readouterr().err
+  assert err.count('\n') == 1
+  assert 'validation_pass.npz' in err
+
+
+def test_damaged_metrics_are_left_out(workdir, capsys):
+  with (workdir / 'metrics.jsonl').open('ab') as file:
+    file.write(b'7\n{"step": 9, "loss": "\xff"}\n{"loss": 1}\n')
+  before = (workdir / 'metrics.jsonl').read_bytes()
+  assert report.main([str(workdir)]) == 0
+  assert (workdir / 'metrics.jsonl').read_bytes() == before
+  (workdir / 'metrics.jsonl').unlink()
+  (workdir / 'metrics.jsonl').mkdir()
+  assert report.main([str(workdir)]) == 1
+  assert "metrics.jsonl' can't be read" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize('is_link', [True, False])
+def test_nothing_is_drawn_where_the_workdir_leads(is_link, workdir, capsys):
+  """A workdir that only is read chooses no path that is written to."""
+  victim = workdir / 'victim'
+  victim.mkdir()
+  plots = workdir / 'plots'
+  if is_link:
+    plots.symlink_to(victim)
+  else:
+    plots.touch()
+  assert report.main([str(workdir)]) == 1
+  (sentence,) = capsys.readouterr().err.splitlines()
+  assert 'a file or a link' in sentence
+  assert not list(victim.iterdir())
+
+  plots.unlink()
+  plots.mkdir()
+  (victim / 'file').write_bytes(b'mine')
+  (plots / 'training.png').symlink_to(victim / 'file')
+  assert report.main([str(workdir)]) == 0
+  assert (victim / 'file').read_bytes() == b'mine'
+  assert (plots / 'training.png').read_bytes().startswith(b'\x89PNG')
+
+
+def test_home(workdir, monkeypatch):
+  monkeypatch.setenv('HOME', str(workdir.parent))
+  monkeypatch.setattr(run_pictures, '_draw', lambda *_: [])
+  assert report.main([f'~/{workdir.name}']) == 0

@@ -10,6 +10,7 @@ import sys
 import pytest
 from small_suite import facts_suite
 
+from jaxsparse import workdir_lock
 from jaxsparse.compare import __main__ as entry
 from jaxsparse.compare import runs
 from jaxsparse.data import facts
@@ -59,6 +60,30 @@ def test_results_stand_alone(finished):
     assert [point[0] for point in result['curve']] == [1, 2, 3]
     assert result['tokens_per_second'] > 0
   assert list(sparse['slots_used']) == ['block_00']
+
+
+def test_one_start_at_a_time(finished, tmp_path):
+  suite, work, _ = finished
+  with (
+    workdir_lock.held(work),
+    pytest.raises(UserError, match='is in use by process'),
+  ):
+    entry.compare(suite, str(work))
+  run = runs.plan(suite, str(tmp_path))[0]
+  with (
+    workdir_lock.held(run.folder),
+    pytest.raises(UserError, match='is in use by process'),
+  ):
+    runs.train(run, Reporter(is_silent=True))
+
+
+@pytest.mark.parametrize('content', [b'', b'[]', b'{}', b'\xff'])
+def test_a_damaged_result_is_named(content, finished, tmp_path):
+  suite, work, _ = finished
+  run = dataclasses.replace(runs.plan(suite, str(work))[0], folder=tmp_path)
+  (tmp_path / runs.RESULT).write_bytes(content)
+  with pytest.raises(UserError, match='is damaged: remove it'):
+    runs.finished(run)
 
 
 def test_table_and_plots_are_written(finished):

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import json
+import pathlib
 from types import SimpleNamespace
 
 import jax
@@ -155,6 +156,43 @@ def test_a_long_file_is_read_by_a_bounded_history(
     (sparse_workdir / 'samples.jsonl').read_text().splitlines()[-1]
   )
   assert row['prompt'] == text.read_text()
+
+
+def test_a_workdir_does_not_choose_where_programs_come_from(run, workdir):
+  """From there native code is loaded; its config.json may be anybody's."""
+  assert workdir_lib.read_config(workdir).data.cache_dir == str(workdir)
+  before = jax.config.jax_compilation_cache_dir
+  try:
+    run(prompt='a')
+    chosen = pathlib.Path(jax.config.jax_compilation_cache_dir)
+  finally:
+    jax.config.update('jax_compilation_cache_dir', before)
+  assert chosen == pathlib.Path('~/.cache/jaxsparse/compiled').expanduser()
+  assert not (workdir / 'compiled').exists()
+
+
+def test_a_bench_builds_no_corpus_where_the_workdir_says(
+  sparse_workdir, monkeypatch
+):
+  seen = []
+
+  def build(config):
+    seen.append(config.cache_dir)
+    return SimpleNamespace(validation=[Piece(b'a text to read', True)])
+
+  monkeypatch.setattr(corpus_lib, 'build_corpus', build)
+  bench._of_run(argparse.Namespace(workdir=str(sparse_workdir), tokens=9))
+  assert seen == [config.DataConfig.cache_dir]
+
+
+def test_home(run, workdir, monkeypatch):
+  text = workdir / 'prompt.txt'
+  text.write_text('abc')
+  monkeypatch.setenv('HOME', str(workdir.parent))
+  code, _, _ = run(
+    workdir=f'~/{workdir.name}', prompt_file=f'~/{workdir.name}/prompt.txt'
+  )
+  assert code == 0
 
 
 def test_a_bounded_cache_is_of_one_size_for_every_length(sparse_workdir):

@@ -69,7 +69,10 @@ def test_accepted(config, change, tmp_path):
     (changed('optimizer', value_weight_decay=0.1), 'value_weight_decay'),
     (changed('memory', value_dtype='bfloat16'), 'value_dtype'),
     (changed('model', memory=None), 'model.memory'),
-    (changed('model', window=8), r'window: 256 -> 8 \(the parameters were'),
+    (
+      changed('model', window=8),
+      r'8\), and the parameters were trained',
+    ),
     (changed('data', seq_len=64), 'rows would begin at other tokens'),
     (changed('train', seed=1), 'train.seed'),
   ],

@@ -4,6 +4,7 @@ import json
 import os
 import pathlib
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -181,6 +182,52 @@ def test_another_model_is_refused(recipe, whole):
   _, err = finish(process, 2)
   assert 'model.mlp_dim: 32 -> 48; train.seed: 0 -> 3' in err
   assert (workdir / 'config.json').read_text() == before
+
+
+def test_a_damaged_run_goes_on_elsewhere(recipe, whole, tmp_path):
+  """Moved text, another batch size, more steps; small files are damaged."""
+  workdir, moved = tmp_path / 'run', tmp_path / 'moved'
+  shutil.copytree(whole[0], workdir)
+  moved.mkdir()
+  for path in recipe.parent.glob('*.txt'):
+    shutil.copy(path, moved)
+  (workdir / 'config.json').write_bytes(bytes(100))
+  with (workdir / 'metrics.jsonl').open('ab') as file:
+    file.write(b'7\n\xff')
+  shutil.rmtree(workdir / 'plots')
+  for name in ('plots', 'validation_pass.npz'):
+    (workdir / name).write_text('no folder, no archive')
+  (workdir / 'samples.jsonl').unlink()
+  (workdir / 'samples.jsonl').mkdir()
+  out, _ = finish(
+    start(
+      recipe,
+      workdir,
+      f'--config.data.text={moved}/*.txt',
+      '--config.data.batch_size=6',
+      '--config.train.num_steps=42',
+    )
+  )
+  for said in (
+    "config.json' is damaged: taken from the newest checkpoint",
+    'data.batch_size: 4 -> 6 (each lane of the data goes on',
+    'train.num_steps: 40 -> 42',
+    'Going on from the checkpoint of step 40.',
+    'Changed since then: the learning rate at step 40: 0.0003 -> 0.000',
+    '1 lines of ',
+    "The sample can't be kept (Is a directory).",
+    'No pictures: ',
+  ):
+    assert said in out
+  assert sorted(losses(workdir)) == list(range(1, 43))
+  config = json.loads((workdir / 'config.json').read_text())
+  assert config['data']['batch_size'] == 6
+
+  _, err = finish(
+    start(recipe, workdir, '--config.data.validation_fraction=0.2'), 2
+  )
+  assert 'another text, or with another split' in err
+  assert json.loads((workdir / 'config.json').read_text()) == config
 
 
 @pytest.mark.slow
