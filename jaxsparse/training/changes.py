@@ -17,8 +17,8 @@ from jaxsparse.training import optimizer
 TEXT = tuple(
   f'data.{name}'
   for name in (
-    'text', 'tfds', 'tfds_feature', 'tfds_train_split', 'tfds_validation_split',
-    'split', 'validation_fraction', 'test_fraction',
+    'text', 'text_field', 'tfds', 'tfds_feature', 'tfds_train_split',
+    'tfds_validation_split', 'split', 'validation_fraction', 'test_fraction',
   )
 )  # fmt: skip
 # Names the tokenizer, likewise.
