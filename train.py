@@ -5,8 +5,8 @@
 The same command goes on where it was stopped. With several hosts, start it on
 each: with --distributed, which finds the others on Cloud TPU and under SLURM,
 Open MPI and Kubernetes; elsewhere with --coordinator=HOST:PORT (of process 0),
---num_processes=N and --process_id=I. The fields of a recipe, their defaults and
-what they mean; each can be set on the command line:
+--num_processes=N and --process_id=I. Every field of a recipe can be set on the
+command line.
 """
 
 import dataclasses

@@ -1,13 +1,16 @@
 """The attention's part of the configuration, see `config`."""
 
 import dataclasses
+import functools
 
+from jaxsparse import fields
 from jaxsparse.errors import (
   require,
   require_choice,
   require_fraction,
   require_not_negative,
   require_positive,
+  require_unset,
 )
 
 
@@ -39,6 +42,7 @@ class DCMHAConfig:
   init: str = 'default'
 
   def __post_init__(self):
+    fields.check(self)
     require_positive(self, 'rank', 'num_groups')
     require_choice(self, 'gelu', ('tanh', 'erf'))
     require_choice(self, 'init', ('default', 'identity'))
@@ -51,6 +55,9 @@ class DCMHAConfig:
       'query_wise, key_wise and base are all off: set one of them, or no dcmha '
       'at all.',
     )
+    unset = functools.partial(require_unset, self)
+    unset(not self.streams, 'query_wise and key_wise off', 'rank', 'gelu')
+    unset(self.num_groups == 1, 'num_groups = 1', 'interleave')
 
   @property
   def streams(self) -> tuple[tuple[str, str], ...]:
@@ -143,6 +150,7 @@ class SparseAttentionConfig:
   history_summaries: int = 0
 
   def __post_init__(self):
+    fields.check(self)
     require_positive(self, 'block', 'tile', 'max_blocks', 'temperature')
     require_positive(self, 'query_chunk', 'router_heads', 'router_dim')
     require_positive(self, 'router_weight')
@@ -182,6 +190,18 @@ class SparseAttentionConfig:
       'min_fraction and max_fraction must be in order between 0 and 1, got '
       f'{self.min_fraction} and {self.max_fraction}.',
     )
+    unset = functools.partial(require_unset, self)
+    unset(
+      self.router == 'shared',
+      "router = 'shared'",
+      'router_heads',
+      'router_dim',
+      'router_weight',
+    )
+    unset(self.budget_weight == 0, 'budget_weight = 0', 'budget_ramp')
+    unset(self.max_fraction > 0, 'max_fraction above 0', 'min_blocks')
+    unset(self.history_blocks == 0, 'history_blocks = 0', 'history_summaries')
+    unset(not self.use_summaries, 'use_summaries off', 'history_summaries')
 
   @property
   def router_width(self) -> int:

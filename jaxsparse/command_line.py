@@ -1,39 +1,112 @@
 """What the entry points share: recipes from flags, errors as one sentence."""
 
+import argparse
 import contextlib
-import dataclasses
-import inspect
-import pathlib
-import runpy
 import sys
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NoReturn
 
 import jax
-from absl import flags
 
 from jaxsparse import config as config_lib
+from jaxsparse import help_pages, hosts, overrides, recipe_files
 from jaxsparse import workdir as workdir_lib
 from jaxsparse.config import Config
-from jaxsparse.errors import UserError
+from jaxsparse.errors import UserError, did_you_mean, require, shown
+
+_FLAGS = """
+Flags besides the fields:
+  --config=FILE  a recipe, its path or its name; --config.PART.FIELD=VALUE
+      changes a field of it
+  --workdir=FOLDER  of the run
+  --distributed  join the other processes of the cluster's job
+  --coordinator=HOST:PORT --num_processes=N --process_id=I  join those named so
+"""
 
 
 @contextlib.contextmanager
 def user_errors_end_in_a_sentence() -> Iterator[None]:
-  """Prints a `UserError` to stderr and exits with 2, without a traceback."""
+  """Prints a `UserError` to stderr and exits with 2, without a traceback.
+
+  So ends, too, what JAX raises where the platform that was asked for is none.
+  """
   try:
     yield
   except UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    sys.exit(2)
+    _end(str(error))
+  # An assertion is all that JAX has to say without a GPU.
+  except (RuntimeError, AssertionError):
+    if why := _missing_platform():
+      _end(why)
+    raise
+
+
+def _end(sentence: str) -> NoReturn:
+  print(f'error: {sentence}', file=sys.stderr)
+  sys.exit(2)
+
+
+def _missing_platform() -> str:
+  """A sentence if JAX can't start on the platform asked for, or nothing."""
+  asked = jax.config.jax_platforms
+  if not asked:
+    return ''
+  try:
+    jax.devices()
+  except (RuntimeError, AssertionError) as error:
+    why = str(error).partition(' (set JAX_PLATFORMS')[0]
+    why = ' '.join(why.split()).rstrip('.')
+    return (
+      f'JAX_PLATFORMS={asked} asks for devices that JAX does not find'
+      f'{why and f" ({why})"}: '
+      "install jaxsparse with its extra 'cuda' or 'tpu' on a machine that has "
+      'them, or unset JAX_PLATFORMS.'
+    )
+  return ''
+
+
+class Parser(argparse.ArgumentParser):
+  """One whose complaints are sentences like all others."""
+
+  def __init__(self, *args: Any, **kwargs: Any):
+    super().__init__(*args, allow_abbrev=False, **kwargs)
+
+  def error(self, message: str) -> NoReturn:
+    raise UserError(f'{message}; see --help.')
+
+  def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
+    args = sys.argv[1:] if args is None else list(args)
+    for arg in args:
+      require(
+        '\0' not in arg,
+        f'a flag must not hold the NUL character, got {shown(arg)}.',
+      )
+    options, rest = self.parse_known_args(args, namespace)
+    if rest:
+      raise UserError(self._complaint(rest[0]))
+    return options
+
+  def _complaint(self, arg: str) -> str:
+    if not arg.startswith('-'):
+      return f'{shown(arg)} is not a flag: see --help.'
+    name = arg.partition('=')[0]
+    known = [*self._option_string_actions]
+    for action in self._actions:
+      if isinstance(action, argparse._SubParsersAction):
+        for parser in action.choices.values():
+          known += parser._option_string_actions
+    has_fields = '--config' in known
+    meant = (overrides.suggestion if has_fields else did_you_mean)(name, known)
+    return f'there is no flag {shown(name)[1:-1]}{meant}; see --help.'
 
 
 def parse_recipe(description: str) -> tuple[Config, str]:
   """Reads `--config=FILE`, its overrides `--config.a.b=value` and `--workdir`.
 
-  `--help` prints `description` and every field of the config, and exits.
-  `--distributed` joins this process with the others of its cluster job, and
-  `--coordinator`, `--num_processes` and `--process_id` with those named so.
+  `--help` prints `description` and where to start, `--help=PART` every field of
+  a part, and exits. `--distributed` joins this process with the others of its
+  cluster job, and `--coordinator`, `--num_processes` and `--process_id` with
+  those named so.
 
   Returns:
     The checked config and the workdir.
@@ -41,46 +114,46 @@ def parse_recipe(description: str) -> tuple[Config, str]:
   Raises:
     UserError: a flag, the file, a field's name, type or value is wrong.
   """
-  argv = sys.argv
-  if {'--help', '-h', '--helpfull'} & set(argv):
-    print(description, *describe(Config()), sep='\n')
-    sys.exit(0)
-  values = flags.FlagValues()
-  flags.DEFINE_string('workdir', None, '', flag_values=values)
-  flags.DEFINE_bool('distributed', False, '', flag_values=values)
-  flags.DEFINE_string('coordinator', None, '', flag_values=values)
-  for name in ('num_processes', 'process_id'):
-    flags.DEFINE_integer(name, None, '', flag_values=values)
-  config = _parse_flags(values, argv)
+  argv = sys.argv[1:]
+  _help(description, argv)
+  values = _parser().parse_args(overrides.split(argv)[1])
+  notes: list[str] = []
+  config = read_recipe(values.config, argv, notes.append)
   if not values.workdir:
     raise UserError("--workdir=FOLDER is missing: name the run's folder.")
+  workdir_lib.require_reachable(values.workdir)
   _join_processes(values)
+  if hosts.is_lead():
+    for note in notes:
+      _say(note)
   return config, workdir_lib.expanded(values.workdir)
 
 
-def _parse_flags(values: flags.FlagValues, argv: list[str]) -> Config:
-  """Sets the flags; returns the recipe with its overrides, checked."""
-  # Only a recipe needs it; a bench may run where it is not installed.
-  from ml_collections import config_flags
-
-  read_recipe(_config_path(argv))
-  config_flags.DEFINE_config_file('config', flag_values=values, sys_argv=argv)
-  try:
-    rest = values(argv)[1:]
-    config = values.config
-  except (flags.Error, KeyError, AttributeError, TypeError) as error:
-    message = str(error.args[0] if error.args else error).splitlines()[0]
-    raise UserError(
-      f'{message.rstrip(".")}: see --help for the fields and their types.'
-    ) from error
-  if rest:
-    raise UserError(
-      f'{rest[0]!r} is not a flag: write --config.section.field=value.'
-    )
-  return config_lib.validated(config)
+def _help(description: str, argv: Sequence[str]) -> None:
+  """Prints a page and exits, if that is asked for."""
+  for i, arg in enumerate(argv):
+    flag, _, part = arg.partition('=')
+    if flag in ('-h', '--help', '--helpfull'):
+      following = argv[i + 1] if i + 1 < len(argv) else ''
+      if following in (*help_pages.PARTS, 'all'):
+        part = part or following
+      print(help_pages.page(description, _FLAGS, part))
+      sys.exit(0)
 
 
-def _join_processes(values: flags.FlagValues) -> None:
+def _parser() -> Parser:
+  parser = Parser(add_help=False)
+  add = parser.add_argument
+  add('--config', default='')
+  add('--workdir', default='')
+  add('--distributed', action='store_true')
+  add('--coordinator')
+  add('--num_processes', type=int)
+  add('--process_id', type=int)
+  return parser
+
+
+def _join_processes(values: argparse.Namespace) -> None:
   """Makes this process one of several, if the flags say so."""
   named = [values.coordinator, values.num_processes, values.process_id]
   given = [value for value in named if value is not None]
@@ -125,83 +198,31 @@ def _initialize(trouble: str, advice: str, *args: Any) -> None:
     ) from error
 
 
-def _config_path(argv: list[str]) -> str:
-  """The value of `--config`."""
-  path = ''
-  for flag, following in zip(argv, [*argv[1:], ''], strict=True):
-    name, _, value = flag.partition('=')
-    if name.lstrip('-') == 'config':
-      path = value or following
+def _say(note: str) -> None:
+  print(note, file=sys.stderr, flush=True)
+
+
+def read_recipe(
+  path: str,
+  arguments: Sequence[str] = (),
+  say: Callable[[str], None] = _say,
+) -> Config:
+  """The config that the recipe at `path` returns, with fields set by flags.
+
+  Args:
+    path: of the recipe, or its name in configs/.
+    arguments: among which are overrides `--config.a.b=value`.
+    say: is told of parts that overrides add to the recipe.
+
+  Raises:
+    UserError: there is no such file, or it fails, or its config is nonsense.
+  """
   if not path:
     raise UserError(
       '--config=FILE is missing: name a recipe, such as '
       'configs/ultramem_tiny.py.'
     )
-  return path
-
-
-def read_recipe(path: str, overrides: Sequence[str] = ()) -> Config:
-  """The config that the recipe at `path` returns.
-
-  Args:
-    path: of the recipe.
-    overrides: flags `--config.a.b=value`.
-
-  Raises:
-    UserError: there is no such file, or it fails, or its config is nonsense.
-  """
-  path = workdir_lib.expanded(path)
-  if overrides:
-    argv = ['', f'--config={path}', *overrides]
-    return _parse_flags(flags.FlagValues(), argv)
-  if not pathlib.Path(path).is_file():
-    raise UserError(
-      f'--config={path} is no file: name a recipe, such as '
-      'configs/ultramem_tiny.py.'
-    )
-  try:
-    config = runpy.run_path(path)['get_config']()
-  except UserError as error:
-    raise UserError(f'{path}: {error}') from error
-  except Exception as error:
-    raise UserError(
-      f'--config={path} could not be read ({type(error).__name__}: {error}): '
-      'give a Python file whose get_config() returns a jaxsparse Config.'
-    ) from error
-  if not isinstance(config, Config):
-    raise UserError(
-      f'get_config() in {path} must return a jaxsparse.config.Config, got '
-      f'{type(config).__name__}.'
-    )
+  config = recipe_files.load('--config', path, 'configs', 'get_config', Config)
+  for note in overrides.apply(config, overrides.split(arguments)[0]):
+    say(note)
   return config_lib.validated(config)
-
-
-def describe(config: Any, prefix: str = '--config') -> list[str]:
-  """A line for every field: flag, default, and the comment in the source."""
-  lines, comment = [], []
-  fields = {field.name: field for field in dataclasses.fields(config)}
-  for line in inspect.getsource(type(config)).splitlines():
-    text = line.strip()
-    if text.startswith('#'):
-      comment.append(text.lstrip('# '))
-      continue
-    name = text.split(':')[0]
-    if line.startswith('  ') and name in fields and ':' in text:
-      value = getattr(config, name)
-      if dataclasses.is_dataclass(value):
-        lines += describe(value, f'{prefix}.{name}')
-      else:
-        lines.append(f'  {prefix}.{name}={value}  {" ".join(comment)}'.rstrip())
-        if value is None and name in _OPTIONAL:
-          lines += describe(_OPTIONAL[name](), f'{prefix}.{name}')
-    comment = []
-  return lines
-
-
-# What a recipe may have or not: described by its defaults.
-_OPTIONAL = dict(
-  memory=config_lib.MemoryConfig,
-  moe=config_lib.MoEConfig,
-  dcmha=config_lib.DCMHAConfig,
-  sparse=config_lib.SparseAttentionConfig,
-)

@@ -2,17 +2,17 @@
 
 A recipe in `configs/` builds one `Config`; `--config.model.num_layers=6` on the
 command line changes one field of it. The classes are mutable because
-`ml_collections.config_flags` assigns overrides field by field; `validated`
-runs every check again afterwards. Everything else treats them as constants.
+`overrides` assigns field by field; `validated` runs every check again
+afterwards. Everything else treats them as constants.
 """
 
 import dataclasses
+import functools
 import math
 import re
-import types
-import typing
 from typing import Any
 
+from jaxsparse import fields
 from jaxsparse.attention_config import DCMHAConfig as DCMHAConfig
 from jaxsparse.attention_config import (
   SparseAttentionConfig as SparseAttentionConfig,
@@ -24,6 +24,7 @@ from jaxsparse.errors import (
   require_fraction,
   require_not_negative,
   require_positive,
+  require_unset,
 )
 from jaxsparse.memory_config import MemoryConfig as MemoryConfig
 from jaxsparse.model_config import ModelConfig
@@ -78,6 +79,7 @@ class DataConfig:
   prefetch: int = 4
 
   def __post_init__(self):
+    fields.check(self)
     require(
       not (self.text and self.tfds),
       f'give text or tfds, not both; got {self.text!r} and {self.tfds!r}.',
@@ -112,6 +114,23 @@ class DataConfig:
       f'num_lanes must divide batch_size = {self.batch_size}, '
       f'got {self.num_lanes}.',
     )
+    unset = functools.partial(require_unset, self)
+    unset(
+      not self.tfds,
+      'no tfds',
+      'tfds_feature',
+      'tfds_train_split',
+      'tfds_validation_split',
+    )
+    unset(
+      bool(self.tfds),
+      f'tfds = {self.tfds!r}, which has splits of its own',
+      'split',
+      'validation_fraction',
+      'test_fraction',
+    )
+    is_given = self.tokenizer != 'bpe'
+    unset(is_given, f'tokenizer = {self.tokenizer!r}', 'bpe_vocab_size')
 
   @property
   def lanes(self) -> int:
@@ -125,7 +144,7 @@ class OptimizerConfig:
 
   # Peak of the learning rate.
   learning_rate: float = 3e-3
-  # Steps of linear warm-up.
+  # Steps of linear warm-up; a run of no more steps has a tenth of them.
   warmup_steps: int = 50
   # Learning rate at the end, as a share of the peak.
   final_lr_fraction: float = 0.1
@@ -165,6 +184,7 @@ class OptimizerConfig:
   grad_accumulation: int = 1
 
   def __post_init__(self):
+    fields.check(self)
     require_positive(self, 'learning_rate', 'epsilon', 'value_lr_multiplier')
     require_positive(self, 'value_lr_decay_fraction', 'grad_accumulation')
     require_fraction(self, 'final_lr_fraction', 'value_lr_decay_fraction')
@@ -202,6 +222,28 @@ class OptimizerConfig:
       "value_optimizer must be 'adamw' with trained, got "
       f'{self.value_optimizer!r}.',
     )
+    unset = functools.partial(require_unset, self)
+    unset(
+      self.value_learning_rate > 0,
+      f'value_learning_rate = {self.value_learning_rate}',
+      'value_lr_multiplier',
+      'value_lr_decay_fraction',
+    )
+    unset(
+      self.value_lr_multiplier == 1,
+      'value_lr_multiplier = 1',
+      'value_lr_decay_fraction',
+    )
+    unset(
+      self.value_optimizer == 'adamw',
+      "value_optimizer = 'adamw'",
+      'value_row_budget',
+    )
+
+  def warmup_within(self, num_steps: int) -> int:
+    """Steps of warm-up in a run of `num_steps`."""
+    is_short = num_steps <= self.warmup_steps
+    return num_steps // 10 if is_short else self.warmup_steps
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -228,9 +270,13 @@ class TrainConfig:
   wandb_project: str = ''
 
   def __post_init__(self):
+    fields.check(self)
     require_positive(self, 'num_steps', 'log_every', 'save_every')
     require_positive(self, 'keep_checkpoints')
     require_not_negative(self, 'seed', 'eval_every', 'sample_tokens')
+    require_unset(
+      self, self.sample_tokens == 0, 'sample_tokens = 0', 'sample_prompt'
+    )
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -245,6 +291,7 @@ class MeshConfig:
   model: int = 1
 
   def __post_init__(self):
+    fields.check(self)
     require(
       self.data == -1 or self.data > 0,
       f'mesh.data must be positive, or -1 for all that are left; '
@@ -273,11 +320,24 @@ class Config:
       f'grad_accumulation must divide batch_size = {self.data.batch_size}, '
       f'got {self.optimizer.grad_accumulation}.',
     )
-    require(
-      self.optimizer.warmup_steps < self.train.num_steps,
-      f'warmup_steps must be below num_steps = {self.train.num_steps}, '
-      f'got {self.optimizer.warmup_steps}.',
-    )
+    self._check_values()
+
+  def _check_values(self):
+    """Refuses settings of value tables that would do nothing."""
+    unset = functools.partial(require_unset, self.optimizer)
+    memory = self.model.memory
+    names = [n for n in fields.hints(OptimizerConfig) if n.startswith('value_')]
+    unset(memory is None, 'model.memory = None', *names)
+    if memory:
+      is_wide = memory.value_dtype == 'float32'
+      unset(is_wide, "memory.value_dtype = 'float32'", 'value_master')
+      require(
+        self.optimizer.value_optimizer == 'adamw'
+        or memory.table_gradient != 'sorted',
+        "memory.table_gradient = 'sorted' does nothing with value_optimizer = "
+        f'{self.optimizer.value_optimizer!r}, which makes no dense gradient: '
+        'leave one of them out.',
+      )
 
 
 def validated(config: Any) -> Any:
@@ -286,23 +346,9 @@ def validated(config: Any) -> Any:
   Raises:
     UserError: one sentence that names the field, its value and what is right.
   """
-  hints = typing.get_type_hints(type(config))
-  fields = {}
-  for name, hint in hints.items():
+  copies = {}
+  for name in fields.hints(type(config)):
     value = getattr(config, name)
-    _check_type(name, value, hint)
-    fields[name] = (
-      validated(value) if dataclasses.is_dataclass(value) else value
-    )
-  return type(config)(**fields)
-
-
-def _check_type(name: str, value: Any, hint: Any) -> None:
-  options = typing.get_args(hint) if isinstance(hint, types.UnionType) else ()
-  expected = [typing.get_origin(t) or t for t in options or (hint,)]
-  if float in expected:
-    expected.append(int)
-  is_right = isinstance(value, tuple(expected))
-  if not is_right or (isinstance(value, bool) and bool not in expected):
-    names = ' or '.join(t.__name__ for t in expected)
-    raise UserError(f'{name} must be of type {names}, got {value!r}.')
+    is_part = dataclasses.is_dataclass(value)
+    copies[name] = validated(value) if is_part else value
+  return type(config)(**copies)

@@ -3,22 +3,25 @@
 Fields are overridden as in training: `--config.model.num_kv_heads=2`.
 """
 
-import argparse
 import dataclasses
 import sys
 
-from jaxsparse import command_line
+from jaxsparse import command_line, overrides
 from jaxsparse.analysis import cost
 from jaxsparse.config import Config
-from jaxsparse.errors import UserError
+from jaxsparse.errors import UserError, require, shown
 
 # Rows of the embedding where the recipe leaves them to the tokenizer.
 _BYTES = 257
 
 
-def main(arguments: list[str] | None = None) -> int:
-  """Prints parameters, FLOPs and bytes; 1 after a sentence on bad input."""
-  parser = argparse.ArgumentParser(prog='python -m jaxsparse.cost')
+def main(arguments: list[str]) -> None:
+  """Prints parameters, FLOPs and bytes.
+
+  Raises:
+    UserError: a flag, the recipe or one of its fields is wrong.
+  """
+  parser = command_line.Parser(prog='python -m jaxsparse.cost')
   parser.add_argument('--config', required=True, help='a file in configs/')
   parser.add_argument(
     '--batch_sizes', default='1,16,64,256', help='of decode steps'
@@ -26,15 +29,14 @@ def main(arguments: list[str] | None = None) -> int:
   parser.add_argument(
     '--context', type=int, default=2048, help='tokens in the cache'
   )
-  options, overrides = parser.parse_known_args(arguments)
-  try:
-    config = command_line.read_recipe(options.config, overrides)
-    batch_sizes = _numbers(options.batch_sizes)
-  except UserError as error:
-    print(error, file=sys.stderr)
-    return 1
+  options = parser.parse_args(overrides.split(arguments)[1])
+  require(
+    options.context >= 0,
+    f'--context must not be negative, got {options.context}.',
+  )
+  batch_sizes = _numbers(options.batch_sizes)
+  config = command_line.read_recipe(options.config, arguments)
   print('\n'.join(describe(config, batch_sizes, options.context)))
-  return 0
 
 
 def describe(config: Config, batch_sizes: list[int], context: int) -> list[str]:
@@ -78,10 +80,11 @@ def _numbers(text: str) -> list[int]:
   if not numbers or min(numbers) < 1:
     raise UserError(
       f'--batch_sizes must be positive numbers with commas between, got '
-      f'{text!r}.'
+      f'{shown(text)}.'
     )
   return numbers
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  with command_line.user_errors_end_in_a_sentence():
+    main(sys.argv[1:])

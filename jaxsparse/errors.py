@@ -1,6 +1,12 @@
 """The one exception that stands for bad input, and checks that raise it."""
 
+import dataclasses
+import difflib
+from collections.abc import Iterable
 from typing import Any
+
+# Characters of a value that a sentence repeats.
+_SHOWN = 80
 
 
 class UserError(ValueError):
@@ -9,6 +15,22 @@ class UserError(ValueError):
   Entry points print the sentence and exit with 2; every other exception is a
   defect of jaxsparse and keeps its traceback.
   """
+
+
+def shown(value: Any) -> str:
+  """A value as a sentence has it: on one line, and not all of a long one."""
+  try:
+    text = repr(value)
+  except ValueError:
+    # Python refuses to write integers of thousands of digits.
+    return 'a number too long to show'
+  return text if len(text) <= _SHOWN else f'{text[:_SHOWN]} ...'
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+  """' (did you mean X?)' with what is most like `name`, or nothing."""
+  alike = difflib.get_close_matches(name, list(known), 1)
+  return f' (did you mean {alike[0]}?)' if alike else ''
 
 
 def require(condition: bool, message: str) -> None:
@@ -20,14 +42,14 @@ def require(condition: bool, message: str) -> None:
 def require_positive(config: Any, *names: str) -> None:
   for name in names:
     value = getattr(config, name)
-    require(value > 0, f'{name} must be positive, got {value}.')
+    require(value > 0, f'{name} must be positive, got {shown(value)}.')
 
 
 def require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
   value = getattr(config, name)
   require(
     value in choices,
-    f'{name} must be one of {", ".join(choices)}; got {value!r}.',
+    f'{name} must be one of {", ".join(choices)}; got {shown(value)}.',
   )
 
 
@@ -52,3 +74,35 @@ def require_utf8(name: str, text: str) -> None:
       f'{name} must be UTF-8 text, but its character {error.start + 1} '
       'stands for a byte that is not.'
     ) from error
+
+
+def require_at_most(config: Any, most: int, *names: str) -> None:
+  for name in names:
+    value = getattr(config, name)
+    require(
+      value <= most, f'{name} must be at most {most:,}, got {shown(value)}.'
+    )
+
+
+def require_unset(config: Any, is_unused: bool, why: str, *names: str) -> None:
+  """Refuses settings that would do nothing.
+
+  Args:
+    config: whose fields they are.
+    is_unused: whether the fields have no effect.
+    why: the setting that leaves them without one, such as "grid = 'additive'".
+    names: of fields; each may have its default, or be a 0 that turns it off.
+  """
+  if not is_unused:
+    return
+  defaults = {
+    field.name: field.default for field in dataclasses.fields(type(config))
+  }
+  for name in names:
+    value = getattr(config, name)
+    is_off = not isinstance(value, bool) and value == 0
+    require(
+      is_off or value == defaults[name],
+      f'{name} = {shown(value)} does nothing with {why}: set it to '
+      f'{defaults[name]!r}, its default, or change the latter.',
+    )

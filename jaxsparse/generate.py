@@ -13,7 +13,7 @@ import sys
 import time
 
 from jaxsparse import checkpoint, compiled_programs, run_config, workdir
-from jaxsparse.command_line import user_errors_end_in_a_sentence
+from jaxsparse.command_line import Parser, user_errors_end_in_a_sentence
 from jaxsparse.config import Config, ModelConfig
 from jaxsparse.data.tokenizer import load_from_workdir
 from jaxsparse.errors import UserError
@@ -39,15 +39,8 @@ _SECONDS = 5.0
 _PROMPT_KEPT = 10_000
 
 
-class _Parser(argparse.ArgumentParser):
-  """One whose complaints are sentences like all others."""
-
-  def error(self, message: str):
-    raise UserError(f'{message}; see --help.')
-
-
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
-  parser = _Parser(
+  parser = Parser(
     prog='python -m jaxsparse.generate',
     description='Continue a prompt with a model that train.py trained.',
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -9,15 +9,23 @@ fields' defaults are UltraMem's; `pkm()`, `peer()`, `memory_plus()` and
 """
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
+from jaxsparse import fields
 from jaxsparse.errors import (
   require,
+  require_at_most,
   require_choice,
   require_not_negative,
   require_positive,
+  require_unset,
 )
+
+# Rows are addressed by int32, and pairs of logical keys by uint32.
+MOST_KEYS = math.isqrt(2**31 - 1)
+MOST_LOGICAL_KEYS = 2**16
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
@@ -150,6 +158,7 @@ class MemoryConfig:
     return self.num_cores if self.grid == 'tucker' else 1
 
   def __post_init__(self):
+    fields.check(self)
     require_positive(
       self, 'num_keys', 'key_dim', 'num_heads', 'num_selected', 'value_dim'
     )
@@ -159,6 +168,12 @@ class MemoryConfig:
     require(
       math.isqrt(self.expansion) ** 2 == self.expansion,
       f'expansion must be a perfect square, got {self.expansion}.',
+    )
+    require_at_most(self, MOST_KEYS, 'num_keys')
+    require(
+      self.num_logical_keys <= MOST_LOGICAL_KEYS,
+      'sqrt(expansion) * num_keys, the logical sub-keys of an axis, must be at '
+      f'most {MOST_LOGICAL_KEYS:,}, got {self.num_logical_keys:,}.',
     )
     require(
       self.num_selected <= self.num_logical_keys,
@@ -186,6 +201,7 @@ class MemoryConfig:
     require_not_negative(self, 'pre_value_dim', 'shared_rows')
     self._check_combinations()
     self._check_placements()
+    self._check_use()
 
   def _check_combinations(self):
     for name in ('use_two_quadrants', 'cores_per_pairing', 'split_key_dim'):
@@ -193,6 +209,11 @@ class MemoryConfig:
         self.grid == 'tucker' or not getattr(self, name),
         f"{name} needs grid = 'tucker', got grid = {self.grid!r}.",
       )
+    require(
+      self.grid == 'tucker' or self.query != 'per_rank',
+      "query = 'per_rank' needs grid = 'tucker', which has ranks, got grid = "
+      f'{self.grid!r}.',
+    )
     require(
       not (self.split_key_dim and self.query == 'per_rank'),
       "split_key_dim needs a query that is not 'per_rank', which gives every "
@@ -217,12 +238,30 @@ class MemoryConfig:
       "init = 'matched' is UltraMemV2's rule and needs pre_value_dim above 0.",
     )
 
+  def _check_use(self):
+    """Refuses what would do nothing."""
+    unset = functools.partial(require_unset, self)
+    unset(self.grid == 'additive', "grid = 'additive'", 'tucker_rank')
+    unset(self.grid == 'additive', "grid = 'additive'", 'num_cores')
+    one_rank = f'one rank of scores (grid = {self.grid!r})'
+    unset(self.num_ranks == 1, one_rank, 'aux_loss_weight', 'aux_loss_margin')
+    unset(self.num_ranks == 1, one_rank, 'split_key_dim')
+    unset(self.aux_loss_weight == 0, 'aux_loss_weight = 0', 'aux_loss_margin')
+    unset(self.expansion == 1, 'expansion = 1', 'cores_per_pairing')
+    unset(
+      self.pre_value_dim == 0,
+      'pre_value_dim = 0',
+      'pre_value_map',
+      'pre_value_activation',
+    )
+
   def _check_placements(self):
+    require(
+      bool(self.placements),
+      'placements must name a (read, write) pair of blocks at least; a model '
+      'without memory layers has memory=None.',
+    )
     for placement in self.placements:
-      require(
-        isinstance(placement, tuple) and len(placement) == 2,
-        f'placements must be (read, write) pairs, got {placement!r}.',
-      )
       read, write = placement
       require(
         0 <= read <= write,

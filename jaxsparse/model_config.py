@@ -1,15 +1,22 @@
 """The model's part of the configuration, see `config`."""
 
 import dataclasses
+import functools
 
+from jaxsparse import fields
 from jaxsparse.attention_config import DCMHAConfig, SparseAttentionConfig
 from jaxsparse.errors import (
   require,
+  require_at_most,
   require_choice,
   require_not_negative,
   require_positive,
+  require_unset,
 )
 from jaxsparse.memory_config import MemoryConfig
+
+# Of which costs are summed one by one.
+MOST_LAYERS = 10_000
 
 ATTENTION_KINDS = ('global', 'local', 'sparse')
 
@@ -40,6 +47,7 @@ class MoEConfig:
   bias_update_rate: float = 0.0
 
   def __post_init__(self):
+    fields.check(self)
     require_positive(self, 'num_experts', 'num_used', 'expert_dim')
     require_choice(self, 'router', ('softmax', 'sigmoid'))
     require_not_negative(
@@ -50,6 +58,13 @@ class MoEConfig:
       self.num_used <= self.num_experts,
       f'num_used must be at most num_experts = {self.num_experts}, '
       f'got {self.num_used}.',
+    )
+    require_unset(
+      self,
+      self.num_used == self.num_experts,
+      'num_used = num_experts, all of them',
+      'balance_loss_weight',
+      'bias_update_rate',
     )
 
 
@@ -126,6 +141,8 @@ class ModelConfig:
   use_remat: bool = False
 
   def __post_init__(self):
+    fields.check(self)
+    require_at_most(self, MOST_LAYERS, 'num_layers')
     require_positive(
       self, 'num_layers', 'model_dim', 'num_heads', 'num_kv_heads', 'head_dim'
     )
@@ -163,7 +180,7 @@ class ModelConfig:
     )
     require_not_negative(self, 'vocab_size', 'query_chunk', 'qk_norm_epsilon')
     require(
-      len(self.init_deviations) == 2 and min(self.init_deviations) >= 0,
+      min(self.init_deviations) >= 0,
       'init_deviations must be two numbers of at least 0, got '
       f'{self.init_deviations}.',
     )
@@ -174,10 +191,16 @@ class ModelConfig:
       f'attention_pattern must hold some of {", ".join(ATTENTION_KINDS)}, '
       f'got {self.attention_pattern}.',
     )
+    has_sparse = 'sparse' in self.attention_pattern
     require(
-      ('sparse' in self.attention_pattern) == bool(self.sparse),
-      "sparse must be set if and only if attention_pattern holds 'sparse', got "
-      f'{self.attention_pattern}.',
+      bool(self.sparse) or not has_sparse,
+      "attention_pattern holds 'sparse', so sparse must be set, got "
+      f'{self.attention_pattern} and None.',
+    )
+    require(
+      has_sparse or not self.sparse,
+      "sparse is set, so attention_pattern must hold 'sparse', such as "
+      f"('sparse',); got {self.attention_pattern}.",
     )
     if self.dcmha:
       require(
@@ -200,6 +223,12 @@ class ModelConfig:
         f'a placement must name blocks below num_layers = {self.num_layers}, '
         f'got {placement}.',
       )
+    unset = functools.partial(require_unset, self)
+    pattern = f'attention_pattern = {self.attention_pattern}'
+    unset('local' not in self.attention_pattern, pattern, 'window')
+    is_all_sparse = set(self.attention_kinds) == {'sparse'}
+    unset(is_all_sparse, pattern, 'query_chunk', 'attention_implementation')
+    unset(not self.use_qk_norm, 'use_qk_norm off', 'qk_norm_epsilon')
 
   @property
   def rope_dim(self) -> int:

@@ -8,7 +8,6 @@ text: a picture of each layer, rollout, relevance and Grad-CAM++, and
 attention.html with all of it.
 """
 
-import argparse
 import contextlib
 import pathlib
 import sys
@@ -18,6 +17,7 @@ from collections.abc import Iterator
 from jaxsparse import checkpoint, run_config
 from jaxsparse import workdir as workdir_lib
 from jaxsparse.analysis import attention_pictures, run_pictures
+from jaxsparse.command_line import Parser, user_errors_end_in_a_sentence
 from jaxsparse.config import Config
 from jaxsparse.data import tokenizer as tokenizer_lib
 from jaxsparse.errors import UserError, require_utf8
@@ -32,7 +32,7 @@ _MOST_TOKENS = 2048
 
 def main(arguments: list[str] | None = None) -> int:
   """Draws the pictures and names them; 1 after a sentence on bad input."""
-  parser = argparse.ArgumentParser(prog='python -m jaxsparse.report')
+  parser = Parser(prog='python -m jaxsparse.report')
   parser.add_argument('workdir', help='of a training run, begun or finished')
   parser.add_argument(
     '--attention', metavar='TEXT', help='a text to look at, or @FILE'
@@ -42,8 +42,8 @@ def main(arguments: list[str] | None = None) -> int:
     metavar='FOLDER',
     help='where the pictures go, instead of plots/ in the workdir',
   )
-  options = parser.parse_args(arguments)
   try:
+    options = parser.parse_args(arguments)
     options.workdir = workdir_lib.expanded(options.workdir)
     config = run_config.read(options.workdir, _say)
     files = workdir_lib.Files(options.workdir)
@@ -57,6 +57,8 @@ def main(arguments: list[str] | None = None) -> int:
     output = (
       pathlib.Path(options.output).expanduser() if options.output else own
     )
+    if output == own:
+      workdir_lib.make_folder(own)
     with _written_to(output):
       drawn = []
       if options.attention is not None:
@@ -159,4 +161,5 @@ def _text(tokenizer: tokenizer_lib.Tokenizer, token: int) -> str:
 
 
 if __name__ == '__main__':
-  sys.exit(main())
+  with user_errors_end_in_a_sentence():
+    sys.exit(main())

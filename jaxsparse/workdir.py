@@ -31,6 +31,7 @@ def read_config(workdir: epath.PathLike) -> Config:
     UserError: the workdir or its config is missing or does not fit; a
       `saved_config.DamagedError` if nothing of it can be read.
   """
+  require_reachable(workdir)
   path = epath.Path(workdir) / CONFIG
   if not path.exists():
     if (epath.Path(workdir) / CHECKPOINTS).exists():
@@ -124,6 +125,26 @@ def write_errors(workdir: epath.PathLike) -> Iterator[None]:
     raise UserError(
       f"workdir {str(workdir)!r} can't be written ({error.strerror}): give "
       'another --workdir or make room.'
+    ) from error
+
+
+def require_reachable(workdir: epath.PathLike) -> None:
+  """Asks an object store whether it is there, a local folder nothing.
+
+  Raises:
+    UserError: the store is unknown, its library is missing, or it can't be
+      reached.
+  """
+  if not is_remote(workdir):
+    return
+  try:
+    epath.Path(workdir).exists()
+  except Exception as error:
+    why = f'{type(error).__name__}: {error}'.splitlines()[0]
+    raise UserError(
+      f"workdir {str(workdir)!r} can't be reached ({why}): install what reads "
+      'that store, such as gcsfs for gs:// and s3fs for s3://, or name a local '
+      'folder.'
     ) from error
 
 

@@ -86,8 +86,14 @@ TRAIN = {
   'unknown section': (C + 'models.num_layers=4', 'models'),
   'unknown flag': ('--wrokdir=x', 'wrokdir'),
   'stray word': ('now', "'now' is not a flag"),
-  'word for a number': (C + 'model.num_layers=four', 'num_layers=four'),
-  'fraction of a layer': (C + 'model.num_layers=4.5', 'num_layers=4.5'),
+  'word for a number': (
+    C + 'model.num_layers=four',
+    "whole number, got 'four'",
+  ),
+  'fraction of a layer': (
+    C + 'model.num_layers=4.5',
+    "whole number, got '4.5'",
+  ),
   'no layers': (C + 'model.num_layers=0', 'num_layers must be positive'),
   'negative width': (C + 'model.model_dim=-1', 'model_dim must be positive'),
   'grouping': (C + 'model.num_kv_heads=3', 'must divide num_heads = 4, got 3'),
@@ -168,7 +174,6 @@ TRAIN = {
     '--coordinator=localhost --num_processes=2 --process_id=1',
     '--coordinator must be HOST:PORT',
   ),
-  'warm-up': (C + 'optimizer.warmup_steps=600', 'below num_steps = 600'),
   'rate': (C + 'optimizer.learning_rate=0', 'learning_rate must be positive'),
   'sample': (
     C + 'train.sample_tokens=10000000000',

@@ -248,7 +248,7 @@ def test_starts_without_packages_for_data():
   """On a machine for measuring there may be nothing to load data with."""
   code = (
     'import sys\n'
-    "for name in ('grain', 'tensorflow_datasets', 'ml_collections'):\n"
+    "for name in ('grain', 'tensorflow_datasets'):\n"
     '  sys.modules[name] = None\n'
     'import jaxsparse.bench.__main__\n'
   )

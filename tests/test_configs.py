@@ -17,9 +17,8 @@ import pytest
 from recipes import CONFIGS, RECIPES, check_groups
 
 from jaxsparse import config as config_lib
-from jaxsparse import mesh, saved_config
+from jaxsparse import fields, help_pages, mesh, saved_config
 from jaxsparse.analysis import cost
-from jaxsparse.command_line import describe
 from jaxsparse.training.step import init_state, train_step
 
 # 16 on `data`: the tables' rows, num_keys ** 2, divide by 16 in every recipe,
@@ -258,11 +257,28 @@ def test_matrices_alone_are_decayed(name):
   check_groups(params)
 
 
-def test_help_tells_every_field():
-  lines = describe(config_lib.Config())
-  flags = [line.split('=')[0].strip() for line in lines]
-  assert len(flags) == len(set(flags))
-  for field in ('model.sparse.mode', 'model.dcmha.rank', 'model.moe.num_used'):
-    assert f'--config.{field}' in flags
-  assert '--config.mesh.sparse' in flags
-  assert not any(flag.startswith('--config.mesh.sparse.') for flag in flags)
+@pytest.mark.parametrize('part', help_pages.PARTS)
+def test_help_of_a_part_tells_every_field(part):
+  text = help_pages.page('', '', part)
+  path, cls = help_pages.PARTS[part]
+  for name in fields.paths(cls):
+    is_other_part = '.' in name
+    assert (f'--config.{path}.{name}=' in text) != is_other_part
+
+
+def test_help_of_all_parts_tells_every_field_once():
+  lines = help_pages.page('', '', 'all').splitlines()
+  flags = [line.split('=')[0].strip() for line in lines if '  --' in line]
+  paths = list(fields.paths(config_lib.Config))
+  assert sorted(flags) == sorted(f'--config.{path}' for path in paths)
+
+
+def test_bare_help_fits_two_screens():
+  text = help_pages.page('What it does.', 'Flags.')
+  lines = text.splitlines()
+  assert len(lines) < 50
+  assert all(len(line) <= 80 for line in lines)
+  for path in help_pages.START_HERE:
+    assert f'--config.{path}=' in text
+  for name in [*RECIPES, *help_pages.PARTS]:
+    assert name in text

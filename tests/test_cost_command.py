@@ -4,11 +4,12 @@ import pytest
 from recipes import CONFIGS
 
 from jaxsparse import cost
+from jaxsparse.errors import UserError
 
 
 def test_prints_parameters_flops_and_bytes(capsys):
   path = CONFIGS / 'ultramem_1b6.py'
-  assert cost.main([f'--config={path}', '--batch_sizes=1,64']) == 0
+  cost.main([f'--config={path}', '--batch_sizes=1,64'])
   out = capsys.readouterr().out
   assert 'as papers count: 21,391,' in out
   assert '3.499 GFLOPs' in out
@@ -21,26 +22,50 @@ def test_fields_are_overridden_as_in_training(capsys):
   flags = [f'--config={CONFIGS / "ultramem_1b6.py"}', '--batch_sizes=64']
   caches = []
   for overrides in [], ['--config.model.num_kv_heads=2']:
-    assert cost.main(flags + overrides) == 0
+    cost.main(flags + overrides)
     last = capsys.readouterr().out.splitlines()[-1].split()
     caches.append(float(last[4]))
   assert caches[0] == pytest.approx(8 * caches[1], rel=1e-3)
 
 
 def test_vocabulary_of_bytes_is_told(capsys):
-  assert cost.main([f'--config={CONFIGS / "moe_tiny.py"}']) == 0
+  cost.main([f'--config={CONFIGS / "moe_tiny.py"}'])
   assert 'vocabulary of the bytes, 257' in capsys.readouterr().out
 
 
-def test_bad_input_is_one_sentence(capsys):
-  path = CONFIGS / 'dense_tiny.py'
-  assert cost.main(['--config=no/such.py']) == 1
-  assert cost.main([f'--config={path}', '--batch_sizes=0']) == 1
-  wrong = ['now', '--kv=2', '--config.model.heads=2', '--config.model.mlp=x']
-  for flag in wrong:
-    assert cost.main([f'--config={path}', flag]) == 1
-  lines = capsys.readouterr().err.strip().splitlines()
-  parts = ['no/such.py is no file', "got '0'", "'now' is not a flag"]
-  parts += ["'kv'", 'Field heads', "one of swiglu, gelu, gelu_erf; got 'x'"]
-  for line, part in zip(lines, parts, strict=True):
-    assert part in line
+BAD = {
+  'no file': (['--config=no/such.py'], 'no/such.py is no file'),
+  'no recipe': (['--config='], '--config=FILE is missing'),
+  'typo in a name': (['--config=dense_tny'], '(did you mean dense_tiny?)'),
+  'batch': (['--batch_sizes=0'], "got '0'"),
+  'context': (['--context=-1'], '--context must not be negative'),
+  'word': (['now'], "'now' is not a flag"),
+  'flag': (['--contxt=2'], '(did you mean --context?)'),
+  'field': (
+    ['--config.model.heads=2'],
+    'no field --config.model.heads (did you mean --config.model.num_heads?)',
+  ),
+  'value': (['--config.model.mlp=x'], "one of swiglu, gelu, gelu_erf; got 'x'"),
+}
+
+
+@pytest.mark.parametrize('name', BAD)
+def test_bad_input_is_one_sentence(name):
+  flags, said = BAD[name]
+  with pytest.raises(UserError) as raised:
+    cost.main([f'--config={CONFIGS / "dense_tiny.py"}', *flags])
+  assert said in str(raised.value)
+
+
+def test_a_recipe_may_be_named(capsys):
+  cost.main(['--config=dense_tiny'])
+  by_name = capsys.readouterr().out
+  cost.main([f'--config={CONFIGS / "dense_tiny.py"}'])
+  assert capsys.readouterr().out == by_name
+
+
+def test_says_what_a_part_that_the_recipe_has_not_is_made_of(capsys):
+  cost.main(['--config=dense_tiny', '--config.model.memory.num_keys=64'])
+  out, err = capsys.readouterr()
+  assert f'{64**2 * 64:,}' in out
+  assert err.startswith('The recipe has no model.memory, so ')

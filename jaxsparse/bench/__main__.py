@@ -23,7 +23,7 @@ from jaxsparse.bench import (
   train_step,
   value_bag,
 )
-from jaxsparse.command_line import user_errors_end_in_a_sentence
+from jaxsparse.command_line import Parser, user_errors_end_in_a_sentence
 
 BENCHES = dict(
   value_bag=value_bag,
@@ -56,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
 
 
 def _parse(argv):
-  parser = argparse.ArgumentParser(
+  parser = Parser(
     prog='jaxsparse.bench',
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,

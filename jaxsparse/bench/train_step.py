@@ -13,11 +13,11 @@ arguments, without what is not of the table.
 import argparse
 import dataclasses
 import math
-import runpy
 
 import jax
 import jax.numpy as jnp
 
+from jaxsparse import command_line
 from jaxsparse import config as config_lib
 from jaxsparse.bench import measuring
 from jaxsparse.config import Config
@@ -84,7 +84,7 @@ def make_config(
 
 def _recipe(path: str) -> Config:
   if path:
-    return runpy.run_path(path)['get_config']()
+    return command_line.read_recipe(path)
   memory = config_lib.MemoryConfig(
     num_keys=128,
     key_dim=32,

@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from jaxsparse import workdir as workdir_lib
 from jaxsparse import workdir_lock
 from jaxsparse.analysis import cost
-from jaxsparse.command_line import user_errors_end_in_a_sentence
+from jaxsparse.command_line import Parser, user_errors_end_in_a_sentence
 from jaxsparse.compare import pictures, report, runs, sizes
 from jaxsparse.compare import suite as suite_lib
 from jaxsparse.compare.suite import Suite
@@ -51,6 +51,8 @@ def compare(suite: Suite, workdir: str, is_dry_run: bool = False) -> None:
   Raises:
     UserError: the suite or the workdir does not allow it.
   """
+  if workdir_lib.is_remote(workdir):
+    raise UserError(f'--workdir={workdir} must be a local folder.')
   reporter = Reporter()
   planned = runs.plan(suite, workdir)
   _say_sizes(planned, reporter.say)
@@ -113,7 +115,7 @@ def _numbers(flag: str, text: str) -> tuple[int, ...]:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-  parser = argparse.ArgumentParser(
+  parser = Parser(
     prog='jaxsparse.compare',
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,

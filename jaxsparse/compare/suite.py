@@ -2,17 +2,15 @@
 
 import dataclasses
 import math
-import pathlib
-import runpy
 from collections.abc import Mapping
 from typing import Any
 
 from jaxsparse import config as config_lib
-from jaxsparse import workdir
+from jaxsparse import recipe_files
 from jaxsparse.config import Config, MemoryConfig, MoEConfig
 from jaxsparse.data import facts
 from jaxsparse.data.needles import Needles
-from jaxsparse.errors import UserError, require
+from jaxsparse.errors import require
 
 DENSE = 'dense'
 
@@ -144,32 +142,14 @@ def num_steps(suite: Suite, people: int) -> int:
 
 
 def load(path: str) -> Suite:
-  """The suite of a file.
+  """The suite of a file, or of a name in configs/compare.
 
   Raises:
     UserError: there is no such file, or it makes no valid suite.
   """
-  path = workdir.expanded(path)
-  if not pathlib.Path(path).is_file():
-    raise UserError(
-      f'--suite={path} is no file: name a suite, such as '
-      'configs/compare/facts.py.'
-    )
-  try:
-    suite = runpy.run_path(path)['get_suite']()
-  except UserError as error:
-    raise UserError(f'{path}: {error}') from error
-  except Exception as error:
-    raise UserError(
-      f'--suite={path} could not be read ({type(error).__name__}: {error}): '
-      'give a Python file whose get_suite() returns a Suite.'
-    ) from error
-  if not isinstance(suite, Suite):
-    raise UserError(
-      f'get_suite() in {path} must return a jaxsparse.compare.suite.Suite, '
-      f'got {type(suite).__name__}.'
-    )
-  return suite
+  return recipe_files.load(
+    '--suite', path, 'configs/compare', 'get_suite', Suite
+  )
 
 
 def narrowed(
