@@ -92,6 +92,7 @@ def fit(
       can be read, or the loss is not finite.
   """
   _check_batch(config)
+  _tell_of_warmup(config, reporter)
   checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints)
   with stop_on_signals() as stop:
     state = _restore_or_init(config, workdir, checkpoints, data, reporter)
@@ -126,6 +127,15 @@ def _restore_or_init(
   for change in resume.rate_changes(record, config, step):
     reporter.say(f'Changed since then: {change}.')
   return TrainState(optimizer['step'], params, optimizer['opt_state'])
+
+
+def _tell_of_warmup(config: Config, reporter: Reporter) -> None:
+  asked, num_steps = config.optimizer.warmup_steps, config.train.num_steps
+  if (warmup := config.optimizer.warmup_within(num_steps)) < asked:
+    reporter.say(
+      f'optimizer.warmup_steps = {asked} is no less than train.num_steps = '
+      f'{num_steps}: the warm-up takes {warmup} steps.'
+    )
 
 
 def _check_batch(config: Config) -> None:

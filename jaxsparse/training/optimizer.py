@@ -178,7 +178,7 @@ def learning_rate_schedule(
   return optax.warmup_cosine_decay_schedule(
     init_value=WARMUP_START * config.learning_rate,
     peak_value=config.learning_rate,
-    warmup_steps=config.warmup_steps,
+    warmup_steps=config.warmup_within(num_steps),
     decay_steps=num_steps,
     end_value=config.final_lr_fraction * config.learning_rate,
   )
