@@ -23,6 +23,9 @@ Flags besides the fields:
   --coordinator=HOST:PORT --num_processes=N --process_id=I  join those named so
 """
 
+# Characters of a complaint, which repeats what may be long.
+_LONGEST = 200
+
 
 @contextlib.contextmanager
 def user_errors_end_in_a_sentence() -> Iterator[None]:
@@ -72,7 +75,7 @@ class Parser(argparse.ArgumentParser):
     super().__init__(*args, allow_abbrev=False, **kwargs)
 
   def error(self, message: str) -> NoReturn:
-    raise UserError(f'{message}; see --help.')
+    raise UserError(f'{message[:_LONGEST]}; see --help.')
 
   def parse_args(self, args=None, namespace=None) -> argparse.Namespace:
     args = sys.argv[1:] if args is None else list(args)

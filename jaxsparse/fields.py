@@ -20,6 +20,7 @@ from jaxsparse.errors import UserError, require, shown
 # Every number is a dimension, a count or a seed, and arrays are indexed by
 # int32.
 MOST = 2**31 - 1
+_MOST_FLOAT = (2 - 2**-23) * 2.0**127
 
 _NONE = type(None)
 _NAMES = {
@@ -164,6 +165,11 @@ def _check_leaf(name: str, value: Any) -> None:
   if isinstance(value, float):
     require(
       math.isfinite(value), f'{name} must be a finite number, got {value}.'
+    )
+    require(
+      abs(value) <= _MOST_FLOAT,
+      f'{name} must be a number of float32, up to {_MOST_FLOAT:.4g}, got '
+      f'{value}.',
     )
   elif isinstance(value, int):
     require(

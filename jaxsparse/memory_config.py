@@ -245,7 +245,6 @@ class MemoryConfig:
     unset(self.grid == 'additive', "grid = 'additive'", 'num_cores')
     one_rank = f'one rank of scores (grid = {self.grid!r})'
     unset(self.num_ranks == 1, one_rank, 'aux_loss_weight', 'aux_loss_margin')
-    unset(self.num_ranks == 1, one_rank, 'split_key_dim')
     unset(self.aux_loss_weight == 0, 'aux_loss_weight = 0', 'aux_loss_margin')
     unset(self.expansion == 1, 'expansion = 1', 'cores_per_pairing')
     unset(

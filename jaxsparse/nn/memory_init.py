@@ -99,7 +99,9 @@ def initial_scales(
     sizes = config.num_logical_keys, config.num_selected
     # Where all keys are kept their mean is 0; any scale does that cores undo.
     mean = max(expected_top_mean(*sizes), 0.1)
-    core = 2 * mean / (config.tucker_rank * expected_cell_mean(*sizes))
+    # A single key is as often above 0 as below, and so is its only cell.
+    cell = max(expected_cell_mean(*sizes), 0.1)
+    core = 2 * mean / (config.tucker_rank * cell)
   reads = config.num_selected * config.num_heads
   scales = InitialScales(
     query=model_dim**-0.5,

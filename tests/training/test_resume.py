@@ -6,7 +6,12 @@ import typing
 
 import pytest
 
-from jaxsparse.config import Config, MemoryConfig, ModelConfig
+from jaxsparse.config import (
+  Config,
+  MemoryConfig,
+  ModelConfig,
+  OptimizerConfig,
+)
 from jaxsparse.data import tokenizer as tokenizer_lib
 from jaxsparse.data.pieces import Corpus, Piece
 from jaxsparse.errors import UserError
@@ -18,7 +23,10 @@ from jaxsparse.training.resume import (
   save_config,
 )
 
-CONFIG = Config(model=ModelConfig(memory=MemoryConfig()))
+CONFIG = Config(
+  model=ModelConfig(memory=MemoryConfig(value_dtype='bfloat16')),
+  optimizer=OptimizerConfig(value_optimizer='row_adam'),
+)
 CORPUS = Corpus(
   key='key',
   directory=pathlib.Path(),
@@ -41,7 +49,7 @@ def changed(section, config=CONFIG, **fields):
   ('config', 'change'),
   [
     (changed('memory', scheme='rows'), "scheme: 'auto' -> 'rows'"),
-    (changed('memory', table_gradient='sorted'), 'table_gradient'),
+    (changed('memory', table_gradient='deterministic'), 'table_gradient'),
     (changed('memory', init='release'), 'without effect'),
     (changed('model', use_remat=True), 'use_remat: False -> True'),
     (changed('model', query_chunk=64), 'query_chunk'),
@@ -64,11 +72,16 @@ def test_accepted(config, change, tmp_path):
 @pytest.mark.parametrize(
   ('config', 'change'),
   [
-    (changed('optimizer', value_optimizer='row_adam'), 'value_optimizer'),
+    (changed('optimizer', value_optimizer='adamw'), 'value_optimizer'),
     (changed('optimizer', value_master=True), 'value_master: False -> True'),
     (changed('optimizer', value_weight_decay=0.1), 'value_weight_decay'),
-    (changed('memory', value_dtype='bfloat16'), 'value_dtype'),
-    (changed('model', memory=None), 'model.memory'),
+    (changed('memory', value_dtype='float32'), 'value_dtype'),
+    (
+      changed(
+        'model', changed('optimizer', value_optimizer='adamw'), memory=None
+      ),
+      'model.memory',
+    ),
     (
       changed('model', window=8),
       r'8\), and the parameters were trained',
