@@ -79,6 +79,8 @@ def suggestion(name: str, flags: Sequence[str] = ()) -> str:
     # What only lacks its section is a field's, and no flag's with a typo.
     meant.setdefault(path.rpartition('.')[2], _PREFIX + path)
     meant[path] = _PREFIX + path
+  if last in meant:
+    return f' (did you mean {meant[last]}?)'
   for text in (name, last):
     for alike in difflib.get_close_matches(text, meant, 1):
       return f' (did you mean {meant[alike]}?)'

@@ -1,6 +1,7 @@
 """Bad input ends in one sentence on stderr, exit code 2 and no traceback."""
 
 import importlib.util
+import os
 import pathlib
 import re
 import subprocess
@@ -8,6 +9,7 @@ import sys
 
 import jax
 import pytest
+from etils import epath
 
 from jaxsparse import command_line, generate, workdir_lock
 
@@ -164,6 +166,27 @@ TRAIN = {
     C + 'optimizer.value_optimizer=row_adam ' + C + 'optimizer.b1=0.98',
     'b1 must be below',
   ),
+  'memory without a layer': (
+    C
+    + 'model.memory.placements=() '
+    + C
+    + 'optimizer.value_optimizer=row_adam',
+    'placements must name a (read, write) pair',
+  ),
+  'NUL in a folder': ('--workdir=a\0b', 'must not hold the NUL character'),
+  'NUL in a path': (C + 'data.text=a\0b', 'text must not hold the NUL'),
+  'NUL in the cache': (C + 'data.cache_dir=\0', 'cache_dir must not hold'),
+  'unknown store': ('--workdir=nowhere://x', "can't be reached"),
+  'no number': (C + 'optimizer.learning_rate=nan', 'a finite number, got nan'),
+  'too many layers': (C + 'model.num_layers=1000000', 'at most 10,000'),
+  'too many words': (C + 'model.vocab_size=99999999999', 'at most 2,147,483'),
+  'tuples': (C + 'model.attention_pattern=[[1,2]]', 'must be a tuple (text'),
+  'no name': (C + '=1', 'there is no field --config.;'),
+  'no part': (C + '.x=1', 'there is no field --config..x;'),
+  'setting without use': (
+    C + 'model.window=9',
+    'window = 9 does nothing with attention_pattern',
+  ),
   'no cluster': ('--distributed', 'found no cluster'),
   'one of three flags': ('--num_processes=2', 'belong together, got 2 only'),
   'process too many': (
@@ -235,6 +258,10 @@ GENERATE = {
   'heat': (['--temperature=-1'], 'temperature'),
   'nucleus': (['--top_p=1.5'], 'top_p'),
   'top-k': (['--top_k=-2'], 'top_k'),
+  'word': (['--max_tokens=many'], "invalid int value: 'many'"),
+  'typo': (['--max_tokns=3'], '(did you mean --max_tokens?)'),
+  'NUL': (['--prompt_file=a\0b'], 'must not hold the NUL character'),
+  'unknown store': (['--workdir=nowhere://x'], "can't be reached"),
 }
 
 
@@ -247,12 +274,48 @@ def test_generate(name, folder, capsys):
   assert said in ending(lambda: generate.main(flags), capsys)
 
 
+def test_a_store_without_its_library(monkeypatch, capsys):
+  def exists(path):
+    raise ImportError('Please install gcsfs to access Google Storage')
+
+  monkeypatch.setattr(type(epath.Path('gs://x')), 'exists', exists)
+  said = ending(lambda: generate.main(['--workdir=gs://x']), capsys)
+  assert "'gs://x' can't be reached (ImportError: Please install gcsfs" in said
+
+
+@pytest.mark.parametrize(
+  'error', [RuntimeError('no\nlibtpu'), AssertionError()]
+)
+def test_a_platform_that_is_not_there(error, monkeypatch, capsys):
+  """What JAX 0.10 raises without a TPU, and without a GPU."""
+
+  def devices():
+    raise error
+
+  monkeypatch.setattr(jax, 'devices', devices)
+  said = ending(jax.devices, capsys)
+  assert 'JAX_PLATFORMS=cpu asks for devices that JAX does not find' in said
+
+
+def test_other_errors_keep_their_traceback():
+  with (
+    pytest.raises(RuntimeError, match='a defect'),
+    command_line.user_errors_end_in_a_sentence(),
+  ):
+    raise RuntimeError('a defect')
+
+
 PROCESSES = {
   'no workdir': ['train.py', '--config=configs/ultramem_tiny.py'],
   # Under pytest the types of arguments are checked before our code runs.
   'bad type': [
     'train.py',
     '--config={folder}/typed.py',
+    '--workdir={folder}/w',
+  ],
+  'no such platform': [
+    'train.py',
+    '--config=dense_tiny',
     '--workdir={folder}/w',
   ],
   'no such run': ['-m', 'jaxsparse.generate', '--workdir=nowhere'],
@@ -265,6 +328,8 @@ def test_as_a_process(name, folder):
   done = subprocess.run(
     [sys.executable, *command],
     cwd=ROOT,
+    env=os.environ
+    | dict(JAX_PLATFORMS='none_such' if 'plat' in name else 'cpu'),
     capture_output=True,
     text=True,
     check=False,

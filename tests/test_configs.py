@@ -89,7 +89,7 @@ def _cut(model):
   """The model's first blocks, with a memory layer or two where it has any."""
   memory = model.memory
   if memory:
-    step = memory.placements[0][1] > memory.placements[0][0]
+    step = int(memory.placements[0][1] > memory.placements[0][0])
     placements = ((0, step), (1, 1 + step))[: len(memory.placements)]
     memory = dataclasses.replace(memory, placements=placements)
   return dataclasses.replace(

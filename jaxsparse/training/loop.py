@@ -92,7 +92,7 @@ def fit(
       can be read, or the loss is not finite.
   """
   _check_batch(config)
-  _tell_of_warmup(config, reporter)
+  tell_of_warmup(config, reporter)
   checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints)
   with stop_on_signals() as stop:
     state = _restore_or_init(config, workdir, checkpoints, data, reporter)
@@ -129,7 +129,8 @@ def _restore_or_init(
   return TrainState(optimizer['step'], params, optimizer['opt_state'])
 
 
-def _tell_of_warmup(config: Config, reporter: Reporter) -> None:
+def tell_of_warmup(config: Config, reporter: Reporter) -> None:
+  """Says if the run is too short for its warm-up."""
   asked, num_steps = config.optimizer.warmup_steps, config.train.num_steps
   if (warmup := config.optimizer.warmup_within(num_steps)) < asked:
     reporter.say(

@@ -273,6 +273,7 @@ def test_tiny_recipes_have_the_flops_that_xla_counts(name, monkeypatch):
     attention_pattern=tuple(
       'global' if kind == 'local' else kind for kind in model.attention_pattern
     ),
+    window=ModelConfig.window,
     sparse=model.sparse
     and dataclasses.replace(model.sparse, query_chunk=length),
   )
@@ -424,7 +425,11 @@ def test_dcformer_has_published_sizes(name, published):
 def test_dcpythia_without_its_additions_is_pythia(name, vocab_size, published):
   """Sizes of EleutherAI's Pythia (arXiv:2304.01373), every leaf counted."""
   model = dataclasses.replace(
-    RECIPES[name]().model, vocab_size=vocab_size, dcmha=None, use_qk_norm=False
+    RECIPES[name]().model,
+    vocab_size=vocab_size,
+    dcmha=None,
+    use_qk_norm=False,
+    qk_norm_epsilon=0.0,
   )
   assert cost.count_parameters(model).total == published
 
@@ -432,7 +437,9 @@ def test_dcpythia_without_its_additions_is_pythia(name, vocab_size, published):
 def test_composition_costs_ten_products_of_a_head_for_each_pair():
   """40 N FLOPs for rank 2, against 4 N H of scores and sums."""
   model = dataclasses.replace(
-    _model('dcformer_tiny'), attention_pattern=('global',)
+    _model('dcformer_tiny'),
+    attention_pattern=('global',),
+    window=ModelConfig.window,
   )
   plain = dataclasses.replace(model, dcmha=None)
   more = [cost.forward_flops(m, 2000) for m in (model, plain)]

@@ -64,7 +64,10 @@ def _sentencepiece_model(path, **fields) -> None:
 @pytest.fixture(params=['bytes', 'bpe', 'given.json', 'given.model'])
 def made(request, tmp_path):
   """A tokenizer of each kind, and the workdir that holds it."""
-  config = DataConfig(tokenizer=request.param, bpe_vocab_size=300)
+  is_bpe = request.param == 'bpe'
+  config = DataConfig(
+    tokenizer=request.param, **dict(bpe_vocab_size=300) if is_bpe else {}
+  )
   if request.param.startswith('given'):
     path = tmp_path / request.param
     make = _given_json if path.suffix == '.json' else _sentencepiece_model

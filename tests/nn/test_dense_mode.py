@@ -34,6 +34,8 @@ SPARSE = ModelConfig(
 DENSE = dataclasses.replace(
   SPARSE, sparse=dataclasses.replace(SPARSE.sparse, mode='dense')
 )
+# Without local blocks a window is no setting.
+WIDE = dataclasses.replace(SPARSE, window=ModelConfig.window)
 T = 24
 
 
@@ -77,9 +79,11 @@ def test_it_is_sparse_attention_that_keeps_all_blocks(params):
 
 def test_it_is_plain_attention_to_the_bit(params):
   plain = dataclasses.replace(
-    SPARSE, attention_pattern=('global',), sparse=None, dcmha=None
+    WIDE, attention_pattern=('global',), sparse=None, dcmha=None
   )
-  alone = dataclasses.replace(DENSE, attention_pattern=('sparse',), dcmha=None)
+  alone = dataclasses.replace(
+    WIDE, attention_pattern=('sparse',), sparse=DENSE.sparse, dcmha=None
+  )
   np.testing.assert_array_equal(
     logits(alone, params)[0], logits(plain, params)[0]
   )

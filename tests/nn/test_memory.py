@@ -304,6 +304,17 @@ def test_expected_means_of_all_and_of_one():
   assert abs(expected_cell_mean(2, 1) - 1 / math.pi) < 1e-12
 
 
+def test_a_memory_may_have_a_single_slot():
+  config = MemoryConfig(
+    num_keys=1, expansion=1, num_selected=1, key_dim=4, value_dim=4
+  )
+  y, _ = MemoryLayer(config).init_with_output(
+    jax.random.key(0), jnp.ones((1, 2, 8))
+  )[0]
+  assert np.isfinite(y).all()
+  assert np.abs(y).max() > 0
+
+
 def test_release_init_gives_the_measured_scores():
   """A width of 8 instead of 384: the statistics do not depend on it.
 

@@ -158,8 +158,11 @@ def with_experts():
     num_experts=8, num_used=2, expert_dim=16, num_shared=1, router='sigmoid',
     bias_update_rate=0.01,
   )  # fmt: skip
-  model = dataclasses.replace(CONFIG.model, memory=None, moe=moe)
-  return dataclasses.replace(CONFIG, model=model)
+  return dataclasses.replace(
+    CONFIG,
+    model=dataclasses.replace(CONFIG.model, memory=None, moe=moe),
+    optimizer=dataclasses.replace(CONFIG.optimizer, value_lr_multiplier=1.0),
+  )
 
 
 def equal_losses(actual, expected):

@@ -34,7 +34,8 @@ def _config(weight, ramp):
     attention_pattern=('sparse',),
     sparse=sparse,
   )
-  return dataclasses.replace(CONFIG, model=model)
+  optimizer = dataclasses.replace(CONFIG.optimizer, value_lr_multiplier=1.0)
+  return dataclasses.replace(CONFIG, model=model, optimizer=optimizer)
 
 
 @pytest.mark.parametrize(

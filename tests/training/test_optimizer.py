@@ -8,14 +8,18 @@ import pytest
 from recipes import check_groups
 
 from jaxsparse.config import (
+  Config,
   DCMHAConfig,
   MemoryConfig,
   ModelConfig,
   OptimizerConfig,
   SparseAttentionConfig,
+  TrainConfig,
 )
 from jaxsparse.nn.transformer import Transformer
+from jaxsparse.training import loop
 from jaxsparse.training import optimizer as optimizer_lib
+from jaxsparse.training.progress import Reporter
 
 PARAMS = {
   'embedding': jnp.ones((5, 4)),
@@ -50,6 +54,23 @@ def test_value_learning_rate_is_back_when_its_share_is_over():
   schedule = optimizer_lib.value_learning_rate_schedule(config, 100)
   for step, multiplier in ((0, 5), (5, 4), (15, 2), (20, 1), (60, 1)):
     np.testing.assert_allclose(schedule(step), multiplier * 1e-2, rtol=1e-5)
+
+
+def test_warmup_of_a_short_run_ends_in_it():
+  config = OptimizerConfig(learning_rate=1.0, warmup_steps=50)
+  schedule = optimizer_lib.learning_rate_schedule(config, 20)
+  rates = np.array([schedule(step) for step in range(20)])
+  assert rates.argmax() == 2
+  np.testing.assert_allclose(rates.max(), 1.0)
+
+
+@pytest.mark.parametrize(('num_steps', 'told'), [(20, '2 steps'), (51, '')])
+def test_a_shortened_warmup_is_told(num_steps, told, capsys):
+  config = Config(train=TrainConfig(num_steps=num_steps))
+  loop.tell_of_warmup(config, Reporter())
+  out = capsys.readouterr().out
+  assert told in out
+  assert bool(out) == bool(told)
 
 
 def test_every_leaf_has_its_group():
