@@ -1,53 +1,68 @@
-"""Checkpoints in the workdir: the only importer of Orbax.
+"""Checkpoints in the workdir: saved, kept, restored and loaded.
 
 A checkpoint holds the logical arrays; the mesh is a choice made at restore
-time. It also holds a fingerprint of every array and a digest of all else that
-a resume reads, because Orbax notices missing and truncated files but not a
-flipped bit inside a value.
+time. It also holds what `stored` compares when it reads one.
+
+Orbax's own keeper of checkpoints is not used: it can't open a folder in which
+the metadata of any step are damaged.
 """
 
-import hashlib
-import json
+import math
 import shutil
+import sys
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-import numpy as np
 from etils import epath
 from orbax.checkpoint.experimental import v1 as ocp
-from orbax.checkpoint.path import step as step_names
+from orbax.checkpoint.path import step as steps_lib
 
-from jaxsparse import hosts
+from jaxsparse import fingerprints, hosts, stored
 from jaxsparse import workdir as workdir_lib
-from jaxsparse.errors import UserError, require_utf8
-
-# What each checkpoint is made of; `params` stands alone so that inference
-# reads nothing else.
-PARAMS, OPTIMIZER = 'params', 'optimizer'
+from jaxsparse.errors import UserError
+from jaxsparse.stored import OPTIMIZER, PARAMS
 
 
 class Checkpoints:
-  """The checkpoints of one workdir: saved asynchronously, the last n kept."""
+  """The checkpoints of one workdir, saved asynchronously.
 
-  def __init__(self, workdir: epath.PathLike, keep: int):
-    self._directory = _checkpoints_folder(workdir)
-    self._keep = keep
-    self._open()
+  The newest are kept, and those of the lowest validation loss.
+  """
 
-  def _open(self) -> None:
-    self._checkpointer = ocp.training.Checkpointer(
-      self._directory,
-      preservation_policy=ocp.training.preservation_policies.LatestN(
-        self._keep
-      ),
-      cleanup_tmp_directories=True,
-    )
+  def __init__(self, workdir: epath.PathLike, keep: int, keep_best: int = 0):
+    """Opens the folder, and removes what a killed save left there.
+
+    Args:
+      workdir: an existing folder.
+      keep: newest checkpoints that are kept.
+      keep_best: checkpoints kept for their validation loss, see `note_loss`.
+
+    Raises:
+      UserError: checkpoints can't be written there.
+    """
+    self._directory = stored.folder_of(workdir)
+    self._keep, self._keep_best = keep, keep_best
+    self._losses: dict[int, float] = {}
+    self._worker = ThreadPoolExecutor(1, 'checkpoints')
+    self._saving: tuple[int, Future] | None = None
+    with hosts.lead_first('checkpoints'):
+      if hosts.is_lead():
+        self._guarded(self._prepare)
+    # All processes go by what the lead sees.
+    self._steps = hosts.gather(stored.steps_in(workdir))[0]
+
+  def _prepare(self) -> None:
+    self._directory.mkdir(parents=True, exist_ok=True)
+    probe = self._directory / '.writable'
+    probe.touch()
+    probe.unlink()
+    for left in steps_lib.all_temporary_paths(self._directory):
+      left.get().rmtree()
 
   def steps(self) -> list[int]:
-    """Steps of the complete checkpoints, oldest first."""
-    return sorted(c.step for c in self._checkpointer.checkpoints)
+    """Steps of the checkpoints saved and kept, oldest first."""
+    return list(self._steps)
 
   def save(self, step: int, params: Any, optimizer: Any, record: Any) -> None:
     """Starts saving; returns as soon as the arrays may be overwritten.
@@ -61,33 +76,111 @@ class Checkpoints:
     Raises:
       UserError: the disk is full or not writable, now or in the save before.
     """
-    if step in self.steps():
+    if step in self._steps:
       return
+    self._finish(is_superseded=True)
     arrays = {PARAMS: params, OPTIMIZER: optimizer}
-    fingerprints = np.asarray(_fingerprints(arrays)).tolist()
-    metadata = _sealed({'fingerprints': fingerprints, 'record': record})
-    self._guarded(
-      lambda: self._checkpointer.save_checkpointables_async(
-        step, arrays, force=True, custom_metadata=metadata
+    metadata = fingerprints.seal(
+      {
+        'fingerprints': {
+          name: fingerprints.of_arrays(tree) for name, tree in arrays.items()
+        },
+        'record': record,
+      }
+    )
+    response = self._guarded(
+      lambda: ocp.save_checkpointables_async(
+        self._directory / str(step), arrays, custom_metadata=metadata
       )
     )
+    self._steps.append(step)
+    # Decided here and not when the save is done: all processes must agree.
+    doomed = self._forget()
+    self._saving = step, self._worker.submit(self._complete, response, doomed)
+
+  def _complete(self, response: Any, doomed: list[int]) -> None:
+    response.result()
+    self._remove(doomed)
+
+  def note_loss(self, step: int, loss: float) -> None:
+    """Takes in the validation loss of a step, saved or about to be."""
+    if math.isfinite(loss):
+      self._losses[step] = loss
+
+  def is_among_best(self, step: int) -> bool:
+    """Whether the step is to be kept for its loss, once it is saved."""
+    return step in self._best()
+
+  def _best(self) -> list[int]:
+    ranked = sorted(self._losses, key=self._losses.__getitem__)
+    return ranked[: self._keep_best]
+
+  def _forget(self) -> list[int]:
+    """Takes the steps that are no longer kept from the list."""
+    kept = {*self._steps[-self._keep :], *self._best()}
+    doomed = [step for step in self._steps if step not in kept]
+    self._steps = [step for step in self._steps if step in kept]
+    self._losses = {s: x for s, x in self._losses.items() if s in kept}
+    return doomed
+
+  def _remove(self, steps: list[int]) -> None:
+    if hosts.is_lead():
+      for step in steps:
+        _remove(self._directory / str(step))
 
   def wait(self) -> None:
     """Waits for the save in progress; raises what `save` raises."""
-    self._guarded(self._checkpointer.wait)
+    self._finish(is_superseded=False)
+
+  def _finish(self, is_superseded: bool) -> None:
+    if self._saving is None:
+      return
+    (step, saving), self._saving = self._saving, None
+    try:
+      self._guarded(saving.result)
+    except Exception as error:
+      self._steps.remove(step)
+      if not self._is_deleted(step):
+        raise
+      # Nothing is lost if the next one is about to be saved.
+      if not is_superseded:
+        raise UserError(
+          f'the checkpoint of step {step} was deleted from '
+          f'{str(self._directory)!r} while it was being written: start the '
+          'same command again.'
+        ) from error
+
+  def _is_deleted(self, step: int) -> bool:
+    """Whether neither the checkpoint nor the beginning of it is there."""
+    return not any(
+      path.name.split('.')[0] == str(step)
+      for path in (
+        self._directory.iterdir() if self._directory.is_dir() else ()
+      )
+    )
 
   def close(self) -> None:
-    self._guarded(self._checkpointer.close)
-
-  def _guarded(self, action: Callable[[], Any]) -> None:
+    """Waits, and removes what is not kept; raises what `save` raises."""
     try:
-      action()
+      self.wait()
+      self._remove(self._forget())
+    finally:
+      self._worker.shutdown()
+
+  def _guarded(self, action: Callable[[], Any]) -> Any:
+    try:
+      return action()
     except Exception as error:
+      if self._directory.exists() and not self._directory.is_dir():
+        raise UserError(
+          f'{str(self._directory)!r} is a file where the checkpoints are to '
+          'be: move it away or give another --workdir.'
+        ) from error
       if not _is_disk_trouble(error):
         raise
       raise UserError(
         f'a checkpoint could not be written to {str(self._directory)!r}: make '
-        f'room there or give another --workdir ({_first_line(error)}).'
+        f'room there or give another --workdir ({stored.first_line(error)}).'
       ) from error
 
   def restore(
@@ -107,18 +200,21 @@ class Checkpoints:
       step, params, optimizer, record; None if there is no checkpoint.
 
     Raises:
-      UserError: there are checkpoints, but none that can be read, or they have
-        other arrays.
+      UserError: there are checkpoints, but none that can be read; or they have
+        other arrays, or belong to another tokenizer or model.
     """
     steps = self.steps()
+    abstract = {PARAMS: params, OPTIMIZER: optimizer}
     for step in reversed(steps):
-      loaded, trouble = self._load(step, params, optimizer)
-      if not trouble:
-        return step, *loaded
-      say(
-        f'The checkpoint of step {step} is damaged ({trouble}); it was moved '
-        f'to {str(self._set_aside(step))!r}.'
-      )
+      try:
+        arrays, record = stored.read(self._directory, step, abstract)
+      except stored.DamageError as damage:
+        say(
+          f'The checkpoint of step {step} is damaged ({damage}); it was moved '
+          f'to {str(self._set_aside(step))!r}.'
+        )
+        continue
+      return step, arrays[PARAMS], arrays[OPTIMIZER], record
     if steps:
       raise UserError(
         f'none of the checkpoints of steps {steps} could be read: see the '
@@ -126,92 +222,69 @@ class Checkpoints:
       )
     return None
 
-  def _load(
-    self, step: int, params: Any, optimizer: Any
-  ) -> tuple[tuple | None, str]:
-    """What was saved, and what is wrong with it (nothing: '')."""
-    abstract = {PARAMS: params, OPTIMIZER: optimizer}
-    try:
-      metadata = self._checkpointer.checkpointables_metadata(step)
-      saved = _opened(metadata.custom_metadata)
-      expected, record = saved['fingerprints'], saved['record']
-      self._check_structure(step, len(expected), abstract)
-      arrays = self._checkpointer.load_checkpointables(step, abstract)
-    except UserError:
-      raise
-    except Exception as error:  # Orbax has no type for 'damaged'.
-      return None, _first_line(error)
-    if np.asarray(_fingerprints(arrays)).tolist() != expected:
-      return None, 'its arrays differ from those that were saved'
-    return (arrays[PARAMS], arrays[OPTIMIZER], record), ''
-
-  def _check_structure(self, step: int, num_saved: int, abstract: Any) -> None:
-    """Tells another optimizer's state from a damaged one."""
-    num_expected = len(jax.tree.leaves(abstract))
-    if num_saved != num_expected:
-      raise UserError(
-        f'the checkpoint of step {step} in {str(self._directory)!r} has '
-        f'{num_saved} arrays where this run has {num_expected}: it is of '
-        'another optimizer or of an older jaxsparse, so go on with that or '
-        'give another --workdir.'
-      )
-
   def _set_aside(self, step: int) -> epath.Path:
     source = self._directory / str(step)
     target = self._directory.parent / 'damaged' / str(step)
-    self._checkpointer.close()
     if hosts.is_lead():
       while target.exists():
         target = target.with_name(target.name + '_')
       target.parent.mkdir(exist_ok=True)
       source.rename(target)
     hosts.wait_for_all(f'set aside {step}')
-    self._open()
+    self._steps.remove(step)
     return target
 
 
 def load_params(
-  workdir: epath.PathLike, step: int | None = None
+  workdir: epath.PathLike,
+  step: int | None = None,
+  say: Callable[[str], None] | None = None,
 ) -> tuple[int, Any]:
   """The parameters of a checkpoint, whole, on the default device.
 
+  Nothing in the workdir changes.
+
   Args:
     workdir: of a training run.
-    step: which checkpoint; None takes the newest.
+    step: which checkpoint; None takes the newest that is whole.
+    say: gets a sentence about each checkpoint that could not be read; None
+      writes it to stderr.
 
   Returns:
     The step and the parameters.
 
   Raises:
-    UserError: there is no such checkpoint, or it can't be read.
+    UserError: there is no such checkpoint, it can't be read, or it belongs to
+      another tokenizer or model.
   """
-  directory = _checkpoints_folder(workdir)
-  if not directory.exists():
+  say = say or _to_stderr
+  steps = stored.steps_in(workdir)
+  if not steps and step is None:
     raise UserError(
       f'workdir {str(workdir)!r} holds no checkpoints yet: train first.'
     )
-  with ocp.training.Checkpointer(directory) as checkpointer:
-    steps = sorted(c.step for c in checkpointer.checkpoints)
-    if not steps or step not in (None, *steps):
-      raise UserError(
-        f'workdir {str(workdir)!r} has no checkpoint of step {step}: it has '
-        f'{steps or "none"}.'
-      )
-    step = steps[-1] if step is None else step
+  if step not in (None, *steps):
+    raise UserError(
+      f'workdir {str(workdir)!r} has no checkpoint of step {step}: it has '
+      f'{steps or "none"}.'
+    )
+  directory = stored.folder_of(workdir)
+  for candidate in reversed(steps) if step is None else [step]:
     try:
-      metadata = checkpointer.checkpointables_metadata(step).metadata[PARAMS]
-      device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-      abstract = jax.tree.map(
-        lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device),
-        metadata,
-      )
-      loaded = checkpointer.load_checkpointables(step, {PARAMS: abstract})
-    except Exception as error:
-      raise UserError(
-        f"the checkpoint of step {step} in {str(workdir)!r} can't be read "
-        f'({_first_line(error)}): choose another of {steps} by --step.'
-      ) from error
-  return step, loaded[PARAMS]
+      arrays, _ = stored.read(directory, candidate, None)
+    except stored.DamageError as damage:
+      if step is not None:
+        raise UserError(
+          f"the checkpoint of step {step} in {str(workdir)!r} can't be read "
+          f'({damage}): choose another of {steps} by --step.'
+        ) from damage
+      say(f'The checkpoint of step {candidate} is damaged ({damage}).')
+      continue
+    return candidate, arrays[PARAMS]
+  raise UserError(
+    f'none of the checkpoints of steps {steps} in {str(workdir)!r} can be '
+    'read: see the sentences above.'
+  )
 
 
 def read_record(workdir: epath.PathLike) -> dict | None:
@@ -220,33 +293,33 @@ def read_record(workdir: epath.PathLike) -> dict | None:
   Nothing in the workdir changes, and no array is read. A damaged record is
   passed over for the one before it; None if there is none.
   """
-  directory = _checkpoints_folder(workdir)
-  for step in reversed(_steps_in(directory)):
+  directory = stored.folder_of(workdir)
+  for step in reversed(stored.steps_in(workdir)):
     try:
       found = ocp.checkpointables_metadata(directory / str(step))
-      return _opened(found.custom_metadata)['record']
+      return fingerprints.unseal(found.custom_metadata)['record']
     except Exception:  # Orbax has no type for 'damaged'.
       continue
   return None
 
 
-def _steps_in(directory: epath.Path) -> list[int]:
-  """Steps of the complete checkpoints in a folder, oldest first."""
-  if not directory.is_dir():
-    return []
-  # The names of v1 read what a step says of itself, which may be damaged.
-  names = step_names.standard_name_format()
-  return sorted(found.step for found in names.find_all(directory))
+def best_step(workdir: epath.PathLike, losses: dict[int, float]) -> int:
+  """The step of the checkpoint with the lowest validation loss.
 
+  Args:
+    workdir: of a training run.
+    losses: validation losses by step.
 
-def _checkpoints_folder(workdir: epath.PathLike) -> epath.Path:
-  path = epath.Path(workdir)
-  if not workdir_lib.is_remote(workdir):
-    # Orbax takes no relative path, and says so only when it writes.
-    path = path.resolve()
-  # Its library in C++ has no other names for files.
-  require_utf8('the path of the workdir', str(path))
-  return path / workdir_lib.CHECKPOINTS
+  Raises:
+    UserError: no checkpoint has one.
+  """
+  known = [step for step in stored.steps_in(workdir) if step in losses]
+  if not known:
+    raise UserError(
+      f'no checkpoint in workdir {str(workdir)!r} has a validation loss: '
+      'choose a step, or train with train.eval_every and train.keep_best.'
+    )
+  return min(known, key=losses.__getitem__)
 
 
 def check_disk_space(workdir: epath.PathLike, num_bytes: int) -> None:
@@ -270,41 +343,6 @@ def check_disk_space(workdir: epath.PathLike, num_bytes: int) -> None:
     )
 
 
-def _sealed(metadata: dict) -> dict:
-  """The metadata with a digest of themselves."""
-  return metadata | {'digest': _digest(metadata)}
-
-
-def _opened(sealed: dict) -> dict:
-  """What was sealed; older checkpoints have no digest.
-
-  Raises:
-    ValueError: it is no longer what was sealed.
-  """
-  metadata = {k: v for k, v in sealed.items() if k != 'digest'}
-  if sealed.get('digest', _digest(metadata)) != _digest(metadata):
-    raise ValueError('its record differs from the one that was saved')
-  return metadata
-
-
-def _digest(metadata: dict) -> str:
-  # As JSON reads it back: with strings for keys, which decide their order.
-  plain = json.loads(json.dumps(metadata))
-  return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
-
-
-@jax.jit
-def _fingerprints(tree: Any) -> jax.Array:
-  """Each leaf's bits, summed modulo 2^32: the same under every sharding."""
-
-  def fingerprint(x: jax.Array) -> jax.Array:
-    bits = jnp.dtype(f'uint{8 * x.dtype.itemsize}')
-    words = jax.lax.bitcast_convert_type(x, bits).astype(jnp.uint32)
-    return jnp.sum(words, dtype=jnp.uint32)
-
-  return jnp.stack([fingerprint(x) for x in jax.tree.leaves(tree)])
-
-
 def _is_disk_trouble(error: BaseException | None) -> bool:
   """Whether `error` or one of its causes is the file system's refusal."""
   while error is not None:
@@ -318,6 +356,13 @@ def _is_disk_trouble(error: BaseException | None) -> bool:
   return False
 
 
-def _first_line(error: BaseException) -> str:
-  lines = str(error).strip('\'" ').splitlines() or [type(error).__name__]
-  return lines[0][:160].rstrip('. ')
+def _remove(path: epath.Path) -> None:
+  try:
+    path.rmtree()
+  except OSError:
+    if path.exists():
+      raise
+
+
+def _to_stderr(text: str) -> None:
+  print(text, file=sys.stderr, flush=True)

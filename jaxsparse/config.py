@@ -260,6 +260,9 @@ class TrainConfig:
   save_every: int = 100
   # Newest checkpoints that are kept.
   keep_checkpoints: int = 2
+  # Besides them, checkpoints of the lowest validation loss that are kept; steps
+  # of eval_every that are among those are saved. generate has --step=best.
+  keep_best: int = 0
   # A full validation pass every so many steps, and at the end; 0: at the end.
   eval_every: int = 0
   # What the sample at the end begins with, and its length in tokens.
@@ -273,7 +276,14 @@ class TrainConfig:
     fields.check(self)
     require_positive(self, 'num_steps', 'log_every', 'save_every')
     require_positive(self, 'keep_checkpoints')
-    require_not_negative(self, 'seed', 'eval_every', 'sample_tokens')
+    require_not_negative(
+      self, 'seed', 'keep_best', 'eval_every', 'sample_tokens'
+    )
+    require(
+      self.eval_every > 0 or self.keep_best == 0,
+      'eval_every must be positive with keep_best, which goes by its passes; '
+      f'got {self.eval_every}.',
+    )
     require_unset(
       self, self.sample_tokens == 0, 'sample_tokens = 0', 'sample_prompt'
     )

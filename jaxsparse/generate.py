@@ -31,6 +31,7 @@ from jaxsparse.inference.text import (
   encode_prompt,
   read_file,
 )
+from jaxsparse.training import metrics
 
 # Between two lines about a prompt that is being read.
 _SECONDS = 5.0
@@ -92,7 +93,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     default=1,
     help='texts to write; sample i has the seed --seed + i',
   )
-  add('--step', type=int, help='checkpoint to read; %(default)s: the newest')
+  add(
+    '--step',
+    type=_to_step,
+    help='checkpoint to read, or "best": the one of the lowest validation '
+    'loss; %(default)s: the newest',
+  )
   arguments = parser.parse_args(argv)
   arguments.workdir = workdir.expanded(arguments.workdir)
   arguments.prompt_file = workdir.expanded(arguments.prompt_file)
@@ -113,6 +119,10 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
       f'{arguments.history_blocks}.'
     )
   return arguments
+
+
+def _to_step(text: str) -> int | str:
+  return text if text == 'best' else int(text)
 
 
 def to_request(arguments: argparse.Namespace) -> Request:
@@ -146,9 +156,13 @@ def main(argv: list[str]) -> None:
     # Not where its config says: the workdir may come from anybody.
     compiled_programs.keep(say=_say)
     tokenizer = load_from_workdir(arguments.workdir)
+    step = arguments.step
+    if step == 'best':
+      losses = metrics.validation_losses(arguments.workdir)
+      step = checkpoint.best_step(arguments.workdir, losses)
     num_prompt = len(encode_prompt(tokenizer, first.prompt))
     model = _with_history(config, arguments, num_prompt)
-    step, params = checkpoint.load_params(arguments.workdir, arguments.step)
+    step, params = checkpoint.load_params(arguments.workdir, step)
     # As the generation itself does, but before the prompt is written.
     decoding.check_room(
       model, params, 1, num_prompt, first.max_tokens, first.sampling

@@ -15,6 +15,8 @@ from jaxsparse.config import Config
 from jaxsparse.errors import UserError
 
 CONFIG = 'config.json'
+# One of them: of the tokenizers library, or of SentencePiece.
+TOKENIZERS = ('tokenizer.json', 'tokenizer.model')
 CHECKPOINTS = 'checkpoints'
 METRICS = 'metrics.jsonl'
 SAMPLES = 'samples.jsonl'

@@ -1,14 +1,17 @@
 """Checkpoints: any mesh, damage noticed, full disks reported."""
 
+import json
+import math
 import os
 import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsparse import checkpoint, mesh
+from jaxsparse import checkpoint, fingerprints, mesh
 from jaxsparse.errors import UserError
 
 SHAPES = [(8, 1, 1), (1, 1, 1), (2, 1, 4)]
@@ -87,6 +90,7 @@ def test_keeps_the_last_and_reads_params_alone(tmp_path):
   step, params = checkpoint.load_params(tmp_path)
   assert step == 3
   assert sorted(params) == ['half', 'kernel']
+  assert checkpoint.read_record(tmp_path) == record_of(3)
   with pytest.raises(UserError, match=r'no checkpoint of step 1.*\[2, 3\]'):
     checkpoint.load_params(tmp_path, 1)
 
@@ -130,6 +134,58 @@ def test_damage_falls_back(tmp_path, damage, part):
   assert restore(tmp_path)[0] == 2
 
 
+def contents(folder):
+  return {
+    path: (path.stat().st_mtime_ns, path.is_dir() or path.read_bytes())
+    for path in pathlib.Path(folder).rglob('*')
+  }
+
+
+@pytest.mark.parametrize('damage', DAMAGES)
+def test_params_are_checked_when_loaded_for_use(tmp_path, damage):
+  save(tmp_path, steps=(1, 2))
+  DAMAGES[damage](largest_file(tmp_path / 'checkpoints' / '2' / 'params'))
+  older = largest_file(tmp_path / 'checkpoints' / '1' / 'params')
+  before, said = contents(tmp_path), []
+  step, params = checkpoint.load_params(tmp_path, say=said.append)
+  assert step == 1
+  jax.tree.map(np.testing.assert_array_equal, params, make_state()[0])
+  assert len(said) == 1
+  assert said[0].startswith('The checkpoint of step 2 is damaged (')
+  with pytest.raises(UserError, match=r'of step 2 .* choose another of \[1, 2'):
+    checkpoint.load_params(tmp_path, 2)
+  assert contents(tmp_path) == before
+  DAMAGES[damage](older)
+  with pytest.raises(UserError, match='none of the checkpoints'):
+    checkpoint.load_params(tmp_path, say=said.append)
+
+
+def as_older(folder):
+  """Rewrites a checkpoint's metadata as jaxsparse did before August 2026."""
+  path = folder / '_CHECKPOINT_METADATA'
+  metadata = json.loads(path.read_text())
+  params, optimizer = jax.jit(make_state)()
+  metadata['custom_metadata'] = {
+    'fingerprints': fingerprints.sums(
+      {'params': params, 'optimizer': optimizer}
+    ),
+    'record': {'data': 5},
+  }
+  path.write_text(json.dumps(metadata))
+
+
+def test_older_checkpoints(tmp_path):
+  save(tmp_path, steps=(1, 2))
+  for step in (1, 2):
+    as_older(tmp_path / 'checkpoints' / str(step))
+  assert checkpoint.load_params(tmp_path)[0] == 2
+  assert restore(tmp_path)[::3] == (2, {'data': 5})
+  assert checkpoint.read_record(tmp_path) == {'data': 5}
+  flip_bit(largest_file(tmp_path / 'checkpoints' / '2' / 'params'))
+  assert checkpoint.load_params(tmp_path)[0] == 1
+  assert restore(tmp_path)[0] == 1
+
+
 def test_all_damaged_is_not_a_fresh_start(tmp_path):
   save(tmp_path, steps=(1, 2))
   for step in (1, 2):
@@ -148,6 +204,7 @@ RECORD_DAMAGES = {
   'a digit': change_digit,
   'empty': lambda p: p.write_bytes(b''),
   'cut short': lambda p: p.write_bytes(p.read_bytes()[:-5]),
+  'of another kind': lambda p: p.write_bytes(b'[1, 2]'),
   'not JSON': lambda p: p.write_bytes(b'\0' * 100),
   'missing': pathlib.Path.unlink,
 }
@@ -165,6 +222,126 @@ def test_a_damaged_record_falls_back(tmp_path, damage):
   step, _, _, record = restore(tmp_path, say=said.append)
   assert (step, record) == (1, record_of(1))
   assert said[0].startswith('The checkpoint of step 2 is damaged (')
+
+
+def test_damage_of_an_older_step_stops_no_save(tmp_path):
+  save(tmp_path, steps=(1, 2))
+  for name in ('1', '2'):
+    metadata = tmp_path / 'checkpoints' / name / '_CHECKPOINT_METADATA'
+    metadata.write_text('[]')
+  save(tmp_path, steps=(3, 4, 5))
+  assert checkpoint.load_params(tmp_path)[0] == 5
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path):
+  save(tmp_path)
+  left = tmp_path / 'checkpoints' / '2.orbax-checkpoint-tmp'
+  left.mkdir()
+  save(tmp_path, steps=(2,))
+  assert not left.exists()
+  assert checkpoint.load_params(tmp_path)[0] == 2
+
+
+def test_arrays_may_be_overwritten_after_save(tmp_path):
+  checkpoints = checkpoint.Checkpoints(tmp_path, 1)
+  overwrite = jax.jit(lambda x: x * 0, donate_argnums=0)
+  x = jnp.arange(1 << 20)
+  checkpoints.save(1, {'x': x}, {'step': jnp.int32(1)}, {})
+  assert not overwrite(x).any()
+  checkpoints.close()
+  _, params = checkpoint.load_params(tmp_path)
+  np.testing.assert_array_equal(params['x'], np.arange(1 << 20))
+
+
+def test_deleted_between_saves(tmp_path):
+  checkpoints = checkpoint.Checkpoints(tmp_path, 2)
+  for step in range(1, 5):
+    checkpoints.save(step, *make_state(), {})
+    checkpoints.wait()
+    if step == 3:
+      shutil.rmtree(tmp_path / 'checkpoints')
+  checkpoints.close()
+  assert checkpoint.load_params(tmp_path)[0] == 4
+
+
+def test_deleted_while_it_is_written(tmp_path, monkeypatch):
+  class Failing:
+    """What Orbax raises when its folder is gone is no OSError."""
+
+    def result(self):
+      raise ValueError('No ArrayMetadata found')
+
+  checkpoints = checkpoint.Checkpoints(tmp_path, 2)
+  start = checkpoint.ocp.save_checkpointables_async
+  monkeypatch.setattr(
+    checkpoint.ocp, 'save_checkpointables_async', lambda *_, **__: Failing()
+  )
+  checkpoints.save(1, *make_state(), {})
+  with pytest.raises(UserError, match='step 1 was deleted'):
+    checkpoints.wait()
+  checkpoints.save(2, *make_state(), {})
+  monkeypatch.setattr(checkpoint.ocp, 'save_checkpointables_async', start)
+  checkpoints.save(3, *make_state(), {})
+  assert checkpoints.steps() == [3]
+  checkpoints.close()
+  assert checkpoint.load_params(tmp_path)[0] == 3
+
+
+def test_a_file_in_place_of_the_folder(tmp_path):
+  (tmp_path / 'checkpoints').touch()
+  with pytest.raises(UserError, match="checkpoints' is a file where"):
+    checkpoint.Checkpoints(tmp_path, 2)
+  with pytest.raises(UserError, match='no checkpoints yet'):
+    checkpoint.load_params(tmp_path)
+
+
+@pytest.mark.parametrize(
+  'count', [16, pytest.param(160, marks=pytest.mark.slow)]
+)
+def test_saves_leave_no_threads_and_descriptors_behind(tmp_path, count):
+  def used():
+    folders = [pathlib.Path('/proc/self', kind) for kind in ('fd', 'task')]
+    return [len(list(folder.iterdir())) for folder in folders]
+
+  params, optimizer = jax.jit(make_state)()
+  checkpoints = checkpoint.Checkpoints(tmp_path, 1)
+  for step in range(count * 5 // 4):
+    checkpoints.save(step, params, optimizer, {})
+    if step == count // 4:
+      before = used()
+  after = used()
+  checkpoints.close()
+  # A thread more for each save would be three descriptors more, too.
+  assert np.subtract(after, before).max() < count
+
+
+def test_keeps_the_best_beside_the_newest(tmp_path):
+  losses = {1: 4.0, 2: 2.0, 3: math.nan, 4: 3.0, 5: 5.0, 6: 2.5}
+  state = jax.jit(make_state)()
+
+  def run(steps, keep_best):
+    checkpoints = checkpoint.Checkpoints(tmp_path, 1, keep_best)
+    for step, loss in losses.items():
+      if step < steps[0]:
+        checkpoints.note_loss(step, loss)
+    for step in steps:
+      checkpoints.save(step, *state, {})
+      checkpoints.note_loss(step, losses[step])
+    checkpoints.close()
+    return checkpoint.stored.steps_in(tmp_path)
+
+  assert run([1, 2, 3], 1) == [2, 3]
+  # A restart that is told the losses again goes on as if it were none.
+  assert run([4, 5], 1) == [2, 5]
+  assert run([6], 2) == [2, 6]
+  assert checkpoint.best_step(tmp_path, losses) == 2
+  with pytest.raises(UserError, match='has a validation loss'):
+    checkpoint.best_step(tmp_path, {1: 4.0})
+  checkpoints = checkpoint.Checkpoints(tmp_path, 1, 2)
+  for step, loss in losses.items():
+    checkpoints.note_loss(step, loss)
+  assert [s for s in losses if checkpoints.is_among_best(s)] == [2, 6]
+  checkpoints.close()
 
 
 def test_no_record(tmp_path):

@@ -160,7 +160,13 @@ def _identity(run: Run) -> dict:
     # As results of former versions have it. A text that is too small for it has
     # other batches since, which are found to be others.
     config['data']['split'] = 'file'
-  for name in ('log_every', 'save_every', 'keep_checkpoints', 'wandb_project'):
+  for name in (
+    'log_every',
+    'save_every',
+    'keep_checkpoints',
+    'keep_best',
+    'wandb_project',
+  ):
     del config['train'][name]
   config |= dict(num_phrasings=run.num_phrasings)
   if run.needles:

@@ -16,14 +16,13 @@ import numpy as np
 import tokenizers
 from etils import epath
 
+from jaxsparse import workdir as workdir_lib
 from jaxsparse.config import DataConfig
 from jaxsparse.data.pieces import Corpus
 from jaxsparse.errors import UserError
 from jaxsparse.workdir import expanded, write_whole
 
-JSON_NAME = 'tokenizer.json'
-SENTENCEPIECE_NAME = 'tokenizer.model'
-_NAMES = (JSON_NAME, SENTENCEPIECE_NAME)
+JSON_NAME, SENTENCEPIECE_NAME = workdir_lib.TOKENIZERS
 
 # What a document ends with in vocabularies of others; the first one is ours.
 _BOUNDARIES = ('<|endoftext|>', '</s>', '<|end_of_text|>', '<eos>', '<|eos|>')
@@ -181,7 +180,9 @@ def make_tokenizer(
   Raises:
     UserError: the tokenizer that `config` names cannot be read.
   """
-  if any((epath.Path(workdir) / name).exists() for name in _NAMES):
+  if any(
+    (epath.Path(workdir) / name).exists() for name in workdir_lib.TOKENIZERS
+  ):
     return load_from_workdir(workdir)
   if config.tokenizer == 'bytes':
     tokenizer = ByteTokenizer()
@@ -199,7 +200,7 @@ def load_from_workdir(workdir: Workdir) -> Tokenizer:
   Raises:
     UserError: there is none, or it cannot be read.
   """
-  for name in _NAMES:
+  for name in workdir_lib.TOKENIZERS:
     if (path := epath.Path(workdir) / name).exists():
       return _read(path)
   raise UserError(

@@ -1,134 +1,13 @@
-"""What another value of a field means to a run that goes on.
+"""What of a changed config a run can go on with, and what that does."""
 
-Every field of a config, but those that only name the data, is in `MEANINGS`.
-The data is known by its content, see `resume`.
-"""
-
-import dataclasses
 import math
 from collections.abc import Callable
 from typing import Any
 
 from jaxsparse import saved_config
 from jaxsparse.config import Config
+from jaxsparse.field_meanings import LANES, MEANINGS, TEXT, TOKENIZER
 from jaxsparse.training import optimizer
-
-# Name the text and its split: another name of the same is no change.
-TEXT = tuple(
-  f'data.{name}'
-  for name in (
-    'text', 'text_field', 'tfds', 'tfds_feature', 'tfds_train_split',
-    'tfds_validation_split', 'split', 'validation_fraction', 'test_fraction',
-  )
-)  # fmt: skip
-# Names the tokenizer, likewise.
-TOKENIZER = ('data.tokenizer', 'data.bpe_vocab_size')
-LANES = 'data.num_lanes'
-
-
-@dataclasses.dataclass(frozen=True)
-class Meaning:
-  """What a change does, or if it is not allowed why."""
-
-  text: str = ''
-  is_allowed: bool = True
-
-
-def _fixed(why: str) -> Meaning:
-  return Meaning(why, is_allowed=False)
-
-
-_FREE = Meaning()
-_START = Meaning('without effect: parameters are drawn at step 0 only')
-_LOSS = Meaning('the loss from here on')
-_RATE = Meaning('the schedule from here on')
-_MOMENTS = Meaning('the moments so far stay')
-_SHAPES = _fixed('the parameters are others')
-_FUNCTION = _fixed('the parameters were trained for another function')
-_STATE = _fixed("the optimizer's state is another")
-_ROWS = _fixed('rows would begin at other tokens')
-
-MEANINGS = {
-  f'{part}.{name}': meaning
-  for part, meaning, names in (
-    # Arrays, and what is computed from them.
-    ('model', _SHAPES, 'num_layers model_dim num_heads num_kv_heads head_dim'),
-    ('model', _SHAPES, 'mlp_dim mlp vocab_size tie_embeddings use_qk_norm'),
-    ('model', _SHAPES, 'norm use_bias memory moe dcmha sparse'),
-    ('model', _FUNCTION, 'attention_pattern window rope_max_wavelength'),
-    ('model', _FUNCTION, 'rope_fraction norm_epsilon qk_norm_epsilon'),
-    ('model', _FUNCTION, 'parallel_block'),
-    ('model', _FREE, 'query_chunk attention_implementation use_remat'),
-    ('model', _START, 'init_deviations'),
-    ('model', Meaning('the rounding of activations from here on'), 'dtype'),
-    ('model', _FREE, 'dropout_rate'),
-    ('model.memory', _SHAPES, 'num_keys key_dim num_heads value_dim expansion'),
-    ('model.memory', _SHAPES, 'grid tucker_rank num_cores cores_per_pairing'),
-    ('model.memory', _SHAPES, 'split_key_dim query share_keys query_bias'),
-    ('model.memory', _SHAPES, 'query_norm key_norm query_conv_taps'),
-    ('model.memory', _SHAPES, 'pre_value_dim pre_value_map pool_by_block'),
-    ('model.memory', _SHAPES, 'output_map gate shared_rows replaces_mlp'),
-    ('model.memory', _SHAPES, 'placements value_dtype'),
-    ('model.memory', _FUNCTION, 'num_selected score_activation'),
-    ('model.memory', _FUNCTION, 'use_two_quadrants pre_value_activation'),
-    ('model.memory', _LOSS, 'aux_loss_weight aux_loss_margin'),
-    ('model.memory', _START, 'init'),
-    ('model.memory', _FREE, 'scheme table_gradient'),
-    ('model.moe', _SHAPES, 'num_experts expert_dim num_shared'),
-    # Without it there are no biases.
-    ('model.moe', _SHAPES, 'bias_update_rate'),
-    ('model.moe', _FUNCTION, 'num_used router normalize_weights'),
-    ('model.moe', _LOSS, 'balance_loss_weight router_z_loss_weight'),
-    ('model.dcmha', _SHAPES, 'pre post query_wise key_wise base rank'),
-    ('model.dcmha', _SHAPES, 'num_groups'),
-    ('model.dcmha', _FUNCTION, 'interleave gelu'),
-    ('model.dcmha', _START, 'init'),
-    ('model.sparse', _SHAPES, 'router router_heads router_dim summary_key'),
-    ('model.sparse', _SHAPES, 'combine'),
-    ('model.sparse', _FUNCTION, 'block tile window_blocks min_blocks'),
-    ('model.sparse', _FUNCTION, 'max_blocks sinks min_fraction max_fraction'),
-    ('model.sparse', _FUNCTION, 'use_summaries'),
-    ('model.sparse', _FREE, 'mode'),
-    ('model.sparse', _LOSS, 'temperature router_weight budget_weight'),
-    ('model.sparse', _LOSS, 'budget_ramp'),
-    ('model.sparse', _START, 'coverage_logit'),
-    # The latter two are of decoding.
-    (
-      'model.sparse', _FREE, 'query_chunk history_blocks history_summaries',
-    ),
-    # Data.
-    ('data', _ROWS, 'seq_len align'),
-    (
-      'data',
-      Meaning(
-        'each lane of the data goes on where it stood, so that nothing is read '
-        'twice or left out; steps take that many sequences from here on'
-      ),
-      'batch_size',
-    ),
-    ('data', _FREE, 'cache_dir prefetch'),
-    # Optimizer.
-    ('optimizer', _RATE, 'learning_rate warmup_steps final_lr_fraction'),
-    ('optimizer', _RATE, 'value_lr_multiplier value_lr_decay_fraction'),
-    ('optimizer', _RATE, 'value_learning_rate'),
-    ('optimizer', _MOMENTS, 'b1 b2 epsilon'),
-    ('optimizer', _FREE, 'weight_decay clip_norm trained'),
-    (
-      'optimizer',
-      _fixed('rows may wait for the decay of steps that they missed'),
-      'value_weight_decay',
-    ),
-    ('optimizer', _STATE, 'value_optimizer value_master'),
-    ('optimizer', _FREE, 'value_row_budget grad_accumulation'),
-    # The rest.
-    ('train', Meaning('schedules spread over all steps'), 'num_steps'),
-    ('train', _fixed('data and dropout are drawn by the seed'), 'seed'),
-    ('train', _FREE, 'log_every save_every keep_checkpoints eval_every'),
-    ('train', _FREE, 'sample_prompt sample_tokens wandb_project'),
-    ('mesh', _FREE, 'data sparse model'),
-  )
-  for name in names.split()
-}  # fmt: skip
 
 
 def judge(old: Config, new: Config) -> tuple[dict[str, str], list[str]]:

@@ -11,13 +11,13 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxsparse import checkpoint, hosts, mesh, saved_config
+from jaxsparse import checkpoint, hosts, mesh, provenance
 from jaxsparse.config import Config
 from jaxsparse.data.pipeline import merge_states
 from jaxsparse.errors import UserError
 from jaxsparse.training import evaluation, resume
 from jaxsparse.training.interrupt import StopRequest, stop_on_signals
-from jaxsparse.training.metrics import MetricsWriter, read_rows
+from jaxsparse.training.metrics import MetricsWriter, validation_losses
 from jaxsparse.training.progress import Reporter
 from jaxsparse.training.step import (
   TrainState,
@@ -93,7 +93,9 @@ def fit(
   """
   _check_batch(config)
   tell_of_warmup(config, reporter)
-  checkpoints = checkpoint.Checkpoints(workdir, config.train.keep_checkpoints)
+  checkpoints = checkpoint.Checkpoints(
+    workdir, config.train.keep_checkpoints, config.train.keep_best
+  )
   with stop_on_signals() as stop:
     state = _restore_or_init(config, workdir, checkpoints, data, reporter)
     run = _Run(config, workdir, data, checkpoints, reporter, utilization, stop)
@@ -115,7 +117,8 @@ def _restore_or_init(
   abstract = mesh.abstract(init, mesh=jax.sharding.get_mesh())
   num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
   # One more than are kept: the oldest goes when the newest is complete.
-  room = num_bytes * (config.train.keep_checkpoints + 1)
+  num_kept = config.train.keep_checkpoints + config.train.keep_best
+  room = num_bytes * (num_kept + 1)
   optimizer = {'step': abstract.step, 'opt_state': abstract.opt_state}
   restored = checkpoints.restore(abstract.params, optimizer, reporter.say)
   if restored is None:
@@ -169,6 +172,8 @@ class _Run:
     self.up_to_date = jax.jit(functools.partial(up_to_date, config))
     self.writer: MetricsWriter | None = None
     self.told_of_budget = False
+    # Of what is in use, which may no longer be what the workdir holds.
+    self.provenance = provenance.record(config, workdir)
 
   def close(self) -> None:
     if self.writer is not None:
@@ -185,6 +190,10 @@ class _Run:
       functools.partial(train_step, self.config), donate_argnums=0
     )
     pending, stopped = None, False
+    losses = self._recall_losses()
+    if self._is_to_validate(step) and step not in losses:
+      # A kill came between the checkpoint and the pass.
+      self._validate(step, state)
     with self.reporter.steps(step, total, 'training'):
       while step < total and not stopped:
         batch = evaluation.to_global(next(self.data.batches))
@@ -200,9 +209,13 @@ class _Run:
           self._report(*pending)
           pending = None
           self._save(step, state)
-        every = self.config.train.eval_every
-        if every and step % every == 0 and step < total:
-          self._validate(step, state)
+        if self._is_to_validate(step):
+          result = self._validate(step, state)
+          if result and self.checkpoints.is_among_best(step):
+            if pending is not None:
+              self._report(*pending)
+              pending = None
+            self._save(step, state)
         stopped = self._is_to_stop(step)
       if pending is not None:
         self._report(*pending)
@@ -215,6 +228,24 @@ class _Run:
         'the same command goes on from there.'
       )
     return Outcome(step, state.params, validation)
+
+  def _recall_losses(self) -> dict[int, float]:
+    """The validation losses of the starts before this one."""
+    found = list(validation_losses(self.workdir).items())
+    # All processes must keep the same checkpoints.
+    losses = dict(hosts.gather(found)[0])
+    for step in self.checkpoints.steps():
+      if step in losses:
+        self.checkpoints.note_loss(step, losses[step])
+    return losses
+
+  def _is_to_validate(self, step: int) -> bool:
+    every = self.config.train.eval_every
+    return (
+      every > 0
+      and 0 < step < self.config.train.num_steps
+      and (step % every == 0)
+    )
 
   def _is_to_stop(self, step: int) -> bool:
     if jax.process_count() == 1:
@@ -263,7 +294,7 @@ class _Run:
       {'step': state.step, 'opt_state': state.opt_state},
       {
         'data': merge_states(hosts.gather(self.data.batches.get_state())),
-        'config': saved_config.to_json(self.config),
+        **self.provenance,
       },
     )
     self.writer.sync()
@@ -283,10 +314,8 @@ class _Run:
     self.clock.restart()
     if result is None:
       return None
-    done = {
-      r['step'] for r in read_rows(self.workdir) if 'validation_loss' in r
-    }
-    if step not in done:
+    self.checkpoints.note_loss(step, result.loss)
+    if step not in validation_losses(self.workdir):
       self.writer.write(step, result.scalars())
     self.reporter.say(
       f'step {step}  validation loss {result.loss:.4f} nats/token  '

@@ -67,6 +67,14 @@ def _to_row(line: bytes) -> Row | None:
   return row
 
 
+def validation_losses(workdir: epath.PathLike) -> dict[int, float]:
+  """Nats per target of each validation pass written so far, by step."""
+  name = 'validation_loss'
+  rows = [row for row in read_rows(workdir) if name in row]
+  # What is not finite is written as null.
+  return {r['step']: math.nan if r[name] is None else r[name] for r in rows}
+
+
 class MetricsWriter:
   """Appends rows, after forgetting those that the resumed run will repeat.
 

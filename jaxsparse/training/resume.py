@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 from etils import epath
 
-from jaxsparse import checkpoint, run_config, saved_config
+from jaxsparse import checkpoint, field_meanings, run_config, saved_config
 from jaxsparse import workdir as workdir_lib
 from jaxsparse.config import Config
 from jaxsparse.data import tokenizer as tokenizer_lib
@@ -104,12 +104,12 @@ def require_same_data(
   if saved is None:
     return
   changed = saved_config.differences(saved.data, config.data, 'data')
-  is_named_anew = not changed.keys().isdisjoint(changes.TOKENIZER)
+  is_named_anew = not changed.keys().isdisjoint(field_meanings.TOKENIZER)
   # With a checkpoint the text is the same, and so is what it trains.
   may_be_trained_anew = (
     record is None
     and config.data.tokenizer == 'bpe'
-    and not changed.keys().isdisjoint(changes.TEXT)
+    and not changed.keys().isdisjoint(field_meanings.TEXT)
   )
   if (is_named_anew or may_be_trained_anew) and _has_other_tokenizer(
     config, corpus, workdir

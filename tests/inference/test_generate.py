@@ -266,3 +266,17 @@ def test_bad_input_is_one_sentence_and_exit_code_2(run, flags, words):
   assert 'Traceback' not in message
   for word in words:
     assert word in message
+
+
+def test_the_best_checkpoint(run, workdir):
+  code, _, report = run(prompt='a', step='best')
+  assert code == 2
+  assert 'has a validation loss' in report
+  metrics = workdir / 'metrics.jsonl'
+  metrics.write_text('{"step": 3, "validation_loss": 2.5}\n')
+  code, _, _ = run(prompt='a', step='best')
+  metrics.unlink()
+  assert code == 0
+  code, _, report = run(prompt='a', step='bets')
+  assert code == 2
+  assert "'bets'" in report

@@ -6,6 +6,7 @@ import typing
 
 import pytest
 
+from jaxsparse import field_meanings
 from jaxsparse.config import (
   Config,
   MemoryConfig,
@@ -16,7 +17,7 @@ from jaxsparse.data import tokenizer as tokenizer_lib
 from jaxsparse.data.pieces import Corpus, Piece
 from jaxsparse.errors import UserError
 from jaxsparse.saved_config import to_json
-from jaxsparse.training import changes, resume
+from jaxsparse.training import resume
 from jaxsparse.training.resume import (
   claim_workdir,
   require_same_data,
@@ -109,10 +110,16 @@ def leaves(cls, prefix=''):
 
 
 def test_every_field_has_a_meaning():
-  by_content = {*changes.TEXT, *changes.TOKENIZER, changes.LANES}
-  assert by_content.isdisjoint(changes.MEANINGS)
-  assert set(leaves(Config)) == by_content | changes.MEANINGS.keys()
-  assert all(m.text for m in changes.MEANINGS.values() if not m.is_allowed)
+  by_content = {
+    *field_meanings.TEXT,
+    *field_meanings.TOKENIZER,
+    field_meanings.LANES,
+  }
+  assert by_content.isdisjoint(field_meanings.MEANINGS)
+  assert set(leaves(Config)) == by_content | field_meanings.MEANINGS.keys()
+  assert all(
+    m.text for m in field_meanings.MEANINGS.values() if not m.is_allowed
+  )
 
 
 @pytest.fixture

@@ -1,0 +1,139 @@
+"""How a checkpoint is read: compared with what was saved.
+
+Orbax notices missing and truncated files, but not a flipped bit inside a value.
+So a checkpoint has a fingerprint of every array and a digest of all else that a
+resume reads. Besides `checkpoint`, this is the only importer of Orbax.
+"""
+
+from typing import Any
+
+import jax
+from etils import epath
+from orbax.checkpoint.experimental import v1 as ocp
+from orbax.checkpoint.path import step as step_names
+
+from jaxsparse import fingerprints, provenance
+from jaxsparse import workdir as workdir_lib
+from jaxsparse.errors import UserError, require_utf8
+
+# What each checkpoint is made of; `params` stands alone so that inference
+# reads nothing else.
+PARAMS, OPTIMIZER = 'params', 'optimizer'
+
+
+class DamageError(Exception):
+  """What is wrong with a checkpoint."""
+
+
+def folder_of(workdir: epath.PathLike) -> epath.Path:
+  path = epath.Path(workdir)
+  if not workdir_lib.is_remote(workdir):
+    # Orbax takes no relative path, and says so only when it writes.
+    path = path.resolve()
+  # Its library in C++ has no other names for files.
+  require_utf8('the path of the workdir', str(path))
+  return path / workdir_lib.CHECKPOINTS
+
+
+def steps_in(workdir: epath.PathLike) -> list[int]:
+  """Steps of the complete checkpoints of a workdir, oldest first."""
+  folder = folder_of(workdir)
+  if not folder.is_dir():
+    return []
+  # The names of Orbax v1 read what a step says of itself, which may be damaged.
+  names = step_names.standard_name_format()
+  return sorted(found.step for found in names.find_all(folder))
+
+
+def read(
+  folder: epath.Path, step: int, abstract: dict[str, Any] | None
+) -> tuple[dict[str, Any], Any]:
+  """The arrays and the record of a checkpoint, as they were saved.
+
+  Nothing in the folder changes.
+
+  Args:
+    folder: of the checkpoints, in the workdir.
+    step: of one of them.
+    abstract: trees to restore to, by item; None stands for the parameters
+      alone, whole, on the default device.
+
+  Returns:
+    The trees by item, and the record.
+
+  Raises:
+    DamageError: it is not what was saved.
+    UserError: it is, but of another model, tokenizer or optimizer.
+  """
+  path = folder / str(step)
+  try:
+    found = ocp.checkpointables_metadata(path)
+    saved = fingerprints.unseal(found.custom_metadata)
+    provenance.check(saved['record'], folder.parent)
+    if abstract is None:
+      abstract = {PARAMS: _on_one_device(found.metadata[PARAMS])}
+    else:
+      _check_structure(path, saved['fingerprints'], abstract)
+    arrays = ocp.load_checkpointables(path, abstract)
+  except UserError:
+    raise
+  except Exception as error:  # Orbax has no type for 'damaged'.
+    raise DamageError(first_line(error)) from error
+  _compare(saved['fingerprints'], arrays)
+  return arrays, saved['record']
+
+
+def _on_one_device(metadata: Any) -> Any:
+  device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+  return jax.tree.map(
+    lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), metadata
+  )
+
+
+def _compare(expected: dict | list, arrays: dict[str, Any]) -> None:
+  if isinstance(expected, list):
+    # Of an older checkpoint, in the order of the whole tree: `params` are last.
+    found = fingerprints.sums(arrays)
+    if found != expected[len(expected) - len(found) :]:
+      raise DamageError('its arrays differ from those that were saved')
+    return
+  for item, tree in arrays.items():
+    found = fingerprints.of_arrays(tree)
+    for name in found | expected[item]:
+      if found.get(name) != expected[item].get(name):
+        raise DamageError(f'{item}/{name} differs from what was saved')
+
+
+def _check_structure(
+  path: epath.Path, expected: dict | list, abstract: dict[str, Any]
+) -> None:
+  """Tells another optimizer's state from a damaged one."""
+  here = fingerprints.of_types(abstract)
+  if isinstance(expected, list):
+    if len(expected) == len(here):
+      return
+    num_saved, which = len(expected), ''
+  else:
+    there = {
+      f'{item}/{name}': of[0]
+      for item, leaves in expected.items()
+      for name, of in leaves.items()
+    }
+    if there == here:
+      return
+    name = min(k for k in there | here if there.get(k) != here.get(k))
+    num_saved = len(there)
+    which = (
+      f' ({name} is {there.get(name, "not there")} and '
+      f'{here.get(name, "not here")})'
+    )
+  raise UserError(
+    f'the checkpoint {str(path)!r} has {num_saved} arrays where this run has '
+    f'{len(here)}{which}: it is of another optimizer or of an older jaxsparse, '
+    'so go on with that or give another --workdir.'
+  )
+
+
+def first_line(error: BaseException) -> str:
+  lines = str(error).strip('\'" ').splitlines() or [type(error).__name__]
+  return lines[0][:160].rstrip('. ')
