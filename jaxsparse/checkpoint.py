@@ -45,7 +45,7 @@ class Checkpoints:
     self._keep, self._keep_best = keep, keep_best
     self._losses: dict[int, float] = {}
     self._worker = ThreadPoolExecutor(1, 'checkpoints')
-    self._saving: tuple[int, Future] | None = None
+    self._saving: tuple[int, list[int], Future] | None = None
     with hosts.lead_first('checkpoints'):
       if hosts.is_lead():
         self._guarded(self._prepare)
@@ -96,7 +96,8 @@ class Checkpoints:
     self._steps.append(step)
     # Decided here and not when the save is done: all processes must agree.
     doomed = self._forget()
-    self._saving = step, self._worker.submit(self._complete, response, doomed)
+    saving = self._worker.submit(self._complete, response, doomed)
+    self._saving = step, doomed, saving
 
   def _complete(self, response: Any, doomed: list[int]) -> None:
     response.result()
@@ -135,11 +136,12 @@ class Checkpoints:
   def _finish(self, is_superseded: bool) -> None:
     if self._saving is None:
       return
-    (step, saving), self._saving = self._saving, None
+    (step, doomed, saving), self._saving = self._saving, None
     try:
       self._guarded(saving.result)
     except Exception as error:
-      self._steps.remove(step)
+      # Those that were to give way to it are still there.
+      self._steps = sorted({*self._steps, *doomed} - {step})
       if not self._is_deleted(step):
         raise
       # Nothing is lost if the next one is about to be saved.

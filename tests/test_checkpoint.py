@@ -235,7 +235,7 @@ def test_damage_of_an_older_step_stops_no_save(tmp_path):
 
 def test_what_a_killed_save_left_is_removed(tmp_path):
   save(tmp_path)
-  left = tmp_path / 'checkpoints' / '2.orbax-checkpoint-tmp'
+  left = tmp_path / 'checkpoints' / '9.orbax-checkpoint-tmp'
   left.mkdir()
   save(tmp_path, steps=(2,))
   assert not left.exists()
@@ -363,5 +363,23 @@ def test_full_disk(tmp_path):
   try:
     with pytest.raises(UserError, match='could not be written'):
       save(tmp_path)
+  finally:
+    os.system(f'umount {tmp_path}')
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='mounting needs root')
+def test_full_disk_takes_no_older_checkpoint(tmp_path):
+  if os.system(f'mount -t tmpfs -o size=200k tmpfs {tmp_path} 2>/dev/null'):
+    pytest.skip('this machine does not let tests mount a file system')
+  try:
+    save(tmp_path, keep=1)
+    checkpoints = checkpoint.Checkpoints(tmp_path, 1)
+    (tmp_path / 'filler').write_bytes(bytes(2**17))
+    checkpoints.save(2, *make_state(), {})
+    with pytest.raises(UserError, match='could not be written'):
+      checkpoints.save(3, *make_state(), {})
+    assert checkpoints.steps() == [1]
+    checkpoints.close()
+    assert checkpoint.load_params(tmp_path)[0] == 1
   finally:
     os.system(f'umount {tmp_path}')
