@@ -46,7 +46,7 @@ class Checkpoints:
     self._losses: dict[int, float] = {}
     self._worker = ThreadPoolExecutor(1, 'checkpoints')
     self._saving: tuple[int, list[int], Future] | None = None
-    with hosts.lead_first('checkpoints'):
+    with hosts.lead_first():
       if hosts.is_lead():
         self._guarded(self._prepare)
     # All processes go by what the lead sees.
