@@ -5,7 +5,8 @@
 The same command goes on where it was stopped. With several hosts, start it on
 each: with --distributed, which finds the others on Cloud TPU and under SLURM,
 Open MPI and Kubernetes; elsewhere with --coordinator=HOST:PORT (of process 0),
---num_processes=N and --process_id=I. Every field of a recipe can be set on the
+--num_processes=N and --process_id=I. They wait --wait_seconds=300 for each
+other, and one that fails ends all. Every field of a recipe can be set on the
 command line.
 """
 

@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
@@ -9,7 +10,7 @@ from typing import Any, NoReturn
 import jax
 
 from jaxsparse import config as config_lib
-from jaxsparse import help_pages, hosts, overrides, recipe_files
+from jaxsparse import help_pages, hosts, overrides, peers, recipe_files
 from jaxsparse import workdir as workdir_lib
 from jaxsparse.config import Config
 from jaxsparse.errors import UserError, did_you_mean, require, shown
@@ -21,10 +22,15 @@ Flags besides the fields:
   --workdir=FOLDER  of the run
   --distributed  join the other processes of the cluster's job
   --coordinator=HOST:PORT --num_processes=N --process_id=I  join those named so
+  --wait_seconds=300  for each other
 """
 
 # Characters of a complaint, which repeats what may be long.
 _LONGEST = 200
+
+# As long as a job may wait for its others.
+_MOST_SECONDS = 7 * 24 * 3600
+_HEARTBEAT_SECONDS = 300
 
 
 @contextlib.contextmanager
@@ -34,7 +40,8 @@ def user_errors_end_in_a_sentence() -> Iterator[None]:
   So ends, too, what JAX raises where the platform that was asked for is none.
   """
   try:
-    yield
+    with peers.all_end_together():
+      yield
   except UserError as error:
     _end(str(error))
   # An assertion is all that JAX has to say without a GPU.
@@ -109,7 +116,7 @@ def parse_recipe(description: str) -> tuple[Config, str]:
   `--help` prints `description` and where to start, `--help=PART` every field of
   a part, and exits. `--distributed` joins this process with the others of its
   cluster job, and `--coordinator`, `--num_processes` and `--process_id` with
-  those named so.
+  those named so, within `--wait_seconds`.
 
   Returns:
     The checked config and the workdir.
@@ -153,6 +160,7 @@ def _parser() -> Parser:
   add('--coordinator')
   add('--num_processes', type=int)
   add('--process_id', type=int)
+  add('--wait_seconds', type=float, default=300.0)
   return parser
 
 
@@ -162,12 +170,7 @@ def _join_processes(values: argparse.Namespace) -> None:
   given = [value for value in named if value is not None]
   if not given:
     if values.distributed:
-      _initialize(
-        'found no cluster',
-        'start it under SLURM, Open MPI, Kubernetes or on a TPU pod slice, '
-        'give --coordinator, --num_processes and --process_id, or leave the '
-        'flag out',
-      )
+      _initialize(*_find_cluster(values.wait_seconds), values.wait_seconds)
     return
   if len(given) < len(named):
     raise UserError(
@@ -180,24 +183,63 @@ def _join_processes(values: argparse.Namespace) -> None:
       f'--process_id must be 0 to {num_processes - 1} of --num_processes='
       f'{num_processes}, got {process_id}.'
     )
-  if not address.rpartition(':')[2].isdigit():
+  host, _, port = address.rpartition(':')
+  if not (host and port.isdecimal() and 0 < int(port) < 1 << 16):
     raise UserError(
       '--coordinator must be HOST:PORT of process 0, such as 10.0.0.1:1234, '
       f'got {address!r}.'
     )
-  _initialize(
-    f'did not meet {num_processes} processes at {address}',
-    'start all of them, with the same --coordinator',
-    *named,
+  _initialize(*named, values.wait_seconds)
+
+
+def _find_cluster(wait_seconds: float) -> tuple[str, int, int]:
+  """The coordinator's address, the number of processes and this one's index."""
+  # JAX says them to nobody before it starts, and then can't be stopped.
+  from jax._src.clusters import ClusterEnv
+
+  trouble = 'no sign of one'
+  try:
+    found = ClusterEnv.auto_detect_unset_distributed_params(
+      os.environ.get('JAX_COORDINATOR_ADDRESS'),
+      *[None] * 4,
+      round(wait_seconds),
+    )[:3]
+    if None not in found:
+      return found
+  except Exception as error:  # Of a cluster's own kind: a variable, a server.
+    trouble = f'{type(error).__name__}: {error}'.splitlines()[0]
+  raise UserError(
+    f'--distributed found no cluster ({trouble}): start it under SLURM, Open '
+    'MPI, Kubernetes or on a TPU pod slice, give --coordinator, '
+    '--num_processes and --process_id, or leave the flag out.'
   )
 
 
-def _initialize(trouble: str, advice: str, *args: Any) -> None:
+def _initialize(
+  address: str, num_processes: int, process_id: int, wait_seconds: float
+) -> None:
+  if not 0 < wait_seconds <= _MOST_SECONDS:
+    raise UserError(
+      f'--wait_seconds must be above 0 and at most {_MOST_SECONDS}, got '
+      f'{wait_seconds}.'
+    )
+  near = address
+  if num_processes > 1:
+    near = peers.meet(address, num_processes, process_id, wait_seconds)
+  # It takes SIGTERM, which is the loop's.
+  jax.config.update('jax_enable_preemption_service', False)
   try:
-    jax.distributed.initialize(*args)
+    jax.distributed.initialize(
+      near,
+      num_processes,
+      process_id,
+      # The peers' own connections are sooner.
+      heartbeat_timeout_seconds=_HEARTBEAT_SECONDS,
+    )
   except (ValueError, RuntimeError) as error:
     raise UserError(
-      f'--distributed {trouble} ({str(error).splitlines()[0]}): {advice}.'
+      f'process {process_id} of {num_processes} did not join the others at '
+      f'{address} ({str(error).splitlines()[0]}): start all of them again.'
     ) from error
 
 
