@@ -14,6 +14,7 @@ from jaxsparse import help_pages, hosts, overrides, peers, recipe_files
 from jaxsparse import workdir as workdir_lib
 from jaxsparse.config import Config
 from jaxsparse.errors import UserError, did_you_mean, require, shown
+from jaxsparse.printing import escape_unprintable
 
 _FLAGS = """
 Flags besides the fields:
@@ -39,6 +40,7 @@ def user_errors_end_in_a_sentence() -> Iterator[None]:
 
   So ends, too, what JAX raises where the platform that was asked for is none.
   """
+  escape_unprintable()
   try:
     with peers.all_end_together():
       yield

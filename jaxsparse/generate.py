@@ -266,8 +266,6 @@ def _say(text: str) -> None:
 
 
 if __name__ == '__main__':
-  # A terminal may not know a character; a hole in the text beats a traceback.
-  sys.stdout.reconfigure(errors='replace')
   try:
     main(sys.argv[1:])
   except KeyboardInterrupt:

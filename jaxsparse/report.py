@@ -24,6 +24,7 @@ from jaxsparse.errors import UserError, require_utf8
 from jaxsparse.inference import looking
 from jaxsparse.inference.text import encode_prompt, read_file
 from jaxsparse.nn import block
+from jaxsparse.printing import escape_unprintable
 from jaxsparse.training import inputs, metrics
 
 # Maps grow with the square of the text.
@@ -32,6 +33,7 @@ _MOST_TOKENS = 2048
 
 def main(arguments: list[str] | None = None) -> int:
   """Draws the pictures and names them; 1 after a sentence on bad input."""
+  escape_unprintable()
   parser = Parser(prog='python -m jaxsparse.report')
   parser.add_argument('workdir', help='of a training run, begun or finished')
   parser.add_argument(

@@ -77,5 +77,5 @@ def write_once(
 def write_whole(path: pathlib.Path, text: str) -> None:
   """Writes all of a file at once: two comparisons may share a folder."""
   new = path.with_name(f'{path.name}.{os.getpid()}')
-  new.write_text(text)
+  new.write_text(text, encoding='utf-8')
   new.replace(path)

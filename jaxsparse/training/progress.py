@@ -1,10 +1,13 @@
 """What a run shows: a live bar on a terminal, plain lines anywhere else."""
 
 import contextlib
+import os
 from collections.abc import Iterator
 
 import rich.console
 import rich.progress
+
+from jaxsparse.printing import escape_unprintable
 
 _FIELDS = (
   ('loss', 'loss {:.4f}'),
@@ -15,9 +18,14 @@ _FIELDS = (
 
 
 class Reporter:
-  """Prints sentences and keeps one line about each task under way."""
+  """Prints sentences and keeps one line about each task under way.
+
+  Output that nobody can read any more, as its terminal or pipe is closed, is
+  dropped: the run goes on, or saves and stops if that was the terminal's wish.
+  """
 
   def __init__(self, is_silent: bool = False):
+    escape_unprintable()
     self._console = rich.console.Console(soft_wrap=True, quiet=is_silent)
     self._progress = rich.progress.Progress(
       rich.progress.TextColumn('{task.description}'),
@@ -30,23 +38,39 @@ class Reporter:
     self._tasks: list[rich.progress.TaskID] = []
 
   def say(self, text: str) -> None:
-    self._console.print(text, markup=False, highlight=False)
+    with self._unread_output_dropped():
+      self._console.print(text, markup=False, highlight=False)
 
   @contextlib.contextmanager
-  def steps(self, first: int, total: int, what: str) -> Iterator[None]:
-    """Shows a bar for `what` until the block ends; bars may be nested."""
-    if self._console.is_terminal and not self._tasks:
-      self._progress.start()
+  def steps(
+    self, first: int, total: int, what: str, compiles: bool = True
+  ) -> Iterator[None]:
+    """Shows a bar for `what` until the block ends; bars may be nested.
+
+    Args:
+      first: steps done before.
+      total: steps in all.
+      what: names them.
+      compiles: whether their program is made first.
+    """
+    is_outermost = self._console.is_terminal and not self._tasks
+    if compiles and not self._console.is_terminal:
+      self.say(f'Compiling {what} ...')
+    if is_outermost:
+      with self._unread_output_dropped():
+        self._progress.start()
+    status = 'Compiling ...' if compiles else ''
     task = self._progress.add_task(
-      what, total=total, completed=first, status='compiling'
+      what, total=total, completed=first, status=status
     )
     self._tasks.append(task)
     try:
       yield
     finally:
       self._tasks.remove(task)
-      if self._console.is_terminal and not self._tasks:
-        self._progress.stop()
+      if is_outermost:
+        with self._unread_output_dropped():
+          self._progress.stop()
       self._progress.remove_task(task)
 
   def show(
@@ -65,6 +89,19 @@ class Reporter:
     if is_logged and not self._console.is_terminal:
       left = '' if seconds_left is None else f'  {_clock(seconds_left)} left'
       self.say(f'step {step}/{total}  {status}{left}')
+
+  @contextlib.contextmanager
+  def _unread_output_dropped(self) -> Iterator[None]:
+    try:
+      yield
+    # Rich makes an exit of a closed pipe.
+    except (OSError, SystemExit):
+      self._console.quiet = True
+      with contextlib.suppress(OSError, ValueError):
+        # Python would write what is left at its exit, and fail.
+        null = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(null, self._console.file.fileno())
+        os.close(null)
 
 
 def _clock(seconds: float) -> str:
