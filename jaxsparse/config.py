@@ -30,6 +30,12 @@ from jaxsparse.memory_config import MemoryConfig as MemoryConfig
 from jaxsparse.model_config import ModelConfig
 from jaxsparse.model_config import MoEConfig as MoEConfig
 
+# What a process can take as a request, and a scheduler may send as one.
+_STOP_SIGNALS = (
+  *('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGUSR1', 'SIGUSR2'),
+  *('SIGXCPU', 'SIGQUIT', 'SIGALRM'),
+)
+
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class DataConfig:
@@ -265,6 +271,15 @@ class TrainConfig:
   keep_best: int = 0
   # A full validation pass every so many steps, and at the end; 0: at the end.
   eval_every: int = 0
+  # What asks to save and stop, as a cluster does before a job's time is over:
+  # of SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU, SIGQUIT, SIGALRM.
+  stop_signals: tuple[str, ...] = (
+    'SIGTERM',
+    'SIGINT',
+    'SIGHUP',
+    'SIGUSR1',
+    'SIGUSR2',
+  )
   # What the sample at the end begins with, and its length in tokens.
   sample_prompt: str = 'def '
   sample_tokens: int = 200
@@ -287,6 +302,11 @@ class TrainConfig:
     require_unset(
       self, self.sample_tokens == 0, 'sample_tokens = 0', 'sample_prompt'
     )
+    for name in self.stop_signals:
+      require(
+        name in _STOP_SIGNALS,
+        f'stop_signals must be of {", ".join(_STOP_SIGNALS)}; got {name!r}.',
+      )
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)

@@ -119,6 +119,7 @@ MEANINGS = {
     ('train', _FREE, 'log_every save_every keep_checkpoints keep_best'),
     ('train', _FREE, 'eval_every'),
     ('train', _FREE, 'sample_prompt sample_tokens wandb_project'),
+    ('train', _FREE, 'stop_signals'),
     ('mesh', _FREE, 'data sparse model'),
   )
   for name in names.split()

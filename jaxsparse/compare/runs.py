@@ -165,6 +165,7 @@ def _identity(run: Run) -> dict:
     'save_every',
     'keep_checkpoints',
     'keep_best',
+    'stop_signals',
     'wandb_project',
   ):
     del config['train'][name]

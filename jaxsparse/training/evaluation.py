@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,6 @@ import numpy as np
 
 from jaxsparse import mesh
 from jaxsparse.config import Config
-from jaxsparse.training.interrupt import StopRequest
 from jaxsparse.training.progress import Reporter
 from jaxsparse.training.step import eval_step
 
@@ -42,7 +41,8 @@ def validate(
   batches: Iterable[dict[str, np.ndarray]],
   num_bytes: int,
   reporter: Reporter,
-  stop: StopRequest,
+  is_to_stop: Callable[[], bool],
+  compiles: bool = True,
 ) -> Validation | None:
   """Runs the pass; None if a signal stopped it.
 
@@ -52,13 +52,14 @@ def validate(
     batches: this process's rows of every batch.
     num_bytes: UTF-8 bytes of the whole validation text.
     reporter: shows the progress.
-    stop: is looked at before every batch.
+    is_to_stop: is asked before every batch.
+    compiles: whether this is the first pass, for which the program is made.
   """
   nats, targets, counts = 0.0, 0.0, {}
   batches = list(batches)
-  with reporter.steps(0, len(batches), 'validation'):
+  with reporter.steps(0, len(batches), 'validation', compiles):
     for index, batch in enumerate(batches):
-      if stop:
+      if is_to_stop():
         return None
       sums = jax.device_get(_evaluate(config, params, to_global(batch)))
       nats += float(sums['nats'])

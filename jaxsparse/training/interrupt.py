@@ -1,8 +1,17 @@
-"""SIGTERM and SIGINT ask the loop to stop; a second one stops at once."""
+"""Signals ask the loop to save and stop; the same one again ends it at once."""
 
 import contextlib
 import signal
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Sequence
+
+import jax
+
+from jaxsparse import hosts
+from jaxsparse.config import TrainConfig
+
+# Between a signal and the step or batch at which several processes heed it.
+_SECONDS = 5.0
 
 
 class StopRequest:
@@ -15,19 +24,61 @@ class StopRequest:
 
 
 @contextlib.contextmanager
-def stop_on_signals() -> Iterator[StopRequest]:
-  """Turns the first SIGTERM or SIGINT into a request that the loop reads."""
+def stop_on_signals(
+  names: Sequence[str] = TrainConfig.stop_signals,
+) -> Iterator[StopRequest]:
+  """Turns the first of the signals into a request that the loop reads.
+
+  A second one of another name changes nothing: a job's warning is followed by
+  SIGTERM, perhaps before all is saved. SIGHUP stays ignored where `nohup` has
+  it so, and never ends the process, as a terminal may send it twice.
+  """
   request = StopRequest()
-  signals = (signal.SIGTERM, signal.SIGINT)
 
   def handle(number, frame):
-    request.signal_name = signal.Signals(number).name
-    for s, handler in previous.items():
-      signal.signal(s, handler)
+    name = signal.Signals(number).name
+    request.signal_name = request.signal_name or name
+    if name != 'SIGHUP':
+      signal.signal(number, previous[number])
 
-  previous = {s: signal.signal(s, handle) for s in signals}
+  previous = {}
+  for name in names:
+    number = signal.Signals[name]
+    is_unwanted = signal.getsignal(number) == signal.SIG_IGN
+    if not (name == 'SIGHUP' and is_unwanted):
+      previous[number] = signal.signal(number, handle)
   try:
     yield request
   finally:
-    for s, handler in previous.items():
-      signal.signal(s, handler)
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+class Agreement:
+  """Whether all processes stop, which each asks at the same points.
+
+  To ask the others takes a round trip, so they do it every few points, such
+  that about five seconds pass between.
+  """
+
+  def __init__(self, request: StopRequest):
+    self._request = request
+    self._stride = self._points_left = 1
+    self._start = time.perf_counter()
+
+  def __call__(self) -> bool:
+    """The same answer in all processes; every one of them must call it."""
+    if jax.process_count() == 1:
+      return bool(self._request)
+    self._points_left -= 1
+    if self._points_left:
+      return False
+    seconds = (time.perf_counter() - self._start) / self._stride
+    answers = hosts.gather([self._request.signal_name, seconds])
+    names, seconds = zip(*answers, strict=True)
+    # The first point takes long, as it compiles.
+    fitting = max(1, int(_SECONDS / max(*seconds, 1e-6)))
+    self._stride = self._points_left = min(2 * self._stride, fitting)
+    self._start = time.perf_counter()
+    self._request.signal_name = next(filter(None, names), '')
+    return bool(self._request)

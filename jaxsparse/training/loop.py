@@ -11,12 +11,16 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxsparse import checkpoint, hosts, mesh, provenance
+from jaxsparse import checkpoint, hosts, mesh, peers, provenance
 from jaxsparse.config import Config
 from jaxsparse.data.pipeline import merge_states
 from jaxsparse.errors import UserError
 from jaxsparse.training import evaluation, resume
-from jaxsparse.training.interrupt import StopRequest, stop_on_signals
+from jaxsparse.training.interrupt import (
+  Agreement,
+  StopRequest,
+  stop_on_signals,
+)
 from jaxsparse.training.metrics import MetricsWriter, validation_losses
 from jaxsparse.training.progress import Reporter
 from jaxsparse.training.step import (
@@ -57,13 +61,19 @@ class _Clock:
 
   def __init__(self, tokens_per_step: int):
     self.tokens_per_step = tokens_per_step
-    self.restart()
+    self._steps, self._start = 0, None
 
   def restart(self) -> None:
     self._steps, self._start = 0, time.perf_counter()
 
-  def tick(self) -> float:
-    """Tokens per second over the steps since `restart`."""
+  def tick(self) -> float | None:
+    """Tokens per second over the steps since `restart`.
+
+    None for the first step of all, which compiles.
+    """
+    if self._start is None:
+      self.restart()
+      return None
     self._steps += 1
     elapsed = time.perf_counter() - self._start
     return self._steps * self.tokens_per_step / max(elapsed, 1e-9)
@@ -96,11 +106,13 @@ def fit(
   checkpoints = checkpoint.Checkpoints(
     workdir, config.train.keep_checkpoints, config.train.keep_best
   )
-  with stop_on_signals() as stop:
+  with stop_on_signals(config.train.stop_signals) as stop:
     state = _restore_or_init(config, workdir, checkpoints, data, reporter)
     run = _Run(config, workdir, data, checkpoints, reporter, utilization, stop)
     try:
-      return run.to_the_end(state)
+      # Before what follows waits for others that no longer come.
+      with peers.all_end_together():
+        return run.to_the_end(state)
     finally:
       data.batches.close()
       run.close()
@@ -123,6 +135,7 @@ def _restore_or_init(
   restored = checkpoints.restore(abstract.params, optimizer, reporter.say)
   if restored is None:
     checkpoint.check_disk_space(workdir, room)
+    reporter.say('Compiling the first parameters ...')
     return jax.jit(init)()
   step, params, optimizer, record = restored
   data.batches.set_state(record['data'])
@@ -174,6 +187,7 @@ class _Run:
     self.told_of_budget = False
     # Of what is in use, which may no longer be what the workdir holds.
     self.provenance = provenance.record(config, workdir)
+    self.has_validated = False
 
   def close(self) -> None:
     if self.writer is not None:
@@ -190,10 +204,11 @@ class _Run:
       functools.partial(train_step, self.config), donate_argnums=0
     )
     pending, stopped = None, False
+    is_to_stop = Agreement(self.stop)
     losses = self._recall_losses()
     if self._is_to_validate(step) and step not in losses:
-      # A kill came between the checkpoint and the pass.
-      self._validate(step, state)
+      # A kill or a stop came between the checkpoint and the pass.
+      stopped = self._validate(step, state) is None
     with self.reporter.steps(step, total, 'training'):
       while step < total and not stopped:
         batch = evaluation.to_global(next(self.data.batches))
@@ -205,18 +220,19 @@ class _Run:
           # The next step runs while the host waits for the one before it.
           self._report(*pending)
         pending = (step, metrics)
-        if step % self.config.train.save_every == 0 or step == total:
+        is_to_save = step % self.config.train.save_every == 0 or step == total
+        is_to_validate = self._is_to_validate(step)
+        if is_to_save or is_to_validate:
           self._report(*pending)
           pending = None
+        if is_to_save:
           self._save(step, state)
-        if self._is_to_validate(step):
+        if is_to_validate:
           result = self._validate(step, state)
+          stopped = result is None
           if result and self.checkpoints.is_among_best(step):
-            if pending is not None:
-              self._report(*pending)
-              pending = None
             self._save(step, state)
-        stopped = self._is_to_stop(step)
+        stopped = stopped or is_to_stop()
       if pending is not None:
         self._report(*pending)
     validation = None if stopped else self._validate(step, state)
@@ -240,24 +256,15 @@ class _Run:
     return losses
 
   def _is_to_validate(self, step: int) -> bool:
-    every = self.config.train.eval_every
-    return (
-      every > 0
-      and 0 < step < self.config.train.num_steps
-      and (step % every == 0)
-    )
-
-  def _is_to_stop(self, step: int) -> bool:
-    if jax.process_count() == 1:
-      return bool(self.stop)
-    # All must leave at one step, and to ask each other takes a round trip.
-    is_time = step % self.config.train.log_every == 0
-    return is_time and hosts.any_of_all(bool(self.stop))
+    train = self.config.train
+    is_due = bool(train.eval_every) and step % train.eval_every == 0
+    return is_due and 0 < step < train.num_steps
 
   def _report(self, step: int, metrics: dict[str, jax.Array]) -> None:
     scalars = {k: float(v) for k, v in jax.device_get(metrics).items()}
     loss = scalars['loss']
     if not (math.isfinite(loss) and math.isfinite(scalars['grad_norm'])):
+      self.checkpoints.wait()
       kept = self.checkpoints.steps()
       raise UserError(
         f'the loss is {loss} and the gradient norm {scalars["grad_norm"]} at '
@@ -275,14 +282,16 @@ class _Run:
       )
     scalars['bits_per_byte'] = loss / math.log(2) / self.data.bytes_per_target
     speed = self.clock.tick()
-    scalars['tokens_per_second'] = speed
-    utilization = self.utilization(speed)
-    if utilization is not None:
-      scalars['model_flop_utilization'] = utilization
     total = self.config.train.num_steps
+    seconds_left = None
+    if speed is not None:
+      scalars['tokens_per_second'] = speed
+      utilization = self.utilization(speed)
+      if utilization is not None:
+        scalars['model_flop_utilization'] = utilization
+      seconds_left = (total - step) * self.clock.tokens_per_step / speed
     is_logged = step % self.config.train.log_every == 0 or step in (1, total)
-    tokens_left = (total - step) * self.clock.tokens_per_step
-    self.reporter.show(step, total, scalars, tokens_left / speed, is_logged)
+    self.reporter.show(step, total, scalars, seconds_left, is_logged)
     if is_logged:
       self.writer.write(step, scalars)
       self.clock.restart()
@@ -309,8 +318,10 @@ class _Run:
       self.data.validation(),
       self.data.validation_bytes,
       self.reporter,
-      self.stop if jax.process_count() == 1 else StopRequest(),
+      Agreement(self.stop),
+      compiles=not self.has_validated,
     )
+    self.has_validated = True
     self.clock.restart()
     if result is None:
       return None

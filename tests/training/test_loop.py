@@ -1,98 +1,169 @@
-"""The loop in one process: which steps it validates, saves and keeps."""
+"""The loop by itself: what it reports, when it stops, what it owes after."""
 
 import dataclasses
-import functools
+import json
+import os
+import signal
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from small_model import CONFIG, make_mesh
 
-from jaxsparse import checkpoint, config, mesh
-from jaxsparse.errors import UserError
-from jaxsparse.training import evaluation, loop, metrics
+from jaxsparse.config import TrainConfig
+from jaxsparse.training import evaluation, loop
 from jaxsparse.training.progress import Reporter
-from tests.training.small_model import CONFIG, make_batch
+from jaxsparse.training.step import TrainState
 
-SMALL = dataclasses.replace(
-  CONFIG,
-  model=config.ModelConfig(
-    num_layers=1, model_dim=8, num_heads=1, num_kv_heads=1, head_dim=8,
-    mlp_dim=8, vocab_size=50,
-  ),
-  data=dataclasses.replace(CONFIG.data, batch_size=2),
-)  # fmt: skip
+MODEL = dataclasses.replace(CONFIG.model, memory=None)
+
+
+def init_state(config):
+  step = jnp.zeros((), jnp.int32)
+  return TrainState(step, {'w': jnp.zeros(2)}, {'m': jnp.ones(3)})
+
+
+def train_step(config, state, batch):
+  """One that takes no time, whose loss names the batch."""
+  w = state.params['w'] + jnp.mean(batch['tokens'])
+  metrics = {'loss': jnp.mean(batch['tokens']), 'grad_norm': jnp.sum(w)}
+  return TrainState(state.step + 1, {'w': w}, state.opt_state), metrics
 
 
 class Batches:
-  """Endless, the same for every start at a step."""
+  """Batches whose tokens are their own number."""
 
-  step = 0
+  def __init__(self, on_batch=lambda number: None):
+    self.number, self._on_batch = 0, on_batch
 
   def __next__(self):
-    self.step += 1
-    return {k: x[:2] for k, x in make_batch(self.step).items()}
+    self.number += 1
+    self._on_batch(self.number)
+    return {'tokens': np.full((2, 4), self.number, np.float32)}
 
   def get_state(self):
-    return {'lanes': {'0': self.step}}
+    return {'lanes': {'0': self.number}}
 
   def set_state(self, state):
-    self.step = state['lanes']['0']
+    self.number = state['lanes']['0']
 
   def close(self):
     pass
 
 
-class KilledError(Exception):
-  """Stands for a kill."""
-
-
 @pytest.fixture
-def fit(tmp_path, monkeypatch):
-  """Trains with given losses of the validation passes to come."""
-
-  def start(losses, **fields):
-    losses = iter(losses)
-
-    def validate(*_):
-      loss = next(losses)
-      if loss is KilledError:
-        raise loss
-      return evaluation.Validation(loss, 1.0, {})
-
-    monkeypatch.setattr(evaluation, 'validate', validate)
-    whole = dataclasses.replace(SMALL, train=config.TrainConfig(**fields))
-    data = loop.TrainingData(Batches(), list, 1, 1.0)
-    one = mesh.make_mesh(1, 1, 1, devices=jax.devices()[:1])
-    with jax.set_mesh(one):
-      loop.fit(whole, tmp_path, data, Reporter(is_silent=True), lambda _: None)
-    assert next(losses, None) is None
-
-  return start
-
-
-def test_the_best_is_kept_through_kills(fit, tmp_path):
-  start = functools.partial(
-    fit, num_steps=9, eval_every=2, save_every=3, keep_checkpoints=1
+def fit(monkeypatch, tmp_path):
+  monkeypatch.setattr(loop, 'init_state', init_state)
+  monkeypatch.setattr(loop, 'train_step', train_step)
+  monkeypatch.setattr(
+    evaluation,
+    '_evaluate',
+    lambda config, params, batch: dict(
+      nats=params['w'][0], targets=1.0, slot_counts={}
+    ),
   )
-  with pytest.raises(KilledError):
-    # Steps 2 and 4, and 6 right after it was saved.
-    start([3.0, 2.0, KilledError], keep_best=1)
-  assert checkpoint.stored.steps_in(tmp_path) == [4, 6]
-  # The pass of step 6 is made up for; that of 9 is the last.
-  start([2.5, 2.75, 2.25], keep_best=1)
-  assert checkpoint.stored.steps_in(tmp_path) == [4, 9]
-  losses = metrics.validation_losses(tmp_path)
-  assert losses == {2: 3.0, 4: 2.0, 6: 2.5, 8: 2.75, 9: 2.25}
-  assert checkpoint.best_step(tmp_path, losses) == 4
-  # The last one may be the best, and is not kept twice.
-  start([2.25, 1.0], keep_best=1, num_steps=11)
-  assert checkpoint.stored.steps_in(tmp_path) == [11]
+
+  def run(on_batch=lambda number: None, on_validation=lambda: None, **train):
+    train = TrainConfig(**{'num_steps': 7, 'save_every': 100, **train})
+    config = dataclasses.replace(CONFIG, model=MODEL, train=train)
+
+    def validation():
+      for _ in range(3):
+        yield {'tokens': np.zeros((2, 4), np.float32)}
+      on_validation()
+
+    data = loop.TrainingData(Batches(on_batch), validation, 10, 1.0)
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+      return loop.fit(config, tmp_path, data, Reporter(), lambda speed: None)
+
+  return run
 
 
-def test_keep_best_needs_passes():
-  with pytest.raises(UserError, match='eval_every must be positive with keep_'):
-    config.TrainConfig(keep_best=1)
+def rows(tmp_path, name):
+  lines = (tmp_path / 'metrics.jsonl').read_text().splitlines()
+  found = map(json.loads, lines)
+  return [(r['step'], r[name]) for r in found if name in r]
 
 
-def test_without_keep_best_nothing_more_is_saved(fit, tmp_path):
-  fit([3.0, 2.0, 1.0, 4.0], num_steps=4, eval_every=1, save_every=9)
-  assert checkpoint.stored.steps_in(tmp_path) == [4]
+def at(number, name):
+  """Sends a signal when the batch `number` is asked for."""
+
+  def on_batch(asked):
+    if asked == number:
+      os.kill(os.getpid(), signal.Signals[name])
+
+  return on_batch
+
+
+@pytest.mark.parametrize(
+  ('settings', 'steps'),
+  [
+    (dict(log_every=1), [1, 2, 3, 4, 5, 6, 7]),
+    (dict(log_every=1, save_every=2), [1, 2, 3, 4, 5, 6, 7]),
+    (dict(log_every=3), [1, 3, 6, 7]),
+    (dict(log_every=2, save_every=3, eval_every=2), [1, 2, 4, 6, 7]),
+  ],
+)
+def test_each_step_is_reported_once_with_its_own_numbers(
+  fit, tmp_path, settings, steps
+):
+  """Though each is read while the next one runs."""
+  fit(**settings)
+  assert rows(tmp_path, 'loss') == [(step, step) for step in steps]
+  sums = [(step, step * (step + 1)) for step in steps]
+  assert rows(tmp_path, 'grad_norm') == sums
+
+
+def test_compiling_is_said_and_in_no_estimate(fit, tmp_path, capsys):
+  fit(log_every=1, num_steps=3, eval_every=2)
+  lines = [
+    line
+    for line in capsys.readouterr().out.splitlines()
+    if line.startswith(('Compiling', 'step'))
+  ]
+  assert lines[:2] == [
+    'Compiling the first parameters ...',
+    'Compiling training ...',
+  ]
+  assert lines[2].startswith('step 1/3 ')
+  assert 'tokens/s' not in lines[2]
+  assert 'left' not in lines[2]
+  assert lines[3].startswith('step 2/3 ')
+  assert lines[3].endswith(' left')
+  assert lines.count('Compiling validation ...') == 1
+  assert [step for step, _ in rows(tmp_path, 'tokens_per_second')] == [2, 3]
+
+
+@pytest.mark.parametrize('name', TrainConfig().stop_signals)
+def test_a_signal_saves_and_the_next_start_goes_on(fit, tmp_path, capsys, name):
+  outcome = fit(at(4, name), log_every=1)
+  assert outcome.validation is None
+  assert outcome.step == 4
+  assert f'{name}: saved step 4 of 7; the same command' in (
+    capsys.readouterr().out
+  )
+  assert fit(log_every=1).validation is not None
+  assert rows(tmp_path, 'loss') == [(step, step) for step in range(1, 8)]
+
+
+def test_a_validation_that_a_signal_stopped_is_made_good(fit, tmp_path):
+  def stop():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+  settings = dict(log_every=1, save_every=2, eval_every=2)
+  assert fit(on_validation=stop, **settings).step == 2
+  assert rows(tmp_path, 'validation_loss') == []
+  # And if it is stopped again.
+  assert fit(on_validation=stop, **settings).step == 2
+  fit(**settings)
+  found = rows(tmp_path, 'validation_loss')
+  assert found == [(2, 3.0), (4, 10.0), (6, 21.0), (7, 28.0)]
+  assert rows(tmp_path, 'loss') == [(step, step) for step in range(1, 8)]
+
+
+def test_a_validation_that_is_done_is_not_repeated(fit, tmp_path):
+  settings = dict(log_every=1, save_every=2, eval_every=2)
+  assert fit(at(5, 'SIGTERM'), **settings).step == 5
+  fit(**settings)
+  assert [s for s, _ in rows(tmp_path, 'validation_loss')] == [2, 4, 6, 7]
