@@ -30,7 +30,7 @@ from jaxsparse.data.corpus import Corpus, build_corpus
 from jaxsparse.errors import UserError
 from jaxsparse.inference import decoding, sampling, text
 from jaxsparse.nn import block, memory_tables
-from jaxsparse.training import loop, metrics, resume, step
+from jaxsparse.training import loop, metrics, resume, same_start, step
 from jaxsparse.training.evaluation import Validation
 from jaxsparse.training.inputs import training_data, with_vocabulary
 from jaxsparse.training.progress import Reporter
@@ -41,6 +41,7 @@ SAMPLING = sampling.Sampling(temperature=0.8)
 
 def main() -> None:
   config, workdir = command_line.parse_recipe(__doc__)
+  same_start.require_same_program(config, workdir)
   reporter = Reporter(is_silent=not hosts.is_lead())
   with workdir_lock.held(workdir, reporter.say):
     train(config, workdir, reporter)
@@ -60,13 +61,14 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
     config = with_vocabulary(config, tokens.vocab_size)
     if hosts.is_lead():
       resume.save_config(config, workdir)
+  same_start.require_same_data(corpus, tokens, workdir)
   describe_run(config, corpus, say)
 
   flops = cost.training_flops(config.model, config.data.seq_len)
   # Before the loop: a CPU's peak is measured, and needs the cores to itself.
   hardware.peak_flops()
   with jax.set_mesh(mesh.make_mesh(**dataclasses.asdict(config.mesh))):
-    if config.model.memory:
+    if config.model.memory and jax.device_count() > 1:
       say(memory_tables.describe_table(config.model.memory, config.model.dtype))
     if config.train.sample_tokens:
       check_sample(config, tokens)
@@ -136,6 +138,7 @@ def write_sample(
   """Shows what the model makes of the prompt, and adds it to the samples."""
   prompt = config.train.sample_prompt
   ids = text.encode_prompt(tokens, prompt)
+  say('Compiling generation ...')
   # One row for each piece of the batch, as the mesh splits rows evenly.
   drawn = decoding.generate_tokens(
     config.model,
@@ -153,8 +156,8 @@ def write_sample(
     return
   try:
     workdir_lib.append_sample(workdir, {'prompt': prompt, 'text': written})
-  except OSError as error:
-    say(f"The sample can't be kept ({error.strerror}).")
+  except UserError as error:
+    say(f'The sample was not kept: {error}')
 
 
 def draw(
