@@ -56,7 +56,9 @@ class _Peers:
       sentence = f'{self._name(self._index)}: {sentence}'
     for connection in self._connections.values():
       _send(connection, end=sentence, code=code)
-    # Sooner, and what was sent could be lost.
+      with contextlib.suppress(OSError):
+        connection.shutdown(socket.SHUT_WR)
+    # Until they hang up, too: what was sent could be lost.
     deadline = time.monotonic() + _PATIENCE_SECONDS
     for connection in self._connections.values():
       with contextlib.suppress(OSError):
@@ -110,7 +112,6 @@ def meet(address: str, count: int, index: int, wait_seconds: float) -> str:
   deadline = time.monotonic() + wait_seconds
   waiting = f'{wait_seconds:g} seconds (--wait_seconds)'
   if index == 0:
-    _say(f'Waiting up to {waiting} for the others of {count} at {address}.')
     connections = _receive_others(int(port), count, deadline, waiting)
   else:
     _say(f'Waiting up to {waiting} for process 0 of {count} at {address}.')
@@ -133,10 +134,10 @@ def all_end_together() -> Iterator[None]:
   except (Exception, KeyboardInterrupt) as error:
     if _peers is None:
       raise
-    if isinstance(error, UserError):
-      _peers.end(str(error), 2)
     # If it comes of another's end, that is told meanwhile.
     time.sleep(1)
+    if isinstance(error, UserError):
+      _peers.end(str(error), 2)
     traceback.print_exc()
     _peers.end(f'{type(error).__name__}: {error}'.splitlines()[0], 1)
 
@@ -148,9 +149,13 @@ def _receive_others(
   connections = {}
   try:
     with _listen(port) as server:
+      _say(f'Waiting up to {waiting} for the others of {count} at port {port}.')
       while len(connections) < count - 1:
         server.settimeout(max(deadline - time.monotonic(), 0.01))
         connection, _ = server.accept()
+        # One that was killed meanwhile may have been started again.
+        for gone in [i for i, c in connections.items() if _is_closed(c)]:
+          del connections[gone]
         index = _welcome(connection, count, connections)
         if index is not None:
           connections[index] = connection
@@ -176,11 +181,10 @@ def _listen(port: int) -> socket.socket:
         ('', port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=1024
       )
     return socket.create_server(('', port), backlog=1024)
-  except (OSError, OverflowError) as error:
-    reason = getattr(error, 'strerror', None) or error
+  except OSError as error:
     raise UserError(
-      f"port {port} of --coordinator can't be used ({reason}): give a free one "
-      'to all processes.'
+      f"port {port} of --coordinator can't be used ({os.strerror(error.errno)})"
+      ': give a free one to all processes.'
     ) from error
 
 
@@ -200,7 +204,7 @@ def _welcome(
       f'--num_processes={its_count} of process {index} must be that of process '
       f'0, {count}.'
     )
-  elif index in connections and not _is_closed(connections[index]):
+  elif index in connections:
     trouble = f'--process_id={index} is that of two processes.'
   if not trouble:
     _keep_alive(connection)
