@@ -4,6 +4,7 @@ import dataclasses
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from small_model import (
@@ -20,7 +21,9 @@ from small_model import (
 
 from jaxsparse import checkpoint, mesh
 from jaxsparse.errors import UserError
+from jaxsparse.nn.transformer import Transformer
 from jaxsparse.training import evaluation
+from jaxsparse.training.losses import token_losses
 from jaxsparse.training.step import eval_step, init_state, train_step
 
 
@@ -85,6 +88,45 @@ def test_state_moves_between_meshes(tmp_path):
     table = restored[1]['block_00']['memory']['value_table']
     assert len(table.sharding.device_set) == np.prod(shape)
   checkpoints.close()
+
+
+def test_each_micro_batch_draws_its_own_dropout():
+  """Three micro-batches of the same rows, of which dropout makes three."""
+  num = 3
+  model = dataclasses.replace(
+    CONFIG.model, memory=None, num_layers=1, dropout_rate=0.5
+  )
+  config = dataclasses.replace(
+    CONFIG,
+    model=model,
+    data=dataclasses.replace(CONFIG.data, batch_size=2 * num),
+    optimizer=dataclasses.replace(CONFIG.optimizer, grad_accumulation=num),
+  )
+  rows = {name: jnp.array(x[:2]) for name, x in make_batch(0).items()}
+  key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
+
+  @jax.jit
+  def loss(params, key):
+    (logits, _, _), _ = Transformer(model).apply(
+      {'params': params},
+      *(rows[name] for name in ('tokens', 'positions', 'segment_ids')),
+      deterministic=False,
+      rngs={'dropout': key},
+      mutable=['entries'],
+    )
+    losses = token_losses(logits, rows['targets']) * rows['loss_weight']
+    return losses.sum() / rows['loss_weight'].sum()
+
+  with jax.set_mesh(make_mesh((1, 1, 1))):
+    state = jax.jit(functools.partial(init_state, config))()
+    expected = [
+      float(loss(state.params, jax.random.fold_in(key, i))) for i in range(num)
+    ]
+    # Every device's share of the rows comes in turn.
+    batch = {name: jnp.repeat(x, num, 0) for name, x in rows.items()}
+    _, metrics = jax.jit(functools.partial(train_step, config))(state, batch)
+  assert np.ptp(expected[:2]) > 1e-3 < np.ptp(expected[1:])
+  np.testing.assert_allclose(metrics['loss'], np.mean(expected), rtol=1e-5)
 
 
 def test_only_what_is_asked_for_is_trained():
