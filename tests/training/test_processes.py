@@ -1,15 +1,18 @@
-"""Two processes of four devices train as one process of eight.
+"""Two processes train as one, and end and start again as one.
 
-In the slow lane, as four starts of train.py compile for minutes: of
-`ultramem_tiny` and of a model that compiles faster.
+In the slow lane, as each start of train.py compiles: `ultramem_tiny` and a
+model that compiles faster.
 """
 
 import json
 import os
 import pathlib
+import random
+import signal
 import socket
 import subprocess
 import sys
+import time
 
 import numpy as np
 import pytest
@@ -82,6 +85,17 @@ def start(recipe, workdir, num_devices, *flags):
   )  # fmt: skip
 
 
+def start_two(recipe, workdir, num_devices, *flags):
+  with socket.socket() as probe:
+    probe.bind(('127.0.0.1', 0))
+    address = f'127.0.0.1:{probe.getsockname()[1]}'
+  flags = (*flags, f'--coordinator={address}', '--num_processes=2')
+  return [
+    start(recipe, workdir, num_devices, *flags, f'--process_id={i}')
+    for i in range(2)
+  ]
+
+
 def finish(*processes):
   outputs = [process.communicate()[0] for process in processes]
   for process, output in zip(processes, outputs, strict=True):
@@ -108,15 +122,8 @@ def test_two_processes_are_one_and_either_goes_on_for_the_other(
 ):
   one, two = tmp_path / 'one', tmp_path / 'two'
   finish(start(recipe, one, 8, *scheme('columns', 2, 4)))
-  with socket.socket() as probe:
-    probe.bind(('127.0.0.1', 0))
-    address = f'127.0.0.1:{probe.getsockname()[1]}'
-  flags = (f'--coordinator={address}', '--num_processes=2')
   lead, follower = finish(
-    *(
-      start(recipe, two, 4, *scheme('grid', 2, 4), *flags, f'--process_id={i}')
-      for i in range(2)
-    )
+    *start_two(recipe, two, 4, *scheme('grid', 2, 4)),
   )
   assert 'split by grid' in lead
   assert 'loss' not in follower
@@ -132,3 +139,139 @@ def test_two_processes_are_one_and_either_goes_on_for_the_other(
   assert 'split by rows' in output
   for step, loss in losses(two).items():
     np.testing.assert_allclose(loss, expected[step], rtol=0, atol=1e-5)
+
+
+# Trains in no time, so that a kill meets any part of it.
+TINY = """
+from jaxsparse import config as c
+
+def get_config():
+  return c.Config(
+    model=c.ModelConfig(
+      num_layers=1, model_dim=16, num_heads=2, num_kv_heads=2, head_dim=8,
+      mlp_dim=16,
+    ),
+    data=c.DataConfig(
+      seq_len=32, batch_size=4, text={text!r}, cache_dir={cache!r},
+      validation_fraction=0.1,
+    ),
+    optimizer=c.OptimizerConfig(warmup_steps=2),
+    train=c.TrainConfig(
+      num_steps=60, log_every=1, save_every=2, eval_every=30, sample_tokens=0,
+    ),
+  )
+"""
+
+
+@pytest.fixture(scope='module')
+def tiny(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('tiny')
+  numbers = np.random.default_rng(0).integers(1000, size=(20, 300))
+  for i, row in enumerate(numbers):
+    (folder / f'{i}.txt').write_text(' '.join(map(str, row)))
+  path = folder / 'recipe.py'
+  path.write_text(
+    TINY.format(text=str(folder / '*.txt'), cache=str(folder / 'cache'))
+  )
+  return path
+
+
+@pytest.fixture(scope='module')
+def whole(tiny, tmp_path_factory):
+  """The losses of two processes that nothing stops."""
+  workdir = tmp_path_factory.mktemp('whole')
+  finish(*start_two(tiny, workdir, 1))
+  return losses(workdir)
+
+
+def last_step(workdir):
+  return max(losses(workdir), default=0)
+
+
+def wait_until(condition, *processes):
+  while not condition():
+    for process in processes:
+      assert process.poll() is None, process.communicate()
+    time.sleep(0.02)
+
+
+def saving(workdir):
+  """Whether a checkpoint is being written."""
+  folder = workdir / 'checkpoints'
+  return any('tmp' in path.name for path in folder.glob('*'))
+
+
+def kill_one(processes, victim):
+  """Kills it; the other's sentence, which comes within seconds."""
+  processes[victim].send_signal(signal.SIGKILL)
+  begin = time.monotonic()
+  output, _ = processes[1 - victim].communicate(timeout=60)
+  processes[victim].communicate()
+  assert time.monotonic() - begin < 20
+  assert f'error: process {victim} of 2 has ended without a word' in output
+  assert processes[1 - victim].returncode == 1, output
+
+
+def test_one_of_two_is_killed_at_any_moment(tiny, whole, tmp_path):
+  rng = random.Random(3)
+  for attempt in range(6):
+    processes = start_two(tiny, tmp_path, 1)
+    begun = last_step(tmp_path)
+    if attempt % 2:
+      wait_until(lambda: saving(tmp_path), *processes)
+    elif attempt:
+      goal = min(begun + rng.randint(1, 9), 55)
+      wait_until(lambda goal=goal: last_step(tmp_path) >= goal, *processes)
+    time.sleep(rng.random() * (0.05 if attempt else 10))
+    kill_one(processes, rng.randrange(2))
+  finish(*start_two(tiny, tmp_path, 1))
+  assert losses(tmp_path) == whole
+
+
+def test_one_goes_on_alone_where_one_of_two_was_killed(tiny, whole, tmp_path):
+  processes = start_two(tiny, tmp_path, 1)
+  wait_until(lambda: last_step(tmp_path) >= 9, *processes)
+  kill_one(processes, 0)
+  finish(start(tiny, tmp_path, 2))
+  found = losses(tmp_path)
+  assert sorted(found) == sorted(whole)
+  for step, loss in found.items():
+    np.testing.assert_allclose(loss, whole[step], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize('index', [0, 1])
+def test_a_signal_to_one_of_two_saves_both(tiny, whole, tmp_path, index):
+  settings = ['--config.train.save_every=1000', '--config.train.log_every=1000']
+  processes = start_two(tiny, tmp_path, 1, *settings)
+  wait_until(lambda: last_step(tmp_path) >= 1, *processes)
+  processes[index].send_signal(signal.SIGUSR1)
+  lead, _ = finish(*processes)
+  assert 'SIGUSR1: saved step' in lead
+  finish(*start_two(tiny, tmp_path, 1))
+  found = losses(tmp_path)
+  assert found == {step: whole[step] for step in found}
+  assert max(found) == 60
+
+
+def test_the_failure_of_one_ends_both(tiny, tmp_path):
+  lead, other = start_two(tiny, tmp_path, 1, '--config.data.num_lanes=1')
+  for process in lead, other:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert 'data.num_lanes = 1 must be a multiple of the 2 processes' in output
+    assert 'Traceback' not in output
+
+
+def test_processes_of_different_commands_are_told(tiny, tmp_path):
+  lead, other = start_two(tiny, tmp_path, 1)
+  other.kill()
+  address = next(a for a in lead.args if str(a).startswith('--coordinator'))
+  another = start(
+    tiny, tmp_path, 1, address, '--num_processes=2', '--process_id=1',
+    '--config.model.mlp_dim=32',
+  )  # fmt: skip
+  for process in lead, another:
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 2
+    assert 'process 1 of 2 has another config (model.mlp_dim: 16 ->' in output
+    assert 'Traceback' not in output
