@@ -30,7 +30,7 @@ from jaxsparse.errors import UserError
 from jaxsparse.kernels import grouped_matmul as kernel
 from jaxsparse.ops import bag_pieces
 from jaxsparse.ops import grouped_matmul_libraries as libraries
-from jaxsparse.ops.varying import to_same_varying
+from jaxsparse.ops.varying import argsort, to_same_varying
 
 IMPLEMENTATIONS = ('auto', 'loop', 'triton', 'megablox', 'ragged_dot')
 
@@ -274,7 +274,7 @@ def tile_rows(num_rows: int, num_experts: int) -> int:
 
 def _over_experts(body: Callable, is_chosen, carry):
   """`body(expert, carry)` for the chosen experts only."""
-  order = jnp.argsort(~is_chosen, stable=True).astype(jnp.int32)
+  order = argsort(~is_chosen).astype(jnp.int32)
   return jax.lax.fori_loop(
     0,
     is_chosen.sum(dtype=jnp.int32),

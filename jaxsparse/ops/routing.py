@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsparse.errors import UserError
 from jaxsparse.ops.top_k import top_m, top_m_reference
+from jaxsparse.ops.varying import argsort, to_same_varying
 
 _KINDS = ('softmax', 'sigmoid')
 
@@ -172,18 +173,22 @@ def dispatch_order(
   local = experts.reshape(-1) - first_expert
   is_own = (local >= 0) & (local < num_experts)
   local = jnp.where(is_own, local, num_experts)
-  order = jnp.argsort(local, stable=True).astype(jnp.int32)
+  order = argsort(local).astype(jnp.int32)
   # By comparison, as X is small: a scatter of scalars is slow on some GPUs.
   ends = (local[:, None] <= jnp.arange(num_experts)[None]).sum(0, jnp.int32)
   sizes = jnp.diff(ends, prepend=jnp.zeros_like(ends[:1]))
-  return Dispatch(order, jnp.argsort(order).astype(jnp.int32), sizes)
+  return Dispatch(order, argsort(order).astype(jnp.int32), sizes)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def to_experts(
   x: Float[Array, 'T D'], dispatch: Dispatch, num_used: int
 ) -> Float[Array, 'S D']:
   """The row of each assignment's token, sorted by expert."""
+  return _to_experts(*to_same_varying(x, dispatch), num_used)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _to_experts(x, dispatch, num_used):
   return x[dispatch.order // num_used]
 
 
@@ -196,8 +201,8 @@ def _gradient_of_tokens(num_used, dispatch, cotangent):
   return by_token.sum(1, dtype=dtype).astype(cotangent.dtype), None
 
 
-to_experts.defvjp(
-  lambda x, dispatch, num_used: (to_experts(x, dispatch, num_used), dispatch),
+_to_experts.defvjp(
+  lambda x, dispatch, num_used: (_to_experts(x, dispatch, num_used), dispatch),
   _gradient_of_tokens,
 )
 
@@ -217,7 +222,8 @@ def from_experts(
   rows: Float[Array, 'S D'], weights: Float[Array, 'T k'], dispatch: Dispatch
 ) -> Float[Array, 'T D']:
   """Weighted sums of each token's k rows, in f32 at least."""
-  return weighted_sum(_in_token_order(rows, dispatch), weights)
+  rows = _in_token_order(*to_same_varying(rows, dispatch))
+  return weighted_sum(rows, weights)
 
 
 def weighted_sum(

@@ -28,7 +28,7 @@ from jaxsparse.ops.references import (
   sum_equal_rows,
   updates_at,
 )
-from jaxsparse.ops.varying import to_same_varying
+from jaxsparse.ops.varying import sort_key_val, to_same_varying
 
 # Bytes of the updates that are formed at once. A GPU forms them in registers,
 # and each turn of the loop costs it a wait for the host.
@@ -87,7 +87,7 @@ def sort_references(
   local = slot.reshape(-1).astype(jnp.int32) - first_row
   local = jnp.where((local >= 0) & (local < num_rows), local, num_rows)
   position = jnp.arange(local.size, dtype=jnp.int32)
-  row, position = jax.lax.sort_key_val(*to_same_varying(local, position))
+  row, position = sort_key_val(local, position)
   before = jnp.concatenate([jnp.full_like(row[:1], -1), row[:-1]])
   is_new = row != before
   rank = jnp.cumsum(is_new, dtype=jnp.int32) - 1
@@ -132,7 +132,7 @@ def row_gradient(
   dtype = jnp.promote_types(jnp.result_type(weight, cotangent), jnp.float32)
   width = cotangent.shape[-1]
   value = jnp.zeros((budget, width), dtype)
-  value, *_ = to_same_varying(value, slot, weight, cotangent)
+  value, *_ = to_same_varying(value, slot, weight, cotangent, group)
   if references.row.size:
     add = functools.partial(
       _add_window, references, weight, cotangent, group, first_rank

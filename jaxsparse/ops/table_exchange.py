@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse import mesh
+from jaxsparse.ops.varying import argsort, to_same_varying
 
 Entries = tuple[
   Int[Array, 'T k'], Float[Array, 'T k c'] | None, Int[Array, 'T k'] | None
@@ -202,26 +203,30 @@ def _front(
   is_own: Bool[Array, 'T k'],
 ) -> tuple[Int[Array, 'T k'], Int[Array, 'T k']]:
   """The order that puts owned entries first, and its inverse."""
-  order = jnp.argsort(~is_own, axis=1, stable=True)
-  return order, jnp.argsort(order, axis=1)
+  order = argsort(~is_own, axis=1)
+  return order, argsort(order, axis=1)
 
 
 def put_back(
   parts: Float[Array, 'T k'], place: Int[Array, 'T k']
 ) -> Float[Array, 'T k']:
   """What was computed of entries in the order of `own_rows`, in the first."""
-  order = jnp.argsort(place, axis=1)
+  order = argsort(place, axis=1)
   return _permuted(parts[..., None], place, order)[..., 0]
 
 
-@jax.custom_vjp
 def _permuted(weight, order, inverse):
   """Entries in another order, with a gradient that is an order as well."""
+  return _take_in_order(*to_same_varying(weight, order, inverse))
+
+
+@jax.custom_vjp
+def _take_in_order(weight, order, inverse):
   return jnp.take_along_axis(weight, order[..., None], axis=1)
 
 
-_permuted.defvjp(
-  lambda weight, order, inverse: (_permuted(weight, order, inverse), inverse),
+_take_in_order.defvjp(
+  lambda *inputs: (_take_in_order(*inputs), inputs[2]),
   lambda inverse, cotangent: (
     jnp.take_along_axis(cotangent, inverse[..., None], axis=1),
     None,

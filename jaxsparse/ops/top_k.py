@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxsparse.ops import bag_pieces
+from jaxsparse.ops.varying import argsort
 
 _CAN_BE_UNSTABLE = 'is_stable' in inspect.signature(jax.lax.top_k).parameters
 
@@ -103,5 +104,5 @@ def top_m_reference(
 ) -> tuple[Float[Array, '*B m'], Int[Array, '*B m']]:
   """`top_m` by a stable sort."""
   scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
-  indices = jnp.argsort(-scores, axis=-1, stable=True)[..., :num_selected]
+  indices = argsort(-scores)[..., :num_selected]
   return jnp.take_along_axis(scores, indices, axis=-1), indices

@@ -23,7 +23,7 @@ from jaxsparse.ops.references import (
   sum_equal_rows,
   updates_at,
 )
-from jaxsparse.ops.varying import to_same_varying
+from jaxsparse.ops.varying import sort_key_val
 
 WAYS = ('scatter', 'sorted', 'deterministic')
 
@@ -211,8 +211,8 @@ def _scatter_chunked(chunk_bytes):
 def _sort(slot, num_used, num_rows):
   """References by row: their rows and positions in [T * k], and how many."""
   slot = _without_unused(slot, num_used, num_rows).reshape(-1)
-  position = to_same_varying(jnp.arange(len(slot), dtype=slot.dtype), slot)[0]
-  row, position = jax.lax.sort((slot, position), num_keys=1, is_stable=True)
+  position = jnp.arange(len(slot), dtype=slot.dtype)
+  row, position = sort_key_val(slot, position)
   return row, position, None if num_used is None else num_used.sum()
 
 
