@@ -28,7 +28,25 @@ def accumulator(*arrays):
   return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
+def read_in_place(table, index):
+  """Both as they are, but such that a loop reads `table` where it lies.
+
+  A CPU computes in f32, and XLA takes whatever a loop does to all of a narrow
+  table, alike in all turns, out of the loop: it would hold the whole table in
+  f32 beside it. What has passed a barrier with the index differs by turn.
+  """
+  if table.dtype.itemsize >= 4:
+    return table, index
+  return jax.lax.platform_dependent(
+    table,
+    index,
+    cpu=lambda *arrays: jax.lax.optimization_barrier(arrays),
+    default=lambda *arrays: arrays,
+  )
+
+
 def rows(table, slot):
+  table, slot = read_in_place(table, slot)
   # Negative slots would be taken to count from the end, at a cost.
   return table.at[slot].get(
     mode='promise_in_bounds', wrap_negative_indices=False

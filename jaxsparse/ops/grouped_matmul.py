@@ -192,7 +192,8 @@ def _products_with_few(rows, experts, sizes, few, is_transposed):
   ends = jnp.cumsum(sizes)
 
   def dot(expert):
-    matrix = _item(experts, expert).astype(rows.dtype)
+    matrix = _item(*bag_pieces.read_in_place(experts, expert))
+    matrix = matrix.astype(rows.dtype)
     dims = ((1,), (1 if is_transposed else 0,)), ((), ())
     return lambda part: jax.lax.dot_general(
       part, matrix, dims, preferred_element_type=dtype
@@ -315,7 +316,8 @@ def _product_in_place(rows, experts, expert):
   def add(i, total):
     scale = _item(scales, i)
     for j in range(at_once):
-      line = _item(flat, expert * depth + i * at_once + j)
+      place = expert * depth + i * at_once + j
+      line = _item(*bag_pieces.read_in_place(flat, place))
       line = line.astype(rows.dtype).astype(dtype)
       total += scale[j][:, None] * line[None]
     return total

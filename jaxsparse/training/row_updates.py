@@ -16,6 +16,9 @@ from jaxtyping import Array, Float
 from jaxsparse import mesh
 from jaxsparse.ops.row_gradient import RowGradient
 
+# Whether XLA's scatter on a CPU takes a whole narrow array to f32 and back.
+_WIDENS_SCATTERS = jax.__version_info__ < (0, 12)
+
 # Rows are distinct and ascending, and the unused entries past the table.
 _SCATTER = dict(mode='drop', unique_indices=True, indices_are_sorted=True)
 
@@ -34,7 +37,32 @@ def take_rows(array: Array, rows: RowGradient) -> Array:
 
 def set_rows(array: Array, rows: RowGradient, value: Array) -> Array:
   """`array` with these rows replaced, in place where it is donated."""
-  return array.at[rows.slot].set(value.astype(array.dtype), **_SCATTER)
+  value = value.astype(array.dtype)
+  if array.dtype.itemsize >= 4 or not _WIDENS_SCATTERS:
+    return _scatter_rows(array, rows.slot, value)
+  return jax.lax.platform_dependent(
+    array, rows.slot, value, cpu=_select_rows, default=_scatter_rows
+  )
+
+
+def _scatter_rows(array, slot, value):
+  return array.at[slot].set(value, **_SCATTER)
+
+
+def _select_rows(array, slot, value):
+  """`_scatter_rows` by one pass over `array`, which needs no other room."""
+  number = jnp.arange(len(slot), dtype=jnp.int32)
+  source = jnp.full(len(array), -1, jnp.int32).at[slot].set(number, **_SCATTER)
+
+  def select(array):
+    new = value.at[jnp.maximum(source, 0)].get(mode='promise_in_bounds')
+    is_new = jnp.expand_dims(source >= 0, range(1, array.ndim))
+    return jnp.where(is_new, new, array)
+
+  # In a branch, or XLA would make `value` in the pass, of rows that the pass
+  # overwrites, and keep a copy of them all.
+  is_any = jnp.any(source >= 0)
+  return jax.lax.cond(is_any, select, lambda array: array, array)
 
 
 def squared_norm(gradient: RowGradient) -> Float[Array, '']:
