@@ -74,7 +74,7 @@ class Block(nn.Module):
     )
     before, x = x, x + self._drop(y)
     h = norm(name='mlp_norm')(before if config.parallel_block else x)
-    outputs, channel_metrics = self._channel_mixer(h)
+    outputs, channel_metrics = self._channel_mixer(h, segment_ids)
     outputs = [self._drop(y) for y in outputs]
     metrics = merged(prefixed('attention', metrics), channel_metrics)
     cache = cache | dict(attention=attention_cache) if cache else None
@@ -92,10 +92,12 @@ class Block(nn.Module):
     y = functools.reduce(operator.add, outputs)
     return x + mesh.reshard(y, mesh.act('BTD')), memory_y, cache, metrics
 
-  def _channel_mixer(self, h):
+  def _channel_mixer(self, h, segment_ids):
     """Outputs of the MLP or the experts, none where a memory replaces it."""
     config = self.config
+    inputs = (h,)
     if config.moe:
+      inputs = (h, segment_ids)
       name, layer = 'moe', functools.partial(MoE, config.moe)
     else:
       name = 'mlp'
@@ -114,7 +116,7 @@ class Block(nn.Module):
       config.dtype,
       is_partial=self._is_partial,
       name=name,
-    )(h)
+    )(*inputs)
     return [y], prefixed(name, metrics)
 
   def _memory(self, h, segment_ids, cache, tables):

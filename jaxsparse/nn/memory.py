@@ -81,7 +81,8 @@ class MemoryLayer(nn.Module):
     Args:
       x: input of each position.
       segment_ids: documents, between which the query convolution does not
-        look; by default all positions are of one.
+        look, and 0 for padding, which no metric counts; by default all
+        positions are of one document.
       context: the taps - 1 inputs before `x`, for the query convolution while
         decoding; by default there is nothing before.
       tables: what `SharedTables` holds; by default the layer has its own.
@@ -138,7 +139,7 @@ class MemoryLayer(nn.Module):
       )
     if 'products' in taps:
       self.sow(ENTRIES, 'products', (read['rows'], read['vectors']))
-    return y, memory_metrics(params, read, self.config)
+    return y, memory_metrics(params, read, self.config, segment_ids)
 
 
 def memory_forward(
@@ -250,15 +251,23 @@ def memory_metrics(
   params: dict[str, jax.Array],
   read: dict[str, jax.Array],
   config: MemoryConfig,
+  segment_ids: Int[Array, 'B T'] | None = None,
 ) -> Metrics:
-  """Scalars of one pass, from what `memory_forward` read."""
+  """Scalars of one pass, from what `memory_forward` read but for padding."""
   scores = jax.lax.stop_gradient(read['scores'])
+  scores = scores.reshape(*scores.shape[:2], -1)
+  is_token = None if segment_ids is None else segment_ids > 0
+
+  def mean(x):
+    return usage.mean_over_tokens(x, is_token).mean()
+
+  score_mean = mean(scores)
   metrics = {
     'aux_loss': jnp.zeros((), jnp.float32),
     'slots_used': usage.share_used(read['hits']),
     'unevenness': usage.unevenness(read['hits']),
-    'score_mean': scores.mean(),
-    'score_std': scores.std(),
+    'score_mean': score_mean,
+    'score_std': jnp.sqrt(mean(jnp.square(scores - score_mean))),
   }
   if config.grid == 'tucker':
     loss = lower_singular_loss(params['cores'], config.aux_loss_margin)

@@ -9,7 +9,7 @@ arXiv:2401.06066). No token is dropped.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from jaxsparse import mesh
 from jaxsparse.errors import UserError
@@ -39,9 +39,16 @@ class MoE(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'B T D']
+    self,
+    x: Float[Array, 'B T D'],
+    segment_ids: Int[Array, 'B T'] | None = None,
   ) -> tuple[Float[Array, 'B T D'], Metrics]:
     """Runs the experts.
+
+    Args:
+      x: input of each position.
+      segment_ids: 0 for padding, which counts neither in the losses nor in the
+        load; by default there is none.
 
     Returns:
       The output, and scalars over the whole batch: 'aux_loss', already
@@ -73,7 +80,8 @@ class MoE(nn.Module):
     if config.bias_update_rate > 0:
       init = mesh.sharded(nn.initializers.zeros, mesh.param('.'))
       bias = self.param('router_bias', init, (config.num_experts,))
-    weights, experts, load = _route(logits, bias, config)
+    is_token = None if segment_ids is None else segment_ids > 0
+    weights, experts, load = _route(logits, bias, is_token, config)
     self.sow('intermediates', 'experts', experts)
     x = x.astype(self.dtype)
     y = sharded_expert_mlp(
@@ -86,7 +94,7 @@ class MoE(nn.Module):
     )
     if config.num_shared:
       y += self._shared(x)
-    return y, _metrics(logits, bias, load, config)
+    return y, _metrics(logits, bias, load, is_token, config)
 
   def _matrices(self, model_dim):
     """Matrices of all experts, as they are stored: f32, or less for serving.
@@ -120,10 +128,10 @@ class MoE(nn.Module):
     return shared(x)[0]
 
 
-def _route(logits, bias, config):
+def _route(logits, bias, is_token, config):
   """Weights and experts [B, T, k], and the load [X] of the whole batch."""
 
-  def on_device(logits, bias):
+  def on_device(logits, bias, is_token):
     weights, experts = routing.route(
       logits.reshape(-1, config.num_experts),
       config.num_used,
@@ -131,24 +139,31 @@ def _route(logits, bias, config):
       normalize=config.normalize_weights,
       bias=bias,
     )
-    load = usage.count_hits(experts, config.num_experts)
+    if is_token is not None:
+      is_token = jnp.broadcast_to(is_token.reshape(-1, 1), experts.shape)
+    load = usage.count_hits(experts, config.num_experts, is_token)
     shape = (*logits.shape[:-1], config.num_used)
     return weights.reshape(shape), experts.reshape(shape), load[None]
 
-  weights, experts, load = mesh.over_tokens(on_device, (1,))(logits, bias)
+  weights, experts, load = mesh.over_tokens(on_device, (1,))(
+    logits, bias, is_token
+  )
   return weights, experts, load.sum(0)
 
 
-def _metrics(logits, bias, load, config):
+def _metrics(logits, bias, load, is_token, config):
   """Scalars of one pass; means and loads are over all tokens of all devices."""
   shares = routing.shares_of_scores(logits, config.router)
   aux_loss = config.balance_loss_weight * routing.load_balance_loss(
-    shares, load
+    shares, load, is_token
   )
-  aux_loss += config.router_z_loss_weight * routing.router_z_loss(logits)
+  aux_loss += config.router_z_loss_weight * routing.router_z_loss(
+    logits, is_token
+  )
   if bias is not None:
     aux_loss += routing.bias_balance_term(mesh.gather(bias, '.'), load)
-  entropy = -jax.scipy.special.xlogy(shares, shares).sum(-1).mean()
+  entropy = -jax.scipy.special.xlogy(shares, shares).sum(-1, keepdims=True)
+  entropy = usage.mean_over_tokens(entropy, is_token)[0]
   return {
     'aux_loss': aux_loss,
     'experts_used': usage.share_used(load),

@@ -44,7 +44,8 @@ def retrieve(
     weights: the layer's parameters, gathered.
     x: input of each position.
     config: of the layer.
-    segment_ids: documents, between which the query convolution does not look.
+    segment_ids: documents, between which the query convolution does not look;
+      0 for padding.
     context: the inputs before `x` that this convolution looks back to.
     directions: pre-filter vectors of an imported checkpoint.
     permutation: table of virtual addresses of an imported checkpoint.
@@ -55,7 +56,7 @@ def retrieve(
     'scores' [B, T, P, m, c] of the kept cells; 'weights' [B, T, P * m, c] after
     the activation; 'slots' [B, T, P * m] that the layer addresses, the table's
     'rows' that they are, and 'blocks', or None where there is one pool; 'hits'
-    [M] of the slots, over the whole batch.
+    [M] of the slots by all tokens of the batch that are no padding.
   """
   h = x
   if 'query_conv' in weights:
@@ -70,14 +71,20 @@ def retrieve(
   query = norm(query, weights.get('query_scale'), -1, config.query_norm)
   keys = norm(weights['keys'], weights.get('key_scale'), -2, config.key_norm)
 
-  def on_device(query, keys, cores, directions, permutation):
-    return _best_slots(
+  is_token = None if segment_ids is None else segment_ids > 0
+
+  def on_device(is_token, query, keys, cores, directions, permutation):
+    *found, slot = _best_slots(
       query, keys, cores, directions, permutation, config, salt, first_row
     )
+    if is_token is not None:
+      is_token = jnp.broadcast_to(is_token[..., None], slot.shape)
+    hits = usage.count_hits(slot, config.num_slots, is_token)
+    return *found, slot, hits[None]
 
-  names = ('scores', 'weights', 'slots', 'rows', 'blocks', 'hits')
-  found = mesh.over_tokens(on_device, (1, 2, 3, 4))(
-    query, keys, weights.get('cores'), directions, permutation
+  names = ('scores', 'weights', 'rows', 'blocks', 'slots', 'hits')
+  found = mesh.over_tokens(on_device, (2, 3, 4, 5))(
+    is_token, query, keys, weights.get('cores'), directions, permutation
   )
   read = dict(zip(names, found, strict=True))
   return read | dict(hits=read['hits'].sum(0))
@@ -111,7 +118,6 @@ def _best_slots(
   else:
     virtual = addressing.look_up(address, permutation)
   block, slot = addressing.split(virtual, config.num_slots)
-  hits = usage.count_hits(slot, config.num_slots)
   row_of_table = slot
   if config.shared_rows:
     row_of_table = _in_window(slot, first_row, config.shared_rows)
@@ -123,7 +129,7 @@ def _best_slots(
   weight = weight.reshape(*slot.shape, -1)
   if config.num_pools == 1:
     block = None
-  return scores, weight, slot, row_of_table, block, hits[None]
+  return scores, weight, row_of_table, block, slot
 
 
 def _in_window(slot, first_row, num_rows):

@@ -18,6 +18,7 @@ from jaxsparse import mesh
 from jaxsparse.config import ModelConfig, SparseAttentionConfig
 from jaxsparse.nn.attention_maps import show, show_arrays
 from jaxsparse.nn.layers import Metrics, weight
+from jaxsparse.ops import usage
 from jaxsparse.ops.block_router import Router, no_router
 from jaxsparse.ops.block_selection import Grid
 from jaxsparse.ops.block_summaries import Pooling, Summaries, plain_pooling
@@ -143,11 +144,12 @@ class SparseAttention(nn.Module):
     shift the grid of blocks.
 
     The metrics are means over tiles with an eligible block: 'kept_share' of
-    these blocks and their number 'kept_blocks', 'coverage', least and most, and
-    the shares of the softmax in 'window', 'kept' and 'summary'; without a cache
-    the 'router_entropy' of the blocks' importance in nats, and an indexer's
-    'router_loss', whose weighted value is 'aux_loss'; 'block_price' is the
-    weighted 'kept_share'.
+    these blocks and their number 'kept_blocks', and the shares of the softmax
+    in 'window', 'kept' and 'summary'; without a cache the 'router_entropy' of
+    the blocks' importance in nats, and an indexer's 'router_loss', whose
+    weighted value is 'aux_loss'; 'block_price' is the weighted 'kept_share'.
+    'coverage', its least and most are those of all tokens. Padding counts
+    nowhere.
     """
     sparse = self.config.sparse
     grid = make_grid(sparse)
@@ -175,7 +177,7 @@ class SparseAttention(nn.Module):
       self._show(run, inputs, stats)
     else:
       y, cache, stats = self._from_cache(how, inputs, cache)
-    return y, cache, self._metrics(stats, coverage)
+    return y, cache, self._metrics(stats, coverage, segment_ids > 0)
 
   def _show(self, run, inputs, stats):
     query, key, value, *rest = inputs
@@ -270,7 +272,7 @@ class SparseAttention(nn.Module):
       projected('router_key', 'D.', 'i', width),
     )
 
-  def _metrics(self, stats, coverage):
+  def _metrics(self, stats, coverage, is_token):
     eligible = stats['eligible'].astype(jnp.float32)
     counts = (eligible > 0).astype(jnp.float32)
     total = jnp.maximum(counts.sum(), 1.0)
@@ -287,9 +289,10 @@ class SparseAttention(nn.Module):
     metrics |= dict(
       kept_share=kept_share,
       kept_blocks=mean(stats['kept']),
-      coverage=coverage.mean(),
-      coverage_least=coverage.min(),
-      coverage_most=coverage.max(),
+      coverage=usage.mean_over_tokens(coverage, is_token).mean(),
+      # A coverage is between 0 and 1.
+      coverage_least=coverage.min(where=is_token[..., None], initial=1.0),
+      coverage_most=coverage.max(where=is_token[..., None], initial=0.0),
       block_price=sparse.budget_weight * kept_share,
     )
     for i, name in enumerate(_SETS):

@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse.errors import UserError
+from jaxsparse.ops import usage
 from jaxsparse.ops.top_k import top_m, top_m_reference
 from jaxsparse.ops.varying import argsort, to_same_varying
 
@@ -104,7 +105,9 @@ def shares_of_scores(
 
 
 def load_balance_loss(
-  shares: Float[Array, '*T X'], load: Int[Array, 'X']
+  shares: Float[Array, '*T X'],
+  load: Int[Array, 'X'],
+  is_token: Bool[Array, '*T'] | None = None,
 ) -> Float[Array, '']:
   """X * sum of f * P over experts (Switch, eq. 4 to 6).
 
@@ -115,14 +118,19 @@ def load_balance_loss(
   Args:
     shares: of each token's scores, over the whole batch.
     load: assignments of each expert, over the whole batch.
+    is_token: False for padding, which is not in `load` either; None if there is
+      none.
   """
-  mean_share = shares.mean(tuple(range(shares.ndim - 1)))
+  mean_share = usage.mean_over_tokens(shares, is_token)
   return len(load) * (load_shares(load) * mean_share).sum()
 
 
-def router_z_loss(logits: Float[Array, '*T X']) -> Float[Array, '']:
+def router_z_loss(
+  logits: Float[Array, '*T X'], is_token: Bool[Array, '*T'] | None = None
+) -> Float[Array, '']:
   """Mean over tokens of the squared log-partition (ST-MoE, eq. 5)."""
-  return jnp.square(jax.nn.logsumexp(logits, axis=-1)).mean()
+  log_partition = jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+  return usage.mean_over_tokens(jnp.square(log_partition), is_token)[0]
 
 
 def bias_balance_term(

@@ -1,21 +1,45 @@
-"""How evenly the slots of a memory are used.
+"""How evenly the slots of a memory are used, by tokens that are no padding.
 
 Section 4 of the product-key paper (arXiv:1907.05242): the share of slots in
 use, and the unevenness, the divergence of the hits from a uniform spread.
 """
 
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 
-def count_hits(slot: Int[Array, '*B'], num_slots: int) -> Int[Array, 'M']:
-  """How often each slot occurs.
+def count_hits(
+  slot: Int[Array, '*B'],
+  num_slots: int,
+  is_counted: Bool[Array, '*B'] | None = None,
+) -> Int[Array, 'M']:
+  """How often each slot occurs; where `is_counted` is False it does not count.
 
   Integers, because a scatter of f32 scalars is a compare-and-swap loop on some
   GPU releases; and exact up to 2^31 hits.
   """
+  times = 1
+  if is_counted is not None:
+    times = is_counted.reshape(-1).astype(jnp.int32)
   hits = jnp.zeros(num_slots, jnp.int32)
-  return hits.at[slot.reshape(-1)].add(1, mode='promise_in_bounds')
+  return hits.at[slot.reshape(-1)].add(times, mode='promise_in_bounds')
+
+
+def mean_over_tokens(
+  x: Float[Array, '*T F'], is_token: Bool[Array, '*T'] | None = None
+) -> Float[Array, 'F']:
+  """Means over the tokens that are no padding, 0 where there is none.
+
+  Args:
+    x: figures of each token.
+    is_token: False for padding, whose figures have no gradient; None if there
+      is none.
+  """
+  axes = tuple(range(x.ndim - 1))
+  if is_token is None:
+    return x.mean(axes)
+  count = jnp.maximum(is_token.sum(dtype=jnp.int32), 1)
+  return jnp.where(is_token[..., None], x, 0).sum(axes) / count.astype(x.dtype)
 
 
 def share_used(hits: Int[Array, 'M']) -> Float[Array, '']:
@@ -26,11 +50,13 @@ def share_used(hits: Int[Array, 'M']) -> Float[Array, '']:
 def unevenness(hits: Int[Array, 'M']) -> Float[Array, '']:
   """log M + sum of z log z, z the share of hits, in nats.
 
-  0 when all slots are hit equally often, log M when one slot takes all.
+  0 when all slots are hit equally often, and with no hit; log M when one slot
+  takes all.
   """
   hits_f32 = hits.astype(jnp.float32)
-  share = hits_f32 / jnp.maximum(hits_f32.sum(), 1)
+  total = hits_f32.sum()
+  share = hits_f32 / jnp.maximum(total, 1)
   entropy = -jnp.where(
     share > 0, share * jnp.log(jnp.maximum(share, 1e-30)), 0
   ).sum()
-  return jnp.log(jnp.float32(hits.shape[0])) - entropy
+  return jnp.where(total > 0, jnp.log(jnp.float32(len(hits))) - entropy, 0)

@@ -1,0 +1,201 @@
+"""Padding counts nowhere: neither in what layers report nor in what they add.
+
+Each layer is run on rows that are part padding, and on the same tokens alone.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsparse import mesh as mesh_lib
+from jaxsparse.config import (
+  MemoryConfig,
+  ModelConfig,
+  SparseAttentionConfig,
+)
+from jaxsparse.model_config import MoEConfig
+from jaxsparse.nn.memory import MemoryLayer
+from jaxsparse.nn.moe import MoE
+from jaxsparse.nn.transformer import Transformer
+from jaxsparse.ops import routing, usage
+
+KEY = jax.random.key(0)
+B, T, D, LENGTH = 4, 16, 8, 8
+MOE = MoEConfig(
+  num_experts=8, num_used=2, expert_dim=6, balance_loss_weight=0.1,
+  router_z_loss_weight=0.1, bias_update_rate=0.01,
+)  # fmt: skip
+MEMORY = MemoryConfig(num_keys=8, key_dim=4, num_selected=4, value_dim=8)
+LAYERS = dict(
+  moe=MoE(MOE),
+  moe_by_sigmoid=MoE(dataclasses.replace(MOE, router='sigmoid')),
+  memory=MemoryLayer(MEMORY),
+  memory_of_sums=MemoryLayer(dataclasses.replace(MEMORY, grid='additive')),
+)
+X = jax.random.normal(KEY, (B, T, D))
+# Every row has its own padding, before, after and between.
+IS_TOKEN = np.zeros((B, T), bool)
+for row, place in enumerate((slice(0, 8), slice(8, 16), slice(4, 12))):
+  IS_TOKEN[row, place] = True
+IS_TOKEN[3, ::2] = True
+SEGMENTS = jnp.asarray(IS_TOKEN, jnp.int32)
+TOKENS_ALONE = X[IS_TOKEN].reshape(B, LENGTH, D)
+
+
+def run(layer, params, x, segment_ids):
+  """Gradients of the losses by parameters and inputs, and metrics."""
+
+  def loss(params, x):
+    _, metrics = layer.apply(params, x, segment_ids)
+    return metrics['aux_loss'], metrics
+
+  return jax.grad(loss, (0, 1), has_aux=True)(params, x)
+
+
+@functools.cache
+def compiled(name):
+  return jax.jit(functools.partial(run, LAYERS[name]))
+
+
+@functools.cache
+def expected(name):
+  """Of the tokens alone: parameters, metrics, gradients of both."""
+  params = jax.jit(LAYERS[name].init)(KEY, X)
+  ones = jnp.ones((B, LENGTH), jnp.int32)
+  return params, compiled(name)(params, TOKENS_ALONE, ones)
+
+
+def check(actual, expected):
+  gradients, metrics = actual
+  (of_params, of_x), expected_metrics = expected
+  assert_close = functools.partial(
+    jax.tree.map,
+    lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6),
+  )
+  assert_close(metrics, expected_metrics)
+  assert_close(gradients[0], of_params)
+  assert_close(np.asarray(gradients[1])[IS_TOKEN].reshape(of_x.shape), of_x)
+  assert (np.asarray(gradients[1])[~IS_TOKEN] == 0).all()
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_metrics_and_losses_are_those_of_the_tokens_alone(name):
+  params, results = expected(name)
+  check(compiled(name)(params, X, SEGMENTS), results)
+  # What padding holds is of no influence.
+  other = jnp.where(IS_TOKEN[..., None], X, 9.0)
+  check(compiled(name)(params, other, SEGMENTS), results)
+
+
+@pytest.mark.parametrize('name', ['moe', 'memory'])
+@pytest.mark.parametrize('sizes', [(2, 2, 1), (1, 2, 2)])
+def test_devices_with_unequal_padding_weigh_by_their_tokens(name, sizes):
+  params, _ = expected(name)
+  layer = LAYERS[name]
+  segment_ids = SEGMENTS.at[:2].set(0)
+  whole = compiled(name)(params, X, segment_ids)
+  mesh = mesh_lib.make_mesh(*sizes, devices=jax.devices()[:4])
+  with jax.set_mesh(mesh):
+
+    @jax.jit
+    def on_mesh(params, x, segment_ids):
+      x = mesh_lib.reshard(x, mesh_lib.act('BTD'))
+      segment_ids = mesh_lib.reshard(segment_ids, mesh_lib.act('BT'))
+      shapes = jax.eval_shape(lambda x: layer.init(KEY, x), x)
+      specs = jax.tree.map(lambda x: x.sharding.spec, shapes)
+      params = jax.tree.map(mesh_lib.reshard, params, specs)
+      return run(layer, params, x, segment_ids)
+
+    actual = on_mesh(params, X, segment_ids)
+  jax.tree.map(
+    lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-6),
+    actual,
+    whole,
+  )
+
+
+@pytest.mark.parametrize('name', LAYERS)
+def test_nothing_but_padding_is_nothing(name):
+  params, _ = expected(name)
+  nothing = jnp.zeros_like(SEGMENTS)
+  gradients, metrics = compiled(name)(params, X, nothing)
+  of_parameters = {'aux_loss', 'core_singular_0', 'core_singular_1'}
+  for metric in metrics.keys() - of_parameters:
+    assert metrics[metric] == 0, metric
+  assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradients))
+  assert (gradients[1] == 0).all()
+
+
+MODEL = ModelConfig(
+  num_layers=1, model_dim=D, num_heads=2, num_kv_heads=2, head_dim=4,
+  mlp_dim=16, vocab_size=30,
+)  # fmt: skip
+SPARSE = SparseAttentionConfig(
+  block=2, tile=2, window_blocks=1, max_blocks=2, min_blocks=1,
+  budget_weight=0.1,
+)  # fmt: skip
+MODELS = dict(
+  moe=dict(moe=MOE),
+  memory=dict(
+    memory=dataclasses.replace(MEMORY, query_conv_taps=3, placements=((0, 0),))
+  ),
+  sparse=dict(attention_pattern=('sparse',), sparse=SPARSE),
+)
+
+
+@pytest.mark.parametrize('name', MODELS)
+def test_a_models_metrics_are_those_of_its_tokens(name):
+  """Padding after each row, and rows of padding: as a last batch has it."""
+  config = dataclasses.replace(MODEL, **MODELS[name])
+  module = Transformer(config)
+  tokens = jax.random.randint(KEY, (2, 12), 0, 30)
+  positions = jnp.tile(jnp.arange(12), (2, 1))
+  segment_ids = jnp.ones_like(tokens)
+  params = jax.jit(module.init)(KEY, tokens, positions, segment_ids)
+  # Else all tokens would have the same coverage.
+  params = jax.tree.map(
+    lambda x: x + 0.1 * jnp.cos(jnp.arange(x.size)).reshape(x.shape), params
+  )
+
+  @jax.jit
+  def gradients(params, *inputs):
+    def loss(params):
+      _, _, metrics = module.apply(params, *inputs)
+      return metrics['aux_loss'] + metrics.get('block_price', 0.0), metrics
+
+    return jax.grad(loss, has_aux=True)(params)
+
+  alone = gradients(params, tokens, positions, segment_ids)
+  padded = [
+    jnp.pad(x, ((0, 2), (0, 6))) for x in (tokens, positions, segment_ids)
+  ]
+  jax.tree.map(
+    lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-4, atol=1e-5),
+    gradients(params, *padded),
+    alone,
+  )
+
+
+def test_hits_and_means_leave_out_what_is_no_token():
+  rng = np.random.default_rng(0)
+  for _ in range(5):
+    is_token = jnp.asarray(rng.permutation(15).reshape(3, 5) < 8)
+    x = jnp.asarray(rng.normal(size=(3, 5, 4)), jnp.float32)
+    slot = jnp.asarray(rng.integers(7, size=(3, 5)), jnp.int32)
+    alone = np.asarray(x)[is_token]
+    np.testing.assert_allclose(
+      usage.mean_over_tokens(x, is_token), alone.mean(0), rtol=1e-5, atol=1e-6
+    )
+    np.testing.assert_array_equal(
+      usage.count_hits(slot, 7, is_token),
+      np.bincount(np.asarray(slot)[is_token], minlength=7),
+    )
+    np.testing.assert_allclose(
+      routing.router_z_loss(x, is_token),
+      routing.router_z_loss(jnp.asarray(alone)),
+      rtol=1e-5,
+    )
