@@ -123,7 +123,7 @@ def with_tables(scheme='auto', value_optimizer='adamw', **settings):
   )
 
 
-# Two layers each, which share tables but for PEER's.
+# Two layers each, which share tables but for the PEER as published.
 FAMILY = dict(
   ultramem_v2=ultramem_v2(
     num_keys=12, key_dim=8, num_selected=6, value_dim=16, pre_value_dim=8,
@@ -136,6 +136,11 @@ FAMILY = dict(
   peer=peer(
     num_keys=16, key_dim=8, num_heads=2, num_selected=6, value_dim=32,
     pre_value_dim=32, placements=((0, 0), (1, 1)),
+  ),
+  # Both kinds of tables shared, and quick to compile.
+  shared_peer=peer(
+    num_keys=8, key_dim=4, num_heads=1, num_selected=6, value_dim=32,
+    pre_value_dim=32, shared_rows=64, placements=((0, 0), (1, 1)),
   ),
 )  # fmt: skip
 

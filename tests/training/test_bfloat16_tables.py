@@ -145,3 +145,15 @@ def test_validation_reads_what_training_reads():
     run = jax.jit(functools.partial(eval_step, config))
     sums = run(params, evaluation.to_global(make_batch(0)))
   np.testing.assert_allclose(sums['nats'] / sums['targets'], loss, rtol=1e-5)
+
+
+def test_a_first_step_by_rows_is_the_dense_one():
+  """The taps' gradient is the table's, and in the norm; Adam's is the rule."""
+  (_, _, (rows,), by_rows), (_, _, (table,), dense) = (
+    step(name, value_master=True) for name in ('row_adam', 'adamw')
+  )
+  # The dense gradient of a bfloat16 table is rounded to its type.
+  np.testing.assert_allclose(
+    by_rows['grad_norm'], dense['grad_norm'], rtol=1e-3
+  )
+  np.testing.assert_allclose(rows, table, atol=1e-5)
