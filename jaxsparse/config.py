@@ -361,12 +361,10 @@ class Config:
     if memory:
       is_wide = memory.value_dtype == 'float32'
       unset(is_wide, "memory.value_dtype = 'float32'", 'value_master')
-      require(
-        self.optimizer.value_optimizer == 'adamw'
-        or memory.table_gradient != 'sorted',
-        "memory.table_gradient = 'sorted' does nothing with value_optimizer = "
-        f'{self.optimizer.value_optimizer!r}, which makes no dense gradient: '
-        'leave one of them out.',
+      optimizer = self.optimizer.value_optimizer
+      makes_rows = optimizer != 'adamw' and memory.table_gradient == 'sorted'
+      require_unset(
+        memory, makes_rows, f'value_optimizer = {optimizer!r}', 'table_gradient'
       )
 
 

@@ -17,6 +17,14 @@ class UserError(ValueError):
   """
 
 
+class UnusedSettingError(UserError):
+  """A field is set that has no effect beside the others."""
+
+  def __init__(self, message: str, config: Any, name: str, default: Any):
+    super().__init__(message)
+    self.config, self.name, self.default = config, name, default
+
+
 def shown(value: Any) -> str:
   """A value as a sentence has it: on one line, and not all of a long one."""
   try:
@@ -92,6 +100,9 @@ def require_unset(config: Any, is_unused: bool, why: str, *names: str) -> None:
     is_unused: whether the fields have no effect.
     why: the setting that leaves them without one, such as "grid = 'additive'".
     names: of fields; each may have its default, or be a 0 that turns it off.
+
+  Raises:
+    UnusedSettingError: one of them is set.
   """
   if not is_unused:
     return
@@ -101,8 +112,11 @@ def require_unset(config: Any, is_unused: bool, why: str, *names: str) -> None:
   for name in names:
     value = getattr(config, name)
     is_off = not isinstance(value, bool) and value == 0
-    require(
-      is_off or value == defaults[name],
-      f'{name} = {shown(value)} does nothing with {why}: set it to '
-      f'{defaults[name]!r}, its default, or change the latter.',
-    )
+    if not (is_off or value == defaults[name]):
+      raise UnusedSettingError(
+        f'{name} = {shown(value)} does nothing with {why}: set it to '
+        f'{defaults[name]!r}, its default, or change the latter.',
+        config,
+        name,
+        defaults[name],
+      )

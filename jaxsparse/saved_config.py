@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxsparse import config as config_lib
 from jaxsparse.config import Config
-from jaxsparse.errors import UserError
+from jaxsparse.errors import UnusedSettingError, UserError
 
 
 class DamagedError(UserError):
@@ -50,7 +50,16 @@ def from_json(text: str) -> Config:
 
 def _from_dict(cls: type, fields: dict[str, Any]) -> Any:
   hints = typing.get_type_hints(cls)
-  return cls(**{k: _from_value(hints[k], v) for k, v in fields.items()})
+  values = {k: _from_value(hints[k], v) for k, v in fields.items()}
+  while True:
+    try:
+      return cls(**values)
+    except UnusedSettingError as error:
+      # Earlier versions took it, and it did nothing.
+      if isinstance(error.config, cls):
+        values[error.name] = error.default
+      else:
+        setattr(error.config, error.name, error.default)
 
 
 def _from_value(hint: Any, value: Any) -> Any:

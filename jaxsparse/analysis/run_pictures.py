@@ -69,7 +69,7 @@ def draw(
     UserError: the pictures can't be written.
   """
   with workdir.write_errors(folder):
-    return _draw(_read_pass(folder / PASS, say), rows, into)
+    return _draw(_read_pass(folder / PASS, say), rows, into, placements)
 
 
 def _read_pass(
@@ -94,6 +94,7 @@ def _draw(
   arrays: Mapping[str, np.ndarray],
   rows: Sequence[plots.Row],
   into: pathlib.Path,
+  placements: Sequence[tuple[int, int]],
 ) -> list[pathlib.Path]:
   counts = _part(arrays, _COUNTS)
   slots = {n: c for n, c in counts.items() if not n.endswith(_EXPERTS)}

@@ -84,8 +84,8 @@ def test_accepted(config, change, tmp_path):
       'model.memory',
     ),
     (
-      changed('model', window=8),
-      r'8\), and the parameters were trained',
+      changed('model', rope_fraction=0.5),
+      r'0.5\), and the parameters were trained',
     ),
     (changed('data', seq_len=64), 'rows would begin at other tokens'),
     (changed('train', seed=1), 'train.seed'),
@@ -140,7 +140,6 @@ def test_the_same_data_under_other_names(begun, tmp_path):
     dict(split='bytes'),
     dict(num_lanes=16),
     dict(tokenizer=str(named / 'tokenizer.json')),
-    dict(bpe_vocab_size=300),
   ):
     require_same_data(changed('data', **fields), CORPUS, begun)
 

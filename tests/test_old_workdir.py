@@ -1,0 +1,67 @@
+"""A workdir that jaxsparse 0.1.0 wrote still resumes, generates and reports.
+
+`fixtures/workdir_0_1_0.tar.gz` holds a run of six steps with a text of four
+files, killed after the checkpoint of step 3 but with the metrics of all steps.
+Its recipe sets a Tucker rank with additive scores, which did nothing then and
+is refused in a new recipe.
+"""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tarfile
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+ARCHIVE = pathlib.Path(__file__).parent / 'fixtures' / 'workdir_0_1_0.tar.gz'
+
+
+@pytest.fixture
+def folder(tmp_path):
+  with tarfile.open(ARCHIVE) as archive:
+    archive.extractall(tmp_path, filter='data')
+  return tmp_path
+
+
+def run(folder, *arguments):
+  done = subprocess.run(
+    [sys.executable, *arguments],
+    cwd=folder,
+    env={**os.environ, 'JAX_PLATFORMS': 'cpu', 'PYTHONPATH': str(ROOT)},
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr
+  return done.stdout
+
+
+def losses(folder):
+  rows = map(json.loads, (folder / 'w/metrics.jsonl').read_text().splitlines())
+  return {row['step']: row['loss'] for row in rows if 'loss' in row}
+
+
+def test_the_run_goes_on_with_its_old_losses(folder):
+  before = losses(folder)
+  recipe = folder / 'recipe.py'
+  recipe.write_text(recipe.read_text().replace(' tucker_rank=7,', ''))
+  said = run(
+    folder, str(ROOT / 'train.py'), '--config=recipe.py', '--workdir=w'
+  )
+  assert 'Going on from the checkpoint of step 3.' in said
+  after = losses(folder)
+  assert after.keys() == before.keys()
+  assert after == pytest.approx(before, rel=1e-6)
+
+
+def test_old_parameters_are_sampled_and_pictures_drawn(folder):
+  said = run(
+    folder, '-m', 'jaxsparse.generate', '--workdir=w', '--prompt=sun',
+    '--max_tokens=4',
+  )  # fmt: skip
+  assert said.startswith('sun')
+  said = run(folder, '-m', 'jaxsparse.report', 'w', '--attention=the sun')
+  assert 'attention_tokens.png' in said
+  assert (folder / 'w/plots/training.png').stat().st_size > 10_000
