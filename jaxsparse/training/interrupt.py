@@ -12,6 +12,9 @@ from jaxsparse.config import TrainConfig
 
 # Between a signal and the step or batch at which several processes heed it.
 _SECONDS = 5.0
+# Most steps between, which may become slow all of a sudden; a fiftieth of a
+# round trip is nothing to a step.
+_MOST_POINTS = 50
 
 
 class StopRequest:
@@ -78,7 +81,9 @@ class Agreement:
     names, seconds = zip(*answers, strict=True)
     # The first point takes long, as it compiles.
     fitting = max(1, int(_SECONDS / max(*seconds, 1e-6)))
-    self._stride = self._points_left = min(2 * self._stride, fitting)
+    self._stride = self._points_left = min(
+      2 * self._stride, fitting, _MOST_POINTS
+    )
     self._start = time.perf_counter()
     self._request.signal_name = next(filter(None, names), '')
     return bool(self._request)

@@ -119,20 +119,21 @@ def test_several_processes_ask_often_enough_and_no_oftener(
   gaps = [b - a for a, b in zip(others.asked, others.asked[1:], strict=False)]
   assert max(gaps) <= max(5.0, seconds) + 1e-6
   # Once the stride has grown.
-  assert min(gaps[-5:]) >= min(5.0, seconds) / 2
+  assert min(gaps[-5:]) >= min(5.0, 50 * seconds, max(seconds, 2.5)) - 1e-6
 
 
-def test_steps_that_become_slow_are_asked_about_at_once_after(monkeypatch):
+def test_steps_that_become_slow_are_asked_about_soon(monkeypatch):
   others = Others(monkeypatch)
   agreement = Agreement(StopRequest())
   for _ in range(2000):
     others.now += 0.01
     agreement()
-  for _ in range(500):
+  before = len(others.asked)
+  for _ in range(60):
     others.now += 10.0
     agreement()
-  num_slow = sum(time > 30 for time in others.asked)
-  assert num_slow >= 500 - 500 / 2
+  # Fifty steps at most, and from then on every one.
+  assert len(others.asked) - before >= 10
 
 
 def test_a_signal_anywhere_stops_all_at_once(monkeypatch):

@@ -5,12 +5,12 @@ import functools
 
 import jax
 import pytest
+from small_model import CONFIG, make_batch
 
 from jaxsparse import checkpoint, config, mesh
 from jaxsparse.errors import UserError
 from jaxsparse.training import evaluation, loop, metrics
 from jaxsparse.training.progress import Reporter
-from tests.training.small_model import CONFIG, make_batch
 
 SMALL = dataclasses.replace(
   CONFIG,
@@ -19,6 +19,7 @@ SMALL = dataclasses.replace(
     mlp_dim=8, vocab_size=50,
   ),
   data=dataclasses.replace(CONFIG.data, batch_size=2),
+  optimizer=config.OptimizerConfig(warmup_steps=1),
 )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from small_model import CONFIG, make_mesh
 
-from jaxsparse.config import TrainConfig
+from jaxsparse.config import OptimizerConfig, TrainConfig
 from jaxsparse.training import evaluation, loop
 from jaxsparse.training.progress import Reporter
 from jaxsparse.training.step import TrainState
@@ -66,7 +66,9 @@ def fit(monkeypatch, tmp_path):
 
   def run(on_batch=lambda number: None, on_validation=lambda: None, **train):
     train = TrainConfig(**{'num_steps': 7, 'save_every': 100, **train})
-    config = dataclasses.replace(CONFIG, model=MODEL, train=train)
+    config = dataclasses.replace(
+      CONFIG, model=MODEL, optimizer=OptimizerConfig(), train=train
+    )
 
     def validation():
       for _ in range(3):

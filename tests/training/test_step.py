@@ -20,6 +20,7 @@ from small_model import (
 )
 
 from jaxsparse import checkpoint, mesh
+from jaxsparse.config import OptimizerConfig
 from jaxsparse.errors import UserError
 from jaxsparse.nn.transformer import Transformer
 from jaxsparse.training import evaluation
@@ -100,7 +101,7 @@ def test_each_micro_batch_draws_its_own_dropout():
     CONFIG,
     model=model,
     data=dataclasses.replace(CONFIG.data, batch_size=2 * num),
-    optimizer=dataclasses.replace(CONFIG.optimizer, grad_accumulation=num),
+    optimizer=OptimizerConfig(warmup_steps=1, grad_accumulation=num),
   )
   rows = {name: jnp.array(x[:2]) for name, x in make_batch(0).items()}
   key = jax.random.fold_in(jax.random.key(config.train.seed), 0)
