@@ -227,12 +227,16 @@ class Checkpoints:
   def _set_aside(self, step: int) -> epath.Path:
     source = self._directory / str(step)
     target = self._directory.parent / 'damaged' / str(step)
-    if hosts.is_lead():
-      while target.exists():
-        target = target.with_name(target.name + '_')
+    while target.exists():
+      target = target.with_name(target.name + '_')
+
+    def move():
       target.parent.mkdir(exist_ok=True)
       source.rename(target)
-    hosts.wait_for_all(f'set aside {step}')
+
+    with hosts.lead_first():
+      if hosts.is_lead():
+        self._guarded(move)
     self._steps.remove(step)
     return target
 
@@ -298,7 +302,7 @@ def read_record(workdir: epath.PathLike) -> dict | None:
   directory = stored.folder_of(workdir)
   for step in reversed(stored.steps_in(workdir)):
     try:
-      found = ocp.checkpointables_metadata(directory / str(step))
+      found = ocp.metadata(directory / str(step), PARAMS)
       return fingerprints.unseal(found.custom_metadata)['record']
     except Exception:  # Orbax has no type for 'damaged'.
       continue

@@ -67,11 +67,11 @@ def read(
   """
   path = folder / str(step)
   try:
-    found = ocp.checkpointables_metadata(path)
+    found = ocp.metadata(path, PARAMS)
     saved = fingerprints.unseal(found.custom_metadata)
     provenance.check(saved['record'], folder.parent)
     if abstract is None:
-      abstract = {PARAMS: _on_one_device(found.metadata[PARAMS])}
+      abstract = {PARAMS: _on_one_device(found.metadata)}
     else:
       _check_structure(path, saved['fingerprints'], abstract)
     arrays = ocp.load_checkpointables(path, abstract)

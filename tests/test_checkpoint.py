@@ -160,6 +160,36 @@ def test_params_are_checked_when_loaded_for_use(tmp_path, damage):
     checkpoint.load_params(tmp_path, say=said.append)
 
 
+DAMAGES_OF_ANY = DAMAGES | {
+  'empty': lambda p: p.write_bytes(b''),
+  'of zeros': lambda p: p.write_bytes(bytes(p.stat().st_size)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('damage', DAMAGES_OF_ANY)
+def test_any_file_may_be_damaged(tmp_path, damage):
+  """What is read is bit for bit one of the two that were saved."""
+  save(tmp_path / 'whole', steps=(1, 2))
+  expected, optimizer = make_state()
+  newest = tmp_path / 'whole' / 'checkpoints' / '2'
+  files = sorted(p for p in newest.rglob('*') if p.is_file())
+  assert len(files) > 10
+  for file in files:
+    shutil.rmtree(tmp_path / 'hurt', ignore_errors=True)
+    shutil.copytree(tmp_path / 'whole', tmp_path / 'hurt')
+    hurt = tmp_path / 'hurt' / file.relative_to(tmp_path / 'whole')
+    if not hurt.stat().st_size:
+      continue
+    DAMAGES_OF_ANY[damage](hurt)
+    step, params = checkpoint.load_params(tmp_path / 'hurt', say=str)
+    jax.tree.map(np.testing.assert_array_equal, params, expected)
+    assert step == 2 or 'optimizer' not in hurt.parts
+    found, *arrays, record = restore(tmp_path / 'hurt', say=str)
+    assert record == record_of(found)
+    jax.tree.map(np.testing.assert_array_equal, arrays, [expected, optimizer])
+
+
 def as_older(folder):
   """Rewrites a checkpoint's metadata as jaxsparse did before August 2026."""
   path = folder / '_CHECKPOINT_METADATA'
