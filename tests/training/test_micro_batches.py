@@ -48,7 +48,7 @@ def test_parts_are_weighed_by_their_tokens():
 # Neither means over tokens nor extremes.
 OTHERS = ('experts_used', 'slots_used', 'unevenness', 'load_max', 'score_std')
 
-# Rows with targets at 16 tokens and fewer, by turns of the micro-batches.
+# Tokens of a row that are no padding, by turns of the micro-batches.
 LENGTH = 16 - 3 * (np.arange(16) % 4)
 
 
@@ -69,7 +69,9 @@ def first_step(grad_accumulation):
   )
   config = dataclasses.replace(CONFIG, model=model, optimizer=optimizer)
   batch = make_batch(0)
-  batch['loss_weight'] *= np.arange(16)[None] < LENGTH[:, None]
+  is_text = np.arange(16)[None] < LENGTH[:, None]
+  batch['segment_ids'] *= is_text
+  batch['loss_weight'] *= is_text
   with jax.set_mesh(make_mesh((1, 1, 1))):
     step = jax.jit(functools.partial(train_step, config))
     state, metrics = step(first_state(config), evaluation.to_global(batch))
@@ -83,7 +85,7 @@ def first_step(grad_accumulation):
 
 
 def test_a_step_is_that_of_the_whole_batch():
-  """Though targets are uneven: loss, means over tokens and all gradients."""
+  """Though padding is uneven: loss, means over tokens and all gradients."""
   (whole, gradients), (parts, others) = first_step(1), first_step(4)
   assert whole.keys() == parts.keys()
   for name, value in whole.items():
