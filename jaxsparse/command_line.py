@@ -80,8 +80,10 @@ def _missing_platform() -> str:
 class Parser(argparse.ArgumentParser):
   """One whose complaints are sentences like all others."""
 
-  def __init__(self, *args: Any, **kwargs: Any):
+  def __init__(self, *args: Any, has_fields: bool = False, **kwargs: Any):
     super().__init__(*args, allow_abbrev=False, **kwargs)
+    # Whether the program takes --config.a.b=value beside its flags.
+    self._has_fields = has_fields
 
   def error(self, message: str) -> NoReturn:
     raise UserError(f'{message[:_LONGEST]}; see --help.')
@@ -107,8 +109,8 @@ class Parser(argparse.ArgumentParser):
       if isinstance(action, argparse._SubParsersAction):
         for parser in action.choices.values():
           known += parser._option_string_actions
-    has_fields = '--config' in known
-    meant = (overrides.suggestion if has_fields else did_you_mean)(name, known)
+    suggest = overrides.suggestion if self._has_fields else did_you_mean
+    meant = suggest(name, known)
     return f'there is no flag {shown(name)[1:-1]}{meant}; see --help.'
 
 
@@ -154,7 +156,7 @@ def _help(description: str, argv: Sequence[str]) -> None:
 
 
 def _parser() -> Parser:
-  parser = Parser(add_help=False)
+  parser = Parser(add_help=False, has_fields=True)
   add = parser.add_argument
   add('--config', default='')
   add('--workdir', default='')

@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> None:
   Raises:
     UserError: a flag, the recipe or one of its fields is wrong.
   """
-  parser = command_line.Parser(prog='python -m jaxsparse.cost')
+  parser = command_line.Parser(prog='python -m jaxsparse.cost', has_fields=True)
   parser.add_argument('--config', required=True, help='a file in configs/')
   parser.add_argument(
     '--batch_sizes', default='1,16,64,256', help='of decode steps'

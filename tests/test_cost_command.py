@@ -1,5 +1,7 @@
 """`python -m jaxsparse.cost`."""
 
+import time
+
 import pytest
 from recipes import CONFIGS
 
@@ -26,6 +28,15 @@ def test_fields_are_overridden_as_in_training(capsys):
     last = capsys.readouterr().out.splitlines()[-1].split()
     caches.append(float(last[4]))
   assert caches[0] == pytest.approx(8 * caches[1], rel=1e-3)
+
+
+def test_as_many_blocks_as_there_may_be_take_no_time(capsys):
+  """Each costs the same: as if there was one, ten thousand times."""
+  flags = [f'--config={CONFIGS / "sparse_attention_tiny.py"}']
+  start = time.monotonic()
+  cost.main([*flags, '--config.model.num_layers=10000'])
+  assert time.monotonic() - start < 5
+  assert 'total' in capsys.readouterr().out
 
 
 def test_vocabulary_of_bytes_is_told(capsys):

@@ -8,6 +8,7 @@ width, F feed-forward width, V vocabulary.
 """
 
 import dataclasses
+from collections.abc import Callable
 
 from jaxsparse.analysis import attention_cost, memory_cost
 from jaxsparse.config import ModelConfig
@@ -57,9 +58,8 @@ def count_parameters(config: ModelConfig) -> Parameters:
   num_tables = 1 if config.tie_embeddings else 2
   per_norm = config.model_dim * (2 if config.norm == 'layer' else 1)
   gains = (2 * config.num_layers + 1) * per_norm
-  layers = range(config.num_layers)
-  gains += sum(attention_cost.attention_gains(config, i) for i in layers)
-  dense = sum(attention_cost.attention_parameters(config, i) for i in layers)
+  gains += _over_blocks(config, attention_cost.attention_gains)
+  dense = _over_blocks(config, attention_cost.attention_parameters)
   experts = active_experts = 0
   if moe:
     one = memory_cost.expert_parameters(moe, config.mlp, config.model_dim)
@@ -106,10 +106,7 @@ def forward_flops(config: ModelConfig, seq_len: int) -> int:
   """
   parameters = count_parameters(config)
   blocks = 2 * (parameters.dense + parameters.active_experts)
-  scores = sum(
-    attention_cost.pair_flops(config, layer, seq_len)
-    for layer in range(config.num_layers)
-  )
+  scores = _over_blocks(config, attention_cost.pair_flops, seq_len)
   logits = 2 * config.model_dim * config.vocab_size
   flops = blocks + scores + logits
   if config.memory:
@@ -178,11 +175,7 @@ def decode_bytes(
     rows = distinct(memory.num_slots, reads) * len(memory.placements)
     values = rows * (memory.value_dim + memory.pre_value_dim)
   projection = config.vocab_size * config.model_dim
-  cache = sum(
-    attention_cost.row_values(config, layer)
-    * attention_cost.rows_read(config, layer, context)
-    for layer in range(config.num_layers)
-  )
+  cache = _over_blocks(config, _cache_values, context)
   counts = dict(
     weights=parameters.dense + parameters.memory + projection,
     experts=experts,
@@ -192,6 +185,29 @@ def decode_bytes(
   return DecodeBytes(
     **{name: float(bytes_per_value * n) for name, n in counts.items()}
   )
+
+
+def _over_blocks(
+  config: ModelConfig, of_block: Callable[..., int], *arguments: int
+) -> int:
+  """The sum over all blocks, of which those at one place in the pattern agree.
+
+  Args:
+    config: of the model.
+    of_block: takes the config, the number of a block, and the arguments.
+    arguments: of all blocks.
+  """
+  layers, period = config.num_layers, len(config.attention_pattern)
+  return sum(
+    len(range(first, layers, period)) * of_block(config, first, *arguments)
+    for first in range(min(layers, period))
+  )
+
+
+def _cache_values(config: ModelConfig, layer: int, context: int) -> int:
+  """Numbers of a block's cache that a step reads."""
+  values = attention_cost.row_values(config, layer)
+  return values * attention_cost.rows_read(config, layer, context)
 
 
 def _mlp(config: ModelConfig) -> int:
