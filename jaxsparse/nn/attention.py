@@ -9,7 +9,7 @@ import functools
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
@@ -18,6 +18,7 @@ from jaxsparse.nn.attention_cache import Cache
 from jaxsparse.nn.attention_maps import probed, show
 from jaxsparse.nn.dcmha import DCMHA, cached_factors, head_mix
 from jaxsparse.nn.layers import Metrics, RMSNorm, bias, init_variances, weight
+from jaxsparse.nn.leading import Leading
 from jaxsparse.nn.sparse_attention import SparseAttention, reads_unrotated
 from jaxsparse.ops.attention import attention
 from jaxsparse.ops.rope import apply_rope
@@ -42,15 +43,16 @@ class Attention(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x: Float[Array, 'B T D'],
-    positions: Int[Array, 'B T'],
-    segment_ids: Int[Array, 'B T'],
+    x: Num[Array, '*S D'],
+    positions: Int[Array, '*S'],
+    segment_ids: Int[Array, '*S'],
     cache: Cache | None = None,
-  ) -> tuple[Float[Array, 'B T D'], Cache | None, Metrics]:
-    """Reads the T new tokens, and with a cache everything before them too.
+  ) -> tuple[Float[Array, '*S D'], Cache | None, Metrics]:
+    """Reads the new tokens, and with a cache everything before them too.
 
     Args:
-      x: the normalised residual stream.
+      x: the normalised residual stream; the last leading dimension is that of
+        positions, and the cache has one batch of all before it.
       positions: position of each token in its document.
       segment_ids: document of each token; 0 for padding.
       cache: what `init_shared` and `init_rows` of `attention_cache` made, and
@@ -60,6 +62,18 @@ class Attention(nn.Module):
       What to add to the residual stream, the extended cache, and the metrics
       of `SparseAttention` if it is one or warms one up.
     """
+    lead = Leading.of(x)
+    y, new_cache, metrics = self._attend(
+      lead.flat(x),
+      lead.flat(positions, 'positions'),
+      lead.flat(segment_ids, 'segment_ids'),
+      None if lead.is_empty else cache,
+    )
+    cache = cache if lead.is_empty else new_cache
+    return lead.restored(y), cache, lead.metrics(metrics)
+
+  def _attend(self, x, positions, segment_ids, cache):
+    """`__call__` of sequences [B, T, D]."""
     config, model_dim = self.config, x.shape[-1]
     x = x.astype(config.dtype)
     is_sparse = config.attention_kinds[self.layer] == 'sparse'

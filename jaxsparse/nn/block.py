@@ -12,12 +12,13 @@ import operator
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.nn.attention import Attention
 from jaxsparse.nn.layers import LOSSES, MLP, NORMS, Metrics, dropout
+from jaxsparse.nn.leading import Leading
 from jaxsparse.nn.memory import MemoryLayer
 from jaxsparse.nn.memory_tables import Tables
 from jaxsparse.nn.moe import MoE
@@ -50,15 +51,31 @@ class Block(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x: Float[Array, 'B T D'],
-    positions: Int[Array, 'B T'],
-    segment_ids: Int[Array, 'B T'],
+    x: Num[Array, '*S D'],
+    positions: Int[Array, '*S'],
+    segment_ids: Int[Array, '*S'],
     cache: Cache | None = None,
-    arriving: tuple[Float[Array, 'B T D'], ...] = (),
+    arriving: tuple[Float[Array, '*S D'], ...] = (),
     tables: Tables | None = None,
   ) -> tuple[
-    Float[Array, 'B T D'], Float[Array, 'B T D'] | None, Cache | None, Metrics
+    Float[Array, '*S D'], Float[Array, '*S D'] | None, Cache | None, Metrics
   ]:
+    lead = Leading.of(x)
+    x, memory_y, new_cache, metrics = self._run(
+      lead.flat(x),
+      lead.flat(positions, 'positions'),
+      lead.flat(segment_ids, 'segment_ids'),
+      None if lead.is_empty else cache,
+      tuple(lead.flat(y, 'arriving') for y in arriving),
+      tables,
+    )
+    if memory_y is not None:
+      memory_y = lead.restored(memory_y)
+    cache = cache if lead.is_empty else new_cache
+    return lead.restored(x), memory_y, cache, lead.metrics(metrics)
+
+  def _run(self, x, positions, segment_ids, cache, arriving, tables):
+    """`__call__` of sequences [B, T, D]."""
     config = self.config
     cache = {} if cache is None else cache
     norm = functools.partial(

@@ -3,10 +3,11 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Num
 
 from jaxsparse.attention_config import DCMHAConfig
 from jaxsparse.nn.layers import weight
+from jaxsparse.nn.leading import Leading
 from jaxsparse.ops.compose import HeadMix, generate_factors
 
 # Each a stream's part: ('pre', 'query') and so on.
@@ -27,8 +28,10 @@ class DCMHA(nn.Module):
   dtype: jax.typing.DTypeLike = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, 'B T D']) -> tuple[Factors, dict]:
-    """Factors [B, T, F, N] of each stream, and the base of each place."""
+  def __call__(self, x: Num[Array, '*S D']) -> tuple[Factors, dict]:
+    """Factors [*S, F, N] of each stream, and the base of each place."""
+    lead = Leading.of(x)
+    x = lead.flat(x)
     config, model_dim = self.config, x.shape[-1]
     num_groups, num_streams = config.num_groups, len(config.streams)
     group, twice_rank = self.num_heads // num_groups, 2 * config.rank
@@ -76,7 +79,7 @@ class DCMHA(nn.Module):
     factors = generate_factors(
       x.astype(self.dtype), hidden, low_rank, gate, config.gelu
     )
-    streams = jnp.unstack(factors, axis=2)
+    streams = map(lead.restored, jnp.unstack(factors, axis=2))
     return dict(zip(config.streams, streams, strict=True)), bases
 
 

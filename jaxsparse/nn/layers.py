@@ -11,9 +11,10 @@ from collections.abc import Callable
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Num
 
 from jaxsparse import mesh
+from jaxsparse.nn.leading import Leading, require_floats
 
 Metrics = dict[str, jax.typing.ArrayLike]
 # Those that training adds to the loss, each the sum over all layers.
@@ -58,15 +59,17 @@ def init_variances(
 
 
 def dropout(
-  x: Float[Array, 'B T D'], rate: float, rng: jax.Array
-) -> Float[Array, 'B T D']:
+  x: Num[Array, '*S D'], rate: float, rng: jax.Array
+) -> Float[Array, '*S D']:
   """Zeroes a share `rate` of `x` and scales up the rest.
 
   The same entries on every mesh.
   """
+  lead = Leading.of(x)
+  x = lead.flat(x)
   keep = jax.random.bernoulli(rng, 1 - rate, x.shape)
   keep = mesh.reshard(keep, mesh.act('BTD'))
-  return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+  return lead.restored(jnp.where(keep, x / (1 - rate), jnp.zeros_like(x)))
 
 
 class RMSNorm(nn.Module):
@@ -81,7 +84,8 @@ class RMSNorm(nn.Module):
   dtype: jax.typing.DTypeLike = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
+  def __call__(self, x: Num[Array, '*B D']) -> Float[Array, '*B D']:
+    require_floats(x)
     init = mesh.sharded(nn.initializers.ones, mesh.param(self.dim))
     scale = mesh.gather(self.param('scale', init, x.shape[-1:]), self.dim)
     x = x.astype(jnp.float32)
@@ -103,7 +107,8 @@ class LayerNorm(nn.Module):
   dtype: jax.typing.DTypeLike = jnp.float32
 
   @nn.compact
-  def __call__(self, x: Float[Array, '*B D']) -> Float[Array, '*B D']:
+  def __call__(self, x: Num[Array, '*B D']) -> Float[Array, '*B D']:
+    require_floats(x)
     x = x.astype(jnp.float32)
     x = x - x.mean(axis=-1, keepdims=True)
     x = RMSNorm(self.epsilon, self.dim, name='gain')(x)
@@ -146,18 +151,24 @@ class Embed(nn.Module):
       self.dtype,
     )
 
-  def __call__(self, tokens: Int[Array, 'B T']) -> Float[Array, 'B T D']:
-    return self.table.at[tokens].get(out_sharding=mesh.act('BTD'))
+  def __call__(self, tokens: Num[Array, '*S']) -> Float[Array, '*S D']:
+    lead = Leading.of_tokens(tokens)
+    rows = self.table.at[lead.flat(tokens)]
+    return lead.restored(rows.get(out_sharding=mesh.act('BTD')))
 
-  def logits(self, x: Float[Array, 'B T D']) -> Float[Array, 'B T V']:
+  def logits(self, x: Num[Array, '*S D']) -> Float[Array, '*S V']:
     return project_to_vocabulary(x, self.table)
 
 
 def project_to_vocabulary(
-  x: Float[Array, 'B T D'], table: Float[Array, 'V D']
-) -> Float[Array, 'B T V']:
+  x: Num[Array, '*S D'], table: Float[Array, 'V D']
+) -> Float[Array, '*S V']:
   """Logits, accumulated and returned in float32."""
-  return jnp.einsum('btd,vd->btv', x, table, preferred_element_type=jnp.float32)
+  lead = Leading.of(x)
+  logits = jnp.einsum(
+    'btd,vd->btv', lead.flat(x), table, preferred_element_type=jnp.float32
+  )
+  return lead.restored(logits)
 
 
 class MLP(nn.Module):
@@ -181,10 +192,11 @@ class MLP(nn.Module):
 
   @nn.compact
   def __call__(
-    self, x: Float[Array, 'B T D']
-  ) -> tuple[Float[Array, 'B T D'], Metrics]:
+    self, x: Num[Array, '*S D']
+  ) -> tuple[Float[Array, '*S D'], Metrics]:
+    lead = Leading.of(x)
     model_dim, width = x.shape[-1], self.width
-    x = x.astype(self.dtype)
+    x = lead.flat(x).astype(self.dtype)
     reading, writing = init_variances(
       self.deviations, model_dim, width, self.num_layers
     )
@@ -200,7 +212,7 @@ class MLP(nn.Module):
     down = weight(self, 'down', 'FD', (width, model_dim), writing, self.dtype)
     spec = mesh.partial('BTD') if self.is_partial else mesh.act('BTD')
     y = jnp.einsum('btf,fd->btd', hidden, down, out_sharding=spec)
-    return self._biased(y, 'down', 'D'), {}
+    return lead.restored(self._biased(y, 'down', 'D')), {}
 
   def _biased(self, y, name, dim):
     if not self.use_bias:

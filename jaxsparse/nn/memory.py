@@ -20,10 +20,11 @@ virtual blocks or pools, M slots, W value width, U pre-value width.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from jaxsparse import mesh
 from jaxsparse.config import MemoryConfig
+from jaxsparse.nn.leading import Leading
 from jaxsparse.nn.memory_init import parameters
 from jaxsparse.nn.memory_tables import (
   ENTRIES,
@@ -68,18 +69,19 @@ class MemoryLayer(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x: Float[Array, 'B T D'],
-    segment_ids: Int[Array, 'B T'] | None = None,
+    x: Num[Array, '*S D'],
+    segment_ids: Int[Array, '*S'] | None = None,
     context: Context | None = None,
     *,
     tables: Tables | None = None,
     directions: Directions | None = None,
     permutation: Int[Array, 'V'] | None = None,
-  ) -> tuple[Float[Array, 'B T D'], Metrics]:
+  ) -> tuple[Float[Array, '*S D'], Metrics]:
     """Reads the memory.
 
     Args:
-      x: input of each position.
+      x: input of each position; the last leading dimension is that of
+        positions, those before it number sequences.
       segment_ids: documents, between which the query convolution does not
         look, and 0 for padding, which no metric counts; by default all
         positions are of one document.
@@ -100,9 +102,14 @@ class MemoryLayer(nn.Module):
       kept scores; with a Tucker core 'core_singular_0' and on, mean over heads.
 
     Raises:
-      UserError: the scheme cuts a table into uneven or too narrow slices, or a
-        width that must be the model's is not.
+      UserError: the scheme cuts a table into uneven or too narrow slices, a
+        width that must be the model's is not, or `x` holds integers.
     """
+    lead = Leading.of(x)
+    x, segment_ids = lead.flat(x), lead.flat(segment_ids, 'segment_ids')
+    if context is not None:
+      before = Leading(context[1].shape)
+      context = None if lead.is_empty else tuple(map(before.flat, context))
     scheme = table_scheme(self.config, self.dtype)
     declared = parameters(
       self.config,
@@ -132,14 +139,15 @@ class MemoryLayer(nn.Module):
       taps=taps,
       is_partial=self.is_partial,
     )
-    self.sow('intermediates', 'slots', read['slots'])
+    self.sow('intermediates', 'slots', lead.restored(read['slots']))
     if taps:
       self.sow(
         ENTRIES, 'pooled', (read['rows'], read['weights'], read['blocks'])
       )
     if 'products' in taps:
       self.sow(ENTRIES, 'products', (read['rows'], read['vectors']))
-    return y, memory_metrics(params, read, self.config, segment_ids)
+    metrics = memory_metrics(params, read, self.config, segment_ids)
+    return lead.restored(y), lead.metrics(metrics)
 
 
 def memory_forward(

@@ -9,12 +9,13 @@ arXiv:2401.06066). No token is dropped.
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from jaxsparse import mesh
 from jaxsparse.errors import UserError
 from jaxsparse.model_config import MoEConfig
 from jaxsparse.nn.layers import MLP, Metrics, weight
+from jaxsparse.nn.leading import Leading
 from jaxsparse.ops import routing, usage
 from jaxsparse.ops.expert_mlp import sharded_expert_mlp
 
@@ -40,9 +41,9 @@ class MoE(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x: Float[Array, 'B T D'],
-    segment_ids: Int[Array, 'B T'] | None = None,
-  ) -> tuple[Float[Array, 'B T D'], Metrics]:
+    x: Num[Array, '*S D'],
+    segment_ids: Int[Array, '*S'] | None = None,
+  ) -> tuple[Float[Array, '*S D'], Metrics]:
     """Runs the experts.
 
     Args:
@@ -57,9 +58,12 @@ class MoE(nn.Module):
       mean; 'router_entropy' of a token's scores in nats.
 
     Raises:
-      UserError: the mesh can't split the experts, or their width, evenly.
+      UserError: the mesh can't split the experts, or their width, evenly; `x`
+        holds integers.
     """
     config = self.config
+    lead = Leading.of(x)
+    x, segment_ids = lead.flat(x), lead.flat(segment_ids, 'segment_ids')
     _check_split(config)
     model_dim = x.shape[-1]
     router = weight(
@@ -82,7 +86,7 @@ class MoE(nn.Module):
       bias = self.param('router_bias', init, (config.num_experts,))
     is_token = None if segment_ids is None else segment_ids > 0
     weights, experts, load = _route(logits, bias, is_token, config)
-    self.sow('intermediates', 'experts', experts)
+    self.sow('intermediates', 'experts', lead.restored(experts))
     x = x.astype(self.dtype)
     y = sharded_expert_mlp(
       x,
@@ -94,7 +98,8 @@ class MoE(nn.Module):
     )
     if config.num_shared:
       y += self._shared(x)
-    return y, _metrics(logits, bias, load, is_token, config)
+    metrics = _metrics(logits, bias, load, is_token, config)
+    return lead.restored(y), lead.metrics(metrics)
 
   def _matrices(self, model_dim):
     """Matrices of all experts, as they are stored: f32, or less for serving.

@@ -21,7 +21,7 @@ from jaxsparse.ops.product_key import product_key_top_m
 from jaxsparse.ops.tucker import Directions, tucker_top_m
 
 # The inputs before the first position, and their segment ids.
-Context = tuple[Float[Array, 'B S D'], Int[Array, 'B S']]
+Context = tuple[Float[Array, '*C S D'], Int[Array, '*C S']]
 
 _NORM_EPSILON = 1e-5
 

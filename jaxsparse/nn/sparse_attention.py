@@ -12,12 +12,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig, SparseAttentionConfig
 from jaxsparse.nn.attention_maps import show, show_arrays
 from jaxsparse.nn.layers import Metrics, weight
+from jaxsparse.nn.leading import Leading
 from jaxsparse.ops import usage
 from jaxsparse.ops.block_router import Router, no_router
 from jaxsparse.ops.block_selection import Grid
@@ -130,13 +131,13 @@ class SparseAttention(nn.Module):
   @nn.compact
   def __call__(
     self,
-    x: Float[Array, 'B T D'],
-    query: Float[Array, 'B T N H'],
-    key: Float[Array, 'B T K H'],
-    value: Float[Array, 'B T K H'],
-    segment_ids: Int[Array, 'B T'],
+    x: Num[Array, '*S D'],
+    query: Float[Array, '*S N H'],
+    key: Float[Array, '*S K H'],
+    value: Float[Array, '*S K H'],
+    segment_ids: Int[Array, '*S'],
     cache: dict[str, Any] | None = None,
-  ) -> tuple[Float[Array, 'B T N H'], dict[str, Any] | None, Metrics]:
+  ) -> tuple[Float[Array, '*S N H'], dict[str, Any] | None, Metrics]:
     """Sums of the values, the extended cache, and metrics.
 
     Queries and keys are rotated unless `reads_unrotated`. With a cache that is
@@ -151,6 +152,19 @@ class SparseAttention(nn.Module):
     'coverage', its least and most are those of all tokens. Padding counts
     nowhere.
     """
+    lead = Leading.of(x)
+    arrays = dict(
+      x=x, query=query, key=key, value=value, segment_ids=segment_ids
+    )
+    y, new_cache, metrics = self._attend(
+      **{name: lead.flat(array, name) for name, array in arrays.items()},
+      cache=None if lead.is_empty else cache,
+    )
+    cache = cache if lead.is_empty else new_cache
+    return lead.restored(y), cache, lead.metrics(metrics)
+
+  def _attend(self, x, query, key, value, segment_ids, cache):
+    """`__call__` of sequences [B, T, ...]."""
     sparse = self.config.sparse
     grid = make_grid(sparse)
     gates, coverage = self._gates_and_coverage(x)

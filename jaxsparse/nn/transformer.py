@@ -2,7 +2,7 @@
 
 import flax.linen as nn
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
@@ -24,6 +24,7 @@ from jaxsparse.nn.layers import (
   project_to_vocabulary,
   weight,
 )
+from jaxsparse.nn.leading import Leading
 from jaxsparse.nn.memory_tables import SharedTables
 
 
@@ -66,16 +67,17 @@ class Transformer(nn.Module):
   @nn.compact
   def __call__(
     self,
-    tokens: Int[Array, 'B T'],
-    positions: Int[Array, 'B T'],
-    segment_ids: Int[Array, 'B T'],
+    tokens: Num[Array, '*S'],
+    positions: Int[Array, '*S'],
+    segment_ids: Int[Array, '*S'],
     cache: Cache | None = None,
     deterministic: bool = True,
-  ) -> tuple[Float[Array, 'B T V'], Cache | None, Metrics]:
+  ) -> tuple[Float[Array, '*S V'], Cache | None, Metrics]:
     """Scores of the token after each of `tokens`.
 
     Args:
-      tokens: the new tokens.
+      tokens: the new tokens; the last dimension is that of positions, and the
+        cache has one batch of all before it.
       positions: position of each in its document.
       segment_ids: 0 for padding, 1, 2, ... for the documents of a row.
       cache: what `init_cache` made and earlier calls returned; None when
@@ -88,8 +90,22 @@ class Transformer(nn.Module):
       with sparse attention 'block_price'.
 
     Raises:
-      UserError: a size does not fit the mesh, or vocab_size is not set.
+      UserError: a size does not fit the mesh, vocab_size is not set, or
+        `tokens` are no integers.
     """
+    lead = Leading.of_tokens(tokens)
+    logits, new_cache, metrics = self._run(
+      lead.flat(tokens, 'tokens'),
+      lead.flat(positions, 'positions'),
+      lead.flat(segment_ids, 'segment_ids'),
+      None if lead.is_empty else cache,
+      deterministic,
+    )
+    cache = cache if lead.is_empty else new_cache
+    return lead.restored(logits), cache, lead.metrics(metrics)
+
+  def _run(self, tokens, positions, segment_ids, cache, deterministic):
+    """`__call__` of sequences [B, T]."""
     config = self.config
     _check_sizes(config, tokens.shape[0])
     tokens, positions, segment_ids = (
