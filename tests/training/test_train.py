@@ -222,7 +222,7 @@ def test_a_damaged_run_goes_on_elsewhere(recipe, whole, tmp_path):
     'Going on from the checkpoint of step 40.',
     'Changed since then: the learning rate at step 40: 0.0003 -> 0.000',
     '1 lines of ',
-    "The sample can't be kept (Is a directory).",
+    "can't be written (Is a directory)",
     'No pictures: ',
   ):
     assert said in out
