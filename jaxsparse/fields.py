@@ -106,7 +106,7 @@ def parse(text: str, hint: Any) -> Any:
   value = _as_tuples(_literal(text, option))
   if not _fits(value, option):
     raise ValueError(text)
-  return value
+  return _with_floats(value, option)
 
 
 def name_of(hint: Any) -> str:
@@ -195,6 +195,21 @@ def _literal(text: str, option: Any) -> Any:
     if typing.get_args(option) == (str, ...) and not set('()[]\'"') & {*text}:
       return tuple(part.strip() for part in text.split(','))
     raise ValueError(text) from None
+
+
+def _with_floats(value: Any, hint: Any) -> Any:
+  """The value with floats for whole numbers where they are meant."""
+  if hint is float:
+    try:
+      return float(value)
+    except OverflowError as error:
+      raise ValueError(value) from error
+  if not _is_tuple(hint):
+    return value
+  items = typing.get_args(hint)
+  if items[-1] is ...:
+    items = items[:1] * len(value)
+  return tuple(map(_with_floats, value, items))
 
 
 def _as_tuples(value: Any) -> Any:

@@ -303,6 +303,13 @@ TEXTS = [
 ]
 
 
+def test_whole_numbers_become_floats_where_these_are_meant():
+  deviation, _ = fields.parse('(1, 0.5)', tuple[float, float])
+  assert type(deviation) is float
+  with pytest.raises(ValueError, match='999'):
+    fields.parse(f'({"9" * 400}, 1)', tuple[float, float])
+
+
 @pytest.mark.parametrize(('text', 'hint', 'expected'), TEXTS)
 def test_text_is_read_by_its_type(text, hint, expected):
   value = fields.parse(text, hint)
