@@ -76,7 +76,7 @@ def test_the_sentence_of_an_error(output):
 @pytest.mark.parametrize(
   ('main', 'arguments'),
   [
-    (cost.main, ['--config=日本\udcff.py']),
+    (in_a_sentence(cost.main), ['--config=日本\udcff.py']),
     (report.main, ['日本\udcff']),
     (generate, ['--workdir=日本\udcff']),
     (in_a_sentence(compare), ['--suite=日本\udcff.py', '--workdir=x']),

@@ -113,7 +113,7 @@ def test_links_are_not_followed(tmp_path):
   run.mkdir()
   for name in ('samples.jsonl', 'file', 'plots'):
     (run / name).symlink_to(victim)
-  with pytest.raises(OSError, match='symbolic'):
+  with pytest.raises(UserError, match='symbolic'):
     workdir.append_sample(run, {'text': 'x'})
   workdir.write_whole(run / 'file', b'new')
   with pytest.raises(UserError, match='a file or a link'):

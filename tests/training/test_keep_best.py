@@ -53,7 +53,7 @@ def fit(tmp_path, monkeypatch):
   def start(losses, **fields):
     losses = iter(losses)
 
-    def validate(*_):
+    def validate(*_, **__):
       loss = next(losses)
       if loss is KilledError:
         raise loss
