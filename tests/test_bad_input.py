@@ -200,7 +200,7 @@ TRAIN = {
   'rate': (C + 'optimizer.learning_rate=0', 'learning_rate must be positive'),
   'sample': (
     C + 'train.sample_tokens=10000000000',
-    'train.sample_tokens and the prompt must be at most 2,147,483,647',
+    'sample_tokens must be at most 2,147,483,647',
   ),
   'steps': (C + 'train.num_steps=0', 'num_steps must be positive'),
   'seed': (C + 'train.seed=-1', 'seed must not be negative'),

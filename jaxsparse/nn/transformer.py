@@ -34,7 +34,11 @@ def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
   Prompts of unequal length are padded on the left with segment id 0; rows are
   written in the order in which tokens are fed, at one index for the batch but
   for sparse attention, whose rows begin with the first token.
+
+  Raises:
+    UserError: a size does not fit the mesh.
   """
+  _check_split(config, batch_size)
   blocks = {
     block_name(i): dict(
       attention=attention_cache.init_rows(config, i, batch_size, length)
@@ -189,12 +193,16 @@ def _split_shared(block_cache: Cache, shared: Cache) -> Cache:
 
 
 def _check_sizes(config: ModelConfig, batch_size: int) -> None:
-  """Refuses what the mesh in use cannot split evenly."""
   if config.vocab_size < 1:
     raise UserError(
       'vocab_size must be set before the model is built, '
       f'got {config.vocab_size}.'
     )
+  _check_split(config, batch_size)
+
+
+def _check_split(config: ModelConfig, batch_size: int) -> None:
+  """Refuses what the mesh in use cannot split evenly."""
   sizes = dict(
     num_heads=(config.num_heads, 'N'),
     num_kv_heads=(config.num_kv_heads, 'K'),
