@@ -109,7 +109,9 @@ class MemoryLayer(nn.Module):
     x, segment_ids = lead.flat(x), lead.flat(segment_ids, 'segment_ids')
     if context is not None:
       before = Leading(context[1].shape)
-      context = None if lead.is_empty else tuple(map(before.flat, context))
+      # Without taps there is nothing to look back to.
+      is_none = lead.is_empty or before.is_empty
+      context = None if is_none else tuple(map(before.flat, context))
     scheme = table_scheme(self.config, self.dtype)
     declared = parameters(
       self.config,
