@@ -12,7 +12,6 @@ from jaxsparse.data.needles import Needles
 from jaxsparse.data.tokenizer import ByteTokenizer, load_from_workdir
 from jaxsparse.nn.transformer import Transformer
 from jaxsparse.training import evaluation
-from jaxsparse.training.interrupt import StopRequest
 from jaxsparse.training.progress import Reporter
 
 MODEL = ModelConfig(
@@ -59,6 +58,6 @@ def test_text_is_validated(params):
   config = Config(model=MODEL)
   reporter = Reporter(is_silent=True)
   found = evaluation.validate(
-    config, params, [batch], 8, reporter, StopRequest()
+    config, params, [batch], 8, reporter, lambda: False
   )
   assert 0 < found.loss < 20
