@@ -59,8 +59,11 @@ def main(arguments: list[str] | None = None) -> int:
     output = (
       pathlib.Path(options.output).expanduser() if options.output else own
     )
-    if output == own:
-      workdir_lib.make_folder(own)
+    if output == own and own.is_symlink():
+      raise UserError(
+        f'{str(own)!r} is a link, by which a workdir of others could choose '
+        'what is written to: give --output=FOLDER.'
+      )
     with _written_to(output):
       drawn = []
       if options.attention is not None:
