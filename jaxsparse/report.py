@@ -59,12 +59,7 @@ def main(arguments: list[str] | None = None) -> int:
     output = (
       pathlib.Path(options.output).expanduser() if options.output else own
     )
-    if output == own and own.is_symlink():
-      raise UserError(
-        f'{str(own)!r} is a link, by which a workdir of others could choose '
-        'what is written to: give --output=FOLDER.'
-      )
-    with _written_to(output):
+    with _written_to(output, is_own=output == own):
       drawn = []
       if options.attention is not None:
         drawn = draw_attention(
@@ -88,8 +83,14 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 @contextlib.contextmanager
-def _written_to(folder: pathlib.Path) -> Iterator[None]:
+def _written_to(folder: pathlib.Path, is_own: bool) -> Iterator[None]:
   """Makes the folder; says at once, or when it turns out, that it can't be."""
+  # By a link a workdir of others could choose what is written to.
+  if folder.is_file() or (is_own and folder.is_symlink()):
+    raise UserError(
+      f'{str(folder)!r} must be a folder, but is a file or a link: move it '
+      'away, or give --output=FOLDER.'
+    )
   try:
     folder.mkdir(parents=True, exist_ok=True)
     tempfile.TemporaryFile(dir=folder).close()

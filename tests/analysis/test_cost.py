@@ -251,9 +251,9 @@ def test_tiny_recipes_have_the_flops_that_xla_counts(name, monkeypatch):
       moe=dataclasses.replace(model.moe, num_experts=model.moe.num_used),
     )
 
-    def all_experts(x, weights, experts, matrices, is_partial):
+    def all_experts(x, weights, experts, matrices, is_partial, gelu):
       flat = (y[0] for y in (x, weights, experts))
-      return expert_mlp_reference(*flat, matrices)[None]
+      return expert_mlp_reference(*flat, matrices, gelu)[None]
 
     monkeypatch.setattr(moe, 'sharded_expert_mlp', all_experts)
   # What is counted is composition by factors, not by the matrices of a CPU, nor
