@@ -99,24 +99,20 @@ def first_of_family(name, value_optimizer, scheme, shape):
   return metrics, split_tables(params)[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('name', 'value_optimizer', 'scheme'),
   [
     ('shared_peer', 'row_adam', 'grid'),
-    *(
-      pytest.param(*case, marks=pytest.mark.slow)
-      for case in (
-        ('ultramem_v2', 'row_adam', 'rows'),
-        ('ultramem_v2', 'row_adam', 'columns'),
-        ('ultramem_v2', 'row_adam', 'grid'),
-        ('ultramem_v2', 'lazy_row_adam', 'grid'),
-        ('ultramem_v2', 'row_adagrad', 'grid'),
-        ('memory_plus', 'row_adam', 'grid'),
-        ('memory_plus', 'row_adagrad', 'columns'),
-        ('peer', 'row_adam', 'grid'),
-        ('peer', 'row_adagrad', 'rows'),
-      )
-    ),
+    ('ultramem_v2', 'row_adam', 'rows'),
+    ('ultramem_v2', 'row_adam', 'columns'),
+    ('ultramem_v2', 'row_adam', 'grid'),
+    ('ultramem_v2', 'lazy_row_adam', 'grid'),
+    ('ultramem_v2', 'row_adagrad', 'grid'),
+    ('memory_plus', 'row_adam', 'grid'),
+    ('memory_plus', 'row_adagrad', 'columns'),
+    ('peer', 'row_adam', 'grid'),
+    ('peer', 'row_adagrad', 'rows'),
   ],
 )
 def test_layers_that_share_tables_step_once(name, value_optimizer, scheme):
