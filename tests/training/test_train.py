@@ -191,6 +191,7 @@ def test_another_model_is_refused(recipe, whole):
   assert (workdir / 'config.json').read_text() == before
 
 
+@pytest.mark.slow
 def test_a_damaged_run_goes_on_elsewhere(recipe, whole, tmp_path):
   """Moved text, another batch size, more steps; small files are damaged."""
   workdir, moved = tmp_path / 'run', tmp_path / 'moved'
