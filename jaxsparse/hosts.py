@@ -66,7 +66,8 @@ def gather(value: Any) -> list[Any]:
     return [value]
   text = np.frombuffer(json.dumps(value).encode(), np.uint8)
   lengths = multihost_utils.process_allgather(np.array([len(text)]))
-  padded = np.zeros(lengths.max(), np.uint8)
+  # A power of two: each size compiles a program of its own.
+  padded = np.zeros(1 << (int(lengths.max()) - 1).bit_length(), np.uint8)
   padded[: len(text)] = text
   rows = multihost_utils.process_allgather(padded)
   return [

@@ -2,6 +2,7 @@
 
 import threading
 
+import numpy as np
 import pytest
 
 from jaxsparse import hosts
@@ -95,3 +96,19 @@ def test_a_defect_of_one_process_ends_the_others_with_its_name(three):
   ends = three.run(run)
   assert isinstance(ends[1], KeyError)
   assert str(ends[0]) == str(ends[2]) == "process 1 of 3: KeyError: 'x'"
+
+
+def test_what_is_gathered_of_many_lengths_takes_few_programs(monkeypatch):
+  """Each length of the array would compile another."""
+  sizes = set()
+
+  def allgather(x):
+    sizes.add((x.shape, x.dtype))
+    return np.stack([x, x])
+
+  monkeypatch.setattr(hosts.jax, 'process_count', lambda: 2)
+  monkeypatch.setattr(hosts.multihost_utils, 'process_allgather', allgather)
+  for length in [0, 1, 2, 3, *range(100, 200, 7), 1000]:
+    value = ['', 'x' * length, 0.1]
+    assert hosts.gather(value) == [value, value]
+  assert len(sizes) <= 5

@@ -85,5 +85,8 @@ class Agreement:
       2 * self._stride, fitting, _MOST_POINTS
     )
     self._start = time.perf_counter()
-    self._request.signal_name = next(filter(None, names), '')
-    return bool(self._request)
+    name = next(filter(None, names), '')
+    if name:
+      # Else there may be a request that came since: the others have not heard.
+      self._request.signal_name = name
+    return bool(name)

@@ -164,6 +164,29 @@ def test_a_signal_here_waits_for_the_others(monkeypatch):
   assert len(answers) * 0.1 <= 5.0
 
 
+def test_a_signal_that_comes_while_all_ask_is_kept_for_the_next_time(
+  monkeypatch,
+):
+  """To ask takes seconds where its program is compiled first."""
+  others = Others(monkeypatch)
+  request = StopRequest()
+  ask = others._gather
+
+  def gather(value):
+    answers = ask(value)
+    request.signal_name = 'SIGTERM'
+    return answers
+
+  monkeypatch.setattr(interrupt.hosts, 'gather', gather)
+  agreement = Agreement(request)
+  # The others were not told.
+  assert not agreement()
+  assert request.signal_name == 'SIGTERM'
+  while not agreement():
+    assert len(others.asked) < 2
+  assert len(others.asked) == 2
+
+
 def test_a_single_process_asks_nobody():
   request = StopRequest()
   agreement = Agreement(request)
