@@ -215,18 +215,31 @@ def kill_one(processes, victim):
   assert processes[1 - victim].returncode == 1, output
 
 
+def began(workdir):
+  """Changes when a start has come to its first step."""
+  path = workdir / 'metrics.jsonl'
+  return path.stat().st_ino if path.exists() else 0
+
+
 def test_one_of_two_is_killed_at_any_moment(tiny, whole, tmp_path):
   rng = random.Random(3)
   for attempt in range(6):
+    before = began(tmp_path)
     processes = start_two(tiny, tmp_path, 1)
-    begun = last_step(tmp_path)
-    if attempt % 2:
-      wait_until(lambda: saving(tmp_path), *processes)
-    elif attempt:
-      goal = min(begun + rng.randint(1, 9), 55)
-      wait_until(lambda goal=goal: last_step(tmp_path) >= goal, *processes)
-    time.sleep(rng.random() * (0.05 if attempt else 10))
+    if not attempt:
+      # They have met, and load, compile and begin; before, they would wait.
+      wait_until((tmp_path / 'config.json').exists, *processes)
+      time.sleep(rng.random() * 2)
+    else:
+      wait_until(lambda old=before: began(tmp_path) != old, *processes)
+      if attempt % 2:
+        wait_until(lambda: saving(tmp_path), *processes)
+      else:
+        goal = last_step(tmp_path) + rng.randint(1, 7)
+        wait_until(lambda goal=goal: last_step(tmp_path) >= goal, *processes)
+      time.sleep(rng.random() * 0.05)
     kill_one(processes, rng.randrange(2))
+  assert 0 < last_step(tmp_path) < 60
   finish(*start_two(tiny, tmp_path, 1))
   assert losses(tmp_path) == whole
 
