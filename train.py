@@ -25,9 +25,9 @@ from jaxsparse import (
 from jaxsparse import workdir as workdir_lib
 from jaxsparse.analysis import cost, hardware, run_pictures
 from jaxsparse.config import Config
+from jaxsparse.config.errors import UserError
 from jaxsparse.data import compression, tokenizer
 from jaxsparse.data.corpus import Corpus, build_corpus
-from jaxsparse.errors import UserError
 from jaxsparse.inference import decoding, sampling, text
 from jaxsparse.nn import block, memory_tables
 from jaxsparse.training import loop, metrics, resume, same_start, step

@@ -15,7 +15,7 @@ Result: none measured.
 """
 
 from jaxsparse import config as c
-from jaxsparse import memory_config
+from jaxsparse.config import memory
 
 
 def get_config() -> c.Config:
@@ -31,7 +31,7 @@ def get_config() -> c.Config:
       vocab_size=50_304,
       dtype='bfloat16',
       use_remat=True,
-      memory=memory_config.memory_plus(
+      memory=memory.memory_plus(
         num_keys=1138,
         key_dim=384,
         num_heads=2,

@@ -15,7 +15,7 @@ Result: none measured.
 """
 
 from jaxsparse import config as c
-from jaxsparse import memory_config
+from jaxsparse.config import memory
 
 
 def get_config() -> c.Config:
@@ -32,7 +32,7 @@ def get_config() -> c.Config:
       dropout_rate=0.1,
       dtype='bfloat16',
       use_remat=True,
-      memory=memory_config.pkm(
+      memory=memory.pkm(
         num_keys=1224,
         key_dim=2448,
         num_heads=2,

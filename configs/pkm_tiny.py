@@ -11,7 +11,7 @@ Result: see results/compare_cpu.json.
 """
 
 from jaxsparse import config as c
-from jaxsparse import memory_config
+from jaxsparse.config import memory
 
 
 def get_config() -> c.Config:
@@ -24,7 +24,7 @@ def get_config() -> c.Config:
       head_dim=32,
       mlp_dim=332,
       mlp='swiglu',
-      memory=memory_config.pkm(
+      memory=memory.pkm(
         num_keys=90,
         key_dim=32,
         num_heads=2,

@@ -14,7 +14,7 @@ Result: none measured.
 """
 
 from jaxsparse import config as c
-from jaxsparse import memory_config
+from jaxsparse.config import memory
 
 
 def get_config() -> c.Config:
@@ -30,7 +30,7 @@ def get_config() -> c.Config:
       vocab_size=50_304,
       dtype='bfloat16',
       use_remat=True,
-      memory=memory_config.ultramem_v2(
+      memory=memory.ultramem_v2(
         num_keys=1561,
         key_dim=512,
         num_selected=128,

@@ -20,7 +20,7 @@ from orbax.checkpoint.path import step as steps_lib
 
 from jaxsparse import fingerprints, hosts, stored
 from jaxsparse import workdir as workdir_lib
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.stored import OPTIMIZER, PARAMS
 
 

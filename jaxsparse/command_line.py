@@ -13,7 +13,7 @@ from jaxsparse import config as config_lib
 from jaxsparse import help_pages, hosts, overrides, peers, recipe_files
 from jaxsparse import workdir as workdir_lib
 from jaxsparse.config import Config
-from jaxsparse.errors import UserError, did_you_mean, require, shown
+from jaxsparse.config.errors import UserError, did_you_mean, require, shown
 from jaxsparse.printing import escape_unprintable
 
 _FLAGS = """

@@ -9,7 +9,7 @@ import sys
 from jaxsparse import command_line, overrides
 from jaxsparse.analysis import cost
 from jaxsparse.config import Config
-from jaxsparse.errors import UserError, require, shown
+from jaxsparse.config.errors import UserError, require, shown
 
 # Rows of the embedding where the recipe leaves them to the tokenizer.
 _BYTES = 257

@@ -15,8 +15,8 @@ import time
 from jaxsparse import checkpoint, compiled_programs, run_config, workdir
 from jaxsparse.command_line import Parser, user_errors_end_in_a_sentence
 from jaxsparse.config import Config, ModelConfig
+from jaxsparse.config.errors import UserError
 from jaxsparse.data.tokenizer import load_from_workdir
-from jaxsparse.errors import UserError
 from jaxsparse.inference import decoding
 from jaxsparse.inference.long_input import (
   Reading,

@@ -5,9 +5,9 @@ import textwrap
 from typing import Any
 
 from jaxsparse import config as config_lib
-from jaxsparse import fields, recipe_files
-from jaxsparse.config import Config
-from jaxsparse.errors import UserError, did_you_mean, shown
+from jaxsparse import recipe_files
+from jaxsparse.config import Config, fields
+from jaxsparse.config.errors import UserError, did_you_mean, shown
 
 _WIDTH = 80
 

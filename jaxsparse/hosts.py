@@ -9,7 +9,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 
 
 def is_lead() -> bool:

@@ -15,7 +15,7 @@ from collections.abc import Callable, Sequence
 
 import jax
 
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 
 AXES = ('data', 'sparse', 'model')
 

@@ -4,9 +4,8 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from jaxsparse import fields
-from jaxsparse.config import Config
-from jaxsparse.errors import UserError, shown
+from jaxsparse.config import Config, fields
+from jaxsparse.config.errors import UserError, shown
 
 _PREFIX = '--config.'
 

@@ -18,7 +18,7 @@ import time
 import traceback
 from collections.abc import Iterator
 
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 
 # A process that hangs up in the middle of a sentence, or never hangs up.
 _PATIENCE_SECONDS = 5.0

@@ -8,10 +8,9 @@ import hashlib
 
 from etils import epath
 
-from jaxsparse import saved_config
 from jaxsparse import workdir as workdir_lib
-from jaxsparse.config import Config
-from jaxsparse.errors import UserError
+from jaxsparse.config import Config, saved_config
+from jaxsparse.config.errors import UserError
 from jaxsparse.field_meanings import MEANINGS
 
 CONFIG, TOKENIZER = 'config', 'tokenizer'

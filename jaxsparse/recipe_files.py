@@ -5,7 +5,7 @@ import pathlib
 import runpy
 from typing import TypeVar
 
-from jaxsparse.errors import UserError, did_you_mean, require, shown
+from jaxsparse.config.errors import UserError, did_you_mean, require, shown
 
 T = TypeVar('T')
 

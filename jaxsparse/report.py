@@ -19,8 +19,8 @@ from jaxsparse import workdir as workdir_lib
 from jaxsparse.analysis import attention_pictures, run_pictures
 from jaxsparse.command_line import Parser, user_errors_end_in_a_sentence
 from jaxsparse.config import Config
+from jaxsparse.config.errors import UserError, require_utf8
 from jaxsparse.data import tokenizer as tokenizer_lib
-from jaxsparse.errors import UserError, require_utf8
 from jaxsparse.inference import looking
 from jaxsparse.inference.text import encode_prompt, read_file
 from jaxsparse.nn import block

@@ -14,7 +14,7 @@ from orbax.checkpoint.path import step as step_names
 
 from jaxsparse import fingerprints, provenance
 from jaxsparse import workdir as workdir_lib
-from jaxsparse.errors import UserError, require_utf8
+from jaxsparse.config.errors import UserError, require_utf8
 
 # What each checkpoint is made of; `params` stands alone so that inference
 # reads nothing else.

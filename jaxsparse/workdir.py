@@ -10,9 +10,8 @@ from collections.abc import Iterator
 
 from etils import epath
 
-from jaxsparse import saved_config
-from jaxsparse.config import Config
-from jaxsparse.errors import UserError
+from jaxsparse.config import Config, saved_config
+from jaxsparse.config.errors import UserError
 
 CONFIG = 'config.json'
 # One of them: of the tokenizers library, or of SentencePiece.

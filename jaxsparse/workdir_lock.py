@@ -20,7 +20,7 @@ from etils import epath
 
 from jaxsparse import hosts
 from jaxsparse import workdir as workdir_lib
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 
 LOCK = 'run.lock'
 

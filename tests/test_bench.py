@@ -23,7 +23,7 @@ from jaxsparse.bench import (
   train_step,
   value_bag,
 )
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 
 LAYER = dict(
   tokens=6, model_dim=8, num_keys=8, key_dim=4, num_heads=2, num_selected=4,

@@ -17,7 +17,7 @@ from jaxsparse.bench import (
   decode_program,
   measuring,
 )
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.inference.folding import fold_keys
 from jaxsparse.nn.transformer import Transformer
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from jaxsparse import checkpoint, fingerprints, mesh
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 
 SHAPES = [(8, 1, 1), (1, 1, 1), (2, 1, 4)]
 

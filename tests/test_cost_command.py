@@ -6,7 +6,7 @@ import pytest
 from recipes import CONFIGS
 
 from jaxsparse import cost
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 
 
 def test_prints_parameters_flops_and_bytes(capsys):

@@ -13,10 +13,10 @@ import jax
 import pytest
 from recipes import CONFIGS
 
-from jaxsparse import command_line, cost, fields, generate
+from jaxsparse import command_line, cost, generate
 from jaxsparse.analysis import cost as analysis
-from jaxsparse.config import Config
-from jaxsparse.errors import UserError
+from jaxsparse.config import Config, fields
+from jaxsparse.config.errors import UserError
 from jaxsparse.training.step import init_state
 
 RECIPES = (

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxsparse import hosts
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 
 
 class Together:

@@ -13,14 +13,14 @@ import time
 import pytest
 
 from jaxsparse import peers
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[1]
 
 PROGRAM = """
 import sys, time
 from jaxsparse import peers
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 
 address, count, index, wait, then = sys.argv[1:]
 try:

@@ -13,7 +13,7 @@ import pytest
 from jaxsparse import command_line, cost, report, workdir
 from jaxsparse.bench.__main__ import main as bench
 from jaxsparse.compare.__main__ import main as compare
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.generate import main as generate
 from jaxsparse.training.progress import Reporter
 

@@ -10,13 +10,13 @@ import sys
 import pytest
 
 from jaxsparse import workdir_lock
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 
 # Holds the lock until it is killed, or ends at once with what it was told.
 HOLDER = """
 import sys, time
 from jaxsparse import workdir_lock
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 try:
   with workdir_lock.held(sys.argv[1]):
     print('held', flush=True)

@@ -22,7 +22,7 @@ none of width, rates and steps: at this size the two tie.
 
 from jaxsparse import config as c
 from jaxsparse.compare.suite import Architecture, Suite
-from jaxsparse.memory_config import (
+from jaxsparse.config.memory import (
   memory_plus,
   peer,
   pkm,

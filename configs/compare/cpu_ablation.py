@@ -37,7 +37,7 @@ import dataclasses
 
 from jaxsparse import config as c
 from jaxsparse.compare.suite import Architecture, Suite
-from jaxsparse.memory_config import pkm
+from jaxsparse.config.memory import pkm
 
 WIDTH = 128
 

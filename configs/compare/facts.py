@@ -53,14 +53,14 @@ together.
 
 from jaxsparse import config as c
 from jaxsparse.compare.suite import Architecture, Suite
-from jaxsparse.data import facts
-from jaxsparse.memory_config import (
+from jaxsparse.config.memory import (
   memory_plus,
   peer,
   pkm,
   ultramem,
   ultramem_v2,
 )
+from jaxsparse.data import facts
 
 WIDTH = 32
 # The last block, whose attention has put name and attribute together.

@@ -13,7 +13,7 @@ compile. Not run yet: these are estimates.
 
 from jaxsparse import config as c
 from jaxsparse.compare.suite import Architecture, Suite
-from jaxsparse.memory_config import memory_plus, pkm, ultramem, ultramem_v2
+from jaxsparse.config.memory import memory_plus, pkm, ultramem, ultramem_v2
 
 WIDTH = 768
 LAYERS = 12

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxsparse import workdir
 from jaxsparse.analysis import plots
-from jaxsparse.attention_config import SparseAttentionConfig
+from jaxsparse.config.attention import SparseAttentionConfig
 
 PAGE = 'attention.html'
 

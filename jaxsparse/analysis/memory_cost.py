@@ -7,8 +7,8 @@ width, X experts, F their width.
 
 import math
 
-from jaxsparse.memory_config import MemoryConfig
-from jaxsparse.model_config import MoEConfig
+from jaxsparse.config.memory import MemoryConfig
+from jaxsparse.config.model import MoEConfig
 from jaxsparse.ops.product_key import candidates
 
 # Matrices of one MLP.

@@ -40,11 +40,11 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import config as config_lib
-from jaxsparse.attention_config import DCMHAConfig, query_wise_dcmha
 from jaxsparse.bench import measuring, train_step
 from jaxsparse.bench.measuring import Contender
 from jaxsparse.config import Config
-from jaxsparse.errors import require
+from jaxsparse.config.attention import DCMHAConfig, query_wise_dcmha
+from jaxsparse.config.errors import require
 from jaxsparse.ops.attention import attention
 from jaxsparse.ops.block_selection import Grid
 from jaxsparse.ops.sparse_attention import sparse_attention

@@ -72,7 +72,7 @@ from jaxsparse.bench.decode_program import (
 )
 from jaxsparse.compare import sizes
 from jaxsparse.config import ModelConfig
-from jaxsparse.errors import UserError, require, require_choice
+from jaxsparse.config.errors import UserError, require, require_choice
 from jaxsparse.inference.folding import fold_keys
 from jaxsparse.nn.transformer import init_cache
 

@@ -21,9 +21,9 @@ from jaxsparse.analysis import cost
 from jaxsparse.compare import sizes
 from jaxsparse.compare.suite import Architecture
 from jaxsparse.config import ModelConfig
-from jaxsparse.errors import UserError, require, require_choice
-from jaxsparse.memory_config import pkm, ultramem, ultramem_v2
-from jaxsparse.model_config import MoEConfig
+from jaxsparse.config.errors import UserError, require, require_choice
+from jaxsparse.config.memory import pkm, ultramem, ultramem_v2
+from jaxsparse.config.model import MoEConfig
 from jaxsparse.nn.transformer import Transformer
 
 NAMES = ('dense', 'moe', 'pkm', 'ultramem', 'ultramem_v2')

@@ -25,7 +25,7 @@ import numpy as np
 
 from jaxsparse import checkpoint, run_config, workdir
 from jaxsparse.config import DataConfig, ModelConfig, SparseAttentionConfig
-from jaxsparse.errors import require
+from jaxsparse.config.errors import require
 from jaxsparse.inference import long_input
 from jaxsparse.nn.transformer import Transformer, init_cache
 

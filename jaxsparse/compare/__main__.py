@@ -23,7 +23,7 @@ from jaxsparse.command_line import Parser, user_errors_end_in_a_sentence
 from jaxsparse.compare import pictures, report, runs, sizes
 from jaxsparse.compare import suite as suite_lib
 from jaxsparse.compare.suite import Suite
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.training.progress import Reporter
 
 

@@ -24,11 +24,11 @@ from jaxsparse.compare import suite as suite_lib
 from jaxsparse.compare.results import Result
 from jaxsparse.compare.suite import Suite
 from jaxsparse.config import Config
+from jaxsparse.config.errors import UserError
 from jaxsparse.data import facts, needles, tokenizer
 from jaxsparse.data.corpus import build_corpus
 from jaxsparse.data.needles import Needles
 from jaxsparse.data.tokenizer import Tokenizer
-from jaxsparse.errors import UserError
 from jaxsparse.training import inputs, loop, resume
 from jaxsparse.training.progress import Reporter
 

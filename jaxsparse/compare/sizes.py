@@ -14,7 +14,7 @@ from collections.abc import Callable
 from jaxsparse.analysis import cost
 from jaxsparse.compare.suite import Architecture
 from jaxsparse.config import ModelConfig
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 
 # How far from the budget a derived size may be.
 FLOPS_TOLERANCE = 0.01

@@ -8,9 +8,9 @@ from typing import Any
 from jaxsparse import config as config_lib
 from jaxsparse import recipe_files
 from jaxsparse.config import Config, MemoryConfig, MoEConfig
+from jaxsparse.config.errors import require
 from jaxsparse.data import facts
 from jaxsparse.data.needles import Needles
-from jaxsparse.errors import require
 
 DENSE = 'dense'
 

@@ -21,10 +21,10 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 from jaxsparse.config import DataConfig
+from jaxsparse.config.errors import UserError
 from jaxsparse.data import pieces, splits
 from jaxsparse.data.equal_documents import EqualDocuments
 from jaxsparse.data.percent import Percent
-from jaxsparse.errors import UserError
 
 FACTS = 'corpus.json'
 

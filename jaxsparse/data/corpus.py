@@ -6,6 +6,7 @@ import pathlib
 from collections.abc import Callable
 
 from jaxsparse.config import DataConfig
+from jaxsparse.config.errors import UserError
 from jaxsparse.data import (
   builder,
   documents,
@@ -16,7 +17,6 @@ from jaxsparse.data import (
 )
 from jaxsparse.data.percent import Percent
 from jaxsparse.data.pieces import Corpus
-from jaxsparse.errors import UserError
 
 Say = Callable[[str], None]
 

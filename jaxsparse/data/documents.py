@@ -11,8 +11,8 @@ import zlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from jaxsparse.config.errors import UserError
 from jaxsparse.data import formats, pieces, records, text_files
-from jaxsparse.errors import UserError
 
 _BLOCK_BYTES = 1 << 20
 # Text without a mark that holds so many NUL bytes is UTF-16, or none.

@@ -24,8 +24,8 @@ from collections.abc import Iterator
 import numpy as np
 import tokenizers
 
+from jaxsparse.config.errors import require
 from jaxsparse.data import generated
-from jaxsparse.errors import require
 
 _RECORD_NAME = 'facts.json'
 

@@ -8,7 +8,7 @@ import lzma
 import pathlib
 from typing import Any
 
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 
 # Longer marks first: one begins like another.
 _OTHER_ENCODINGS = (

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 
 import tokenizers
 
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 
 _TOKENIZER_NAME = 'tokenizer.json'
 

@@ -13,8 +13,8 @@ import tensorflow_datasets as tfds
 from etils import epath
 
 from jaxsparse.config import DataConfig
+from jaxsparse.config.errors import UserError
 from jaxsparse.data import pieces
-from jaxsparse.errors import UserError
 from jaxsparse.workdir import expanded
 
 _TIMEOUT_SECONDS = 5

@@ -27,8 +27,8 @@ from collections.abc import Iterator
 import numpy as np
 import tokenizers
 
+from jaxsparse.config.errors import require
 from jaxsparse.data import facts, generated
-from jaxsparse.errors import require
 
 _RECORD_NAME = 'needles.json'
 

@@ -19,10 +19,10 @@ import grain
 import numpy as np
 
 from jaxsparse.config import DataConfig
+from jaxsparse.config.errors import UserError
 from jaxsparse.data import packing
 from jaxsparse.data.pieces import Corpus
 from jaxsparse.data.tokenizer import Tokenizer
-from jaxsparse.errors import UserError
 
 # tokens, targets, positions, segment_ids, loss_weight: [B, T] each.
 Batch = dict[str, np.ndarray]

@@ -5,8 +5,8 @@ import pathlib
 import sysconfig
 from collections.abc import Iterator
 
+from jaxsparse.config.errors import UserError
 from jaxsparse.data.documents import Document
-from jaxsparse.errors import UserError
 
 _LEFT_OUT = frozenset(
   (

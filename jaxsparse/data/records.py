@@ -6,8 +6,8 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any
 
+from jaxsparse.config.errors import UserError
 from jaxsparse.data import formats
-from jaxsparse.errors import UserError
 
 ENDINGS = ('.jsonl', '.ndjson', '.parquet')
 

@@ -5,9 +5,9 @@ import hashlib
 from collections.abc import Sequence
 
 from jaxsparse.config import DataConfig
+from jaxsparse.config.errors import UserError
 from jaxsparse.data import pieces
 from jaxsparse.data.documents import Document
-from jaxsparse.errors import UserError
 
 # A split by file may miss the wanted share by this factor.
 _MOST_OFF = 3

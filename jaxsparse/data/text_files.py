@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 
 
 def find(patterns: str) -> list[pathlib.PurePath]:

@@ -18,8 +18,8 @@ from etils import epath
 
 from jaxsparse import workdir as workdir_lib
 from jaxsparse.config import DataConfig
+from jaxsparse.config.errors import UserError
 from jaxsparse.data.pieces import Corpus
-from jaxsparse.errors import UserError
 from jaxsparse.workdir import expanded, write_whole
 
 JSON_NAME, SENTENCEPIECE_NAME = workdir_lib.TOKENIZERS

@@ -8,7 +8,7 @@ import numpy as np
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
-from jaxsparse.errors import UserError, require
+from jaxsparse.config.errors import UserError, require
 from jaxsparse.inference import room
 from jaxsparse.inference.long_input import (
   Reading,

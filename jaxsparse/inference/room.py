@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jaxsparse import hosts, mesh
 from jaxsparse.analysis import free_memory
 from jaxsparse.config import ModelConfig
-from jaxsparse.errors import UserError, require
+from jaxsparse.config.errors import UserError, require
 from jaxsparse.inference.long_input import CHUNK, can_forget
 from jaxsparse.nn.transformer import Cache, init_cache
 

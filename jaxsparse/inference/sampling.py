@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxsparse.errors import require
+from jaxsparse.config.errors import require
 
 # Temperatures by which float32 logits can be divided: beyond them the quotient
 # overflows, or the divisor is taken for 0.

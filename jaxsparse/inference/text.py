@@ -12,7 +12,7 @@ import numpy as np
 
 from jaxsparse.analysis import free_memory
 from jaxsparse.config import ModelConfig
-from jaxsparse.errors import UserError, require, require_utf8
+from jaxsparse.config.errors import UserError, require, require_utf8
 from jaxsparse.inference.decoding import generate_tokens
 from jaxsparse.inference.long_input import Reading
 from jaxsparse.inference.sampling import Sampling

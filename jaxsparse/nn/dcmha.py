@@ -5,7 +5,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Num
 
-from jaxsparse.attention_config import DCMHAConfig
+from jaxsparse.config.attention import DCMHAConfig
 from jaxsparse.nn.layers import weight
 from jaxsparse.nn.leading import Leading
 from jaxsparse.ops.compose import HeadMix, generate_factors

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import mesh
-from jaxsparse.errors import require
+from jaxsparse.config.errors import require
 
 
 def require_floats(x: Any, name: str = 'x') -> None:

@@ -25,7 +25,7 @@ import scipy.special
 
 from jaxsparse import mesh
 from jaxsparse.config import MemoryConfig
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 
 
 @functools.lru_cache

@@ -12,8 +12,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from jaxsparse import mesh
-from jaxsparse.errors import UserError
-from jaxsparse.model_config import MoEConfig
+from jaxsparse.config.errors import UserError
+from jaxsparse.config.model import MoEConfig
 from jaxsparse.nn.layers import MLP, Metrics, weight
 from jaxsparse.nn.leading import Leading
 from jaxsparse.ops import routing, usage

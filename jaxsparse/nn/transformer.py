@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.nn import attention_cache
 from jaxsparse.nn.block import (
   Block,

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxsparse import mesh
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.kernels.decode_attention import decode_attention
 
 LIBRARIES = ('pallas', 'cudnn')

@@ -26,7 +26,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.kernels import grouped_matmul as kernel
 from jaxsparse.ops import bag_pieces
 from jaxsparse.ops import grouped_matmul_libraries as libraries

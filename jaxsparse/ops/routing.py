@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.ops import usage
 from jaxsparse.ops.top_k import top_m, top_m_reference
 from jaxsparse.ops.varying import argsort, to_same_varying

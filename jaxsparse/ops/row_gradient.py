@@ -22,7 +22,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxsparse.errors import require
+from jaxsparse.config.errors import require
 from jaxsparse.ops.references import (
   REFERENCES_GPU,
   sum_equal_rows,

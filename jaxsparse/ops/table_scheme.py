@@ -18,7 +18,7 @@ import dataclasses
 import math
 
 from jaxsparse import mesh
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 
 SCHEMES = tuple(mesh.TABLE_LAYOUTS)
 

@@ -33,7 +33,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.ops import bag_pieces
 from jaxsparse.ops import value_bag_gradient as gradient
 from jaxsparse.ops.varying import to_same_varying

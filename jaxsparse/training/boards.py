@@ -17,7 +17,7 @@ from tensorboardX.proto.event_pb2 import Event, SessionLog
 
 from jaxsparse import workdir as workdir_lib
 from jaxsparse.config import Config
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 
 # Between two times that TensorBoard's events are brought to the disk.
 _SECONDS = 30.0

@@ -4,8 +4,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from jaxsparse import saved_config
-from jaxsparse.config import Config
+from jaxsparse.config import Config, saved_config
 from jaxsparse.field_meanings import LANES, MEANINGS, TEXT, TOKENIZER
 from jaxsparse.training import optimizer
 

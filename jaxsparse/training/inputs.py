@@ -7,10 +7,10 @@ import jax
 
 from jaxsparse import config as config_lib
 from jaxsparse.config import Config
+from jaxsparse.config.errors import UserError
 from jaxsparse.data import pipeline
 from jaxsparse.data.pieces import Corpus
 from jaxsparse.data.tokenizer import Tokenizer
-from jaxsparse.errors import UserError
 from jaxsparse.training.loop import TrainingData
 
 

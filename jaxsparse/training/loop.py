@@ -13,8 +13,8 @@ from etils import epath
 
 from jaxsparse import checkpoint, hosts, mesh, peers, provenance
 from jaxsparse.config import Config
+from jaxsparse.config.errors import UserError
 from jaxsparse.data.pipeline import merge_states
-from jaxsparse.errors import UserError
 from jaxsparse.training import evaluation, resume
 from jaxsparse.training.interrupt import (
   Agreement,

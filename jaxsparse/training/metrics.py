@@ -13,7 +13,7 @@ from etils import epath
 from jaxsparse import hosts
 from jaxsparse import workdir as workdir_lib
 from jaxsparse.config import Config
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.training import boards
 
 # None for what was not finite.

@@ -13,7 +13,7 @@ import optax
 
 from jaxsparse import mesh
 from jaxsparse.config import OptimizerConfig
-from jaxsparse.errors import require
+from jaxsparse.config.errors import require
 from jaxsparse.training.row_optimizers import row_adagrad, row_adam
 from jaxsparse.training.row_updates import in_float32, with_float32_master
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from pictures import figures, texts
 
-from jaxsparse import report, saved_config
+from jaxsparse import report
 from jaxsparse.analysis import run_pictures
-from jaxsparse.config import Config, MemoryConfig, ModelConfig
+from jaxsparse.config import Config, MemoryConfig, ModelConfig, saved_config
 
 
 @pytest.fixture

@@ -13,8 +13,8 @@ from small_suite import facts_suite
 from jaxsparse import workdir_lock
 from jaxsparse.compare import __main__ as entry
 from jaxsparse.compare import runs
+from jaxsparse.config.errors import UserError
 from jaxsparse.data import facts
-from jaxsparse.errors import UserError
 from jaxsparse.training.progress import Reporter
 
 

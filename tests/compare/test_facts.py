@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from jaxsparse.config import DataConfig
+from jaxsparse.config.errors import UserError
 from jaxsparse.data import facts, tokenizer
 from jaxsparse.data.corpus import build_corpus
-from jaxsparse.errors import UserError
 
 
 @pytest.fixture(scope='module')

@@ -12,10 +12,10 @@ from small_suite import facts_suite
 from jaxsparse.compare import retrieval, runs
 from jaxsparse.compare.suite import Architecture
 from jaxsparse.config import DataConfig, SparseAttentionConfig
+from jaxsparse.config.errors import UserError
 from jaxsparse.data import needles, pipeline, tokenizer
 from jaxsparse.data.corpus import build_corpus
 from jaxsparse.data.needles import Needles
-from jaxsparse.errors import UserError
 from jaxsparse.training.progress import Reporter
 
 SMALL = Needles(

@@ -8,7 +8,7 @@ from jaxsparse.analysis import cost
 from jaxsparse.compare import sizes
 from jaxsparse.compare.suite import Architecture
 from jaxsparse.config import MemoryConfig, ModelConfig, MoEConfig
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 
 BASE = ModelConfig(
   num_layers=4,

@@ -12,8 +12,8 @@ from jaxsparse.compare import runs
 from jaxsparse.compare import suite as suite_lib
 from jaxsparse.compare.suite import Architecture
 from jaxsparse.config import MemoryConfig, MoEConfig
+from jaxsparse.config.errors import UserError
 from jaxsparse.data.needles import Needles
-from jaxsparse.errors import UserError
 
 SUITES = sorted(
   (pathlib.Path(__file__).parents[2] / 'configs' / 'compare').glob('*.py')

@@ -12,9 +12,9 @@ import textwrap
 import pytest
 
 from jaxsparse.config import DataConfig
+from jaxsparse.config.errors import UserError
 from jaxsparse.data import builder, compression, documents, percent, splits
 from jaxsparse.data.corpus import build_corpus
-from jaxsparse.errors import UserError
 
 
 @pytest.fixture

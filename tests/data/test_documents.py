@@ -13,8 +13,8 @@ import tarfile
 import pyarrow
 import pytest
 
+from jaxsparse.config.errors import UserError
 from jaxsparse.data import documents, pieces, python_text
-from jaxsparse.errors import UserError
 
 TEXT = 'naïve café 🙂 日本語\n'
 

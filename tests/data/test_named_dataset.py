@@ -7,9 +7,9 @@ import pytest
 import tensorflow_datasets as tfds
 
 from jaxsparse.config import DataConfig
+from jaxsparse.config.errors import UserError
 from jaxsparse.data import compression, named_dataset
 from jaxsparse.data.corpus import build_corpus
-from jaxsparse.errors import UserError
 
 
 class TinyReviews(tfds.core.GeneratorBasedBuilder):

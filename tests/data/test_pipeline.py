@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from jaxsparse.config import DataConfig
+from jaxsparse.config.errors import UserError
 from jaxsparse.data import pipeline
 from jaxsparse.data.pieces import Corpus, Piece
 from jaxsparse.data.tokenizer import ByteTokenizer
-from jaxsparse.errors import UserError
 
 TOKENIZER = ByteTokenizer()
 BOUNDARY = TOKENIZER.boundary_id

@@ -8,8 +8,8 @@ import pyarrow
 import pytest
 from pyarrow import parquet
 
+from jaxsparse.config.errors import UserError
 from jaxsparse.data import documents
-from jaxsparse.errors import UserError
 
 TEXTS = ['naïve 🙂\n', '', 'x' * 20_000, 'one\r\ntwo', 'last']
 

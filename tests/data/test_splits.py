@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from jaxsparse.config import DataConfig
+from jaxsparse.config.errors import UserError
 from jaxsparse.data import documents, splits
-from jaxsparse.errors import UserError
 
 
 def _documents(*sizes: int) -> list[documents.Document]:

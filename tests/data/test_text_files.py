@@ -7,8 +7,8 @@ import fsspec
 import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 
+from jaxsparse.config.errors import UserError
 from jaxsparse.data import documents
-from jaxsparse.errors import UserError
 
 
 def _write(folder: pathlib.Path, *names: str) -> None:

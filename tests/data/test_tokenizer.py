@@ -9,9 +9,9 @@ import pytest
 import tokenizers
 
 from jaxsparse.config import DataConfig
+from jaxsparse.config.errors import UserError
 from jaxsparse.data import tokenizer as tokenizer_lib
 from jaxsparse.data.pieces import Corpus, Piece
-from jaxsparse.errors import UserError
 
 TEXTS = (
   '',

@@ -3,7 +3,8 @@
 import jax
 import jax.numpy as jnp
 
-from jaxsparse import checkpoint, config, saved_config
+from jaxsparse import checkpoint, config
+from jaxsparse.config import saved_config
 from jaxsparse.data.tokenizer import ByteTokenizer
 from jaxsparse.nn.transformer import Transformer
 

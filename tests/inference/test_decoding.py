@@ -11,7 +11,7 @@ import pytest
 
 from jaxsparse import mesh
 from jaxsparse.config import MemoryConfig, ModelConfig, SparseAttentionConfig
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.inference import long_input
 from jaxsparse.inference.decoding import (
   decode_step,

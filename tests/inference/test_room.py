@@ -11,7 +11,7 @@ import pytest
 from jaxsparse import mesh
 from jaxsparse.analysis import free_memory
 from jaxsparse.config import ModelConfig, SparseAttentionConfig
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.inference import decoding, room
 from jaxsparse.inference.sampling import Sampling
 from jaxsparse.nn.transformer import Transformer, init_cache

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.inference.sampling import Sampling, keep_top_p, sample
 
 KEY = jax.random.key(0)

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from jaxsparse.analysis import free_memory
+from jaxsparse.config.errors import UserError
 from jaxsparse.data.tokenizer import ByteTokenizer
-from jaxsparse.errors import UserError
 from jaxsparse.inference.text import (
   Completion,
   Request,

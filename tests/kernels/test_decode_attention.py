@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxsparse import mesh
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.kernels import decode_attention as kernel
 from jaxsparse.ops import attention_libraries as libraries
 from jaxsparse.ops.attention import attention, attention_reference

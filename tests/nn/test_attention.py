@@ -9,12 +9,12 @@ import pytest
 
 from jaxsparse import mesh
 from jaxsparse.analysis import attention_cost
-from jaxsparse.attention_config import (
+from jaxsparse.config import ModelConfig
+from jaxsparse.config.attention import (
   DCMHAConfig,
   SparseAttentionConfig,
   query_wise_dcmha,
 )
-from jaxsparse.config import ModelConfig
 from jaxsparse.nn import attention_cache
 from jaxsparse.nn.attention import Attention
 from jaxsparse.nn.dcmha import DCMHA

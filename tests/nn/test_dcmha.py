@@ -10,8 +10,8 @@ import pytest
 from compiled import Payload, payloads
 
 from jaxsparse import mesh
-from jaxsparse.attention_config import DCMHAConfig, query_wise_dcmha
 from jaxsparse.config import ModelConfig
+from jaxsparse.config.attention import DCMHAConfig, query_wise_dcmha
 from jaxsparse.nn.attention import Attention
 from jaxsparse.nn.dcmha import DCMHA
 from jaxsparse.nn.transformer import Transformer, init_cache

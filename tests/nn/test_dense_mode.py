@@ -7,11 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsparse import saved_config
 from jaxsparse.analysis import cost
-from jaxsparse.attention_config import DCMHAConfig, SparseAttentionConfig
-from jaxsparse.config import Config, ModelConfig
-from jaxsparse.errors import UserError
+from jaxsparse.config import Config, ModelConfig, saved_config
+from jaxsparse.config.attention import DCMHAConfig, SparseAttentionConfig
+from jaxsparse.config.errors import UserError
 from jaxsparse.nn.transformer import Transformer, init_cache
 from jaxsparse.training.resume import claim_workdir, save_config
 

@@ -11,11 +11,11 @@ import numpy as np
 import pytest
 
 from jaxsparse import mesh as mesh_lib
-from jaxsparse.attention_config import DCMHAConfig, SparseAttentionConfig
 from jaxsparse.config import MemoryConfig, ModelConfig
-from jaxsparse.errors import UserError
-from jaxsparse.memory_config import ultramem_v2
-from jaxsparse.model_config import MoEConfig
+from jaxsparse.config.attention import DCMHAConfig, SparseAttentionConfig
+from jaxsparse.config.errors import UserError
+from jaxsparse.config.memory import ultramem_v2
+from jaxsparse.config.model import MoEConfig
 from jaxsparse.nn.attention import Attention
 from jaxsparse.nn.block import Block
 from jaxsparse.nn.dcmha import DCMHA

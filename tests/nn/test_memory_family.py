@@ -12,15 +12,15 @@ import numpy as np
 import pytest
 
 from jaxsparse import mesh as mesh_lib
-from jaxsparse.errors import UserError
-from jaxsparse.memory_config import (
+from jaxsparse.config.errors import UserError
+from jaxsparse.config.memory import (
   MemoryConfig,
   memory_plus,
   peer,
   pkm,
   ultramem_v2,
 )
-from jaxsparse.model_config import ModelConfig
+from jaxsparse.config.model import ModelConfig
 from jaxsparse.nn import retrieval
 from jaxsparse.nn.layers import MLP
 from jaxsparse.nn.memory import MemoryLayer, memory_forward

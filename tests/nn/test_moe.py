@@ -10,8 +10,8 @@ import pytest
 from compiled import payloads
 
 from jaxsparse import mesh as mesh_lib
-from jaxsparse.errors import UserError
-from jaxsparse.model_config import MoEConfig
+from jaxsparse.config.errors import UserError
+from jaxsparse.config.model import MoEConfig
 from jaxsparse.nn.layers import MLP
 from jaxsparse.nn.moe import MoE
 from jaxsparse.ops.expert_mlp import expert_mlp_reference, sharded_expert_mlp

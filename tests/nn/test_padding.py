@@ -17,7 +17,7 @@ from jaxsparse.config import (
   ModelConfig,
   SparseAttentionConfig,
 )
-from jaxsparse.model_config import MoEConfig
+from jaxsparse.config.model import MoEConfig
 from jaxsparse.nn.memory import MemoryLayer
 from jaxsparse.nn.moe import MoE
 from jaxsparse.nn.transformer import Transformer

@@ -10,7 +10,7 @@ from recipes import RECIPES
 
 from jaxsparse.analysis import cost
 from jaxsparse.config import ModelConfig
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.nn.transformer import Transformer
 
 T, D, N, H, F, V = 6, 16, 2, 8, 24, 11

@@ -18,8 +18,8 @@ from jaxsparse.config import (
   MoEConfig,
   SparseAttentionConfig,
 )
-from jaxsparse.errors import UserError
-from jaxsparse.memory_config import memory_plus, peer, ultramem_v2
+from jaxsparse.config.errors import UserError
+from jaxsparse.config.memory import memory_plus, peer, ultramem_v2
 from jaxsparse.nn.transformer import Transformer, init_cache
 
 # The programs run once: compiling them well would take most of the time.

@@ -14,7 +14,7 @@ import pytest
 from compiled import arrays_of_size
 
 from jaxsparse.bench import grouped_matmul as bench
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.kernels import grouped_matmul as kernels
 from jaxsparse.ops import expert_mlp as mlp
 from jaxsparse.ops import grouped_matmul as ops

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from jax.test_util import check_grads
 
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.ops import routing
 
 T, X, k, D = 12, 6, 3, 4

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxsparse import mesh as mesh_lib
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.ops import bag_pieces
 from jaxsparse.ops import value_bag as bag
 from jaxsparse.ops import value_bag_gradient as gradient

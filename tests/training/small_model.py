@@ -16,7 +16,7 @@ from jaxsparse.config import (
   OptimizerConfig,
   TrainConfig,
 )
-from jaxsparse.memory_config import memory_plus, peer, ultramem_v2
+from jaxsparse.config.memory import memory_plus, peer, ultramem_v2
 from jaxsparse.training import evaluation
 from jaxsparse.training.step import init_state, train_step
 

@@ -10,7 +10,7 @@ import pytest
 from small_model import CONFIG, make_batch, make_mesh
 
 from jaxsparse.config import SparseAttentionConfig
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.training.losses import objective
 from jaxsparse.training.step import init_state, train_step
 

@@ -6,7 +6,7 @@ import signal
 import pytest
 
 from jaxsparse.config import TrainConfig
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.training import interrupt
 from jaxsparse.training.interrupt import Agreement, StopRequest, stop_on_signals
 

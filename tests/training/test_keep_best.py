@@ -8,7 +8,7 @@ import pytest
 from small_model import CONFIG, make_batch
 
 from jaxsparse import checkpoint, config, mesh
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.training import evaluation, loop, metrics
 from jaxsparse.training.progress import Reporter
 

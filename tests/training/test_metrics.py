@@ -12,7 +12,7 @@ import pytest
 from tensorboardX.proto.event_pb2 import Event
 
 from jaxsparse.config import Config, TrainConfig
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.training import boards, metrics
 from jaxsparse.training.metrics import MetricsWriter, read_rows
 

@@ -13,10 +13,10 @@ from jaxsparse.config import (
   ModelConfig,
   OptimizerConfig,
 )
+from jaxsparse.config.errors import UserError
+from jaxsparse.config.saved_config import to_json
 from jaxsparse.data import tokenizer as tokenizer_lib
 from jaxsparse.data.pieces import Corpus, Piece
-from jaxsparse.errors import UserError
-from jaxsparse.saved_config import to_json
 from jaxsparse.training import resume
 from jaxsparse.training.resume import (
   claim_workdir,

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.ops.row_gradient import (
   RowGradient,
   row_gradient,

@@ -6,9 +6,9 @@ import types
 import pytest
 
 from jaxsparse.config import Config
+from jaxsparse.config.errors import UserError
 from jaxsparse.data.pieces import Corpus, Piece
 from jaxsparse.data.tokenizer import ByteTokenizer
-from jaxsparse.errors import UserError
 from jaxsparse.training import same_start
 
 

@@ -21,7 +21,7 @@ from small_model import (
 
 from jaxsparse import checkpoint, mesh
 from jaxsparse.config import OptimizerConfig
-from jaxsparse.errors import UserError
+from jaxsparse.config.errors import UserError
 from jaxsparse.nn.transformer import Transformer
 from jaxsparse.training import evaluation
 from jaxsparse.training.losses import token_losses

@@ -13,8 +13,8 @@ import functools
 import math
 from typing import Any
 
-from jaxsparse import fields
-from jaxsparse.errors import (
+from jaxsparse.config import fields
+from jaxsparse.config.errors import (
   require,
   require_at_most,
   require_choice,

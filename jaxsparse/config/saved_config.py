@@ -8,7 +8,7 @@ from typing import Any
 
 from jaxsparse import config as config_lib
 from jaxsparse.config import Config
-from jaxsparse.errors import UnusedSettingError, UserError
+from jaxsparse.config.errors import UnusedSettingError, UserError
 
 
 class DamagedError(UserError):

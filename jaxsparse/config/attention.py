@@ -3,8 +3,8 @@
 import dataclasses
 import functools
 
-from jaxsparse import fields
-from jaxsparse.errors import (
+from jaxsparse.config import fields
+from jaxsparse.config.errors import (
   require,
   require_choice,
   require_fraction,

@@ -15,7 +15,7 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
-from jaxsparse.errors import UserError, require, shown
+from jaxsparse.config.errors import UserError, require, shown
 
 # Every number is a dimension, a count or a seed, and arrays are indexed by
 # int32.

@@ -7,7 +7,6 @@ import dataclasses
 
 import pytest
 
-from jaxsparse import fields
 from jaxsparse.config import (
   Config,
   DataConfig,
@@ -19,9 +18,10 @@ from jaxsparse.config import (
   OptimizerConfig,
   SparseAttentionConfig,
   TrainConfig,
+  fields,
 )
-from jaxsparse.errors import UserError
-from jaxsparse.memory_config import peer
+from jaxsparse.config.errors import UserError
+from jaxsparse.config.memory import peer
 
 CLASSES = (
   DataConfig,

@@ -3,9 +3,9 @@
 import dataclasses
 import functools
 
-from jaxsparse import fields
-from jaxsparse.attention_config import DCMHAConfig, SparseAttentionConfig
-from jaxsparse.errors import (
+from jaxsparse.config import fields
+from jaxsparse.config.attention import DCMHAConfig, SparseAttentionConfig
+from jaxsparse.config.errors import (
   require,
   require_at_most,
   require_choice,
@@ -13,7 +13,7 @@ from jaxsparse.errors import (
   require_positive,
   require_unset,
 )
-from jaxsparse.memory_config import MemoryConfig
+from jaxsparse.config.memory import MemoryConfig
 
 # Of which costs are summed one by one.
 MOST_LAYERS = 10_000

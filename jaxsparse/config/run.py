@@ -12,12 +12,8 @@ import math
 import re
 from typing import Any
 
-from jaxsparse import fields
-from jaxsparse.attention_config import DCMHAConfig as DCMHAConfig
-from jaxsparse.attention_config import (
-  SparseAttentionConfig as SparseAttentionConfig,
-)
-from jaxsparse.errors import (
+from jaxsparse.config import fields
+from jaxsparse.config.errors import (
   UserError,
   require,
   require_choice,
@@ -26,9 +22,7 @@ from jaxsparse.errors import (
   require_positive,
   require_unset,
 )
-from jaxsparse.memory_config import MemoryConfig as MemoryConfig
-from jaxsparse.model_config import ModelConfig
-from jaxsparse.model_config import MoEConfig as MoEConfig
+from jaxsparse.config.model import ModelConfig
 
 # What a process can take as a request, and a scheduler may send as one.
 _STOP_SIGNALS = (
