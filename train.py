@@ -15,14 +15,7 @@ import functools
 
 import jax
 
-from jaxsparse import (
-  command_line,
-  compiled_programs,
-  hosts,
-  mesh,
-  workdir_lock,
-)
-from jaxsparse import workdir as workdir_lib
+from jaxsparse import mesh
 from jaxsparse.analysis import cost, hardware, run_pictures
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError
@@ -30,10 +23,18 @@ from jaxsparse.data import compression, tokenizer
 from jaxsparse.data.corpus import Corpus, build_corpus
 from jaxsparse.inference import decoding, sampling, text
 from jaxsparse.nn import block, memory_tables
-from jaxsparse.training import loop, metrics, resume, same_start, step
+from jaxsparse.run import (
+  command_line,
+  compiled_programs,
+  hosts,
+  metrics,
+  workdir_lock,
+)
+from jaxsparse.run import workdir as workdir_lib
+from jaxsparse.run.progress import Reporter
+from jaxsparse.training import loop, resume, same_start, step
 from jaxsparse.training.evaluation import Validation
 from jaxsparse.training.inputs import training_data, with_vocabulary
-from jaxsparse.training.progress import Reporter
 
 # How the sample at the end is drawn.
 SAMPLING = sampling.Sampling(temperature=0.8)

@@ -6,10 +6,10 @@ Fields are overridden as in training: `--config.model.num_kv_heads=2`.
 import dataclasses
 import sys
 
-from jaxsparse import command_line, overrides
 from jaxsparse.analysis import cost
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError, require, shown
+from jaxsparse.run import command_line, overrides
 
 # Rows of the embedding where the recipe leaves them to the tokenizer.
 _BYTES = 257

@@ -12,8 +12,6 @@ import os
 import sys
 import time
 
-from jaxsparse import checkpoint, compiled_programs, run_config, workdir
-from jaxsparse.command_line import Parser, user_errors_end_in_a_sentence
 from jaxsparse.config import Config, ModelConfig
 from jaxsparse.config.errors import UserError
 from jaxsparse.data.tokenizer import load_from_workdir
@@ -31,7 +29,14 @@ from jaxsparse.inference.text import (
   encode_prompt,
   read_file,
 )
-from jaxsparse.training import metrics
+from jaxsparse.run import (
+  checkpoint,
+  compiled_programs,
+  metrics,
+  run_config,
+  workdir,
+)
+from jaxsparse.run.command_line import Parser, user_errors_end_in_a_sentence
 
 # Between two lines about a prompt that is being read.
 _SECONDS = 5.0

@@ -14,18 +14,18 @@ import sys
 import tempfile
 from collections.abc import Iterator
 
-from jaxsparse import checkpoint, run_config
-from jaxsparse import workdir as workdir_lib
 from jaxsparse.analysis import attention_pictures, run_pictures
-from jaxsparse.command_line import Parser, user_errors_end_in_a_sentence
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError, require_utf8
 from jaxsparse.data import tokenizer as tokenizer_lib
 from jaxsparse.inference import looking
 from jaxsparse.inference.text import encode_prompt, read_file
 from jaxsparse.nn import block
-from jaxsparse.printing import escape_unprintable
-from jaxsparse.training import inputs, metrics
+from jaxsparse.run import checkpoint, metrics, run_config
+from jaxsparse.run import workdir as workdir_lib
+from jaxsparse.run.command_line import Parser, user_errors_end_in_a_sentence
+from jaxsparse.run.printing import escape_unprintable
+from jaxsparse.training import inputs
 
 # Maps grow with the square of the text.
 _MOST_TOKENS = 2048

@@ -11,7 +11,8 @@ import jax
 import pytest
 from etils import epath
 
-from jaxsparse import command_line, generate, workdir_lock
+from jaxsparse import generate
+from jaxsparse.run import command_line, workdir_lock
 
 ROOT = pathlib.Path(__file__).parents[1]
 RECIPE = """

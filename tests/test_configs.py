@@ -17,9 +17,10 @@ import pytest
 from recipes import CONFIGS, RECIPES, check_groups
 
 from jaxsparse import config as config_lib
-from jaxsparse import help_pages, mesh
+from jaxsparse import mesh
 from jaxsparse.analysis import cost
 from jaxsparse.config import fields, saved_config
+from jaxsparse.run import help_pages
 from jaxsparse.training.step import init_state, train_step
 
 # 16 on `data`: the tables' rows, num_keys ** 2, divide by 16 in every recipe,

@@ -13,9 +13,9 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
-from jaxsparse import workdir
 from jaxsparse.analysis import plots
 from jaxsparse.config.attention import SparseAttentionConfig
+from jaxsparse.run import workdir
 
 PAGE = 'attention.html'
 

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from etils import epath
 
-from jaxsparse import workdir
+from jaxsparse.run import workdir
 
 Row = Mapping[str, Any]
 

@@ -23,7 +23,7 @@ from jaxsparse.bench import (
   train_step,
   value_bag,
 )
-from jaxsparse.command_line import Parser, user_errors_end_in_a_sentence
+from jaxsparse.run.command_line import Parser, user_errors_end_in_a_sentence
 
 BENCHES = dict(
   value_bag=value_bag,

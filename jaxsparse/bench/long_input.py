@@ -23,11 +23,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse import checkpoint, run_config, workdir
 from jaxsparse.config import DataConfig, ModelConfig, SparseAttentionConfig
 from jaxsparse.config.errors import require
 from jaxsparse.inference import long_input
 from jaxsparse.nn.transformer import Transformer, init_cache
+from jaxsparse.run import checkpoint, run_config, workdir
 
 OPTIONS = dict(
   workdir='',

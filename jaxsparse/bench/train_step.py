@@ -17,11 +17,11 @@ import math
 import jax
 import jax.numpy as jnp
 
-from jaxsparse import command_line
 from jaxsparse import config as config_lib
 from jaxsparse.bench import measuring
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError
+from jaxsparse.run import command_line
 from jaxsparse.training.step import TrainState, init_state, train_step
 
 OPTIMIZERS = ('adamw', 'row_adam', 'lazy_row_adam', 'row_adagrad')

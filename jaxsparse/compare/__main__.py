@@ -16,15 +16,15 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from jaxsparse import workdir as workdir_lib
-from jaxsparse import workdir_lock
 from jaxsparse.analysis import cost
-from jaxsparse.command_line import Parser, user_errors_end_in_a_sentence
 from jaxsparse.compare import pictures, report, runs, sizes
 from jaxsparse.compare import suite as suite_lib
 from jaxsparse.compare.suite import Suite
 from jaxsparse.config.errors import UserError
-from jaxsparse.training.progress import Reporter
+from jaxsparse.run import workdir as workdir_lib
+from jaxsparse.run import workdir_lock
+from jaxsparse.run.command_line import Parser, user_errors_end_in_a_sentence
+from jaxsparse.run.progress import Reporter
 
 
 def main(argv: Sequence[str]) -> None:

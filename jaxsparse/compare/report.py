@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from jaxsparse import workdir as workdir_lib
 from jaxsparse.compare.suite import DENSE, Suite
+from jaxsparse.run import workdir as workdir_lib
 
 Result = dict[str, Any]
 

@@ -15,7 +15,7 @@ from jaxsparse.config import Config
 from jaxsparse.data import facts, pipeline
 from jaxsparse.data.pieces import Corpus
 from jaxsparse.data.tokenizer import Tokenizer
-from jaxsparse.training import metrics
+from jaxsparse.run import metrics
 from jaxsparse.training.evaluation import Validation
 
 Result = dict[str, Any]

@@ -16,9 +16,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from jaxsparse import compiled_programs, mesh, workdir_lock
 from jaxsparse import config as config_lib
-from jaxsparse import workdir as workdir_lib
+from jaxsparse import mesh
 from jaxsparse.compare import recall, results, retrieval, sizes
 from jaxsparse.compare import suite as suite_lib
 from jaxsparse.compare.results import Result
@@ -29,8 +28,10 @@ from jaxsparse.data import facts, needles, tokenizer
 from jaxsparse.data.corpus import build_corpus
 from jaxsparse.data.needles import Needles
 from jaxsparse.data.tokenizer import Tokenizer
+from jaxsparse.run import compiled_programs, workdir_lock
+from jaxsparse.run import workdir as workdir_lib
+from jaxsparse.run.progress import Reporter
 from jaxsparse.training import inputs, loop, resume
-from jaxsparse.training.progress import Reporter
 
 RESULT = 'result.json'
 

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxsparse import config as config_lib
-from jaxsparse import recipe_files
 from jaxsparse.config import Config, MemoryConfig, MoEConfig
 from jaxsparse.config.errors import require
 from jaxsparse.data import facts
 from jaxsparse.data.needles import Needles
+from jaxsparse.run import recipe_files
 
 DENSE = 'dense'
 

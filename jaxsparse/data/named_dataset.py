@@ -15,7 +15,7 @@ from etils import epath
 from jaxsparse.config import DataConfig
 from jaxsparse.config.errors import UserError
 from jaxsparse.data import pieces
-from jaxsparse.workdir import expanded
+from jaxsparse.run.workdir import expanded
 
 _TIMEOUT_SECONDS = 5
 

@@ -16,11 +16,11 @@ import numpy as np
 import tokenizers
 from etils import epath
 
-from jaxsparse import workdir as workdir_lib
 from jaxsparse.config import DataConfig
 from jaxsparse.config.errors import UserError
 from jaxsparse.data.pieces import Corpus
-from jaxsparse.workdir import expanded, write_whole
+from jaxsparse.run import workdir as workdir_lib
+from jaxsparse.run.workdir import expanded, write_whole
 
 JSON_NAME, SENTENCEPIECE_NAME = workdir_lib.TOKENIZERS
 

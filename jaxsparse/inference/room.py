@@ -7,12 +7,13 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from jaxsparse import hosts, mesh
+from jaxsparse import mesh
 from jaxsparse.analysis import free_memory
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.inference.long_input import CHUNK, can_forget
 from jaxsparse.nn.transformer import Cache, init_cache
+from jaxsparse.run import hosts
 
 # Positions and rows of a cache are int32.
 _MOST_TOKENS = 2**31 - 1

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxsparse.config import Config, saved_config
-from jaxsparse.field_meanings import LANES, MEANINGS, TEXT, TOKENIZER
+from jaxsparse.run.field_meanings import LANES, MEANINGS, TEXT, TOKENIZER
 from jaxsparse.training import optimizer
 
 

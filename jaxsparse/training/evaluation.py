@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxsparse import mesh
 from jaxsparse.config import Config
-from jaxsparse.training.progress import Reporter
+from jaxsparse.run.progress import Reporter
 from jaxsparse.training.step import eval_step
 
 # Compiled once for all passes of a run.

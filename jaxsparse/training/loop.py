@@ -11,18 +11,15 @@ import jax
 import numpy as np
 from etils import epath
 
-from jaxsparse import checkpoint, hosts, mesh, peers, provenance
+from jaxsparse import mesh
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError
 from jaxsparse.data.pipeline import merge_states
+from jaxsparse.run import checkpoint, hosts, peers, provenance
+from jaxsparse.run.interrupt import Agreement, StopRequest, stop_on_signals
+from jaxsparse.run.metrics import MetricsWriter, validation_losses
+from jaxsparse.run.progress import Reporter
 from jaxsparse.training import evaluation, resume
-from jaxsparse.training.interrupt import (
-  Agreement,
-  StopRequest,
-  stop_on_signals,
-)
-from jaxsparse.training.metrics import MetricsWriter, validation_losses
-from jaxsparse.training.progress import Reporter
 from jaxsparse.training.step import (
   TrainState,
   init_state,

@@ -7,13 +7,13 @@ from collections.abc import Callable
 
 from etils import epath
 
-from jaxsparse import checkpoint, field_meanings, run_config
-from jaxsparse import workdir as workdir_lib
 from jaxsparse.config import Config, saved_config
 from jaxsparse.config.errors import UserError
 from jaxsparse.data import tokenizer as tokenizer_lib
 from jaxsparse.data.pieces import Corpus
 from jaxsparse.data.tokenizer import Tokenizer
+from jaxsparse.run import checkpoint, field_meanings, run_config
+from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.training import changes
 
 

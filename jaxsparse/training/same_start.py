@@ -10,12 +10,12 @@ import jax
 from etils import epath
 
 import jaxsparse
-from jaxsparse import hosts
-from jaxsparse import workdir as workdir_lib
 from jaxsparse.config import Config, saved_config
 from jaxsparse.config.errors import UserError
 from jaxsparse.data.pieces import Corpus
 from jaxsparse.data.tokenizer import Tokenizer
+from jaxsparse.run import hosts
+from jaxsparse.run import workdir as workdir_lib
 
 # What a host may have for itself.
 _OWN = ('data.cache_dir', 'data.prefetch')

@@ -10,12 +10,12 @@ import sys
 import pytest
 from small_suite import facts_suite
 
-from jaxsparse import workdir_lock
 from jaxsparse.compare import __main__ as entry
 from jaxsparse.compare import runs
 from jaxsparse.config.errors import UserError
 from jaxsparse.data import facts
-from jaxsparse.training.progress import Reporter
+from jaxsparse.run import workdir_lock
+from jaxsparse.run.progress import Reporter
 
 
 @pytest.fixture(scope='module')

@@ -16,7 +16,7 @@ from jaxsparse.config.errors import UserError
 from jaxsparse.data import needles, pipeline, tokenizer
 from jaxsparse.data.corpus import build_corpus
 from jaxsparse.data.needles import Needles
-from jaxsparse.training.progress import Reporter
+from jaxsparse.run.progress import Reporter
 
 SMALL = Needles(
   num_needles=4, num_fillers=3, gap=2, num_documents=12, num_validation=3

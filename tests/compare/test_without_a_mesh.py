@@ -11,8 +11,8 @@ from jaxsparse.data import facts, needles
 from jaxsparse.data.needles import Needles
 from jaxsparse.data.tokenizer import ByteTokenizer, load_from_workdir
 from jaxsparse.nn.transformer import Transformer
+from jaxsparse.run.progress import Reporter
 from jaxsparse.training import evaluation
-from jaxsparse.training.progress import Reporter
 
 MODEL = ModelConfig(
   num_layers=1, model_dim=8, num_heads=1, num_kv_heads=1, head_dim=8, mlp_dim=8,

@@ -3,10 +3,11 @@
 import jax
 import jax.numpy as jnp
 
-from jaxsparse import checkpoint, config
+from jaxsparse import config
 from jaxsparse.config import saved_config
 from jaxsparse.data.tokenizer import ByteTokenizer
 from jaxsparse.nn.transformer import Transformer
+from jaxsparse.run import checkpoint
 
 
 def save_untrained(folder, model):

@@ -7,10 +7,11 @@ import jax
 import pytest
 from small_model import CONFIG, make_batch
 
-from jaxsparse import checkpoint, config, mesh
+from jaxsparse import config, mesh
 from jaxsparse.config.errors import UserError
-from jaxsparse.training import evaluation, loop, metrics
-from jaxsparse.training.progress import Reporter
+from jaxsparse.run import checkpoint, metrics
+from jaxsparse.run.progress import Reporter
+from jaxsparse.training import evaluation, loop
 
 SMALL = dataclasses.replace(
   CONFIG,

@@ -12,8 +12,8 @@ import pytest
 from small_model import CONFIG, make_mesh
 
 from jaxsparse.config import OptimizerConfig, TrainConfig
+from jaxsparse.run.progress import Reporter
 from jaxsparse.training import evaluation, loop
-from jaxsparse.training.progress import Reporter
 from jaxsparse.training.step import TrainState
 
 MODEL = dataclasses.replace(CONFIG.model, memory=None)

@@ -17,9 +17,9 @@ from jaxsparse.config import (
   TrainConfig,
 )
 from jaxsparse.nn.transformer import Transformer
+from jaxsparse.run.progress import Reporter
 from jaxsparse.training import loop
 from jaxsparse.training import optimizer as optimizer_lib
-from jaxsparse.training.progress import Reporter
 
 PARAMS = {
   'embedding': jnp.ones((5, 4)),

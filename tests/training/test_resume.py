@@ -6,7 +6,6 @@ import typing
 
 import pytest
 
-from jaxsparse import field_meanings
 from jaxsparse.config import (
   Config,
   MemoryConfig,
@@ -17,6 +16,7 @@ from jaxsparse.config.errors import UserError
 from jaxsparse.config.saved_config import to_json
 from jaxsparse.data import tokenizer as tokenizer_lib
 from jaxsparse.data.pieces import Corpus, Piece
+from jaxsparse.run import field_meanings
 from jaxsparse.training import resume
 from jaxsparse.training.resume import (
   claim_workdir,

@@ -19,10 +19,11 @@ from small_model import (
   with_tables,
 )
 
-from jaxsparse import checkpoint, mesh
+from jaxsparse import mesh
 from jaxsparse.config import OptimizerConfig
 from jaxsparse.config.errors import UserError
 from jaxsparse.nn.transformer import Transformer
+from jaxsparse.run import checkpoint
 from jaxsparse.training import evaluation
 from jaxsparse.training.losses import token_losses
 from jaxsparse.training.step import eval_step, init_state, train_step

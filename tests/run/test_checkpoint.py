@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsparse import checkpoint, fingerprints, mesh
+from jaxsparse import mesh
 from jaxsparse.config.errors import UserError
+from jaxsparse.run import checkpoint, fingerprints
 
 SHAPES = [(8, 1, 1), (1, 1, 1), (2, 1, 4)]
 

@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from jaxsparse import workdir_lock
 from jaxsparse.config.errors import UserError
+from jaxsparse.run import workdir_lock
 
 # Holds the lock until it is killed, or ends at once with what it was told.
 HOLDER = """

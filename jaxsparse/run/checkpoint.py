@@ -18,10 +18,10 @@ from etils import epath
 from orbax.checkpoint.experimental import v1 as ocp
 from orbax.checkpoint.path import step as steps_lib
 
-from jaxsparse import fingerprints, hosts, stored
-from jaxsparse import workdir as workdir_lib
 from jaxsparse.config.errors import UserError
-from jaxsparse.stored import OPTIMIZER, PARAMS
+from jaxsparse.run import fingerprints, hosts, stored
+from jaxsparse.run import workdir as workdir_lib
+from jaxsparse.run.stored import OPTIMIZER, PARAMS
 
 
 class Checkpoints:

@@ -10,7 +10,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 PROGRAM = """
 import time
-from jaxsparse.training.progress import Reporter
+from jaxsparse.run.progress import Reporter
 
 reporter = Reporter()
 with reporter.steps(0, 3, 'training'):

@@ -12,10 +12,10 @@ import time
 
 import pytest
 
-from jaxsparse import peers
 from jaxsparse.config.errors import UserError
+from jaxsparse.run import peers
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 
 PROGRAM = """
 import sys, time

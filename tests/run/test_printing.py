@@ -10,14 +10,15 @@ import sys
 
 import pytest
 
-from jaxsparse import command_line, cost, report, workdir
+from jaxsparse import cost, report
 from jaxsparse.bench.__main__ import main as bench
 from jaxsparse.compare.__main__ import main as compare
 from jaxsparse.config.errors import UserError
 from jaxsparse.generate import main as generate
-from jaxsparse.training.progress import Reporter
+from jaxsparse.run import command_line, workdir
+from jaxsparse.run.progress import Reporter
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 TEXT = 'def 日本 \ufffd \udcff'
 ESCAPED = r'def \u65e5\u672c \ufffd \udcff'
 
@@ -122,7 +123,7 @@ reading, writing = os.pipe()
 os.dup2(writing, 1)
 os.close(writing)
 os.close(reading)
-from jaxsparse.training.progress import Reporter
+from jaxsparse.run.progress import Reporter
 reporter = Reporter()
 reporter.say('nobody reads')
 with reporter.steps(0, 2, 'training'):
@@ -142,7 +143,7 @@ signal.signal(signal.SIGHUP, signal.SIG_IGN)
 controller, terminal = pty.openpty()
 os.dup2(terminal, 1)
 os.close(terminal)
-from jaxsparse.training.progress import Reporter
+from jaxsparse.run.progress import Reporter
 reporter = Reporter()
 with reporter.steps(0, 2, 'training'):
   os.close(controller)

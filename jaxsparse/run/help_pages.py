@@ -5,9 +5,9 @@ import textwrap
 from typing import Any
 
 from jaxsparse import config as config_lib
-from jaxsparse import recipe_files
 from jaxsparse.config import Config, fields
 from jaxsparse.config.errors import UserError, did_you_mean, shown
+from jaxsparse.run import recipe_files
 
 _WIDTH = 80
 

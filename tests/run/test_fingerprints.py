@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsparse import fingerprints, mesh
+from jaxsparse import mesh
+from jaxsparse.run import fingerprints
 
 DTYPES = ['float32', 'bfloat16', 'int32', 'uint8', 'bool']
 

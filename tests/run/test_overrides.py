@@ -6,9 +6,9 @@ import sys
 import pytest
 from recipes import CONFIGS, RECIPES
 
-from jaxsparse import command_line, overrides, recipe_files
 from jaxsparse.config import Config, MemoryConfig, MoEConfig, fields
 from jaxsparse.config.errors import UserError
+from jaxsparse.run import command_line, overrides, recipe_files
 
 DENSE = str(CONFIGS / 'dense_tiny.py')
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import rich.console
 import rich.progress
 
-from jaxsparse.printing import escape_unprintable
+from jaxsparse.run.printing import escape_unprintable
 
 _FIELDS = (
   ('loss', 'loss {:.4f}'),

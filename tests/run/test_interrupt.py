@@ -7,8 +7,8 @@ import pytest
 
 from jaxsparse.config import TrainConfig
 from jaxsparse.config.errors import UserError
-from jaxsparse.training import interrupt
-from jaxsparse.training.interrupt import Agreement, StopRequest, stop_on_signals
+from jaxsparse.run import interrupt
+from jaxsparse.run.interrupt import Agreement, StopRequest, stop_on_signals
 
 
 def send(name):

@@ -12,9 +12,9 @@ from etils import epath
 from orbax.checkpoint.experimental import v1 as ocp
 from orbax.checkpoint.path import step as step_names
 
-from jaxsparse import fingerprints, provenance
-from jaxsparse import workdir as workdir_lib
 from jaxsparse.config.errors import UserError, require_utf8
+from jaxsparse.run import fingerprints, provenance
+from jaxsparse.run import workdir as workdir_lib
 
 # What each checkpoint is made of; `params` stands alone so that inference
 # reads nothing else.

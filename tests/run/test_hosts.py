@@ -5,8 +5,8 @@ import threading
 import numpy as np
 import pytest
 
-from jaxsparse import hosts
 from jaxsparse.config.errors import UserError
+from jaxsparse.run import hosts
 
 
 class Together:

@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxsparse import checkpoint, provenance
 from jaxsparse import config as config_lib
 from jaxsparse.config import saved_config
 from jaxsparse.config.errors import UserError
+from jaxsparse.run import checkpoint, provenance
 
 CONFIG = config_lib.Config(
   model=config_lib.ModelConfig(

@@ -5,7 +5,7 @@ import os
 import jax
 import pytest
 
-from jaxsparse import compiled_programs
+from jaxsparse.run import compiled_programs
 
 
 @pytest.fixture(autouse=True)

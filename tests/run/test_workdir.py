@@ -7,9 +7,9 @@ import pathlib
 
 import pytest
 
-from jaxsparse import run_config, workdir
 from jaxsparse.config import Config, TrainConfig, saved_config
 from jaxsparse.config.errors import UserError
+from jaxsparse.run import run_config, workdir
 
 CONFIG = Config(train=TrainConfig(num_steps=77))
 TEXT = saved_config.to_json(CONFIG).encode()

@@ -18,9 +18,9 @@ from collections.abc import Callable, Iterator
 
 from etils import epath
 
-from jaxsparse import hosts
-from jaxsparse import workdir as workdir_lib
 from jaxsparse.config.errors import UserError
+from jaxsparse.run import hosts
+from jaxsparse.run import workdir as workdir_lib
 
 LOCK = 'run.lock'
 

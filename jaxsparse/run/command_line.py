@@ -10,11 +10,11 @@ from typing import Any, NoReturn
 import jax
 
 from jaxsparse import config as config_lib
-from jaxsparse import help_pages, hosts, overrides, peers, recipe_files
-from jaxsparse import workdir as workdir_lib
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError, did_you_mean, require, shown
-from jaxsparse.printing import escape_unprintable
+from jaxsparse.run import help_pages, hosts, overrides, peers, recipe_files
+from jaxsparse.run import workdir as workdir_lib
+from jaxsparse.run.printing import escape_unprintable
 
 _FLAGS = """
 Flags besides the fields:

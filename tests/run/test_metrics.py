@@ -13,8 +13,8 @@ from tensorboardX.proto.event_pb2 import Event
 
 from jaxsparse.config import Config, TrainConfig
 from jaxsparse.config.errors import UserError
-from jaxsparse.training import boards, metrics
-from jaxsparse.training.metrics import MetricsWriter, read_rows
+from jaxsparse.run import boards, metrics
+from jaxsparse.run.metrics import MetricsWriter, read_rows
 
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 

@@ -13,10 +13,11 @@ import jax
 import pytest
 from recipes import CONFIGS
 
-from jaxsparse import command_line, cost, generate
+from jaxsparse import cost, generate
 from jaxsparse.analysis import cost as analysis
 from jaxsparse.config import Config, fields
 from jaxsparse.config.errors import UserError
+from jaxsparse.run import command_line
 from jaxsparse.training.step import init_state
 
 RECIPES = (

@@ -10,11 +10,10 @@ from typing import Any
 
 from etils import epath
 
-from jaxsparse import hosts
-from jaxsparse import workdir as workdir_lib
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError
-from jaxsparse.training import boards
+from jaxsparse.run import boards, hosts
+from jaxsparse.run import workdir as workdir_lib
 
 # None for what was not finite.
 Row = dict[str, float | int | None]

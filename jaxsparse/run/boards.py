@@ -15,9 +15,9 @@ from tensorboardX import summary
 from tensorboardX.event_file_writer import EventsWriter
 from tensorboardX.proto.event_pb2 import Event, SessionLog
 
-from jaxsparse import workdir as workdir_lib
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError
+from jaxsparse.run import workdir as workdir_lib
 
 # Between two times that TensorBoard's events are brought to the disk.
 _SECONDS = 30.0

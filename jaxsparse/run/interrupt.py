@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 import jax
 
-from jaxsparse import hosts
 from jaxsparse.config import TrainConfig
+from jaxsparse.run import hosts
 
 # Between a signal and the step or batch at which several processes heed it.
 _SECONDS = 5.0

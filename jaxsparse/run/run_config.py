@@ -4,9 +4,9 @@ from collections.abc import Callable
 
 from etils import epath
 
-from jaxsparse import checkpoint
-from jaxsparse import workdir as workdir_lib
 from jaxsparse.config import Config, saved_config
+from jaxsparse.run import checkpoint
+from jaxsparse.run import workdir as workdir_lib
 
 
 def read(workdir: epath.PathLike, say: Callable[[str], None] = print) -> Config:

@@ -8,10 +8,10 @@ import hashlib
 
 from etils import epath
 
-from jaxsparse import workdir as workdir_lib
 from jaxsparse.config import Config, saved_config
 from jaxsparse.config.errors import UserError
-from jaxsparse.field_meanings import MEANINGS
+from jaxsparse.run import workdir as workdir_lib
+from jaxsparse.run.field_meanings import MEANINGS
 
 CONFIG, TOKENIZER = 'config', 'tokenizer'
 

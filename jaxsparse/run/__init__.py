@@ -1,0 +1,1 @@
+"""What a run leaves and says: command line, workdir, checkpoints, metrics."""
