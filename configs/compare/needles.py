@@ -9,7 +9,8 @@ can find them. Blocks of 4 tokens, of which a query keeps 10 to 30 %: at the end
 27 to 29 %, the mean over tiles. Tiles of 2 tokens, a question and its answer,
 as every question asks for another needle and a larger tile would share a choice
 among several. The window is as long as the sparse one's on average; `indexer`
-is the sparse one with a router of its own (`jaxsparse.ops.block_router`).
+is the sparse one with a router of its own (`block_router` of
+`jaxsparse.ops.sparse_attention`).
 Guessing finds 6 %. Minutes a run on one core.
 Three seeds (results/compare_needles.json): dense finds all, `sparse` 97.2 to
 98.1 %, `indexer` 97.5 to 98.1 %, `window` 6.4 to 6.6 %.

@@ -9,7 +9,7 @@ import math
 
 from jaxsparse.config.memory import MemoryConfig
 from jaxsparse.config.model import MoEConfig
-from jaxsparse.ops.product_key import candidates
+from jaxsparse.ops.memory.product_key import candidates
 
 # Matrices of one MLP.
 MATRICES = {'swiglu': 3, 'gelu': 2, 'gelu_erf': 2}

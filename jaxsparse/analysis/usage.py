@@ -5,7 +5,7 @@ import dataclasses
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse.ops import usage
+from jaxsparse.ops.memory import usage
 
 
 @dataclasses.dataclass(frozen=True)

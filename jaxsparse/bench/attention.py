@@ -45,10 +45,10 @@ from jaxsparse.bench.measuring import Contender
 from jaxsparse.config import Config
 from jaxsparse.config.attention import DCMHAConfig, query_wise_dcmha
 from jaxsparse.config.errors import require
-from jaxsparse.ops.attention import attention
-from jaxsparse.ops.block_selection import Grid
-from jaxsparse.ops.sparse_attention import sparse_attention
-from jaxsparse.ops.sparse_cache import (
+from jaxsparse.ops.attention.dense import attention
+from jaxsparse.ops.sparse_attention.block_selection import Grid
+from jaxsparse.ops.sparse_attention.sparse_attention import sparse_attention
+from jaxsparse.ops.sparse_attention.sparse_cache import (
   append,
   cached_sparse_attention,
   init_sparse_cache,

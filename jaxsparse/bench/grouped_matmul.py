@@ -20,7 +20,7 @@ import numpy as np
 
 from jaxsparse.bench import measuring
 from jaxsparse.bench.measuring import Contender
-from jaxsparse.ops.grouped_matmul import assigned_matmul, grouped_matmul
+from jaxsparse.ops.experts.grouped_matmul import assigned_matmul, grouped_matmul
 
 OPTIONS = dict(
   experts=64, depth=512, width=1024, rows=64, used=2, dtype='float32', rounds=7

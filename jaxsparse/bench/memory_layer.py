@@ -22,8 +22,8 @@ from jaxsparse.bench.measuring import Contender
 from jaxsparse.config import MemoryConfig
 from jaxsparse.nn.memory import memory_forward
 from jaxsparse.nn.memory_init import initial_scales, parameters
-from jaxsparse.ops.addressing import shuffle
-from jaxsparse.ops.tucker import leading_directions
+from jaxsparse.ops.memory.addressing import shuffle
+from jaxsparse.ops.memory.tucker import leading_directions
 
 OPTIONS = dict(
   tokens=512, model_dim=768, num_keys=808, key_dim=192, num_heads=2,

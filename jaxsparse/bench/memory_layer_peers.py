@@ -7,7 +7,7 @@ selected rows are gathered into one array, and autodiff does the rest.
 import jax
 import jax.numpy as jnp
 
-from jaxsparse.ops.tucker import leading_directions
+from jaxsparse.ops.memory.tucker import leading_directions
 
 EPSILON = 1e-5
 

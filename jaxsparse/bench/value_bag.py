@@ -17,8 +17,8 @@ import numpy as np
 
 from jaxsparse.bench import measuring
 from jaxsparse.bench.measuring import Contender
-from jaxsparse.ops.value_bag import value_bag
-from jaxsparse.ops.value_bag_gradient import WAYS
+from jaxsparse.ops.memory.value_bag import value_bag
+from jaxsparse.ops.memory.value_bag_gradient import WAYS
 
 OPTIONS = dict(
   rows=262_144, width=256, tokens=4096, entries=32, cores=1, groups=1, rounds=7

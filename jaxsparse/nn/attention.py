@@ -20,8 +20,8 @@ from jaxsparse.nn.dcmha import DCMHA, cached_factors, head_mix
 from jaxsparse.nn.layers import Metrics, RMSNorm, bias, init_variances, weight
 from jaxsparse.nn.leading import Leading
 from jaxsparse.nn.sparse_attention import SparseAttention, reads_unrotated
-from jaxsparse.ops.attention import attention
-from jaxsparse.ops.rope import apply_rope
+from jaxsparse.ops.attention.dense import attention
+from jaxsparse.ops.attention.rope import apply_rope
 
 
 class Attention(nn.Module):

@@ -8,7 +8,7 @@ from jaxtyping import Array, Num
 from jaxsparse.config.attention import DCMHAConfig
 from jaxsparse.nn.layers import weight
 from jaxsparse.nn.leading import Leading
-from jaxsparse.ops.compose import HeadMix, generate_factors
+from jaxsparse.ops.attention.compose import HeadMix, generate_factors
 
 # Each a stream's part: ('pre', 'query') and so on.
 Factors = dict[tuple[str, str], jax.Array]

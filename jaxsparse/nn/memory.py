@@ -33,9 +33,12 @@ from jaxsparse.nn.memory_tables import (
   table_scheme,
 )
 from jaxsparse.nn.retrieval import Context, retrieve
-from jaxsparse.ops import usage
-from jaxsparse.ops.sharded_bag import sharded_row_products, sharded_value_bag
-from jaxsparse.ops.tucker import (
+from jaxsparse.ops.memory import usage
+from jaxsparse.ops.memory.sharded_bag import (
+  sharded_row_products,
+  sharded_value_bag,
+)
+from jaxsparse.ops.memory.tucker import (
   Directions,
   lower_singular_loss,
   singular_values,

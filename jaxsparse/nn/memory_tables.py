@@ -10,7 +10,11 @@ import jax.numpy as jnp
 from jaxsparse import mesh
 from jaxsparse.config import MemoryConfig
 from jaxsparse.nn.memory_init import table_parameters
-from jaxsparse.ops.table_scheme import TableUse, choose_scheme, describe_scheme
+from jaxsparse.ops.memory.table_scheme import (
+  TableUse,
+  choose_scheme,
+  describe_scheme,
+)
 
 # Collections of variables for the row-sparse gradient of the tables.
 TAPS, ENTRIES = 'taps', 'entries'

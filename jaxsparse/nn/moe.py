@@ -16,8 +16,9 @@ from jaxsparse.config.errors import UserError
 from jaxsparse.config.model import MoEConfig
 from jaxsparse.nn.layers import MLP, Metrics, weight
 from jaxsparse.nn.leading import Leading
-from jaxsparse.ops import routing, usage
-from jaxsparse.ops.expert_mlp import sharded_expert_mlp
+from jaxsparse.ops.experts import routing
+from jaxsparse.ops.experts.expert_mlp import sharded_expert_mlp
+from jaxsparse.ops.memory import usage
 
 
 class MoE(nn.Module):

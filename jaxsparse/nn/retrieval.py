@@ -16,9 +16,9 @@ from jaxtyping import Array, Float, Int
 
 from jaxsparse import mesh
 from jaxsparse.config import MemoryConfig
-from jaxsparse.ops import addressing, usage
-from jaxsparse.ops.product_key import product_key_top_m
-from jaxsparse.ops.tucker import Directions, tucker_top_m
+from jaxsparse.ops.memory import addressing, usage
+from jaxsparse.ops.memory.product_key import product_key_top_m
+from jaxsparse.ops.memory.tucker import Directions, tucker_top_m
 
 # The inputs before the first position, and their segment ids.
 Context = tuple[Float[Array, '*C S D'], Int[Array, '*C S']]

@@ -19,19 +19,29 @@ from jaxsparse.config import ModelConfig, SparseAttentionConfig
 from jaxsparse.nn.attention_maps import show, show_arrays
 from jaxsparse.nn.layers import Metrics, weight
 from jaxsparse.nn.leading import Leading
-from jaxsparse.ops import usage
-from jaxsparse.ops.block_router import Router, no_router
-from jaxsparse.ops.block_selection import Grid
-from jaxsparse.ops.block_summaries import Pooling, Summaries, plain_pooling
-from jaxsparse.ops.bounded_history import (
+from jaxsparse.ops.attention.rope import rotate
+from jaxsparse.ops.memory import usage
+from jaxsparse.ops.sparse_attention.block_router import Router, no_router
+from jaxsparse.ops.sparse_attention.block_selection import Grid
+from jaxsparse.ops.sparse_attention.block_summaries import (
+  Pooling,
+  Summaries,
+  plain_pooling,
+)
+from jaxsparse.ops.sparse_attention.bounded_history import (
   BoundedCache,
   bounded_attention,
   init_bounded_cache,
 )
-from jaxsparse.ops.ragged_cache import each_from_its_first_token, num_skipped
-from jaxsparse.ops.rope import rotate
-from jaxsparse.ops.sparse_attention import sparse_attention
-from jaxsparse.ops.sparse_cache import SparseCache, init_sparse_cache
+from jaxsparse.ops.sparse_attention.ragged_cache import (
+  each_from_its_first_token,
+  num_skipped,
+)
+from jaxsparse.ops.sparse_attention.sparse_attention import sparse_attention
+from jaxsparse.ops.sparse_attention.sparse_cache import (
+  SparseCache,
+  init_sparse_cache,
+)
 
 # Letters of a cache's arrays; Z and k are no letters of the mesh.
 _CACHE_DIMS = SparseCache(

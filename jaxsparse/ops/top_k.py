@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxsparse.ops import bag_pieces
-from jaxsparse.ops.varying import argsort
+from jaxsparse.ops import chunking
+from jaxsparse.ops.shard_map_vma import argsort
 
 _CAN_BE_UNSTABLE = 'is_stable' in inspect.signature(jax.lax.top_k).parameters
 
@@ -69,7 +69,7 @@ def _by_counting(rows, num_selected):
   def count(carry, tile):
     return carry, _counted_tile(tile, num_selected)
 
-  _, indices = bag_pieces.over_tokens(
+  _, indices = chunking.over_tokens(
     count, None, jax.lax.stop_gradient(rows), _TILE_ROWS
   )
   return jnp.take_along_axis(rows, indices, axis=-1), indices
@@ -91,7 +91,7 @@ def _counted_tile(rows, num_selected):
     return found + jnp.where(rank == place, i, 0).astype(jnp.int32)
 
   def over_candidates(body, num_rows):
-    start = bag_pieces.zeros((num_rows, len(rows)), jnp.int32, rows)
+    start = chunking.zeros((num_rows, len(rows)), jnp.int32, rows)
     return jax.lax.fori_loop(0, len(columns), body, start, unroll=4)
 
   ranks = over_candidates(count, len(columns))

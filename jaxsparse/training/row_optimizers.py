@@ -31,7 +31,7 @@ import optax
 from jaxtyping import Array, Int
 
 from jaxsparse.config.errors import require
-from jaxsparse.ops.row_gradient import RowGradient
+from jaxsparse.ops.memory.row_gradient import RowGradient
 from jaxsparse.training.missed_steps import MissedSteps
 from jaxsparse.training.row_updates import is_row_gradient, set_rows, take_rows
 

@@ -14,7 +14,7 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxsparse import mesh
-from jaxsparse.ops.row_gradient import RowGradient
+from jaxsparse.ops.memory.row_gradient import RowGradient
 
 # Whether XLA's scatter on a CPU takes a whole narrow array to f32 and back.
 _WIDENS_SCATTERS = jax.__version_info__ < (0, 12)

@@ -11,7 +11,7 @@ from jaxsparse import mesh
 from jaxsparse.config import Config
 from jaxsparse.nn.memory_tables import ENTRIES, table_scheme
 from jaxsparse.nn.transformer import Transformer
-from jaxsparse.ops.usage import count_hits
+from jaxsparse.ops.memory.usage import count_hits
 from jaxsparse.training import optimizer as optimizer_lib
 from jaxsparse.training import table_step
 from jaxsparse.training.losses import objective, token_losses

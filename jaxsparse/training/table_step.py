@@ -21,12 +21,12 @@ import optax
 from jaxsparse import mesh
 from jaxsparse.config import Config, ModelConfig
 from jaxsparse.nn.memory_tables import ENTRIES, TAPS, table_scheme
-from jaxsparse.ops.row_gradient import (
+from jaxsparse.ops.memory.row_gradient import (
   RowGradient,
   row_gradient,
   sort_references,
 )
-from jaxsparse.ops.table_exchange import TableExchange
+from jaxsparse.ops.memory.table_exchange import TableExchange
 from jaxsparse.training import row_optimizers
 from jaxsparse.training.optimizer import (
   clip_scale,

@@ -16,8 +16,9 @@ from jaxsparse.analysis import cost, memory_cost
 from jaxsparse.config import MemoryConfig, ModelConfig
 from jaxsparse.nn import moe
 from jaxsparse.nn.transformer import Transformer
-from jaxsparse.ops import compose, partial_softmax, value_bag
-from jaxsparse.ops.expert_mlp import expert_mlp_reference
+from jaxsparse.ops.attention import compose
+from jaxsparse.ops.experts.expert_mlp import expert_mlp_reference
+from jaxsparse.ops.memory import value_bag
 
 BYTES = 257
 

@@ -11,7 +11,7 @@ import pytest
 import targets
 
 from jaxsparse import mesh
-from jaxsparse.ops import attention_libraries as libraries
+from jaxsparse.ops.attention import libraries
 
 pytestmark = pytest.mark.aot
 

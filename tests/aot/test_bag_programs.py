@@ -12,9 +12,9 @@ import ptx
 import pytest
 import targets
 
-from jaxsparse.ops import bag_pieces
-from jaxsparse.ops.usage import count_hits
-from jaxsparse.ops.value_bag import value_bag, value_bag_reference
+from jaxsparse.ops import chunking
+from jaxsparse.ops.memory.usage import count_hits
+from jaxsparse.ops.memory.value_bag import value_bag, value_bag_reference
 
 pytestmark = pytest.mark.aot
 
@@ -109,7 +109,7 @@ def test_tpu_forward_keeps_rows_in_fast_memory(variant, tpu):
   forward, arguments = _forward(variant)
   program = targets.compile_for(tpu, forward, *arguments)
   # At most a chunk's: the library of JAX 0.12 keeps a v6e's in main memory.
-  assert program.temp_bytes <= 1.1 * bag_pieces.CHUNK_BYTES
+  assert program.temp_bytes <= 1.1 * chunking.CHUNK_BYTES
   assert _largest_but(program.text, M * W) < T * k * W
 
 

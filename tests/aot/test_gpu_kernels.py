@@ -11,10 +11,10 @@ import pytest
 import targets
 
 from jaxsparse import mesh
-from jaxsparse.kernels import grouped_matmul as grouped
-from jaxsparse.kernels.decode_attention import decode_attention
 from jaxsparse.nn import retrieval
-from jaxsparse.ops import expert_mlp, grouped_matmul_libraries
+from jaxsparse.ops.experts import expert_mlp, grouped_matmul_libraries
+from jaxsparse.ops.kernels import grouped_matmul as grouped
+from jaxsparse.ops.kernels.decode_attention import decode_attention
 
 pytestmark = pytest.mark.aot
 

@@ -14,8 +14,8 @@ import ptx
 import pytest
 import targets
 
-from jaxsparse.ops.row_gradient import RowGradient
-from jaxsparse.ops.value_bag import value_bag
+from jaxsparse.ops.memory.row_gradient import RowGradient
+from jaxsparse.ops.memory.value_bag import value_bag
 from jaxsparse.training import row_updates
 
 pytestmark = pytest.mark.aot

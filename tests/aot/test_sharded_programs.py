@@ -13,7 +13,7 @@ import targets
 from compiled import arrays_of_size, payloads
 
 from jaxsparse import mesh as mesh_lib
-from jaxsparse.ops.sharded_bag import sharded_value_bag
+from jaxsparse.ops.memory.sharded_bag import sharded_value_bag
 
 pytestmark = pytest.mark.aot
 

@@ -18,8 +18,8 @@ from jaxsparse.config.attention import (
 from jaxsparse.nn import attention_cache
 from jaxsparse.nn.attention import Attention
 from jaxsparse.nn.dcmha import DCMHA
-from jaxsparse.ops.attention import attention_reference
-from jaxsparse.ops.rope import apply_rope_reference
+from jaxsparse.ops.attention.dense import attention_reference
+from jaxsparse.ops.attention.rope import apply_rope_reference
 
 KEY = jax.random.key(0)
 B, T, D = 2, 6, 12

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from jaxsparse.nn import retrieval
-from jaxsparse.ops import tucker, value_bag
+from jaxsparse.ops.memory import tucker, value_bag
 
 T, P, Q, WIDTH, RANKS = 7, 2, 5, 4, 3
 

@@ -18,8 +18,8 @@ from jaxsparse.nn.memory_init import (
   initial_scales,
   parameters,
 )
-from jaxsparse.ops import addressing, usage
-from jaxsparse.ops.tucker import tucker_top_m
+from jaxsparse.ops.memory import addressing, usage
+from jaxsparse.ops.memory.tucker import tucker_top_m
 
 FIXTURE = pathlib.Path(__file__).parents[1] / 'fixtures' / 'ultramem_v1.npz'
 

@@ -31,8 +31,8 @@ from jaxsparse.nn.memory_init import (
   parameters,
 )
 from jaxsparse.nn.transformer import Transformer
-from jaxsparse.ops.product_key import product_key_top_m
-from jaxsparse.ops.tucker import tucker_top_m
+from jaxsparse.ops.memory.product_key import product_key_top_m
+from jaxsparse.ops.memory.tucker import tucker_top_m
 
 FIXTURE = pathlib.Path(__file__).parents[1] / 'fixtures/memory_family.npz'
 

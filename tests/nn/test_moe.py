@@ -14,8 +14,11 @@ from jaxsparse.config.errors import UserError
 from jaxsparse.config.model import MoEConfig
 from jaxsparse.nn.layers import MLP
 from jaxsparse.nn.moe import MoE
-from jaxsparse.ops.expert_mlp import expert_mlp_reference, sharded_expert_mlp
-from jaxsparse.ops.routing import route_reference
+from jaxsparse.ops.experts.expert_mlp import (
+  expert_mlp_reference,
+  sharded_expert_mlp,
+)
+from jaxsparse.ops.experts.routing import route_reference
 
 B, T, D = 8, 3, 8
 KEY = jax.random.key(0)

@@ -21,7 +21,8 @@ from jaxsparse.config.model import MoEConfig
 from jaxsparse.nn.memory import MemoryLayer
 from jaxsparse.nn.moe import MoE
 from jaxsparse.nn.transformer import Transformer
-from jaxsparse.ops import routing, usage
+from jaxsparse.ops.experts import routing
+from jaxsparse.ops.memory import usage
 
 KEY = jax.random.key(0)
 B, T, D, LENGTH = 4, 16, 8, 8

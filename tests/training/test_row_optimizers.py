@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from jaxsparse.config.errors import UserError
-from jaxsparse.ops.row_gradient import (
+from jaxsparse.ops.memory.row_gradient import (
   RowGradient,
   row_gradient,
   sort_references,

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxsparse.ops.row_gradient import RowGradient
+from jaxsparse.ops.memory.row_gradient import RowGradient
 from jaxsparse.training.row_optimizers import row_adagrad
 from jaxsparse.training.row_updates import (
   apply_updates,

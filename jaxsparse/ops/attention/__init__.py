@@ -1,0 +1,1 @@
+"""Attention over all keys: dense, composed heads, libraries' kernels."""

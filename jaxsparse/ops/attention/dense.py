@@ -1,0 +1,329 @@
+"""Dense causal attention: grouped heads, documents, windows, composed heads.
+
+Two matmuls and a softmax, written out: `jax.nn.dot_product_attention` does the
+same on every platform unless asked for cuDNN, which takes no float32, and its
+bfloat16 matmul has no CPU implementation at some shapes (JAX 0.10.2).
+
+The softmax is that of Vaswani et al. 2017 (arXiv:1706.03762), eq. 1; heads are
+grouped as in GQA (Ainslie et al. 2023, arXiv:2305.13245), and may be composed
+before and after the softmax (`compose`).
+
+With `chunk` the queries come in chunks, one after another, and the backward
+pass makes each chunk's scores again: memory for scores then grows with the
+number of keys, not with its square, and with a window not even with that.
+
+Letters: B batch, T queries, S keys, N query heads, K key/value heads, H head
+width.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsparse import mesh
+from jaxsparse.ops.attention import libraries
+from jaxsparse.ops.attention.compose import HeadMix, compose, compose_reference
+from jaxsparse.ops.softmax import softmax
+
+# How many times the chunks that see all before them are told apart by how much
+# that is: with 4 stages, a quarter more scores are made than are seen.
+_STAGES = 4
+
+
+def document_mask(
+  query_positions: Int[Array, 'B T'],
+  key_positions: Int[Array, 'B S'],
+  query_segments: Int[Array, 'B T'],
+  key_segments: Int[Array, 'B S'],
+  window: int = 0,
+) -> Bool[Array, 'B T S']:
+  """True where a query sees a key: same document, not later, no padding.
+
+  With a window only the last `window` positions, the query's own among them.
+  Segment 0 is padding: it sees nothing and nobody sees it.
+  """
+  is_same = query_segments[:, :, None] == key_segments[:, None, :]
+  distance = query_positions[:, :, None] - key_positions[:, None, :]
+  is_seen = is_same & (distance >= 0) & (key_segments > 0)[:, None, :]
+  return is_seen & (distance < window) if window else is_seen
+
+
+def attention(
+  query: Float[Array, 'B T N H'],
+  key: Float[Array, 'B S K H'],
+  value: Float[Array, 'B S K H'],
+  query_positions: Int[Array, 'B T'],
+  key_positions: Int[Array, 'B S'],
+  query_segments: Int[Array, 'B T'],
+  key_segments: Int[Array, 'B S'],
+  *,
+  window: int = 0,
+  pre: HeadMix | None = None,
+  post: HeadMix | None = None,
+  chunk: int = 0,
+  implementation: str = 'xla',
+) -> Float[Array, 'B T N H']:
+  """Softmax attention within documents, over keys at positions up to one's own.
+
+  Args:
+    query: N heads; head n reads key/value head n // (N / K).
+    key: K heads, already rotated.
+    value: as `key`.
+    query_positions: position of each query in its document.
+    key_positions: position of each key in its document.
+    query_segments: document of each query; 0 for padding.
+    key_segments: document of each key; 0 for padding and for unused cache.
+    window: positions that a query sees, its own among them; 0 for all. With
+      `chunk`, keys must be in the order of time, and the last T of them be the
+      queries'.
+    pre: composes heads before the softmax and the mask.
+    post: composes heads after the softmax.
+    chunk: queries at once; 0 for all.
+    implementation: 'xla' as told above, or a kernel, see
+      `libraries.choose`; then the keys' rows must be the queries', or
+      there is one query, which gets no gradient.
+
+  Returns:
+    Sums of the values by the softmax, in float32, or by what `post` makes of
+    it; zero for queries that see no key, such as padding.
+
+  Raises:
+    UserError: `implementation` is unknown or can't run here.
+  """
+  mixes = {n: m for n, m in dict(pre=pre, post=post).items() if m}
+  call = libraries.Call(
+    length=query.shape[1],
+    num_keys=key.shape[1],
+    num_heads=query.shape[2],
+    num_kv_heads=key.shape[2],
+    width=query.shape[3],
+    dtype=query.dtype,
+    window=window,
+    is_composed=bool(mixes),
+  )
+  library = libraries.choose(implementation, call)
+  if library != 'xla' and call.is_decoding:
+    return libraries.decoding_attention(
+      query, key, value, query_positions, key_positions, query_segments,
+      key_segments, window,
+    )  # fmt: skip
+  if library != 'xla':
+    return libraries.library_attention(
+      library, query, key, value, query_segments, window
+    )
+  letter = _head_letter(mixes)
+
+  def placed(x, dims):
+    return None if x is None else mesh.reshard(x, mesh.act(dims))
+
+  queries = dict(
+    heads=placed(query, f'BT{letter}H'),
+    positions=query_positions,
+    segments=query_segments,
+  )
+  keys = dict(
+    key=placed(key, f'BS{letter}H'),
+    value=placed(value, f'BS{letter}H'),
+    positions=key_positions,
+    segments=key_segments,
+  )
+  for name, mix in mixes.items():
+    queries[name] = placed(mix.query, f'BT.{letter}')
+    keys[name] = placed(mix.key, f'BS.{letter}')
+    base = placed(mix.base, f'{letter}..')
+    mixes[name] = dataclasses.replace(mix, base=base)
+  length = query.shape[1]
+  if chunk and length > chunk:
+    out = _in_chunks(queries, keys, mixes, window, chunk)
+  else:
+    out = _attend(queries, keys, mixes, window)
+  return mesh.reshard(out, mesh.act('BTNH'))
+
+
+def _head_letter(mixes):
+  """Heads are split over the mesh unless those of several devices meet.
+
+  An axis of length 1 would go to the heads of a group, which are contracted.
+  """
+  _, num_shards = mesh.shards('N')
+  is_split = num_shards > 1 and not any(
+    m.interleave or m.num_groups % num_shards for m in mixes.values()
+  )
+  return 'N' if is_split else '.'
+
+
+def _in_chunks(queries, keys, mixes, window, chunk):
+  batch, length = queries['positions'].shape
+  num_chunks = -(-length // chunk)
+  padding = num_chunks * chunk - length
+  parts = jax.tree.map(
+    lambda x: _pad(x, 0, padding).reshape(
+      batch, num_chunks, chunk, *x.shape[2:]
+    ),
+    queries,
+  )
+  parts = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), parts)
+  run = _over_window if window else _over_all
+  out = run(parts, keys, mixes, window, keys['positions'].shape[1] - length)
+  out = jnp.moveaxis(out, 0, 1)
+  return out.reshape(batch, -1, *out.shape[3:])[:, :length]
+
+
+def _over_window(parts, keys, mixes, window, first):
+  """Each chunk with the keys that its queries can reach."""
+  num_chunks, _, chunk = parts['positions'].shape
+  reach = window - 1 + chunk
+  missing = first + num_chunks * chunk - keys['positions'].shape[1]
+  keys = jax.tree.map(lambda x: _pad(x, window - 1, missing), keys)
+
+  @jax.checkpoint
+  def attend(part):
+    index, queries = part
+    near = jax.tree.map(
+      lambda x: jax.lax.dynamic_slice_in_dim(
+        x, first + index * chunk, reach, axis=1
+      ),
+      keys,
+    )
+    return _attend(queries, near, mixes, window)
+
+  return jax.lax.map(attend, (jnp.arange(num_chunks), parts))
+
+
+def _over_all(parts, keys, mixes, window, first):
+  """Each chunk with all keys, or in stages with those that are not later."""
+  num_chunks, _, chunk = parts['positions'].shape
+  # Where keys are a cache, its end is not the queries'.
+  num_stages = 1 if first else min(_STAGES, num_chunks)
+  ends = [num_chunks * (i + 1) // num_stages for i in range(num_stages)]
+  turns_over = any(mix.key is not None for mix in mixes.values())
+  outs, begin = [], 0
+  for end in ends:
+    stage = jax.tree.map(lambda x, b=begin, e=end: x[b:e], parts)
+    last = keys['positions'].shape[1] if end == num_chunks else end * chunk
+    more = _away_from_pages(last) if turns_over else 0
+    past = jax.tree.map(lambda x, e=last, m=more: _pad(x[:, :e], 0, m), keys)
+    attend = jax.checkpoint(
+      lambda queries, past=past: _attend(queries, past, mixes, window)
+    )
+    outs.append(jax.lax.map(attend, stage))
+    begin = end
+  return jnp.concatenate(outs)
+
+
+def _away_from_pages(num_keys):
+  """How many keys of padding make composition faster on a CPU.
+
+  There scores are turned over, and rows of a multiple of 1 kB would fall on the
+  same lines of the cache.
+  """
+  is_slow = jax.default_backend() == 'cpu' and num_keys % 256 == 0
+  return 16 if is_slow else 0
+
+
+def _pad(x, before, after):
+  widths = [(0, 0), (before, after)] + [(0, 0)] * (x.ndim - 2)
+  return jnp.pad(x, widths)
+
+
+def _attend(queries, keys, mixes, window):
+  """All queries with all keys at once."""
+  query, key, value = queries['heads'], keys['key'], keys['value']
+  B, T, N, H = query.shape
+  K = key.shape[2]
+  dtype = jnp.promote_types(query.dtype, jnp.float32)
+  letter = _head_letter(mixes)
+  # With one key/value head `model` (of length 1) would go to its group.
+  split = mesh.act(f'BT{letter}GH')
+  query = query.reshape(B, T, K, N // K, H, out_sharding=split)
+  score = _scores(query, key, bool(mixes), dtype) * H**-0.5
+  score = _composed(score, 'pre', queries, keys, mixes)
+  mask_BTS = document_mask(
+    queries['positions'],
+    keys['positions'],
+    queries['segments'],
+    keys['segments'],
+    window,
+  )
+  # A finite bound: with -inf a query that sees no key would give NaN.
+  bound = jnp.finfo(dtype).min
+  mask = mask_BTS[:, :, None, None] if mixes else mask_BTS[:, None, None]
+  weight = softmax(jnp.where(mask, score, bound))
+  weight = _composed(weight, 'post', queries, keys, mixes).astype(value.dtype)
+  encoded = _sums(weight, value, bool(mixes))
+  merged = mesh.act(f'BT{letter}H')
+  encoded = encoded.reshape(B, T, N, H, out_sharding=merged)
+  sees_any = mask_BTS.any(axis=-1)[:, :, None, None]
+  return jnp.where(sees_any, encoded, jnp.zeros_like(encoded))
+
+
+# A product's own order is that of its batch, its left side and its right side.
+# Asked for another, einsum has XLA multiply the other way around, for which its
+# CPU copies both sides; turning what comes out costs less. For one query the
+# other way around is the better one, as keys are then the left side.
+
+
+def _scores(query, key, is_composed, dtype):
+  """[B, K, G, T, S], or [B, T, K, G, S]: composition wants a query's heads."""
+  order = 'btkgs' if is_composed else 'bkgts'
+  if query.shape[1] == 1:
+    letters = f'btkgh,bskh->{order}'
+  elif is_composed:
+    letters = 'btkgh,bskh->bktgs'
+  else:
+    query, letters = jnp.moveaxis(query, 1, 3), 'bkgth,bskh->bkgts'
+  score = jnp.einsum(letters, query, key, preferred_element_type=dtype)
+  return jnp.moveaxis(score, 1, 2) if letters.endswith('bktgs') else score
+
+
+def _sums(weight, value, is_composed):
+  """Weights in the order of `_scores` to sums [B, T, K, G, H]."""
+  if is_composed:
+    return jnp.moveaxis(jnp.einsum('btkgs,bskh->bktgh', weight, value), 2, 1)
+  return jnp.moveaxis(jnp.einsum('bkgts,bskh->bkgth', weight, value), 3, 1)
+
+
+def _composed(score, name, queries, keys, mixes):
+  if name not in mixes:
+    return score
+  mix = dataclasses.replace(mixes[name], query=queries[name], key=keys[name])
+  heads = score.reshape(*score.shape[:2], -1, score.shape[-1])
+  # Reshapes with dimensions of length 1 may lose the batch's axes.
+  out = compose(heads, mix).reshape(score.shape)
+  return mesh.reshard(out, mesh.spec_of(score))
+
+
+def attention_reference(
+  query,
+  key,
+  value,
+  query_positions,
+  key_positions,
+  query_segments,
+  key_segments,
+  *,
+  window=0,
+  pre=None,
+  post=None,
+):
+  """The definition, with every head's keys written out; tests only."""
+  num_groups = query.shape[2] // key.shape[2]
+  dtype = jnp.promote_types(query.dtype, jnp.float32)
+  key = jnp.repeat(key, num_groups, axis=2).astype(dtype)
+  value = jnp.repeat(value, num_groups, axis=2).astype(dtype)
+  score = jnp.einsum('btnh,bsnh->btns', query.astype(dtype), key)
+  score *= query.shape[-1] ** -0.5
+  if pre is not None:
+    score = compose_reference(score, pre)
+  mask = document_mask(
+    query_positions, key_positions, query_segments, key_segments, window
+  )[:, :, None]
+  score = jnp.where(mask, score, 0.0)
+  weight = jnp.where(mask, jnp.exp(score), 0.0)
+  total = weight.sum(axis=-1, keepdims=True)
+  weight = weight / jnp.where(total > 0, total, 1.0)
+  if post is not None:
+    weight = compose_reference(weight, post)
+  return jnp.einsum('btns,bsnh->btnh', weight, value).astype(query.dtype)

@@ -1,0 +1,293 @@
+"""Kernels for attention, and whether one runs here.
+
+'pallas' is JAX's splash attention on a TPU and its Triton kernel on a GPU:
+neither keeps scores, forward or backward. 'cudnn' does not either, but takes
+documents as a mask of all pairs only. All want the queries' own rows as keys.
+For one query with a cache 'pallas' is our own kernel for GPUs.
+"""
+
+import dataclasses
+import functools
+import importlib
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxsparse import mesh
+from jaxsparse.config.errors import UserError
+from jaxsparse.ops.kernels.decode_attention import decode_attention
+
+LIBRARIES = ('pallas', 'cudnn')
+
+# Rows of a kernel's blocks, at most, and what lengths must be multiples of.
+_MOST_ROWS = dict(tpu=512, gpu=128)
+_ROWS = 128
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Call:
+  """What decides whether a kernel can serve a call."""
+
+  length: int
+  num_keys: int
+  num_heads: int
+  num_kv_heads: int
+  width: int
+  dtype: jnp.dtype
+  window: int
+  is_composed: bool
+
+  @property
+  def is_decoding(self) -> bool:
+    return self.length == 1 < self.num_keys
+
+
+def choose(implementation: str, call: Call) -> str:
+  """The library's kernel to use, or 'xla'.
+
+  Args:
+    implementation: one of `LIBRARIES`, 'xla', or 'auto' for 'pallas' where it
+      runs; a GPU's local layers are served better by slices of the keys.
+    call: what it is for.
+
+  Raises:
+    UserError: the implementation is unknown or can't run here.
+  """
+  if implementation == 'xla':
+    return 'xla'
+  if implementation == 'auto':
+    platform = jax.default_backend()
+    is_sliced = platform == 'gpu' and call.window > 0 and not call.is_decoding
+    if platform == 'cpu' or is_sliced or why_not('pallas', call):
+      return 'xla'
+    return 'pallas'
+  if implementation not in LIBRARIES:
+    raise UserError(
+      f'attention_implementation = {implementation!r} must be one of auto, '
+      f'xla, {", ".join(LIBRARIES)}.'
+    )
+  if why := why_not(implementation, call):
+    raise UserError(
+      f"attention_implementation = {implementation!r} can't run here: {why}."
+    )
+  return implementation
+
+
+def why_not(name: str, call: Call) -> str | None:
+  """What keeps a library's kernel from serving a call, in words."""
+  platform = jax.default_backend()
+  platforms = dict(pallas=('tpu', 'gpu'), cudnn=('gpu',))[name]
+  if platform not in platforms:
+    return (
+      f'it is for {" and ".join(platforms).upper()}, and this is {platform}'
+    )
+  if call.is_composed:
+    return 'it does not compose heads'
+  if call.is_decoding and name == 'pallas' and platform == 'gpu':
+    if call.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+      return f'it takes 16 or 32 bits and not {call.dtype}'
+    return _why_not_decoding(call)
+  if call.length != call.num_keys:
+    return f'it has {call.num_keys} keys for {call.length} queries'
+  if name == 'cudnn':
+    if call.dtype not in (jnp.bfloat16, jnp.float16):
+      return f'it takes 16 bits and not {call.dtype}'
+  elif call.length % _ROWS:
+    return f'{call.length} positions are no multiple of {_ROWS}'
+  elif platform == 'gpu' and call.window:
+    return 'it knows no window on a GPU'
+  return _why_not_compiled(name, call)
+
+
+@functools.cache
+def _why_not_compiled(name: str, call: Call) -> str | None:
+  def loss(query, key, value, segments):
+    y = _KERNELS[name](query, key, value, segments, window=call.window)
+    return y.astype(jnp.float32).sum()
+
+  def heads(number):
+    shape = (1, call.length, number, call.width)
+    return jax.ShapeDtypeStruct(shape, call.dtype)
+
+  arguments = (heads(call.num_heads), *[heads(call.num_kv_heads)] * 2)
+  segments = jax.ShapeDtypeStruct((1, call.length), jnp.int32)
+  return _trouble(jax.grad(loss, (0, 1, 2)), *arguments, segments)
+
+
+@functools.cache
+def _why_not_decoding(call: Call) -> str | None:
+  keys = (1, call.num_kv_heads, call.num_keys, call.width)
+  group = call.num_heads // call.num_kv_heads
+  heads = [
+    jax.ShapeDtypeStruct(shape, call.dtype)
+    for shape in ((*keys[:2], group, call.width), keys, keys)
+  ]
+  rows = [
+    jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1,), (1, keys[2]))
+  ]
+  kernel = functools.partial(decode_attention, window=call.window)
+  return _trouble(kernel, *heads, *rows, *rows)
+
+
+def _trouble(function, *arguments) -> str | None:
+  """The first line of what compiling raises, on one device, whatever is set."""
+  try:
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
+      jax.jit(function).lower(*arguments).compile()
+  except Exception as error:
+    return f'{type(error).__name__}: {error}'.split('\n')[0]
+  return None
+
+
+def decoding_attention(
+  query: Float[Array, 'B 1 N H'],
+  key: Float[Array, 'B S K H'],
+  value: Float[Array, 'B S K H'],
+  query_positions: Int[Array, 'B 1'],
+  key_positions: Int[Array, 'B S'],
+  query_segments: Int[Array, 'B 1'],
+  key_segments: Int[Array, 'B S'],
+  window: int = 0,
+) -> Float[Array, 'B 1 N H']:
+  """Attention of one query for each sequence, where `choose` gave 'pallas'."""
+
+  def run(query, key, value, *rows):
+    batch, _, num_heads, width = query.shape
+    num_kv_heads = key.shape[2]
+    y = decode_attention(
+      query.reshape(batch, num_kv_heads, num_heads // num_kv_heads, width),
+      # As a cache has them, where this undoes what its reader did.
+      jnp.moveaxis(key, 1, 2),
+      jnp.moveaxis(value, 1, 2),
+      *(x.squeeze(1) if i % 2 == 0 else x for i, x in enumerate(rows)),
+      window=window,
+    )
+    return (y.reshape(query.shape),)
+
+  run = mesh.per_device(
+    run,
+    ('BTN.', 'BSK.', 'BSK.', 'BT', 'BS', 'BT', 'BS'),
+    ('BTN.',),
+    is_opaque=True,
+  )
+  (y,) = run(
+    query, key, value, query_positions, key_positions, query_segments,
+    key_segments,
+  )  # fmt: skip
+  return y
+
+
+def library_attention(
+  name: str,
+  query: Float[Array, 'B T N H'],
+  key: Float[Array, 'B T K H'],
+  value: Float[Array, 'B T K H'],
+  segments: Int[Array, 'B T'],
+  window: int = 0,
+) -> Float[Array, 'B T N H']:
+  """Causal attention within documents by a kernel that `choose` gave.
+
+  Args:
+    name: 'pallas' or 'cudnn'.
+    query: N heads, rotated; rows in the order of time.
+    key: K heads, rotated.
+    value: as `key`.
+    segments: document of each row; 0 for padding.
+    window: rows that a query sees, its own among them; 0 for all.
+
+  Returns:
+    Sums of the values; 0 for padding.
+  """
+  run = mesh.per_device(
+    lambda *heads: (_KERNELS[name](*heads, window=window),),
+    ('BTN.', 'BTK.', 'BTK.', 'BT'),
+    ('BTN.',),
+    is_opaque=True,
+  )
+  (y,) = run(query, key, value, segments)
+  return jnp.where((segments > 0)[:, :, None, None], y, jnp.zeros_like(y))
+
+
+def pallas(query, key, value, segments, *, window=0, interpret=False):
+  """Splash attention or Triton's, by the backend; `interpret` is for tests."""
+  if jax.default_backend() == 'gpu':
+    return triton(query, key, value, segments, interpret=interpret)
+  return splash(query, key, value, segments, window=window, interpret=interpret)
+
+
+def splash(query, key, value, segments, *, window=0, interpret=False):
+  """JAX's kernel for TPU, one key/value head at a time."""
+  module = 'jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_'
+  kernels = importlib.import_module(f'{module}kernel')
+  masks = importlib.import_module(f'{module}mask')
+  batch, length, num_heads, width = query.shape
+  num_kv_heads = key.shape[2]
+  group = num_heads // num_kv_heads
+  shape = (length, length)
+  mask = (
+    masks.LocalMask(shape, (window - 1, 0), 0)
+    if window
+    else masks.CausalMask(shape)
+  )
+  rows = _block_rows(length, 'tpu')
+  names = [field.name for field in dataclasses.fields(kernels.BlockSizes)]
+  sizes = {name: rows for name in names if name.startswith('block_')}
+  kernel = kernels.make_splash_mqa_single_device(
+    masks.MultiHeadMask([mask] * group),
+    block_sizes=kernels.BlockSizes(**sizes),
+    interpret=interpret,
+  )
+  query = query.reshape(batch, length, num_kv_heads, group, width)
+  query *= jnp.asarray(width**-0.5, query.dtype)
+
+  def one_sequence(query, key, value, segments):
+    ids = kernels.SegmentIds(segments, segments)
+    one_head = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=ids))
+    return one_head(
+      jnp.moveaxis(query, 0, 2),
+      jnp.moveaxis(key, 0, 1),
+      jnp.moveaxis(value, 0, 1),
+    )
+
+  # [B, K, G, T, H].
+  y = jax.vmap(one_sequence)(query, key, value, segments)
+  return jnp.moveaxis(y, 3, 1).reshape(batch, length, num_heads, width)
+
+
+def triton(query, key, value, segments, *, interpret=False):
+  """JAX's Pallas kernel for GPUs, which repeats grouped heads."""
+  kernels = importlib.import_module('jax.experimental.pallas.ops.gpu.attention')
+  group = query.shape[2] // key.shape[2]
+  rows = _block_rows(query.shape[1], 'gpu')
+  names = [field.name for field in dataclasses.fields(kernels.BlockSizes)]
+  return kernels.mha(
+    query,
+    *(jnp.repeat(x, group, axis=2) for x in (key, value)),
+    segments,
+    sm_scale=query.shape[-1] ** -0.5,
+    causal=True,
+    block_sizes=kernels.BlockSizes(**dict.fromkeys(names, rows)),
+    interpret=interpret,
+  )
+
+
+def _block_rows(length, platform):
+  return min(_MOST_ROWS[platform], length & -length)
+
+
+def cudnn(query, key, value, segments, *, window=0):
+  is_same = segments[:, :, None] == segments[:, None, :]
+  shape = (len(segments), query.shape[2], *is_same.shape[1:])
+  return jax.nn.dot_product_attention(
+    query,
+    key,
+    value,
+    mask=jnp.broadcast_to(is_same[:, None], shape),
+    is_causal=True,
+    local_window_size=(window - 1, 0) if window else None,
+    implementation='cudnn',
+  )
+
+
+_KERNELS = dict(pallas=pallas, cudnn=cudnn)

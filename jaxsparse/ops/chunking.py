@@ -1,0 +1,152 @@
+"""Cuts a bag's work into pieces: by entries, by tokens, by references.
+
+What a pooling of T tokens with k entries each reads is T * k rows, too many to
+be gathered at once. The loops here go over pieces of them; with `num_used`
+they end after the last piece in use, so their trip count is not static and
+only functions with a gradient of their own may call them.
+"""
+
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse.ops.shard_map_vma import to_same_varying
+
+# Gathered rows of one chunk of tokens: for a TPU's fast memory, or for the
+# second-level cache of a CPU's core.
+CHUNK_BYTES = 2**23
+CHUNK_BYTES_CPU = 2**21
+
+# Entries per piece where a loop over them can end early.
+_ENTRIES = 8
+
+
+def accumulator(*arrays):
+  """The type in which sums are kept: f32, or f64 where any array is."""
+  return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+
+
+def read_in_place(table, index):
+  """Both as they are, but such that a loop reads `table` where it lies.
+
+  A CPU computes in f32, and XLA takes whatever a loop does to all of a narrow
+  table, alike in all turns, out of the loop: it would hold the whole table in
+  f32 beside it. What has passed a barrier with the index differs by turn.
+  """
+  if table.dtype.itemsize >= 4:
+    return table, index
+  return jax.lax.platform_dependent(
+    table,
+    index,
+    cpu=lambda *arrays: jax.lax.optimization_barrier(arrays),
+    default=lambda *arrays: arrays,
+  )
+
+
+def rows(table, slot):
+  table, slot = read_in_place(table, slot)
+  # Negative slots would be taken to count from the end, at a cost.
+  return table.at[slot].get(
+    mode='promise_in_bounds', wrap_negative_indices=False
+  )
+
+
+def zeros(shape, dtype, *like):
+  """Zeros that vary over the mesh axes over which any of `like` does."""
+  return to_same_varying(jnp.zeros(shape, dtype), *like)[0]
+
+
+def pad(x, size, axis):
+  padding = [(0, 0)] * x.ndim
+  padding[axis] = (0, size - x.shape[axis])
+  return jnp.pad(x, padding) if size > x.shape[axis] else x
+
+
+def entries_at_once(slot, num_used):
+  """Entries per piece: all, or few if the loop can end before the last."""
+  num_entries = slot.shape[1]
+  return num_entries if num_used is None else min(num_entries, _ENTRIES)
+
+
+def over_entries(step: Callable, carry, entries, num_used, at_once: int):
+  """Runs `step(carry, piece) -> carry, result` over pieces of the entries.
+
+  Args:
+    step: result is an array [T, entries of the piece, ...] or None.
+    entries: arrays [T, k, ...]; padded with zeros where k does not divide.
+    num_used: [T], entries in use; None for all. Pieces after the last entry
+      in use are left out, and their results are zero.
+    at_once: entries per piece, at most.
+
+  Returns:
+    The last carry, and results joined to [T, k, ...].
+  """
+  num_entries = jax.tree.leaves(entries)[0].shape[1]
+  num_pieces = math.ceil(num_entries / at_once)
+  at_once = math.ceil(num_entries / num_pieces)
+  if num_pieces == 1 and num_used is None:
+    return step(carry, entries)
+  entries = jax.tree.map(lambda x: pad(x, num_pieces * at_once, 1), entries)
+
+  def piece(i):
+    return jax.tree.map(
+      lambda x: jax.lax.dynamic_slice_in_dim(x, i * at_once, at_once, 1),
+      entries,
+    )
+
+  shape = jax.eval_shape(lambda c: step(c, piece(0))[1], carry)
+  results = jax.tree.map(
+    lambda x: zeros(
+      (x.shape[0], num_pieces * at_once, *x.shape[2:]), x.dtype, carry, entries
+    ),
+    shape,
+  )
+
+  def body(i, state):
+    carry, results = state
+    carry, result = step(carry, piece(i))
+    return carry, jax.tree.map(
+      lambda all, x: jax.lax.dynamic_update_slice_in_dim(
+        all, x, i * at_once, 1
+      ),
+      results,
+      result,
+    )
+
+  state = (carry, results)
+  if num_used is None:
+    # What the carry starts as is fused into the first piece.
+    state = jax.lax.fori_loop(1, num_pieces, body, body(0, state))
+  else:
+    num_pieces = (num_used.max() + at_once - 1) // at_once
+    state = jax.lax.fori_loop(0, num_pieces, body, state)
+  carry, results = state
+  return carry, jax.tree.map(lambda x: x[:, :num_entries], results)
+
+
+def over_tokens(pool: Callable, carry, arrays, max_tokens: int):
+  """Runs `pool(carry, chunk) -> carry, result` over chunks of the tokens.
+
+  Args:
+    pool: result is an array [t, ...].
+    arrays: [T, ...], padded with zeros where the chunks do not divide them.
+    max_tokens: tokens in a chunk, at most; one if it is 0.
+
+  Returns:
+    The last carry, and results joined to [T, ...].
+  """
+  num_tokens = jax.tree.leaves(arrays)[0].shape[0]
+  size = max(1, min(num_tokens, max_tokens))
+  num_chunks = math.ceil(num_tokens / size)
+  size = math.ceil(num_tokens / num_chunks)
+
+  def cut(x):
+    x = pad(x, num_chunks * size, axis=0)
+    return x.reshape(num_chunks, size, *x.shape[1:])
+
+  carry, results = jax.lax.scan(pool, carry, jax.tree.map(cut, arrays))
+  return carry, jax.tree.map(
+    lambda x: x.reshape(-1, *x.shape[2:])[:num_tokens], results
+  )

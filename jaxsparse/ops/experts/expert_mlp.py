@@ -1,0 +1,190 @@
+"""The MLPs of a mixture's experts, on one device and split over a mesh.
+
+Tokens are split over the mesh axes `data` and `sparse`, experts over `sparse`,
+and the inner width of each over `model`. The devices along `sparse` hold one
+copy of all experts: each gathers the tokens of all of them, runs its own
+experts on those that pass them, and a reduce-scatter adds up each token's parts
+at its home. Shapes are static and nothing is dropped: a device has room for all
+assignments of the group, but computes its own only.
+
+Letters: T tokens, k experts of a token, X experts, D model width, F inner
+width; lower-case t is what one device has of T.
+"""
+
+from collections.abc import Mapping
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxsparse import mesh
+from jaxsparse.ops.experts import routing
+from jaxsparse.ops.experts.grouped_matmul import assigned_matmul, grouped_matmul
+
+# 'up' [X, D, F] and 'down' [X, F, D], and 'gate' [X, D, F] for SwiGLU.
+Matrices = Mapping[str, jax.Array]
+
+
+def expert_mlp(
+  x: Float[Array, 'T D'],
+  weights: Float[Array, 'T k'],
+  experts: Int[Array, 'T k'],
+  matrices: Matrices,
+  *,
+  first_expert: Int[Array, ''] | int | None = None,
+  gelu: str = 'tanh',
+  implementation: str = 'auto',
+) -> Float[Array, 'T D']:
+  """Weighted sums over a token's experts of their MLPs, on one device.
+
+  SwiGLU where there is a 'gate', else GELU. With fewer assignments than
+  experts, as in decoding, nothing is sorted.
+
+  Args:
+    x: inputs, in the type of the products.
+    weights: of each token's experts.
+    experts: their numbers.
+    matrices: those of the experts, in any float type.
+    first_expert: number of the first expert in `matrices`; others count as
+      zero. None where all are there.
+    gelu: its form, 'tanh' or 'erf'.
+    implementation: see `grouped_matmul`.
+
+  Returns:
+    The sums, in f32 (f64 for f64) and not yet added up over `model`.
+  """
+  num_experts, num_used = len(matrices['up']), experts.shape[1]
+  is_few = first_expert is None and experts.size < num_experts
+  if is_few and implementation == 'auto':
+    return few_tokens_mlp(x, weights, experts, matrices, gelu)
+  first_expert = 0 if first_expert is None else first_expert
+  dispatch = routing.dispatch_order(experts, num_experts, first_expert)
+
+  def product(rows, matrices):
+    return grouped_matmul(
+      rows, matrices, dispatch.sizes, implementation=implementation
+    )
+
+  rows = routing.to_experts(x, dispatch, num_used)
+  rows = _mlp(product, rows, matrices, gelu)
+  return routing.from_experts(rows, weights, dispatch)
+
+
+def few_tokens_mlp(
+  x: Float[Array, 'T D'],
+  weights: Float[Array, 'T k'],
+  experts: Int[Array, 'T k'],
+  matrices: Matrices,
+  gelu: str = 'tanh',
+) -> Float[Array, 'T D']:
+  """`expert_mlp` without sorting: matrices are read for each assignment."""
+  expert = experts.reshape(-1)
+
+  def product(rows, matrices):
+    return assigned_matmul(rows, matrices, expert)
+
+  rows = jnp.repeat(x, experts.shape[1], axis=0)
+  return routing.weighted_sum(_mlp(product, rows, matrices, gelu), weights)
+
+
+def expert_mlp_reference(
+  x: Float[Array, 'T D'],
+  weights: Float[Array, 'T k'],
+  experts: Int[Array, 'T k'],
+  matrices: Matrices,
+  gelu: str = 'tanh',
+) -> Float[Array, 'T D']:
+  """`expert_mlp` by running every expert on every token."""
+
+  def product(rows, matrices):
+    return jnp.einsum('...td,xdf->xtf', rows, matrices.astype(x.dtype))
+
+  def down(rows, matrices):
+    return jnp.einsum('xtf,xfd->xtd', rows, matrices.astype(x.dtype))
+
+  hidden = product(x, matrices['up'])
+  if 'gate' in matrices:
+    hidden *= jax.nn.silu(product(x, matrices['gate']))
+  else:
+    hidden = jax.nn.gelu(hidden, approximate=gelu == 'tanh')
+  is_used = jax.nn.one_hot(experts, len(matrices['up']), dtype=bool)
+  weights_TX = jnp.where(is_used, weights[..., None], 0).sum(1)
+  return jnp.einsum('tx,xtd->td', weights_TX, down(hidden, matrices['down']))
+
+
+def sharded_expert_mlp(
+  x: Float[Array, '*T D'],
+  weights: Float[Array, '*T k'],
+  experts: Int[Array, '*T k'],
+  matrices: Matrices,
+  *,
+  is_partial: bool = False,
+  gelu: str = 'tanh',
+  implementation: str = 'auto',
+) -> Float[Array, '*T D']:
+  """`expert_mlp` of global arrays; with no mesh set it is that very function.
+
+  Args:
+    x: inputs, split over tokens along the first dimension like the weights and
+      experts of each.
+    weights: of each token's experts.
+    experts: their numbers.
+    matrices: experts split over `sparse`, F over `model`.
+    is_partial: leave the sum over `model` to the caller, see `mesh.partial`.
+    gelu: see `expert_mlp`.
+    implementation: see `grouped_matmul`.
+
+  Returns:
+    The sums in the type of `x`, in which parts of several devices are added.
+  """
+  axes = mesh.axis_sizes()
+  batch, width, dtype = x.shape[:-1], x.shape[-1], x.dtype
+
+  def flat(x):
+    return x.reshape(-1, x.shape[-1])
+
+  def run(x, weights, experts, matrices, first_expert=None):
+    return expert_mlp(
+      x, weights, experts, matrices,
+      first_expert=first_expert, gelu=gelu, implementation=implementation,
+    ).astype(dtype)  # fmt: skip
+
+  if axes is None:
+    y = run(flat(x), flat(weights), flat(experts), matrices)
+    return y.reshape(*batch, width)
+  is_split = axes['sparse'] > 1
+
+  def on_device(x, weights, experts, matrices):
+    local, tokens = x.shape, [flat(x), flat(weights), flat(experts)]
+    first_expert = None
+    if is_split:
+      tokens = [jax.lax.all_gather(a, 'sparse', tiled=True) for a in tokens]
+      first_expert = jax.lax.axis_index('sparse') * len(matrices['up'])
+    y = run(*tokens, matrices, first_expert)
+    if is_split:
+      y = jax.lax.psum_scatter(y, 'sparse', tiled=True)
+    if is_partial and axes['model'] > 1:
+      y = jax.lax.pcast(y, 'model', to='unreduced')
+    else:
+      y = jax.lax.psum(y, 'model')
+    return y.reshape(local)
+
+  tokens = jax.P(mesh.TOKENS)
+  inner = dict(gate='XDF', up='XDF', down='XFD')
+  dims = 'B' + 'T' * (len(batch) - 1) + 'D'
+  return jax.shard_map(
+    on_device,
+    in_specs=(
+      tokens, tokens, tokens, {n: mesh.gathered(inner[n]) for n in matrices}
+    ),
+    out_specs=mesh.partial(dims) if is_partial else mesh.act(dims),
+  )(x, weights, experts, dict(matrices))  # fmt: skip
+
+
+def _mlp(product, rows, matrices, gelu):
+  up = product(rows, matrices['up'])
+  if 'gate' in matrices:
+    hidden = jax.nn.silu(product(rows, matrices['gate'])) * up
+  else:
+    hidden = jax.nn.gelu(up, approximate=gelu == 'tanh')
+  return product(hidden, matrices['down'])

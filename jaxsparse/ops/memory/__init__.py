@@ -1,0 +1,1 @@
+"""Memory layers: scores, addresses, bags of rows, tables over devices."""

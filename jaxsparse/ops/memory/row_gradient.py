@@ -1,0 +1,218 @@
+"""The gradient of a table by the rows that a step has read.
+
+A value bag (see `value_bag`) pools rows of a table:
+
+  out[t, g, block i] = sum over j with group[t, j] = g of
+      weight[t, j, i] * table[slot[t, j], block i]
+
+so slots, groups, weights and the cotangent of `out` are the table's whole
+gradient, though no array of the table's size. Here they become the gradient of
+each distinct row. The references of a step are sorted by row once; then a
+window of as many distinct rows as the caller has memory for is summed, and the
+next, until all are done.
+
+Letters: M rows, W their width, T tokens, k references per token, R = T * k,
+c cores, G groups, U rows of a window.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxsparse.config.errors import require
+from jaxsparse.ops.memory.segment_sum import (
+  REFERENCES_GPU,
+  sum_equal_rows,
+  updates_at,
+)
+from jaxsparse.ops.shard_map_vma import sort_key_val, to_same_varying
+
+# Bytes of the updates that are formed at once. A GPU forms them in registers,
+# and each turn of the loop costs it a wait for the host.
+_BLOCK_BYTES = 2**18
+_BLOCK_BYTES_GPU = 2**27
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RowGradient:
+  """A gradient, or an update, of distinct rows of a table; the rest is zero.
+
+  Attributes:
+    slot: rows, ascending and distinct. Unused entries come last and lie beyond
+      the table, so scatters take `mode='drop', unique_indices=True,
+      indices_are_sorted=True`.
+    value: of each row; zero in unused entries.
+
+  Leading dimensions S are for stacks of them, as `jax.lax.scan` takes apart.
+  """
+
+  slot: Int[Array, '*S U']
+  value: Float[Array, '*S U W']
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class References:
+  """One step's references to the rows of a table, sorted by row.
+
+  Attributes:
+    row: row of each, ascending; `num_rows` for the rows of other devices.
+    position: its place in the flattened slot[T, k], ascending within a row.
+    rank: how many distinct rows come before its own.
+    num_distinct: rows that are referenced at all.
+    num_rows: M, the rows of this device.
+  """
+
+  row: Int[Array, 'R']
+  position: Int[Array, 'R']
+  rank: Int[Array, 'R']
+  num_distinct: Int[Array, '']
+  num_rows: int = dataclasses.field(metadata=dict(static=True))
+
+
+def sort_references(
+  slot: Int[Array, 'T k'], num_rows: int, first_row: Int[Array, ''] | int = 0
+) -> References:
+  """Sorts the references of a step.
+
+  Args:
+    slot: row of each reference.
+    num_rows: rows of the table that this device holds.
+    first_row: the first of them; references to other rows are left out.
+  """
+  local = slot.reshape(-1).astype(jnp.int32) - first_row
+  local = jnp.where((local >= 0) & (local < num_rows), local, num_rows)
+  position = jnp.arange(local.size, dtype=jnp.int32)
+  row, position = sort_key_val(local, position)
+  before = jnp.concatenate([jnp.full_like(row[:1], -1), row[:-1]])
+  is_new = row != before
+  rank = jnp.cumsum(is_new, dtype=jnp.int32) - 1
+  num_distinct = jnp.sum(is_new & (row < num_rows), dtype=jnp.int32)
+  return References(row, position, rank, num_distinct, num_rows)
+
+
+def row_gradient(
+  references: References,
+  weight: Float[Array, 'T k c'],
+  cotangent: Float[Array, 'T G W'],
+  group: Int[Array, 'T k'] | None,
+  budget: int,
+  first_rank: Int[Array, ''] | int = 0,
+  *,
+  is_deterministic: bool = False,
+) -> RowGradient:
+  """Sums the gradients of `budget` distinct rows, from `first_rank` on.
+
+  Calls with first_rank = 0, budget, 2 * budget, ... below `num_distinct` give
+  the whole gradient, each row once. Work and memory follow the window: [U, W]
+  for the sums and a fixed block of references on their way to them.
+
+  Args:
+    references: what `sort_references` made of this step's slots.
+    weight: c weights of each reference, one for each of c blocks of columns.
+    cotangent: gradient of the bags.
+    group: bag of each reference; None if there is one bag per token.
+    budget: U, the rows of the window.
+    first_rank: rank of the window's first row.
+    is_deterministic: add in a fixed order on a GPU too, where atomic additions
+      are faster; devices with copies of a table need it to stay alike.
+
+  Returns:
+    The gradient in f32 (f64 for f64), rows counted from the device's first.
+
+  Raises:
+    UserError: the budget is not positive.
+  """
+  require(budget > 0, f'budget must be positive, got {budget}.')
+  slot = _window_rows(references, budget, first_rank)
+  dtype = jnp.promote_types(jnp.result_type(weight, cotangent), jnp.float32)
+  width = cotangent.shape[-1]
+  value = jnp.zeros((budget, width), dtype)
+  value, *_ = to_same_varying(value, slot, weight, cotangent, group)
+  if references.row.size:
+    add = functools.partial(
+      _add_window, references, weight, cotangent, group, first_rank
+    )
+    if is_deterministic:
+      on_gpu = functools.partial(
+        add, _add_once_per_row, REFERENCES_GPU * value[0].nbytes
+      )
+    else:
+      on_gpu = functools.partial(add, _add_equal_rows, _BLOCK_BYTES_GPU)
+    value = jax.lax.platform_dependent(
+      value,
+      cuda=on_gpu,
+      rocm=on_gpu,
+      default=functools.partial(add, _add_equal_rows, _BLOCK_BYTES),
+    )
+  return RowGradient(slot, value)
+
+
+def row_gradient_reference(
+  slot: Int[Array, 'T k'],
+  weight: Float[Array, 'T k c'],
+  cotangent: Float[Array, 'T G W'],
+  group: Int[Array, 'T k'] | None,
+  num_rows: int,
+) -> Float[Array, '{num_rows} W']:
+  """The gradient of the whole table, by forming that of every reference."""
+  if group is None:
+    group = jnp.zeros_like(slot)
+  width = cotangent.shape[-1]
+  weight_TkW = jnp.repeat(weight, width // weight.shape[-1], axis=-1)
+  token_T1 = jnp.arange(slot.shape[0])[:, None]
+  update_TkW = weight_TkW * cotangent[token_T1, group]
+  return jnp.zeros((num_rows, width), update_TkW.dtype).at[slot].add(update_TkW)
+
+
+def _window_rows(references, budget, first_rank):
+  """Rows of the window's ranks; beyond the last one, rows past the table."""
+  rank = first_rank + jnp.arange(budget, dtype=jnp.int32)
+  # Past int32 only if the ranks are, which are bounded by the references.
+  unused = references.num_rows + jnp.arange(budget, dtype=jnp.int32)
+  if not references.row.size:
+    return unused
+  rank, ranks = to_same_varying(rank, references.rank)
+  at = jnp.searchsorted(ranks, rank)
+  row = references.row.at[at].get(mode='clip')
+  return jnp.where(rank < references.num_distinct, row, unused)
+
+
+def _add_equal_rows(value, target, update):
+  return value.at[target].add(update, mode='drop', indices_are_sorted=True)
+
+
+def _add_once_per_row(value, target, update):
+  target, update = sum_equal_rows(target, update, len(value))
+  return value.at[target].add(update, mode='drop', unique_indices=True)
+
+
+def _add_window(
+  references, weight, cotangent, group, first_rank, add, block_bytes, value
+):
+  """Adds the window's references to `value`, a block at a time."""
+  budget, width = value.shape
+  num_references = references.row.size
+  row_bytes = width * value.dtype.itemsize
+  size = max(1, min(num_references, block_bytes // row_bytes))
+  end_rank = jnp.minimum(first_rank + budget, references.num_distinct)
+  start, end = jnp.searchsorted(
+    references.rank, jnp.stack([jnp.minimum(first_rank, end_rank), end_rank])
+  )
+
+  def add_block(i, value):
+    at = start + i * size + jnp.arange(size)
+    is_in = at < end
+    position = references.position.at[at].get(mode='clip')
+    rank = references.rank.at[at].get(mode='clip')
+    update = updates_at(position, weight, group, cotangent, value.dtype)
+    # Beyond the window: past the buffer, whose scatter drops it.
+    target = jnp.where(is_in, rank - first_rank, budget)
+    return add(value, target, update)
+
+  num_blocks = (end - start + size - 1) // size
+  return jax.lax.fori_loop(0, num_blocks, add_block, value)

@@ -1,0 +1,47 @@
+"""References to rows of a table, and what they add to its gradient.
+
+Reference number t * k + j is entry j of token t, which reads a row, with one
+weight for each core, for one of the token's pools.
+
+Letters: T tokens, k entries, c cores, G pools, W row width, n references.
+"""
+
+import math
+
+import jax.numpy as jnp
+
+from jaxsparse.ops.chunking import rows
+
+# References that a GPU sums at once in a fixed order.
+REFERENCES_GPU = 2**14
+
+
+def updates_at(position, weight, group, cotangent_TGW, dtype):
+  """Outer products [n, W] of the references at `position`."""
+  num_entries, num_cores = weight.shape[1:]
+  token = position // num_entries
+  group = 0 if group is None else rows(group.reshape(-1), position)
+  num_groups, width = cotangent_TGW.shape[1:]
+  pooled = rows(cotangent_TGW.reshape(-1, width), token * num_groups + group)
+  weight = rows(weight.reshape(-1, num_cores), position)
+  update = weight.astype(dtype)[..., None] * pooled.astype(dtype).reshape(
+    *position.shape, num_cores, -1
+  )
+  return update.reshape(-1, width)
+
+
+def sum_equal_rows(row, update, num_rows):
+  """Sorted references with those of one row summed up: rows are distinct.
+
+  The sum is a tree over each run of equal rows: in pass i a reference takes
+  what the one 2^i before it holds, if that is of the same row, and the last of
+  a run ends up with all of it. The others get slots of their own past the end.
+  """
+  size = len(row)
+  for i in range(math.ceil(math.log2(size))):
+    before = jnp.pad(row[: -(2**i)], (2**i, 0), constant_values=-1)
+    held = jnp.pad(update[: -(2**i)], ((2**i, 0), (0, 0)))
+    update += jnp.where((row == before)[:, None], held, 0)
+  is_last = row != jnp.append(row[1:], -1)
+  nobody = num_rows + jnp.arange(size, dtype=row.dtype)
+  return jnp.where(is_last & (row < num_rows), row, nobody), update

@@ -1,0 +1,160 @@
+"""Value bags over a table that is split over devices, by `jax.shard_map`.
+
+Tokens are split over the mesh axes `data` and `sparse`. The devices that hold
+parts of one copy of the table form a group; within it
+
+  columns  every device has some columns of all rows: it pools them for the
+           tokens of the whole group, and an all-to-all brings each token's
+           columns together. Balanced whatever rows are popular.
+  rows     every device has some rows: it pools those that it owns for the
+           tokens of the group, and a reduce-scatter adds up each token's parts.
+  grid     rows over `data` and columns over `sparse`: both in turn.
+
+Only row numbers, weights and pools cross the wire, never rows. XLA's automatic
+partitioning would send all T * k of them (and has had wrong gradients here).
+Columns are split over `model` as well, where tokens are replicated; the pools
+stay split there, for a projection that is split over the same columns.
+
+Letters: M rows, W value width, T tokens, k rows per token, c cores, G groups of
+pools; lower-case t and w are what one device has of T and W.
+"""
+
+import functools
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxsparse import mesh
+from jaxsparse.ops.memory.gathered_dot import row_products
+from jaxsparse.ops.memory.table_exchange import TableExchange, put_back
+from jaxsparse.ops.memory.value_bag import value_bag
+
+
+def sharded_value_bag(
+  table: Float[Array, 'M W'],
+  slot: Int[Array, '*T k'],
+  weight: Float[Array, '*T k c'],
+  group: Int[Array, '*T k'] | None = None,
+  num_groups: int = 1,
+  *,
+  scheme: str = 'columns',
+  dtype: jax.typing.DTypeLike = jnp.float32,
+  table_gradient: str = 'scatter',
+) -> Float[Array, '*T {num_groups} W']:
+  """`value_bag` of global arrays; with no mesh set it is that very function.
+
+  Args:
+    table: sharded as `mesh.table(scheme)`, or it will be.
+    slot: row of each entry. Like the other arguments it is split over tokens
+      along its first dimension.
+    weight: c weights of each entry, one for each of c blocks of columns.
+    group: bag of each entry; None puts all into the only one.
+    num_groups: number of bags per token.
+    scheme: 'columns', 'rows' or 'grid'.
+    dtype: of the result, and of weights and pools on the wire. A device sums in
+      f32, but `rows` and `grid` add up the parts of several devices in `dtype`.
+    table_gradient: how the table's gradient is added up, see `value_bag`.
+
+  Returns:
+    The bags, columns split over `model`.
+  """
+  pool = functools.partial(
+    value_bag, num_groups=num_groups, table_gradient=table_gradient
+  )
+  axes = mesh.axis_sizes()
+  if axes is None:
+    return _over_flat_tokens(pool)(table, slot, weight, group).astype(dtype)
+  layout = mesh.table_layout(scheme)
+  exchange = TableExchange(layout, axes, table.shape[0])
+
+  def on_device(table, slot, weight, group):
+    num_rows, width = table.shape
+    if exchange.sends:
+      weight = weight.astype(dtype)
+    entries = exchange.gather(slot, weight, group)
+    entries, num_used, _ = exchange.own_rows(entries, num_rows)
+    slot, weight, group = entries
+    weight = exchange.own_cores(weight, width)
+    pooled = pool(table, slot, weight, group, num_used=num_used)
+    return exchange.bring_home(pooled.astype(dtype))
+
+  tokens = jax.P(mesh.TOKENS)
+  pools = jax.P(mesh.TOKENS, *[None] * (slot.ndim - 1), 'model')
+  return jax.shard_map(
+    _over_flat_tokens(on_device),
+    in_specs=(layout.spec, tokens, tokens, tokens),
+    out_specs=pools,
+  )(mesh.reshard(table, layout.spec), slot, weight, group)
+
+
+def sharded_row_products(
+  table: Float[Array, 'M W'],
+  slot: Int[Array, '*T k'],
+  vector: Float[Array, '*T W'],
+  *,
+  scheme: str = 'columns',
+  dtype: jax.typing.DTypeLike = jnp.float32,
+  table_gradient: str = 'scatter',
+) -> Float[Array, '*T k']:
+  """`row_products` of global arrays; with no mesh set it is that very function.
+
+  A device knows a product in part only, where it has some of the columns: what
+  `columns` and `grid` send more than a bag does are the parts, [T, k].
+
+  Args:
+    table: sharded as `mesh.table(scheme)`.
+    slot: row of each entry, split over tokens along the first dimension.
+    vector: of each token, columns split over `model`.
+    scheme: 'columns', 'rows' or 'grid'.
+    dtype: of the result and on the wire, where parts are added up in it.
+    table_gradient: how the table's gradient is added up, see `value_bag`.
+  """
+
+  def products(table, slot, vector, num_used=None):
+    return row_products(
+      table,
+      slot,
+      vector,
+      num_used=num_used,
+      table_gradient=table_gradient,
+    )
+
+  axes = mesh.axis_sizes()
+  if axes is None:
+    return _over_flat_tokens(products)(table, slot, vector, None).astype(dtype)
+  layout = mesh.table_layout(scheme)
+  exchange = TableExchange(layout, axes, table.shape[0])
+
+  def on_device(table, slot, vector, _):
+    entries = exchange.gather(slot, None, None)
+    entries, num_used, place = exchange.own_rows(entries, len(table))
+    vector = exchange.send_out(vector[:, None].astype(dtype))[:, 0]
+    parts = products(table, entries[0], vector, num_used)
+    if place is not None:
+      parts = put_back(parts, place)
+    return exchange.add_up(parts.astype(dtype))
+
+  tokens = jax.P(mesh.TOKENS)
+  vectors = jax.P(mesh.TOKENS, *[None] * (slot.ndim - 2), 'model')
+  return jax.shard_map(
+    _over_flat_tokens(on_device),
+    in_specs=(layout.spec, tokens, vectors, None),
+    out_specs=tokens,
+  )(mesh.reshard(table, layout.spec), slot, vector, None)
+
+
+def _over_flat_tokens(function: Callable) -> Callable:
+  """`function` of arrays with one dimension of tokens, for any number."""
+
+  def flat(table, slot, weight, group):
+    batch = slot.shape[:-1]
+    slot, weight, group = (
+      x if x is None else x.reshape(-1, *x.shape[len(batch) :])
+      for x in (slot, weight, group)
+    )
+    pooled = function(table, slot, weight, group)
+    return pooled.reshape(*batch, *pooled.shape[1:])
+
+  return flat

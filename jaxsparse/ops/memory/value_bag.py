@@ -1,0 +1,324 @@
+"""Weighted sums of rows of a value table, and their gradients.
+
+  out[t, g, block i] = sum over j with group[t, j] = g of
+      weight[t, j, i] * table[slot[t, j], block i]
+
+Core i's weight scales the i-th of c equal blocks of columns (multi-core
+scoring), and the groups are the virtual blocks of implicit value expansion,
+pooled apart because each has its own projection (arXiv:2411.12364).
+
+The obvious code, gather then einsum, writes all T * k rows to memory, and
+autodiff keeps them for the backward pass. Here the gradient is written by hand
+and recomputes them, and each backend gets the form that its compiler turns
+into code without that buffer:
+  * GPU: the sum over k is unrolled, so that all gathers, products and sums fuse
+    into one kernel, for as many tokens at once as XLA agrees to fuse; with few
+    tokens, as in decoding, that kernel would be short of threads, and rows are
+    gathered for a matmul;
+  * CPU in f32 with one group: the same in pieces of the k entries, over which a
+    loop goes;
+  * TPU, and otherwise CPU: tokens go in chunks whose rows stay in fast memory,
+    and a matmul sums them. With four groups and two cores a CPU does that in
+    half of the time and less: the loop would add each row to every group.
+Sums are in f32 (f64 for f64) throughout. The gradients are in
+`value_bag_gradient`.
+
+Letters: M slots, W value width, T tokens, k slots per token, c cores.
+"""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxsparse.config.errors import UserError
+from jaxsparse.ops import chunking
+from jaxsparse.ops.memory import value_bag_gradient as gradient
+from jaxsparse.ops.shard_map_vma import to_same_varying
+
+# Entries of a piece, where not all are fused. On a CPU the sums should stay in
+# the cache, and compile time counts.
+_UNROLL_GPU = 28
+_UNROLL_CPU = 8
+
+# A GPU fuses all entries up to this many; more take too long to compile.
+_FUSED_ENTRIES = 128
+
+# Elements of all rows up to which a GPU gathers them.
+_FEW_READS = 2**24
+
+# Elements read by one GPU kernel, the same row for several groups counting for
+# each. From twice as many on, XLA's cost model splits some kernels: then slots,
+# weights and at last rows go through memory.
+_FUSED_READS = 2**24
+
+
+def value_bag(
+  table: Float[Array, 'M W'],
+  slot: Int[Array, 'T k'],
+  weight: Float[Array, 'T k c'],
+  group: Int[Array, 'T k'] | None = None,
+  num_groups: int = 1,
+  *,
+  num_used: Int[Array, 'T'] | None = None,
+  table_gradient: str = 'scatter',
+) -> Float[Array, 'T {num_groups} W']:
+  """Pools rows of `table`, a bag per token and group.
+
+  Slots and groups must be in range; they are not checked, because a clamp or
+  a fill costs as much as the load. Each device works on what it holds: under a
+  mesh, call it in `mesh.over_tokens` with the table replicated.
+
+  The gradient with respect to the table is dense. Behind `stop_gradient` it is
+  dead code, which the compiler removes.
+
+  Args:
+    table: rows to read.
+    slot: row of each of a token's k entries; repeats count each time.
+    weight: c weights of each entry, one for each of c blocks of columns.
+    group: bag of each entry; None puts all into the only one.
+    num_groups: number of bags per token.
+    num_used: how many of a token's entries count, from the first on; None for
+      all. What the others hold is of no influence, and the time follows the
+      largest number of entries in use.
+    table_gradient: how rows are added to the gradient of the table.
+      'scatter': one by one; on a GPU by atomic adds, in no fixed order.
+      'sorted': sorted by row, so that equal rows follow one another.
+      'deterministic': in a fixed order on every backend, so that a second run
+      gives the same bits.
+
+  Returns:
+    The bags in f32 (f64 for f64 input).
+
+  Raises:
+    UserError: `table_gradient` is none of the above.
+  """
+  if table_gradient not in gradient.WAYS:
+    raise UserError(
+      f'table_gradient = {table_gradient!r} must be one of '
+      f'{", ".join(map(repr, gradient.WAYS))}.'
+    )
+  if num_used is not None:
+    in_use = jnp.arange(slot.shape[1])[None] < num_used[:, None]
+    slot = jnp.where(in_use, slot, 0)
+    weight = jnp.where(in_use[..., None], weight, 0)
+    group = None if group is None else jnp.where(in_use, group, 0)
+  return _value_bag(
+    *to_same_varying(table, slot, weight, group, num_used),
+    num_groups,
+    table_gradient,
+  )
+
+
+def value_bag_reference(
+  table: Float[Array, 'M W'],
+  slot: Int[Array, 'T k'],
+  weight: Float[Array, 'T k c'],
+  group: Int[Array, 'T k'] | None = None,
+  num_groups: int = 1,
+  *,
+  num_used: Int[Array, 'T'] | None = None,
+) -> Float[Array, 'T {num_groups} W']:
+  """`value_bag` by gathering all rows and leaving the gradient to autodiff."""
+  dtype = chunking.accumulator(table, weight)
+  if group is None:
+    group = jnp.zeros_like(slot)
+  if num_used is not None:
+    in_use = jnp.arange(slot.shape[1])[None] < num_used[:, None]
+    weight = jnp.where(in_use[..., None], weight, 0)
+  rows_TkW = table[slot].astype(dtype)
+  weight_TkW = jnp.repeat(weight, table.shape[1] // weight.shape[2], axis=2)
+  one_hot_TkG = jax.nn.one_hot(group, num_groups, dtype=dtype)
+  return jnp.einsum('tkw,tkw,tkg->tgw', rows_TkW, weight_TkW, one_hot_TkG)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _value_bag(
+  table, slot, weight, group, num_used, num_groups, table_gradient
+):
+  return _forward(table, slot, weight, group, num_used, num_groups)
+
+
+def _save(table, slot, weight, group, num_used, num_groups, table_gradient):
+  inputs = (table, slot, weight, group, num_used)
+  return _forward(*inputs, num_groups), inputs
+
+
+def _restore(num_groups, table_gradient, inputs, cotangent):
+  # Two programs, not one, so that the table's is dead code if nobody asks.
+  d_table = gradient.of_table(*inputs, cotangent, table_gradient)
+  d_weight = gradient.of_weight(*inputs, cotangent)
+  return d_table, None, d_weight, None, None
+
+
+_value_bag.defvjp(_save, _restore)
+
+
+# Compiled as a function of its own, so that layers of one size share a trace.
+@functools.partial(jax.jit, static_argnames=('num_groups',))
+def _forward(table, slot, weight, group, num_used, num_groups):
+  if slot.size == 0:
+    shape = (slot.shape[0], num_groups, table.shape[1])
+    return jnp.zeros(shape, chunking.accumulator(table, weight))
+
+  def unrolled(at_once):
+    return lambda *args: _forward_unrolled(*args, num_groups, at_once)
+
+  def chunked(chunk_bytes):
+    return lambda *args: _forward_chunked(*args, num_groups, chunk_bytes)
+
+  def fused(table, slot, weight, group, _):
+    return _forward_fused(table, slot, weight, group, num_groups)
+
+  def gathered(table, slot, weight, group, _):
+    return _forward_gathered(table, slot, weight, group, num_groups)
+
+  by_matmul = table.dtype.itemsize < 4 or group is not None
+  if num_used is None and slot.size * table.shape[1] <= _FEW_READS:
+    on_gpu = gathered
+  elif num_used is None and slot.shape[1] <= _FUSED_ENTRIES:
+    on_gpu = fused
+  else:
+    on_gpu = unrolled(_UNROLL_GPU)
+  return jax.lax.platform_dependent(
+    table, slot, weight, group, num_used,
+    cpu=(
+      chunked(chunking.CHUNK_BYTES_CPU)
+      if by_matmul
+      else unrolled(_UNROLL_CPU)
+    ),
+    tpu=chunked(chunking.CHUNK_BYTES),
+    default=on_gpu,
+  )  # fmt: skip
+
+
+def _with_groups(weight, group, num_groups):
+  """Weights [..., G, c]: an entry's own in its group, zero in the others."""
+  if group is None:
+    return weight[..., None, :]
+  is_own = jax.nn.one_hot(group, num_groups, dtype=bool)
+  return jnp.where(is_own[..., None], weight[..., None, :], 0)
+
+
+def _forward_unrolled(
+  table, slot, weight, group, num_used, num_groups, at_once
+):  # fmt: skip
+  dtype = chunking.accumulator(table, weight)
+  num_tokens, num_cores, width = len(slot), weight.shape[2], table.shape[1]
+
+  def add(pooled_TGW, entries):
+    slot, weight_TkGc = entries
+    for j in range(slot.shape[1]):
+      # Weights are spread over the columns, and the table is not split by
+      # them: XLA may give a reshaped table another layout, and copy all of it.
+      weight_TGW = jnp.repeat(weight_TkGc[:, j], width // num_cores, axis=2)
+      rows_TW = chunking.rows(table, slot[:, j]).astype(dtype)
+      pooled_TGW += weight_TGW * rows_TW[:, None]
+    return pooled_TGW, None
+
+  # Weights by group at once: a GPU would write them entry by entry.
+  weight_TkGc = _with_groups(weight.astype(dtype), group, num_groups)
+  pooled_TGW, _ = chunking.over_entries(
+    add,
+    chunking.zeros((num_tokens, num_groups, width), dtype, table, slot),
+    (slot, weight_TkGc),
+    num_used,
+    at_once,
+  )
+  return pooled_TGW
+
+
+def _forward_gathered(table, slot, weight, group, num_groups):
+  dtype = chunking.accumulator(table, weight)
+  pooled_TGcW = jnp.einsum(
+    'tkgc,tkw->tgcw',
+    _with_groups(weight.astype(dtype), group, num_groups),
+    chunking.rows(table, slot).astype(dtype),
+    precision=jax.lax.Precision.HIGHEST,
+  )
+  # Each core's own block of all columns: to multiply only those, all rows would
+  # be transposed.
+  *shape, num_cores, width = pooled_TGcW.shape
+  blocks = pooled_TGcW.reshape(*shape, num_cores, num_cores, -1)
+  own = [blocks[:, :, i, i] for i in range(num_cores)]
+  return jnp.stack(own, axis=2).reshape(*shape, width)
+
+
+def _forward_fused(table, slot, weight, group, num_groups):
+  dtype = chunking.accumulator(table, weight)
+  (num_tokens, num_entries), width = slot.shape, table.shape[1]
+  num_cores = weight.shape[2]
+
+  def pool(slot, weight, group):
+    shape = (len(slot), num_groups, width)
+    pooled_tGW = chunking.zeros(shape, dtype, table, slot)
+    for j in range(num_entries):
+      rows_tW = chunking.rows(table, slot[:, j]).astype(dtype)
+      weight_tc = weight[:, j].astype(dtype)
+      rows_tW *= jnp.repeat(weight_tc, width // num_cores, axis=1)
+      if group is None:
+        pooled_tGW += rows_tW[:, None]
+      else:
+        # Not by weights that are zero in other groups: XLA would write those.
+        is_own = jax.nn.one_hot(group[:, j], num_groups, dtype=bool)
+        pooled_tGW += jnp.where(is_own[..., None], rows_tW[:, None], 0)
+    return pooled_tGW
+
+  at_once = max(1, _FUSED_READS // (num_entries * num_groups * width))
+  at_once = 1 << (at_once.bit_length() - 1)  # XLA splits odd sizes earlier.
+  if num_tokens <= at_once:
+    return pool(slot, weight, group)
+
+  def pool_some(i, pooled_TGW):
+    # Cuts that reach beyond the end are moved back: the last tokens are pooled
+    # twice where at_once does not divide them, to the same sums.
+    some = jax.tree.map(
+      lambda x: jax.lax.dynamic_slice_in_dim(x, i * at_once, at_once),
+      (slot, weight, group),
+    )
+    return jax.lax.dynamic_update_slice_in_dim(
+      pooled_TGW, pool(*some), i * at_once, axis=0
+    )
+
+  shape = (num_tokens, num_groups, width)
+  pooled_TGW = chunking.zeros(shape, dtype, table, slot)
+  num_kernels = math.ceil(num_tokens / at_once)
+  return jax.lax.fori_loop(0, num_kernels, pool_some, pooled_TGW)
+
+
+def _forward_chunked(
+  table, slot, weight, group, num_used, num_groups, chunk_bytes
+):  # fmt: skip
+  dtype = chunking.accumulator(table, weight)
+  num_cores, width = weight.shape[2], table.shape[1]
+  at_once = chunking.entries_at_once(slot, num_used)
+
+  def add(pooled_tGcw, entries):
+    slot, weight, group = entries
+    rows_tkW = chunking.rows(table, slot).astype(dtype)
+    pooled_tGcw += jnp.einsum(
+      'tkgc,tkcw->tgcw',
+      _with_groups(weight.astype(dtype), group, num_groups),
+      rows_tkW.reshape(*rows_tkW.shape[:2], num_cores, -1),
+      precision=jax.lax.Precision.HIGHEST,
+    )
+    return pooled_tGcw, None
+
+  def pool(_, chunk):
+    *entries, num_used = chunk
+    shape = (len(entries[0]), num_groups, num_cores, width // num_cores)
+    nothing = chunking.zeros(shape, dtype, table, slot)
+    pooled, _ = chunking.over_entries(
+      add, nothing, tuple(entries), num_used, at_once
+    )
+    return None, pooled
+
+  _, pooled = chunking.over_tokens(
+    pool,
+    None,
+    (slot, weight, group, num_used),
+    chunk_bytes // (at_once * table[0].nbytes),
+  )
+  return pooled.reshape(slot.shape[0], num_groups, width)

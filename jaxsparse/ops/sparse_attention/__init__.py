@@ -1,0 +1,1 @@
+"""Attention over chosen key blocks, and its caches."""

@@ -1,0 +1,228 @@
+"""Attention to a window, to some blocks before it, and to summaries of others.
+
+A tile of queries reads three disjoint sets of keys: its window, row by row; the
+blocks that `block_selection` keeps; and one key and value for each other
+eligible block, which stands for all of its rows. 'merged' is one softmax over
+all of them, so that keeping every block is dense attention; 'gated' adds up
+three softmaxes (NSA, arXiv:2502.11089). A gate for each set, query and head
+weighs them.
+
+Letters as in `block_selection`; r rows of a tile, T = n r queries.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from jaxsparse.ops.online_softmax import (
+  combined,
+  masked_softmax,
+  partial_softmax,
+)
+from jaxsparse.ops.sparse_attention.block_selection import (
+  Grid,
+  Selection,
+  eligible_blocks,
+  lead_segments,
+)
+from jaxsparse.ops.sparse_attention.block_summaries import (
+  Summaries,
+  Turn,
+  join_summaries,
+)
+
+
+class Pages(NamedTuple):
+  """Keys and values on the grid of blocks."""
+
+  key: Float[Array, 'B K Z b H']
+  value: Float[Array, 'B K Z b H']
+  segments: Int[Array, 'B Z b']
+
+
+def to_pages(
+  key: Float[Array, 'B S K H'],
+  value: Float[Array, 'B S K H'],
+  segments: Int[Array, 'B S'],
+  block: int,
+) -> Pages:
+  """Rows on the grid; what the last block lacks is padding."""
+  length = key.shape[1]
+  missing = -length % block
+
+  def paged(x):
+    x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+    return x.reshape(x.shape[0], -1, block, *x.shape[2:])
+
+  key, value = (jnp.moveaxis(paged(x), 3, 1) for x in (key, value))
+  return Pages(key, value, paged(segments))
+
+
+def attend_tiles(
+  query: Float[Array, 'B n r K G H'],
+  gates: Float[Array, 'B n r K G 3'],
+  first_row: Int[Array, ' n'],
+  segments: Int[Array, 'B n r'],
+  pages: Pages,
+  summaries: Summaries | None,
+  selection: Selection,
+  grid: Grid,
+  combine: str = 'merged',
+  turn: Turn | None = None,
+  forgotten: Summaries | None = None,
+) -> tuple[
+  Float[Array, 'B n r K G H'],
+  Float[Array, 'B n r K G 3'],
+  Float[Array, 'B K n k'],
+]:
+  """Attention of given tiles with given blocks.
+
+  Args:
+    query: rotated.
+    gates: factors of the window, the kept blocks and the summaries.
+    first_row: of each tile, or of the part of it that is here.
+    segments: document of each query; 0 for padding.
+    pages: all keys and values; rows after a query's own may hold anything that
+      is finite.
+    summaries: of the blocks, or None to do without them.
+    selection: the tiles' blocks.
+    grid: sizes.
+    combine: 'merged' or 'gated'.
+    turn: rotates keys by their rows, if the pages' are not rotated.
+    forgotten: summaries of blocks that are in no page, which are read, too.
+
+  Returns:
+    Sums of the values, 0 for padding; each set's share of the softmax
+    ('merged') or its gate ('gated'); and each slot's share of what the kept
+    blocks get together, the mean over rows and heads, without a gradient.
+  """
+  dtype = jnp.promote_types(query.dtype, jnp.float32)
+  scaled = query.astype(dtype) * query.shape[-1] ** -0.5
+  query = jnp.moveaxis(scaled, 3, 1).astype(query.dtype)
+  gates = jnp.moveaxis(gates, 3, 1).astype(dtype)
+  own_block = first_row // grid.block
+  kept, masses = _kept(query, segments, pages, selection, turn)
+  parts = [
+    _window(query, first_row, segments, pages, own_block, grid, turn),
+    kept,
+  ]
+  if summaries is not None:
+    lead = lead_segments(pages.segments, first_row - first_row % grid.tile)
+    is_read = eligible_blocks(summaries, own_block, lead, grid)[:, None]
+    if not grid.is_overlapping:
+      is_read &= ~_is_kept_block(selection, is_read.shape[-1])
+    if forgotten is not None:
+      is_same = forgotten.segment[:, None] == lead[..., None]
+      is_same = jnp.broadcast_to(
+        (is_same & (forgotten.count > 0)[:, None])[:, None],
+        (*is_read.shape[:-1], is_same.shape[-1]),
+      )
+      is_read = jnp.concatenate([is_same, is_read], axis=-1)
+      summaries = join_summaries(forgotten, summaries)
+    parts.append(_summarized(query, segments, summaries, is_read))
+  y, shares = combined(parts, gates, combine)
+  shares = jnp.pad(shares, [(0, 0)] * 5 + [(0, 3 - shares.shape[-1])])
+  return *(jnp.moveaxis(x, 1, 3) for x in (y, shares)), masses
+
+
+def _window(query, first_row, segments, pages, own_block, grid, turn):
+  """Rows of the own block and the blocks of the window, none of them later."""
+  offsets = jnp.arange(-grid.window_blocks, 1)
+  block = own_block[:, None] + offsets[None]
+  row = block[..., None] * grid.block + jnp.arange(grid.block)[None, None]
+  row = row.reshape(len(block), -1)
+  key, value, of_keys = _read_window(pages, jnp.maximum(block, 0))
+  if turn is not None:
+    key = turn(key, row[None, None])
+  own_row = first_row[:, None] + jnp.arange(segments.shape[2])[None]
+  is_past = (row[:, None] <= own_row[..., None]) & (row >= 0)[:, None]
+  is_seen = _same_document(segments, of_keys) & is_past[None]
+  logits = _logits('bknrgh,bknlh->bknrgl', query, key)
+  return partial_softmax(logits, is_seen[:, None, :, :, None], value)
+
+
+def _read_window(pages, block):
+  """Keys and values [B, K, n, l, H] and segments [B, n, l] of the blocks."""
+
+  def merged(x, axis):
+    x = jnp.take(x, block, axis=axis, mode='clip')
+    shape = (*x.shape[: axis + 1], -1, *x.shape[axis + 3 :])
+    return x.reshape(shape)
+
+  return merged(pages.key, 2), merged(pages.value, 2), merged(pages.segments, 1)
+
+
+def _kept(query, segments, pages, selection, turn):
+  """All rows of the kept blocks: each ends before the tile."""
+  take = jax.vmap(jax.vmap(lambda x, i: x[i]))
+  key, value = (take(x, selection.block) for x in (pages.key, pages.value))
+  if turn is not None:
+    block = key.shape[-2]
+    offset = jnp.arange(block)[None, None, None, None]
+    key = turn(key, selection.block[..., None] * block + offset)
+  # The documents' rows are the same for all heads, the blocks are not.
+  of_keys = jax.vmap(lambda x, i: x[i])(pages.segments, selection.block)
+  shape = (*selection.block.shape[:3], -1)
+  is_seen = _same_document(segments[:, None], of_keys.reshape(shape))[
+    ..., None, :
+  ]
+  block = key.shape[-2]
+  is_kept = jnp.repeat(selection.is_kept, block, axis=-1)[..., None, None, :]
+  weight = jnp.repeat(selection.weight, block, axis=-1)[..., None, None, :]
+  key, value = (x.reshape(*shape, x.shape[-1]) for x in (key, value))
+  logits = _logits('bknrgh,bknlh->bknrgl', query, key)
+  part = partial_softmax(logits, is_seen, value, is_kept, weight)
+  return part, _masses(logits, is_seen & is_kept, selection.block.shape[-1])
+
+
+def _masses(logits, is_read, num_slots):
+  """Shares [B, K, n, k] of the slots among what is read of the kept blocks."""
+  shares = masked_softmax(jax.lax.stop_gradient(logits), is_read).sum((3, 4))
+  shares = shares.reshape(*shares.shape[:3], num_slots, -1).sum(-1)
+  total = shares.sum(-1, keepdims=True)
+  return shares / jnp.where(total > 0, total, 1.0)
+
+
+def _is_kept_block(selection, num_blocks):
+  """Slots [B, K, n, k] to blocks [B, K, n, Z]."""
+  block = jnp.arange(num_blocks)[None, None, None, None]
+  is_block = selection.block[..., None] == block
+  return jnp.any(is_block & selection.is_kept[..., None], axis=-2)
+
+
+def _summarized(query, segments, summaries, is_read):
+  """One key and value for each block that is read so."""
+  batch, _, num_tiles, num_blocks = is_read.shape
+  of_keys = jnp.broadcast_to(
+    summaries.segment[:, None], (batch, num_tiles, num_blocks)
+  )
+  is_same = _same_document(segments, of_keys)
+  is_seen = is_read[..., None, None, :] & is_same[:, None, :, :, None]
+  logits = _logits('bknrgh,bkzh->bknrgz', query, summaries.key)
+  count = jnp.maximum(summaries.count, 1).astype(logits.dtype)
+  logits += jnp.log(count)[:, None, None, None, None]
+  return partial_softmax(logits, is_seen, summaries.value.astype(query.dtype))
+
+
+def _logits(letters, query, key):
+  dtype = jnp.promote_types(query.dtype, jnp.float32)
+  key = key.astype(query.dtype)
+  return jnp.einsum(letters, query, key, preferred_element_type=dtype)
+
+
+def _same_document(queries, keys):
+  """[..., r] and [..., l] to [..., r, l]."""
+  is_same = queries[..., :, None] == keys[..., None, :]
+  return is_same & (queries > 0)[..., :, None]
+
+
+def mean_of_rows(
+  shares: Float[Array, 'B n r K G 3'], segments: Int[Array, 'B n r']
+) -> Float[Array, 'B K n 3']:
+  """Over the heads of a group and the rows of a tile, but for padding."""
+  is_row = (segments > 0).astype(shares.dtype)
+  total = jnp.einsum('bnrkgs,bnr->bkns', shares, is_row)
+  count = jnp.maximum(is_row.sum(-1), 1) * shares.shape[4]
+  return total / count[:, None, :, None]

@@ -1,0 +1,127 @@
+"""Libraries' kernels, interpreted on a CPU, beside our own attention."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsparse import mesh
+from jaxsparse.config.errors import UserError
+from jaxsparse.ops.attention import libraries
+from jaxsparse.ops.attention.dense import attention
+
+B, T, N, K, H = 1, 256, 4, 2, 16
+CALL = libraries.Call(
+  length=T,
+  num_keys=T,
+  num_heads=N,
+  num_kv_heads=K,
+  width=H,
+  dtype=jnp.dtype('float32'),
+  window=0,
+  is_composed=False,
+)
+
+
+def make_inputs():
+  rng = np.random.default_rng(0)
+  heads = [
+    jnp.asarray(rng.normal(size=(B, T, n, H)), 'float32') for n in (N, K, K)
+  ]
+  segments = np.ones((B, T), np.int32)
+  # Two documents and padding at the end.
+  segments[:, 100:], segments[:, 250:] = 2, 0
+  return heads, jnp.asarray(segments)
+
+
+def value_and_gradients(function, heads):
+  def loss(*heads):
+    y = function(*heads)
+    return jnp.sin(y).sum(), y
+
+  gradients, y = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))(*heads)
+  return y, *gradients
+
+
+@pytest.mark.parametrize(
+  ('kernel', 'window'),
+  [('splash', 0), ('splash', 40), ('triton', 0)],
+)
+def test_a_kernel_is_our_attention(kernel, window, monkeypatch):
+  heads, segments = make_inputs()
+  how = dict(window=window) if window else {}
+  run = functools.partial(getattr(libraries, kernel), interpret=True, **how)
+  monkeypatch.setitem(libraries._KERNELS, 'pallas', lambda *x, window: run(*x))
+  kernel = functools.partial(
+    libraries.library_attention, 'pallas', segments=segments, window=window
+  )
+  got = value_and_gradients(kernel, heads)
+  rows = jnp.arange(T)[None]
+  want = value_and_gradients(
+    lambda *x: attention(*x, rows, rows, segments, segments, window=window),
+    heads,
+  )
+  for a, b in zip(got, want, strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_auto_takes_a_kernel_that_compiles(monkeypatch):
+  """Found while a step is traced on a mesh, whose devices run it apart."""
+  kernel = functools.partial(libraries.splash, interpret=True)
+  monkeypatch.setitem(libraries._KERNELS, 'pallas', kernel)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+  heads, segments = make_inputs()
+  heads = [jnp.tile(x, (2, 1, 1, 1)) for x in heads]
+  segments = jnp.tile(segments, (2, 1))
+  rows = jnp.tile(jnp.arange(T), (2, 1))
+  chosen = []
+
+  def run(*heads):
+    chosen.append(libraries.choose('auto', CALL))
+    return attention(
+      *heads, rows, rows, segments, segments, implementation='auto'
+    )
+
+  with jax.set_mesh(mesh.make_mesh(2, 1, 2, devices=jax.devices()[:4])):
+    placed = [mesh.reshard(x, mesh.act('BTN.')) for x in heads]
+    got = jax.jit(run)(*placed)
+  assert chosen == ['pallas']
+  want = attention(*heads, rows, rows, segments, segments)
+  np.testing.assert_allclose(got, want, atol=2e-5)
+
+
+def test_auto_is_xla_on_a_cpu():
+  assert libraries.choose('auto', CALL) == 'xla'
+
+
+@pytest.mark.parametrize('name', libraries.LIBRARIES)
+def test_a_choice_that_cannot_run_is_a_sentence(name):
+  with pytest.raises(
+    UserError, match=f"'{name}' can't run here: .* this is cpu"
+  ):
+    libraries.choose(name, CALL)
+
+
+@pytest.mark.parametrize(
+  ('backend', 'fields', 'name', 'word'),
+  [
+    ('gpu', dict(is_composed=True), 'pallas', 'compose heads'),
+    ('gpu', dict(num_keys=2 * T), 'pallas', '512 keys for 256'),
+    ('gpu', dict(window=8), 'pallas', 'no window'),
+    ('gpu', {}, 'cudnn', '16 bits'),
+    ('tpu', dict(length=T + 1, num_keys=T + 1), 'pallas', 'multiple of 128'),
+    ('tpu', {}, 'cudnn', 'for GPU'),
+  ],
+)
+def test_why_not(backend, fields, name, word, monkeypatch):
+  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  call = dataclasses.replace(CALL, **fields)
+  assert word in libraries.why_not(name, call)
+
+
+def test_an_unknown_name_is_refused():
+  with pytest.raises(UserError, match="'flash' must be one of auto, xla"):
+    libraries.choose('flash', CALL)

@@ -1,0 +1,252 @@
+"""Products with experts equal their references and read only what they need."""
+
+import argparse
+import functools
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from compiled import arrays_of_size
+
+from jaxsparse.bench import grouped_matmul as bench
+from jaxsparse.config.errors import UserError
+from jaxsparse.ops.experts import expert_mlp as mlp
+from jaxsparse.ops.experts import grouped_matmul as ops
+from jaxsparse.ops.experts import grouped_matmul_libraries as libraries
+from jaxsparse.ops.kernels import grouped_matmul as kernels
+
+S, X, D, F = 53, 5, 12, 24
+
+# Rows of each expert: ones that a CPU takes in every way, none, and all.
+SIZES = {
+  'uneven': [1, 0, 30, 3, 2],
+  'all on the first': [S, 0, 0, 0, 0],
+  'all on the last': [0, 0, 0, 0, S],
+  'even': [10, 10, 11, 11, 11],
+  'none': [0] * X,
+}
+
+
+def draw(*shape, seed=0, dtype=jnp.float32):
+  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def run(product, rows, experts, which, cotangent):
+  """The products and the gradients of rows and experts."""
+  out, vjp = jax.vjp(lambda r, e: product(r, e, which), rows, experts)
+  return out, *vjp(cotangent)
+
+
+def check(actual, expected, rtol=1e-5):
+  for a, e in zip(actual, expected, strict=True):
+    assert a.dtype == e.dtype
+    a, e = (np.asarray(x, np.float64) for x in (a, e))
+    np.testing.assert_allclose(
+      a, e, rtol=0, atol=rtol * max(1, np.abs(e).max(initial=0))
+    )
+
+
+@pytest.mark.parametrize('sizes', SIZES)
+def test_grouped_equals_its_reference(sizes):
+  args = draw(S, D), draw(X, D, F, seed=1), jnp.array(SIZES[sizes], jnp.int32)
+  cotangent = draw(S, F, seed=2)
+  actual = run(ops.grouped_matmul, *args, cotangent)
+  check(actual, run(ops.grouped_matmul_reference, *args, cotangent))
+  for i, size in enumerate(SIZES[sizes]):
+    assert size or not np.any(actual[2][i])
+
+
+@pytest.mark.parametrize('num_rows', [0, 1, 300])
+def test_any_number_of_rows(num_rows):
+  experts = np.random.default_rng(0).integers(X, size=num_rows)
+  sizes = jnp.asarray(np.bincount(experts, minlength=X), jnp.int32)
+  args = draw(num_rows, D), draw(X, D, F, seed=1), sizes
+  cotangent = draw(num_rows, F, seed=2)
+  actual = run(ops.grouped_matmul, *args, cotangent)
+  expected = run(ops.grouped_matmul_reference, *args, cotangent)
+  check(actual, expected, 1e-4 if num_rows > S else 1e-5)
+
+
+def test_rows_of_nobody_may_hold_anything():
+  rows = draw(S, D).at[36:].set(jnp.nan)
+  cotangent = draw(S, F, seed=2).at[36:].set(jnp.nan)
+  experts, sizes = draw(X, D, F, seed=1), jnp.array(SIZES['uneven'], jnp.int32)
+  out, d_rows, d_experts = run(
+    ops.grouped_matmul, rows, experts, sizes, cotangent
+  )
+  assert not np.any(out[36:])
+  assert not np.any(d_rows[36:])
+  assert np.isfinite(out).all()
+  assert np.isfinite(d_experts).all()
+
+
+@pytest.mark.parametrize('function', ['grouped_matmul', 'assigned_matmul'])
+def test_f64(function):
+  with jax.enable_x64(True):
+    rows, experts = draw(9, D, dtype=float), draw(X, D, F, seed=1, dtype=float)
+    cotangent = draw(9, F, seed=2, dtype=float)
+    which = dict(
+      grouped_matmul=jnp.array([1, 0, 4, 2, 2], jnp.int32),
+      assigned_matmul=jnp.array([4, 4, 0, 1, 2, 2, 2, 0, 1], jnp.int32),
+    )[function]
+    actual = run(getattr(ops, function), rows, experts, which, cotangent)
+    reference = getattr(ops, f'{function}_reference')
+    check(actual, run(reference, rows, experts, which, cotangent), 1e-13)
+
+
+def test_assigned_equals_its_reference():
+  expert = jnp.array([3, 0, 3, 4], jnp.int32)
+  args = draw(4, D), draw(X, D, F, seed=1), expert, draw(4, F, seed=2)
+  actual = run(ops.assigned_matmul, *args)
+  check(actual, run(ops.assigned_matmul_reference, *args))
+
+
+def test_experts_are_stored_in_f32_and_multiplied_in_bf16():
+  rows = draw(S, D, dtype=jnp.bfloat16)
+  cotangent = draw(S, F, seed=2, dtype=jnp.bfloat16)
+  experts, sizes = draw(X, D, F, seed=1), jnp.array(SIZES['uneven'], jnp.int32)
+  actual = run(ops.grouped_matmul, rows, experts, sizes, cotangent)
+  wide = (x.astype(jnp.float32) for x in (rows, experts, cotangent))
+  rows, experts, cotangent = wide
+  rounded = experts.astype(jnp.bfloat16).astype(jnp.float32)
+  expected = run(ops.grouped_matmul_reference, rows, rounded, sizes, cotangent)
+  assert [x.dtype for x in actual] == [jnp.bfloat16, jnp.bfloat16, jnp.float32]
+  actual = [x.astype(jnp.float32) for x in actual]
+  check(actual[:2], expected[:2], 1e-2)
+  check(actual[2:], expected[2:], 1e-5)
+
+
+@pytest.mark.parametrize('sizes', ['uneven', 'none'])
+def test_other_implementations_compute_the_same(sizes):
+  args = draw(S, D), draw(X, D, F, seed=1), jnp.array(SIZES[sizes], jnp.int32)
+  cotangent = draw(S, F, seed=2)
+  expected = run(ops.grouped_matmul_reference, *args, cotangent)
+  ragged = functools.partial(ops.grouped_matmul, implementation='ragged_dot')
+  check(run(ragged, *args, cotangent), expected)
+  for kernel in (libraries.megablox, libraries.triton):
+    interpreted = functools.partial(kernel, interpret=True)
+    check(run(interpreted, *args, cotangent), expected)
+
+
+def test_a_kernel_for_gpus_has_many_tiles():
+  """Several of each expert, and widths that they do not divide."""
+  sizes = jnp.array([0, 150, 100, 20], jnp.int32)
+  args = draw(300, 200), draw(4, 200, 130, seed=1), sizes
+  cotangent = draw(300, 130, seed=2)
+  triton = functools.partial(libraries.triton, interpret=True)
+  expected = run(ops.grouped_matmul_reference, *args, cotangent)
+  check(run(triton, *args, cotangent), expected)
+
+
+def test_a_kernel_for_gpus_takes_rows_as_assigned():
+  expert = jnp.array([3, 0, 3, 4], jnp.int32)
+  args = draw(4, 70), draw(X, 70, 130, seed=1), expert
+  y = kernels.assigned_matmul(*args, interpret=True)
+  check([y], [ops.assigned_matmul_reference(*args)])
+
+
+def test_what_a_kernel_for_gpus_does_not_serve():
+  rows, experts = draw(4, D), draw(X, D, F)
+  assert kernels.why_not(rows, experts) is None
+  assert 'nothing' in kernels.why_not(rows[:0], experts)
+  shapes = [(rows.shape, 'float64'), ((2**11, 2**10, 2**10), 'float32')]
+  wide, large = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
+  assert 'not float64' in kernels.why_not(wide, experts)
+  assert 'not below 2^31' in kernels.why_not(rows, large)
+
+
+def test_what_cannot_run_is_told_in_a_sentence():
+  args = draw(S, D), draw(X, D, F), jnp.array(SIZES['even'], jnp.int32)
+  for name in ('megablox', 'triton'):
+    with pytest.raises(UserError, match=f"'{name}' can't run here: it is for"):
+      ops.grouped_matmul(*args, implementation=name)
+  with pytest.raises(UserError, match="'fast' must be one of 'auto', 'loop'"):
+    ops.grouped_matmul(*args, implementation='fast')
+
+
+def test_tpus_take_ragged_dot_where_their_kernel_cannot_run(monkeypatch):
+  args = draw(S, D), draw(X, D, F), jnp.array(SIZES['even'], jnp.int32)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+  monkeypatch.setattr(libraries, 'why_not', lambda *args: 'a mesh')
+  assert 'ragged_dot' in str(jax.make_jaxpr(ops.grouped_matmul)(*args))
+
+
+@pytest.mark.parametrize('dtype', [jnp.float32, jnp.bfloat16])
+def test_no_temporary_holds_all_experts(dtype):
+  args = draw(16, D, dtype=dtype), draw(64, D, F), jnp.zeros(64, jnp.int32)
+  program = jax.jit(ops.grouped_matmul).lower(*args).compile()
+  assert program.memory_analysis().temp_size_in_bytes < 64 * D * F
+  text = program.as_text()
+  for op in ('copy', 'convert', 'gather', 'dynamic-slice'):
+    assert not arrays_of_size(text, op, 2 * D * F)
+
+
+@pytest.mark.parametrize(
+  ('num_tokens', 'kind'), [(2, 'erf'), (20, 'tanh'), (20, 'swiglu')]
+)
+def test_mlp_of_experts_equals_its_reference(num_tokens, kind):
+  """With 2 tokens on 8 experts, in the form for a few tokens and sorted."""
+  k, num_experts = 3, 8
+  rng = np.random.default_rng(0)
+  experts = jnp.asarray(
+    rng.permuted(np.tile(np.arange(8), (num_tokens, 1)), axis=1)[:, :k],
+    jnp.int32,
+  )
+  x, weights = draw(num_tokens, D), draw(num_tokens, k, seed=1)
+  matrices = dict(
+    up=draw(num_experts, D, F, seed=2), down=draw(num_experts, F, D, seed=3)
+  )
+  if kind == 'swiglu':
+    matrices['gate'] = draw(num_experts, D, F, seed=4)
+  cotangent = draw(num_tokens, D, seed=5)
+
+  def run(function, **keywords):
+    @jax.jit
+    def both(*args):
+      out, vjp = jax.vjp(
+        lambda x, w, m: function(x, w, experts, m, **keywords), *args
+      )
+      return out, vjp(cotangent)
+
+    return jax.tree.leaves(both(x, weights, matrices))
+
+  form = {} if kind == 'swiglu' else dict(gelu=kind)
+  expected = run(mlp.expert_mlp_reference, **form)
+  check(run(mlp.expert_mlp, **form), expected)
+  if num_tokens == 2:
+    check(run(mlp.expert_mlp, implementation='loop', **form), expected)
+
+
+def test_contenders_of_the_bench_compute_the_same():
+  options = argparse.Namespace(
+    experts=5, depth=8, width=6, rows=9, used=2, dtype='float32'
+  )
+  dense, *others = bench.token_contenders(options).values()
+  for _ in range(options.experts):
+    expected = dense.run()
+    for contender in others:
+      # Both in ascending order of experts.
+      check([contender.run()], [expected])
+  for contender in bench.hit_contenders(options, [1, 4]).values():
+    assert contender.run().shape == (9, 6)
+
+
+@pytest.mark.slow
+def test_time_follows_the_distinct_experts(tmp_path):
+  """In a process of its own, compiled as for users."""
+  path = tmp_path / 'report.json'
+  subprocess.run(
+    [sys.executable, '-m', 'jaxsparse.bench', 'grouped_matmul', '--json', path],
+    env={k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'},
+    check=True,
+  )
+  results = json.loads(path.read_text())['results']
+  assert max(r['to_line'] for r in results if 'to_line' in r) < 1.5
+  token = {r['contender']: r['seconds'] for r in results if 'to_line' not in r}
+  assert token['assigned_matmul'] < 1.2 * token['dense products']

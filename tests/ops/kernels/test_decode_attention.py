@@ -1,0 +1,102 @@
+"""Attention of one token, interpreted on a CPU, is our attention's."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsparse import mesh
+from jaxsparse.config.errors import UserError
+from jaxsparse.ops.attention import libraries
+from jaxsparse.ops.attention.dense import attention, attention_reference
+from jaxsparse.ops.kernels import decode_attention as kernel
+
+S = 150  # Of three blocks of rows, the last one part empty.
+
+
+def make_inputs(num_kv_heads, group, width, seed=0):
+  """A long document, the second of two after padding, one that begins."""
+  rng = np.random.default_rng(seed)
+  segments = np.zeros((4, S), np.int32)
+  positions = np.tile(np.arange(S, dtype=np.int32), (4, 1))
+  segments[0, :100], segments[2] = 1, 1
+  segments[1, 10:50], segments[1, 50:120] = 1, 2
+  positions[1, 50:120] = np.arange(70)
+  # The last sequence is padding alone.
+  own = jnp.asarray([[99], [69], [5], [0]], jnp.int32)
+  own_segments = jnp.asarray([[1], [2], [1], [0]], jnp.int32)
+
+  def heads(*shape):
+    return jnp.asarray(rng.normal(size=(4, *shape, width)), jnp.float32)
+
+  return (
+    heads(1, num_kv_heads * group),
+    heads(S, num_kv_heads),
+    heads(S, num_kv_heads),
+    own,
+    jnp.asarray(positions),
+    own_segments,
+    jnp.asarray(segments),
+  )
+
+
+@pytest.fixture
+def on_gpu(monkeypatch):
+  """As if this were one, with the kernel interpreted."""
+  run = functools.partial(kernel.decode_attention, interpret=True)
+  monkeypatch.setattr(libraries, 'decode_attention', run)
+  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  libraries._why_not_decoding.cache_clear()
+  yield
+  libraries._why_not_decoding.cache_clear()
+
+
+@pytest.mark.parametrize('window', [0, 7])
+@pytest.mark.parametrize(
+  ('num_kv_heads', 'group', 'width', 'num_programs'),
+  [(2, 4, 24, 512), (3, 1, 16, 1), (1, 20, 32, 5)],
+)
+def test_it_is_the_definition(
+  num_kv_heads, group, width, num_programs, window, on_gpu, monkeypatch
+):
+  monkeypatch.setattr(kernel, '_PROGRAMS', num_programs)
+  inputs = make_inputs(num_kv_heads, group, width)
+  y = attention(*inputs, window=window, implementation='pallas')
+  expected = attention_reference(*inputs, window=window)
+  np.testing.assert_allclose(y, expected, atol=1e-5)
+  assert not np.any(y[3])
+
+
+def test_devices_run_it_on_their_own_heads(on_gpu):
+  inputs = make_inputs(2, 2, 16)
+  expected = attention_reference(*inputs)
+  with jax.set_mesh(mesh.make_mesh(2, 2, 2)):
+    dims = ('BT..', 'BS..', 'BS..', 'BT', 'BS', 'BT', 'BS')
+    placed = [
+      mesh.reshard(x, mesh.act(d)) for x, d in zip(inputs, dims, strict=True)
+    ]
+    y = jax.jit(functools.partial(attention, implementation='auto'))(*placed)
+  np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+def test_what_it_does_not_serve(on_gpu):
+  call = libraries.Call(
+    length=1,
+    num_keys=S,
+    num_heads=4,
+    num_kv_heads=2,
+    width=16,
+    dtype=jnp.dtype('float32'),
+    window=0,
+    is_composed=False,
+  )
+  assert libraries.choose('auto', call) == 'pallas'
+  assert libraries.choose('xla', call) == 'xla'
+  wide = dataclasses.replace(call, dtype=jnp.dtype('float64'))
+  assert libraries.choose('auto', wide) == 'xla'
+  composed = dataclasses.replace(call, is_composed=True)
+  with pytest.raises(UserError, match='it does not compose heads'):
+    libraries.choose('pallas', composed)

@@ -1,0 +1,62 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsparse.ops.memory.gathered_dot import (
+  row_products,
+  row_products_reference,
+)
+
+T, k, M, W = 7, 9, 23, 12
+
+
+def inputs(dtype=jnp.float32):
+  rng = np.random.default_rng(0)
+  table = jnp.asarray(rng.normal(size=(M, W)), dtype)
+  slot = jnp.asarray(rng.integers(M, size=(T, k)), jnp.int32)
+  return table, slot, jnp.asarray(rng.normal(size=(T, W)), jnp.float32)
+
+
+def run(function, table, slot, vector):
+  def loss(table, vector):
+    products = function(table, slot, vector)
+    factor = jnp.cos(jnp.arange(products.size)).reshape(products.shape)
+    return (products * factor).sum(), products
+
+  return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(table, vector)
+
+
+@pytest.mark.parametrize('way', ['scatter', 'deterministic'])
+def test_equals_reference(way):
+  def products(*args):
+    return row_products(*args, table_gradient=way)
+
+  jax.tree.map(
+    lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5),
+    run(products, *inputs()),
+    run(row_products_reference, *inputs()),
+  )
+
+
+def test_entries_not_in_use_give_and_get_nothing():
+  table, slot, vector = inputs()
+  num_used = jnp.arange(T, dtype=jnp.int32)
+  in_use = jnp.arange(k)[None] < num_used[:, None]
+
+  def masked(*args):
+    return jnp.where(in_use, row_products_reference(*args), 0)
+
+  def used(table, slot, vector):
+    slot = jnp.where(in_use, slot, M + 5)
+    return row_products(table, slot, vector, num_used=num_used)
+
+  jax.tree.map(
+    lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5),
+    run(used, table, slot, vector),
+    run(masked, table, slot, vector),
+  )
+
+
+def test_narrow_tables_give_wide_products():
+  assert row_products(*inputs(jnp.bfloat16)).dtype == jnp.float32

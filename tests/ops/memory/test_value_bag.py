@@ -1,0 +1,391 @@
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsparse import mesh as mesh_lib
+from jaxsparse.config.errors import UserError
+from jaxsparse.ops.memory import value_bag as bag
+from jaxsparse.ops.memory import value_bag_gradient as gradient
+from jaxsparse.ops.memory.value_bag import value_bag, value_bag_reference
+
+# Two tokens, or 16 rows, of the inputs below.
+_CHUNK_BYTES = 16 * 8 * 4
+FORMS = {
+  'platform': {},
+  'gpu': dict(
+    forward=lambda *args: _forward_gpu(*args),
+    of_weight=gradient._of_weight_whole,
+    scatter=gradient._scatter_whole,
+    sorted=gradient._sorted_whole,
+    deterministic=gradient._distinct_rows,
+  ),
+  'tpu': dict(
+    forward=lambda *args: bag._forward_chunked(*args, _CHUNK_BYTES),
+    of_weight=gradient._of_weight_chunked(_CHUNK_BYTES),
+    scatter=gradient._scatter_chunked(_CHUNK_BYTES),
+    sorted=gradient._sorted_blocks(_CHUNK_BYTES),
+    deterministic=gradient._scatter_chunked(_CHUNK_BYTES),
+  ),
+}
+
+
+def _forward_gpu(table, slot, weight, group, num_used, num_groups):
+  if num_used is None:
+    return bag._forward_fused(table, slot, weight, group, num_groups)
+  return bag._forward_unrolled(
+    table, slot, weight, group, num_used, num_groups, 28
+  )
+
+
+def _use_form(name, monkeypatch):
+  if not (form := FORMS[name]):
+    return
+  monkeypatch.setattr(bag, '_forward', lambda *a: form['forward'](*a))
+  # Two tokens of the inputs below in one kernel.
+  monkeypatch.setattr(bag, '_FUSED_READS', 2 * 5 * 4 * 8)
+  monkeypatch.setattr(gradient, 'of_weight', form['of_weight'])
+  monkeypatch.setattr(
+    gradient,
+    'of_table',
+    lambda *args: form[args[-1]](*args[:-1]).astype(args[0].dtype),
+  )
+
+
+@pytest.fixture(params=FORMS)
+def form(request, monkeypatch):
+  """Each backend's form, on this backend."""
+  _use_form(request.param, monkeypatch)
+  return request.param
+
+
+def _inputs(T=6, k=5, c=2, G=4, M=11, W=8, dtype=jnp.float32, seed=0):
+  keys = jax.random.split(jax.random.key(seed), 4)
+  table = jax.random.normal(keys[0], (M, W)).astype(dtype)
+  slot = jax.random.randint(keys[1], (T, k), 0, M)
+  weight = jax.random.normal(keys[2], (T, k, c))
+  group = jax.random.randint(keys[3], (T, k), 0, G) if G else None
+  return table, slot, weight, group
+
+
+def _gradients(
+  function, table, slot, weight, group, num_groups, **options
+):  # fmt: skip
+  def loss(table, weight):
+    pooled = function(table, slot, weight, group, num_groups, **options)
+    factor = jnp.cos(jnp.arange(pooled.size).reshape(pooled.shape))
+    spec = mesh_lib.act('B..')
+    return (pooled * mesh_lib.reshard(factor, spec)).sum(), pooled
+
+  # Compiled afresh: op by op is slow, and a cache would hide a patched form.
+  return jax.jit(jax.grad(loss, (0, 1), has_aux=True))(table, weight)
+
+
+def _assert_close(actual, expected, atol=1e-5):
+  jax.tree.map(
+    lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=atol),
+    actual,
+    expected,
+  )
+
+
+def _assert_equals_reference(
+  table,
+  slot,
+  weight,
+  group,
+  num_groups,
+  atol=1e-5,
+  num_used=None,
+  way='scatter',
+):
+  args = (table, slot, weight, group, num_groups)
+  _assert_close(
+    _gradients(value_bag, *args, num_used=num_used, table_gradient=way),
+    _gradients(value_bag_reference, *args, num_used=num_used),
+    atol,
+  )
+
+
+@pytest.mark.parametrize(
+  'sizes',
+  [
+    dict(c=1, G=1),
+    dict(c=4, k=1, T=1),
+    dict(k=30, M=7),
+    dict(G=0, k=9),
+    dict(T=7, k=3, M=13),
+  ],
+  ids=str,
+)
+def test_equals_reference(form, sizes):
+  args = _inputs(**sizes)
+  num_groups = sizes.get('G', 4) or 1
+  _assert_equals_reference(*args, num_groups)
+
+
+def test_one_slot_for_all_collects_every_gradient(form):
+  table, slot, weight, group = _inputs()
+  for row in (0, 10):
+    _assert_equals_reference(
+      table, jnp.full_like(slot, row), weight, group, 4, atol=1e-4
+    )
+
+
+NUM_USED = {
+  'all': [5] * 6,
+  'some': [0, 5, 3, 1, 0, 4],
+  'few': [0, 2, 1, 0, 0, 2],
+  'none': [0] * 6,
+}
+
+
+def _with_nonsense_beyond(num_used, slot, weight, group):
+  """Slots out of range and weights that are not numbers, where not in use."""
+  beyond = np.arange(slot.shape[1])[None] >= np.asarray(num_used)[:, None]
+  return (
+    jnp.where(beyond, 2**30, slot),
+    jnp.where(beyond[..., None], jnp.nan, weight),
+    None if group is None else jnp.where(beyond, -7, group),
+  )
+
+
+@pytest.fixture
+def small_pieces(monkeypatch):
+  """Pieces of few entries or references, so that a loop goes over many."""
+  monkeypatch.setattr(bag_pieces, '_ENTRIES', 2)
+  monkeypatch.setattr(gradient, '_ENTRIES_GPU', 2)
+  monkeypatch.setattr(gradient, 'REFERENCES_GPU', 16)
+  monkeypatch.setattr(bag_pieces, 'CHUNK_BYTES_CPU', _CHUNK_BYTES)
+
+
+@pytest.mark.parametrize('way', gradient.WAYS)
+def test_entries_beyond_those_in_use_do_not_matter(form, way, small_pieces):
+  table, slot, weight, group = _inputs(M=12)
+
+  @jax.jit
+  def actual(num_used, slot, weight, group):
+    options = dict(num_used=num_used, table_gradient=way)
+    return _gradients(value_bag, table, slot, weight, group, 4, **options)
+
+  @jax.jit
+  def expected(num_used):
+    options = dict(num_used=num_used)
+    args = (table, slot, weight, group, 4)
+    return _gradients(value_bag_reference, *args, **options)
+
+  for num_used in map(jnp.array, NUM_USED.values()):
+    nonsense = _with_nonsense_beyond(num_used, slot, weight, group)
+    _assert_close(actual(num_used, *nonsense), expected(num_used))
+
+
+@pytest.mark.parametrize('E', [1, 4])
+@pytest.mark.parametrize('c', [1, 2])
+@pytest.mark.parametrize('way', ['sorted', 'deterministic'])
+def test_every_way_to_add_up_the_table_gradient(form, way, E, c, small_pieces):
+  table, slot, weight, group = _inputs(T=9, c=c, G=E if E > 1 else 0, M=23)
+  rng = np.random.default_rng(0)
+  zipf = jnp.array(rng.zipf(1.2, slot.shape) % 23)
+
+  def gradient_of_table(function, **options):
+    def of_slot(slot):
+      args = (table, slot, weight, group, E)
+      return _gradients(function, *args, **options)[0][0]
+
+    return jax.jit(of_slot)
+
+  actual = gradient_of_table(value_bag, table_gradient=way)
+  expected = gradient_of_table(value_bag_reference)
+  for s in (slot, zipf, jnp.full_like(slot, 22)):
+    _assert_close(actual(s), expected(s), atol=1e-4)
+
+
+def test_time_follows_the_entries_in_use():
+  """A loop over pieces whose number is only known when it runs."""
+  table, slot, weight, group = _inputs(k=40)
+
+  def pool(num_used):
+    return value_bag(table, slot, weight, group, 4, num_used=num_used)
+
+  text = str(jax.make_jaxpr(pool)(jnp.full(6, 3)))
+  assert 'while[' in text
+  assert 'reduce_max' in text
+
+
+def test_an_unknown_way_is_refused():
+  with pytest.raises(UserError, match=r"table_gradient = 'fast' must be one"):
+    value_bag(*_inputs(), 4, table_gradient='fast')
+
+
+@pytest.mark.parametrize('name', FORMS)
+def test_deterministic_twice_is_the_same_bits(name, monkeypatch):
+  _use_form(name, monkeypatch)
+  args = _inputs(T=32, k=9, M=5)
+  first, second = (
+    _gradients(value_bag, *args, 4, table_gradient='deterministic')[0][0]
+    for _ in range(2)
+  )
+  np.testing.assert_array_equal(first, second)
+
+
+def test_no_two_adds_meet_on_a_gpu_in_the_deterministic_way():
+  update = jax.random.normal(jax.random.key(0), (8, 3))
+  for row in ([0, 0, 0, 1, 2, 2, 5, 5], [3] * 8, [0, 1, 2, 3, 4, 5, 5, 5]):
+    row = jnp.array(row)
+    distinct, total = gradient.sum_equal_rows(row, update, 5)
+    assert len(set(distinct.tolist())) == 8
+    zeros = jnp.zeros((5, 3))
+    np.testing.assert_allclose(
+      zeros.at[distinct].add(total, mode='drop'),
+      zeros.at[row].add(update, mode='drop'),
+      rtol=1e-5,
+      atol=1e-6,
+    )
+
+
+def _temp_bytes(function, *args):
+  compiled = jax.jit(function).lower(*args).compile()
+  return compiled.memory_analysis().temp_size_in_bytes
+
+
+@pytest.mark.parametrize('way', gradient.WAYS)
+def test_no_table_gradient_behind_stop_gradient(way):
+  """Nothing the size of the table, also in a rematerialized block."""
+  table, slot, weight, group = _inputs(M=2**14, W=64)
+
+  def loss(weight, table):
+    table = jax.lax.stop_gradient(table)
+    bag = jax.checkpoint(
+      lambda w: value_bag(table, slot, w, group, 4, table_gradient=way)
+    )
+    return (bag(weight) ** 2).sum()
+
+  assert _temp_bytes(jax.grad(loss), weight, table) < table.nbytes / 4
+
+
+def test_zero_weights_give_zero_and_no_table_gradient():
+  table, slot, weight, group = _inputs()
+  (d_table, d_weight), pooled = _gradients(
+    value_bag, table, slot, 0 * weight, group, 4
+  )
+  assert not np.any(pooled)
+  assert not np.any(d_table)
+  assert np.any(d_weight)
+
+
+def test_gradient_is_that_of_a_one_hot_matmul_and_zero_elsewhere():
+  table, slot, weight, group = _inputs(M=40, c=1)
+
+  def dense(table, slot, weight, group, num_groups):
+    one_hot = jax.nn.one_hot(slot, 40) * weight
+    groups = jax.nn.one_hot(group, num_groups)
+    return jnp.einsum('tkm,tkg,mw->tgw', one_hot, groups, table)
+
+  (actual, _), _ = _gradients(value_bag, table, slot, weight, group, 4)
+  (expected, _), _ = _gradients(dense, table, slot, weight, group, 4)
+  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
+  unused = np.setdiff1d(np.arange(40), slot)
+  assert len(unused) > 0
+  assert not np.any(np.asarray(actual)[unused])
+
+
+def test_bf16_tables_are_summed_in_f32(form):
+  table, slot, weight, group = _inputs(dtype=jnp.bfloat16, k=19)
+  (d_table, d_weight), pooled = _gradients(
+    value_bag, table, slot, weight, group, 4
+  )
+  assert pooled.dtype == jnp.float32
+  np.testing.assert_allclose(
+    pooled,
+    value_bag_reference(table.astype(jnp.float32), slot, weight, group, 4),
+    rtol=1e-5,
+    atol=1e-5,
+  )
+  assert d_table.dtype == jnp.bfloat16
+  assert d_weight.dtype == jnp.float32
+
+
+def test_under_jit_remat_scan_and_vmap():
+  table, slot, weight, group = _inputs()
+  expected = _gradients(value_bag_reference, table, slot, weight, group, 4)
+
+  def remat(*args):
+    return jax.checkpoint(lambda t, w: value_bag(t, args[1], w, args[3], 4))(
+      args[0], args[2]
+    )
+
+  def scan(table, slot, weight, group, num_groups):
+    def step(_, x):
+      s, w, g = (a[None] for a in x)
+      return None, value_bag(table, s, w, g, num_groups)[0]
+
+    return jax.lax.scan(step, None, (slot, weight, group))[1]
+
+  def vmap(table, slot, weight, group, num_groups):
+    def one(s, w, g):
+      return value_bag(table, s[None], w[None], g[None], num_groups)[0]
+
+    return jax.vmap(one)(slot, weight, group)
+
+  for function in (remat, scan, vmap):
+    actual = _gradients(function, table, slot, weight, group, 4)
+    _assert_close(actual, expected)
+
+
+def test_empty_bags():
+  table, slot, weight, group = _inputs(k=0)
+  assert not np.any(value_bag(table, slot, weight, group, 4))
+  (d_table, _), _ = _gradients(value_bag, table, slot, weight, group, 4)
+  assert not np.any(d_table)
+
+
+@pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 1, 4), (2, 2, 2)])
+def test_every_device_pools_its_tokens(sizes):
+  table, slot, weight, group = _inputs(T=16)
+  expected = _gradients(value_bag_reference, table, slot, weight, group, 4)
+  with jax.set_mesh(mesh_lib.make_mesh(*sizes)):
+
+    def pool(table, slot, weight, group, num_groups):
+      function = mesh_lib.over_tokens(
+        lambda t, s, w, g: value_bag(t, s, w, g, num_groups), replicated=(0,)
+      )
+      return function(table, slot, weight, group)
+
+    def place(x):
+      return jax.sharding.reshard(x, mesh_lib.act('B' + '.' * (x.ndim - 1)))
+
+    slot, weight, group = map(place, (slot, weight, group))
+    table = jax.sharding.reshard(table, jax.P())
+    actual = jax.jit(lambda t, s, w, g: _gradients(pool, t, s, w, g, 4))(
+      table, slot, weight, group
+    )
+    _assert_close(actual, expected)
+
+
+def test_no_gathered_rows_in_the_compiled_program():
+  """Nothing of [T, k, W], neither kept for the backward pass nor in passing."""
+  T, k, W, M = 2048, 64, 64, 1000
+  args = _inputs(T=T, k=k, W=W, M=M)
+
+  def backward(table, weight):
+    pooled, vjp = jax.vjp(
+      lambda t, w: value_bag(t, args[1], w, args[3], 4), table, weight
+    )
+    return vjp(pooled)
+
+  compiled = jax.jit(backward).lower(args[0], args[2]).compile()
+  sizes = [
+    np.prod([int(d) for d in dims.split(',')])
+    for dims in re.findall(r'f32\[([\d,]+)\]', compiled.as_text())
+  ]
+  assert max(sizes) < T * k * W
+  naive = jax.jit(
+    lambda t, w: _gradients(value_bag_reference, t, args[1], w, args[3], 4)
+  )
+  naive = naive.lower(args[0], args[2]).compile()
+  assert (
+    compiled.memory_analysis().temp_size_in_bytes
+    < naive.memory_analysis().temp_size_in_bytes / 2
+  )

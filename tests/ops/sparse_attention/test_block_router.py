@@ -1,0 +1,201 @@
+"""The indexer: its scores, what it learns from, and what learns from it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from jaxsparse.ops.sparse_attention.block_router import (
+  Router,
+  router_loss,
+  router_scores,
+)
+from jaxsparse.ops.sparse_attention.block_selection import Grid, Selection
+from jaxsparse.ops.sparse_attention.sparse_attention import sparse_attention
+from jaxsparse.ops.sparse_attention.tile_attention import attend_tiles, to_pages
+
+B, N, K, H, J, I = 2, 4, 2, 8, 3, 5
+GRID = Grid(block=4, tile=2, window_blocks=1, slots=3, least=2)
+ALL = np.inf
+
+
+@pytest.fixture(autouse=True)
+def double_precision():
+  with jax.enable_x64(True):
+    yield
+
+
+def draw(length, seed=0):
+  """Queries, keys, values, and a router of as many rows."""
+  rng = np.random.default_rng(seed)
+  heads = [rng.normal(size=(B, length, n, H)) for n in (N, K, K)]
+  shapes = ((J, I), (J,), (I,))
+  router = [rng.normal(size=(B, length, *shape)) for shape in shapes]
+  return jax.tree.map(jnp.asarray, (heads, Router(*router)))
+
+
+@functools.partial(jax.jit, static_argnames='grid')
+def run(heads, router, coverage=0.6, grid=GRID):
+  query, key, value = heads
+  segments = jnp.ones(query.shape[:2], jnp.int32)
+  coverage = jnp.full((*query.shape[:2], K), coverage)
+  return sparse_attention(
+    query, key, value, segments, segments, coverage, grid=grid, router=router
+  )
+
+
+def test_scores_are_sums_over_heads():
+  _, router = draw(6)
+  expected = np.zeros((B, 6, 6))
+  for b, t, s, j in np.ndindex(B, 6, 6, J):
+    product = router.query[b, t, j] @ router.key[b, s]
+    expected[b, t, s] += router.weight[b, t, j] * max(product, 0)
+  np.testing.assert_allclose(
+    router_scores(router), expected / np.sqrt(J * I), rtol=1e-12
+  )
+
+
+def test_loss_is_the_divergence_over_kept_blocks():
+  rng = np.random.default_rng(0)
+  shares = jnp.asarray(rng.dirichlet(np.ones(6), size=(1, 1, 3)))
+  block = jnp.array([[4, 1, 5], [0, 3, 2], [1, 2, 3]])[None, None]
+  masses = jnp.array([[0.7, 0.3, 0], [0, 0, 0], [0.2, 0.3, 0.5]])[None, None]
+  expected = []
+  for share, slots, mass in zip(
+    shares[0, 0], block[0, 0], masses[0, 0], strict=True
+  ):
+    of_slots = np.where(mass > 0, share[slots], 0)
+    of_slots = of_slots / max(of_slots.sum(), 1e-300)
+    expected.append(
+      sum(
+        p * np.log(p / s) for p, s in zip(mass, of_slots, strict=True) if p > 0
+      )
+    )
+  found = router_loss(shares, block, masses)
+  np.testing.assert_allclose(found[0, 0], expected, rtol=1e-12)
+  same = jnp.take_along_axis(shares, block, axis=-1)
+  same /= same.sum(-1, keepdims=True)
+  assert np.abs(router_loss(shares, block, same)).max() < 1e-15
+  slope = jax.grad(lambda x: router_loss(x, block, masses).sum())(shares)
+  assert np.isfinite(slope).all()
+  assert (slope[0, 0, 1] == 0).all()
+
+
+def test_masses_are_those_of_dense_attention():
+  """Aggregated over rows and heads, of all blocks before the window."""
+  (query, key, value), _ = draw(24)
+  segments = jnp.ones((B, 24), jnp.int32)
+  first_row, kept = 16, 3
+  pages = to_pages(key, value, segments, GRID.block)
+  shape = (B, K, 1, kept)
+  selection = Selection(
+    jnp.broadcast_to(jnp.array([2, 0, 1]), shape),
+    jnp.ones(shape),
+    jnp.ones(shape, bool),
+  )
+  rows = slice(first_row, first_row + GRID.tile)
+  *_, masses = attend_tiles(
+    query[:, rows].reshape(B, 1, GRID.tile, K, N // K, H),
+    jnp.ones((B, 1, GRID.tile, K, N // K, 3)),
+    jnp.array([first_row]),
+    segments[:, rows].reshape(B, 1, GRID.tile),
+    pages,
+    None,
+    selection,
+    GRID,
+  )
+  # All rows of blocks 0, 1 and 2 are before the window of block 4.
+  for b, k in np.ndindex(B, K):
+    expected = np.zeros(3)
+    for t in range(rows.start, rows.stop):
+      for n in range(k * N // K, (k + 1) * N // K):
+        weight = np.exp(key[b, :12, k] @ query[b, t, n] / np.sqrt(H))
+        expected += (weight / weight.sum()).reshape(3, 4).sum(1)
+    expected /= expected.sum()
+    np.testing.assert_allclose(masses[b, k, 0], expected[[2, 0, 1]], rtol=1e-12)
+
+
+def test_the_router_chooses_and_nothing_else():
+  heads, router = draw(32)
+  # It wants block 2 most, and then block 0.
+  wanted = np.zeros((B, 32, I))
+  wanted[:, 8:12] = 3.0
+  wanted[:, 0:4] = 1.0
+  router = Router(*(jnp.ones_like(x) for x in router[:2]), jnp.asarray(wanted))
+  _, stats = run(heads, router, coverage=0.0)
+  # From row 20 on both are before the window, and two are kept.
+  blocks = stats['block'][:, :, 10:, :2]
+  np.testing.assert_array_equal(
+    blocks, np.broadcast_to([0, 2], blocks.shape), 'sinks come first'
+  )
+  others, _ = draw(32, seed=1)
+  _, same = run(others, router, coverage=0.0)
+  np.testing.assert_array_equal(same['block'], stats['block'])
+
+
+def test_attention_and_router_learn_apart():
+  heads, router = draw(24)
+
+  def of_output(heads, router):
+    y, stats = run(heads, router)
+    return jnp.sin(y).sum() + stats['kept'].sum()
+
+  def of_loss(heads, router):
+    return run(heads, router)[1]['router_loss'].sum()
+
+  def slopes(function):
+    of_heads, of_router = jax.grad(function, argnums=(0, 1))(heads, router)
+    return [
+      max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))
+      for tree in (of_heads, of_router)
+    ]
+
+  of_heads, of_router = slopes(of_output)
+  assert of_heads > 0
+  assert of_router == 0
+  of_heads, of_router = slopes(of_loss)
+  assert of_heads == 0
+  assert of_router > 0
+
+
+def test_it_learns_what_attention_reads():
+  heads, router = draw(32)
+  # All blocks are kept, as in a warm-up.
+  grid = Grid(block=4, tile=2, window_blocks=1, slots=8)
+
+  @jax.jit
+  def step(router):
+    loss, slope = jax.value_and_grad(
+      lambda router: run(heads, router, ALL, grid)[1]['router_loss'].mean()
+    )(router)
+    return loss, jax.tree.map(lambda x, g: x - 30.0 * g, router, slope)
+
+  losses = []
+  for _ in range(60):
+    loss, router = step(router)
+    losses.append(float(loss))
+  assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize('is_tied', [False, True])
+def test_choice_does_not_depend_on_the_length(is_tied):
+  """ReLU makes many scores exactly 0: ties go to the earlier block."""
+  heads, router = draw(40)
+  if is_tied:
+    router = router._replace(weight=0 * router.weight)
+  _, whole = run(heads, router)
+  for length in (22, 31):
+    part = jax.tree.map(lambda x, n=length: x[:, :n], (heads, router))
+    _, stats = run(*part)
+    tiles = length // GRID.tile
+    for name in ('block', 'is_kept'):
+      slots = min(stats[name].shape[-1], whole[name].shape[-1])
+      is_kept = np.asarray(whole['is_kept'])[:, :, :tiles, :slots]
+      found, expected = (
+        np.asarray(x[name])[:, :, :tiles, :slots] for x in (stats, whole)
+      )
+      np.testing.assert_array_equal(
+        np.where(is_kept, found, -1), np.where(is_kept, expected, -1)
+      )
