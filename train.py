@@ -22,7 +22,8 @@ from jaxsparse.config.errors import UserError
 from jaxsparse.data import compression, tokenizer
 from jaxsparse.data.corpus import Corpus, build_corpus
 from jaxsparse.inference import decoding, sampling, text
-from jaxsparse.nn import block, memory_tables
+from jaxsparse.nn import block
+from jaxsparse.nn.memory import tables as memory_tables
 from jaxsparse.run import (
   command_line,
   compiled_programs,

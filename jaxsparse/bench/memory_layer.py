@@ -20,8 +20,8 @@ import numpy as np
 from jaxsparse.bench import measuring, memory_layer_peers
 from jaxsparse.bench.measuring import Contender
 from jaxsparse.config import MemoryConfig
-from jaxsparse.nn.memory import memory_forward
-from jaxsparse.nn.memory_init import initial_scales, parameters
+from jaxsparse.nn.memory.init import initial_scales, parameters
+from jaxsparse.nn.memory.layer import memory_forward
 from jaxsparse.ops.memory.addressing import shuffle
 from jaxsparse.ops.memory.tucker import leading_directions
 

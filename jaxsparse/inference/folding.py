@@ -6,7 +6,7 @@ import jax
 
 from jaxsparse.config import ModelConfig
 from jaxsparse.nn.block import block_name
-from jaxsparse.nn.retrieval import norm
+from jaxsparse.nn.memory.retrieval import norm
 
 
 def fold_keys(config: ModelConfig, params: dict) -> tuple[ModelConfig, dict]:

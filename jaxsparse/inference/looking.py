@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.config import ModelConfig
-from jaxsparse.nn.attention_maps import MAPS, PROBES
+from jaxsparse.nn.attention.maps import MAPS, PROBES
 from jaxsparse.nn.block import block_name
 from jaxsparse.nn.transformer import Transformer
 

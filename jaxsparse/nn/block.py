@@ -16,12 +16,12 @@ from jaxtyping import Array, Float, Int, Num
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
-from jaxsparse.nn.attention import Attention
+from jaxsparse.nn.attention.layer import Attention
+from jaxsparse.nn.experts import MoE
 from jaxsparse.nn.layers import LOSSES, MLP, NORMS, Metrics, dropout
 from jaxsparse.nn.leading import Leading
-from jaxsparse.nn.memory import MemoryLayer
-from jaxsparse.nn.memory_tables import Tables
-from jaxsparse.nn.moe import MoE
+from jaxsparse.nn.memory.layer import MemoryLayer
+from jaxsparse.nn.memory.tables import Tables
 
 # What all layers share, and one entry for each block.
 Cache = dict

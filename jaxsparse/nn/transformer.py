@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int, Num
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import UserError
-from jaxsparse.nn import attention_cache
+from jaxsparse.nn.attention import cache as attention_cache
 from jaxsparse.nn.block import (
   Block,
   Cache,
@@ -25,7 +25,7 @@ from jaxsparse.nn.layers import (
   weight,
 )
 from jaxsparse.nn.leading import Leading
-from jaxsparse.nn.memory_tables import SharedTables
+from jaxsparse.nn.memory.tables import SharedTables
 
 
 def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:

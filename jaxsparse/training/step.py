@@ -9,7 +9,7 @@ import optax
 
 from jaxsparse import mesh
 from jaxsparse.config import Config
-from jaxsparse.nn.memory_tables import ENTRIES, table_scheme
+from jaxsparse.nn.memory.tables import ENTRIES, table_scheme
 from jaxsparse.nn.transformer import Transformer
 from jaxsparse.ops.memory.usage import count_hits
 from jaxsparse.training import optimizer as optimizer_lib

@@ -20,7 +20,7 @@ import optax
 
 from jaxsparse import mesh
 from jaxsparse.config import Config, ModelConfig
-from jaxsparse.nn.memory_tables import ENTRIES, TAPS, table_scheme
+from jaxsparse.nn.memory.tables import ENTRIES, TAPS, table_scheme
 from jaxsparse.ops.memory.row_gradient import (
   RowGradient,
   row_gradient,

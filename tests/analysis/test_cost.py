@@ -14,7 +14,7 @@ from recipes import RECIPES
 
 from jaxsparse.analysis import cost, memory_cost
 from jaxsparse.config import MemoryConfig, ModelConfig
-from jaxsparse.nn import moe
+from jaxsparse.nn import experts as experts_module
 from jaxsparse.nn.transformer import Transformer
 from jaxsparse.ops.attention import compose
 from jaxsparse.ops.experts.expert_mlp import expert_mlp_reference
@@ -256,7 +256,7 @@ def test_tiny_recipes_have_the_flops_that_xla_counts(name, monkeypatch):
       flat = (y[0] for y in (x, weights, experts))
       return expert_mlp_reference(*flat, matrices, gelu)[None]
 
-    monkeypatch.setattr(moe, 'sharded_expert_mlp', all_experts)
+    monkeypatch.setattr(experts_module, 'sharded_expert_mlp', all_experts)
   # What is counted is composition by factors, not by the matrices of a CPU, nor
   # is its pooling of groups, by a matmul in which most weights are zero, or its
   # sums of shares by a matmul.

@@ -11,7 +11,7 @@ import pytest
 import targets
 
 from jaxsparse import mesh
-from jaxsparse.nn import retrieval
+from jaxsparse.nn.memory import retrieval
 from jaxsparse.ops.experts import expert_mlp, grouped_matmul_libraries
 from jaxsparse.ops.kernels import grouped_matmul as grouped
 from jaxsparse.ops.kernels.decode_attention import decode_attention

@@ -12,7 +12,7 @@ from small_run import save_untrained
 from jaxsparse import report
 from jaxsparse.config import DCMHAConfig, ModelConfig, SparseAttentionConfig
 from jaxsparse.inference.looking import grad_cam, look, relevance, rollout
-from jaxsparse.nn.attention_maps import MAPS, PROBES
+from jaxsparse.nn.attention.maps import MAPS, PROBES
 from jaxsparse.nn.transformer import Transformer
 
 LENGTH, WINDOW = 19, 5

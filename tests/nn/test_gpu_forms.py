@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsparse.nn import retrieval
+from jaxsparse.nn.memory import retrieval
 from jaxsparse.ops.memory import tucker, value_bag
 
 T, P, Q, WIDTH, RANKS = 7, 2, 5, 4, 3

@@ -16,9 +16,11 @@ from jaxsparse.config.attention import DCMHAConfig, SparseAttentionConfig
 from jaxsparse.config.errors import UserError
 from jaxsparse.config.memory import ultramem_v2
 from jaxsparse.config.model import MoEConfig
-from jaxsparse.nn.attention import Attention
+from jaxsparse.nn.attention.dcmha import DCMHA
+from jaxsparse.nn.attention.layer import Attention
+from jaxsparse.nn.attention.sparse import SparseAttention
 from jaxsparse.nn.block import Block
-from jaxsparse.nn.dcmha import DCMHA
+from jaxsparse.nn.experts import MoE
 from jaxsparse.nn.layers import (
   MLP,
   Embed,
@@ -28,9 +30,7 @@ from jaxsparse.nn.layers import (
   project_to_vocabulary,
 )
 from jaxsparse.nn.leading import Leading
-from jaxsparse.nn.memory import MemoryLayer
-from jaxsparse.nn.moe import MoE
-from jaxsparse.nn.sparse_attention import SparseAttention
+from jaxsparse.nn.memory.layer import MemoryLayer
 from jaxsparse.nn.transformer import Transformer, init_cache
 
 KEY = jax.random.key(0)

@@ -18,8 +18,8 @@ from jaxsparse.config import (
   SparseAttentionConfig,
 )
 from jaxsparse.config.model import MoEConfig
-from jaxsparse.nn.memory import MemoryLayer
-from jaxsparse.nn.moe import MoE
+from jaxsparse.nn.experts import MoE
+from jaxsparse.nn.memory.layer import MemoryLayer
 from jaxsparse.nn.transformer import Transformer
 from jaxsparse.ops.experts import routing
 from jaxsparse.ops.memory import usage

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from jaxsparse.config import DCMHAConfig, ModelConfig
-from jaxsparse.nn import attention_cache
+from jaxsparse.nn.attention import cache as attention_cache
 from jaxsparse.ops.attention.compose import (
   HeadMix,
   compose,

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
-from jaxsparse.nn import sparse_attention
+from jaxsparse.nn.attention import sparse
 
 Cache = dict[str, Any]
 
@@ -75,7 +75,7 @@ def init_rows(
   a sparse layer's is a `SparseCache`.
   """
   if config.attention_kinds[layer] == 'sparse':
-    return sparse_attention.init_rows(config, batch_size, length)
+    return sparse.init_rows(config, batch_size, length)
   num_rows = _num_rows(config, layer, length)
 
   def empty(dims, *shape):

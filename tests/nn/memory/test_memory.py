@@ -11,17 +11,17 @@ from flax import nnx
 
 from jaxsparse import mesh as mesh_lib
 from jaxsparse.config import MemoryConfig
-from jaxsparse.nn.memory import MemoryLayer, memory_forward
-from jaxsparse.nn.memory_init import (
+from jaxsparse.nn.memory.init import (
   expected_cell_mean,
   expected_top_mean,
   initial_scales,
   parameters,
 )
+from jaxsparse.nn.memory.layer import MemoryLayer, memory_forward
 from jaxsparse.ops.memory import addressing, usage
 from jaxsparse.ops.memory.tucker import tucker_top_m
 
-FIXTURE = pathlib.Path(__file__).parents[1] / 'fixtures' / 'ultramem_v1.npz'
+FIXTURE = pathlib.Path(__file__).parents[2] / 'fixtures' / 'ultramem_v1.npz'
 
 
 def _config(**overrides):

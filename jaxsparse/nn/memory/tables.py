@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jaxsparse import mesh
 from jaxsparse.config import MemoryConfig
-from jaxsparse.nn.memory_init import table_parameters
+from jaxsparse.nn.memory.init import table_parameters
 from jaxsparse.ops.memory.table_scheme import (
   TableUse,
   choose_scheme,

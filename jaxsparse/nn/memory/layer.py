@@ -25,14 +25,9 @@ from jaxtyping import Array, Float, Int, Num
 from jaxsparse import mesh
 from jaxsparse.config import MemoryConfig
 from jaxsparse.nn.leading import Leading
-from jaxsparse.nn.memory_init import parameters
-from jaxsparse.nn.memory_tables import (
-  ENTRIES,
-  TAPS,
-  Tables,
-  table_scheme,
-)
-from jaxsparse.nn.retrieval import Context, retrieve
+from jaxsparse.nn.memory.init import parameters
+from jaxsparse.nn.memory.retrieval import Context, retrieve
+from jaxsparse.nn.memory.tables import ENTRIES, TAPS, Tables, table_scheme
 from jaxsparse.ops.memory import usage
 from jaxsparse.ops.memory.sharded_bag import (
   sharded_row_products,

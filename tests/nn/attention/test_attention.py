@@ -15,9 +15,9 @@ from jaxsparse.config.attention import (
   SparseAttentionConfig,
   query_wise_dcmha,
 )
-from jaxsparse.nn import attention_cache
-from jaxsparse.nn.attention import Attention
-from jaxsparse.nn.dcmha import DCMHA
+from jaxsparse.nn.attention import cache as attention_cache
+from jaxsparse.nn.attention.dcmha import DCMHA
+from jaxsparse.nn.attention.layer import Attention
 from jaxsparse.ops.attention.dense import attention_reference
 from jaxsparse.ops.attention.rope import apply_rope_reference
 

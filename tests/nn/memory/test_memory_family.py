@@ -21,20 +21,20 @@ from jaxsparse.config.memory import (
   ultramem_v2,
 )
 from jaxsparse.config.model import ModelConfig
-from jaxsparse.nn import retrieval
 from jaxsparse.nn.layers import MLP
-from jaxsparse.nn.memory import MemoryLayer, memory_forward
-from jaxsparse.nn.memory_init import (
+from jaxsparse.nn.memory import retrieval
+from jaxsparse.nn.memory.init import (
   _SCORE_SPREAD,
   initial_scales,
   matched_value_scale,
   parameters,
 )
+from jaxsparse.nn.memory.layer import MemoryLayer, memory_forward
 from jaxsparse.nn.transformer import Transformer
 from jaxsparse.ops.memory.product_key import product_key_top_m
 from jaxsparse.ops.memory.tucker import tucker_top_m
 
-FIXTURE = pathlib.Path(__file__).parents[1] / 'fixtures/memory_family.npz'
+FIXTURE = pathlib.Path(__file__).parents[2] / 'fixtures/memory_family.npz'
 
 
 def _official(case):

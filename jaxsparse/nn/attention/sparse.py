@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig, SparseAttentionConfig
-from jaxsparse.nn.attention_maps import show, show_arrays
+from jaxsparse.nn.attention.maps import show, show_arrays
 from jaxsparse.nn.layers import Metrics, weight
 from jaxsparse.nn.leading import Leading
 from jaxsparse.ops.attention.rope import rotate

@@ -12,8 +12,8 @@ from compiled import Payload, payloads
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.attention import DCMHAConfig, query_wise_dcmha
-from jaxsparse.nn.attention import Attention
-from jaxsparse.nn.dcmha import DCMHA
+from jaxsparse.nn.attention.dcmha import DCMHA
+from jaxsparse.nn.attention.layer import Attention
 from jaxsparse.nn.transformer import Transformer, init_cache
 
 # The programs run once: compiling them well would take most of the time.

@@ -13,13 +13,13 @@ from jaxtyping import Array, Float, Int, Num
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
-from jaxsparse.nn import attention_cache
-from jaxsparse.nn.attention_cache import Cache
-from jaxsparse.nn.attention_maps import probed, show
-from jaxsparse.nn.dcmha import DCMHA, cached_factors, head_mix
+from jaxsparse.nn.attention import cache as attention_cache
+from jaxsparse.nn.attention.cache import Cache
+from jaxsparse.nn.attention.dcmha import DCMHA, cached_factors, head_mix
+from jaxsparse.nn.attention.maps import probed, show
+from jaxsparse.nn.attention.sparse import SparseAttention, reads_unrotated
 from jaxsparse.nn.layers import Metrics, RMSNorm, bias, init_variances, weight
 from jaxsparse.nn.leading import Leading
-from jaxsparse.nn.sparse_attention import SparseAttention, reads_unrotated
 from jaxsparse.ops.attention.dense import attention
 from jaxsparse.ops.attention.rope import apply_rope
 

@@ -12,8 +12,8 @@ from compiled import payloads
 from jaxsparse import mesh as mesh_lib
 from jaxsparse.config.errors import UserError
 from jaxsparse.config.model import MoEConfig
+from jaxsparse.nn.experts import MoE
 from jaxsparse.nn.layers import MLP
-from jaxsparse.nn.moe import MoE
 from jaxsparse.ops.experts.expert_mlp import (
   expert_mlp_reference,
   sharded_expert_mlp,

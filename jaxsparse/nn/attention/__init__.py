@@ -1,0 +1,1 @@
+"""Attention as modules: dense, composed and sparse, with their caches."""

@@ -1,0 +1,1 @@
+"""Memory layers as modules: parameters, retrieval, tables."""
