@@ -18,7 +18,7 @@ from jaxsparse.analysis import attention_pictures, run_pictures
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError, require_utf8
 from jaxsparse.data import tokenizer as tokenizer_lib
-from jaxsparse.inference import looking
+from jaxsparse.inference import attention_maps
 from jaxsparse.inference.text import encode_prompt, read_file
 from jaxsparse.nn import block
 from jaxsparse.run import checkpoint, metrics, run_config
@@ -122,15 +122,15 @@ def draw_attention(
     )
   _, params = checkpoint.load_params(workdir, None)
   model = inputs.with_vocabulary(config, tokenizer.vocab_size).model
-  maps = looking.look(model, params, tokens)
+  maps = attention_maps.look(model, params, tokens)
   texts = [_text(tokenizer, token) for token in tokens.tolist()]
   next_text = _text(tokenizer, maps.next_token)
   workdir_lib.make_folder(folder)
   pictures = [folder / 'attention_tokens.png']
   totals = {
-    'Rollout': looking.rollout(maps),
-    'Relevance': looking.relevance(maps),
-    'Grad-CAM++': looking.grad_cam(maps),
+    'Rollout': attention_maps.rollout(maps),
+    'Relevance': attention_maps.relevance(maps),
+    'Grad-CAM++': attention_maps.grad_cam(maps),
   }
   attention_pictures.draw_tokens(totals, texts, next_text, pictures[0])
   for i, layer in enumerate(maps.layers):

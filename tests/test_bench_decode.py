@@ -18,7 +18,7 @@ from jaxsparse.bench import (
   measuring,
 )
 from jaxsparse.config.errors import UserError
-from jaxsparse.inference.folding import fold_keys
+from jaxsparse.inference.fuse_norms import fold_keys
 from jaxsparse.nn.transformer import Transformer
 
 TINY = dict(

@@ -73,7 +73,7 @@ from jaxsparse.bench.decode_program import (
 from jaxsparse.compare import sizes
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import UserError, require, require_choice
-from jaxsparse.inference.folding import fold_keys
+from jaxsparse.inference.fuse_norms import fold_keys
 from jaxsparse.nn.transformer import init_cache
 
 OPTIONS = dict(

@@ -14,8 +14,11 @@ import optax
 from jaxsparse import mesh
 from jaxsparse.config import OptimizerConfig
 from jaxsparse.config.errors import require
-from jaxsparse.training.row_optimizers import row_adagrad, row_adam
-from jaxsparse.training.row_updates import in_float32, with_float32_master
+from jaxsparse.training.optimizers.row_optimizers import row_adagrad, row_adam
+from jaxsparse.training.optimizers.row_updates import (
+  in_float32,
+  with_float32_master,
+)
 
 # The release's warm-up starts from this share of the peak.
 WARMUP_START = 0.1

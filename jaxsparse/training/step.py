@@ -22,7 +22,7 @@ from jaxsparse.training.micro_batches import (
   weighed,
 )
 from jaxsparse.training.optimizer import clip_scale
-from jaxsparse.training.row_updates import apply_updates
+from jaxsparse.training.optimizers.row_updates import apply_updates
 
 
 @jax.tree_util.register_dataclass

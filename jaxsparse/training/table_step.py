@@ -27,13 +27,16 @@ from jaxsparse.ops.memory.row_gradient import (
   sort_references,
 )
 from jaxsparse.ops.memory.table_exchange import TableExchange
-from jaxsparse.training import row_optimizers
 from jaxsparse.training.optimizer import (
   clip_scale,
   make_row_optimizer,
   value_learning_rate_schedule,
 )
-from jaxsparse.training.row_updates import apply_updates, squared_norm
+from jaxsparse.training.optimizers import row_optimizers
+from jaxsparse.training.optimizers.row_updates import (
+  apply_updates,
+  squared_norm,
+)
 
 # By the place in the parameters, as 'block_01/memory/value_table'.
 Tables = dict[str, jax.Array]

@@ -16,7 +16,7 @@ import targets
 
 from jaxsparse.ops.memory.row_gradient import RowGradient
 from jaxsparse.ops.memory.value_bag import value_bag
-from jaxsparse.training import row_updates
+from jaxsparse.training.optimizers import row_updates
 
 pytestmark = pytest.mark.aot
 

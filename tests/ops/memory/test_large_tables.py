@@ -15,7 +15,7 @@ import pytest
 
 from jaxsparse.ops.memory.row_gradient import RowGradient
 from jaxsparse.ops.memory.value_bag import value_bag
-from jaxsparse.training import row_updates
+from jaxsparse.training.optimizers import row_updates
 
 W = 1024
 BEYOND = 2**31 // W  # the first row whose elements 32 signed bits don't count

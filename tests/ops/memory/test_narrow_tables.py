@@ -20,7 +20,7 @@ from jaxsparse.ops.memory.sharded_bag import (
   sharded_value_bag,
 )
 from jaxsparse.ops.memory.value_bag import value_bag
-from jaxsparse.training import row_updates
+from jaxsparse.training.optimizers import row_updates
 
 # Rows enough that a token's reads are little beside them.
 M, W, T, k, X = 2**15, 128, 256, 24, 128

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from jaxsparse.training.missed_steps import HORIZON, MissedSteps
+from jaxsparse.training.optimizers.lazy_adam_catchup import HORIZON, MissedSteps
 
 NUM_STEPS = 2600
 GAPS = np.array([0, 1, 7, 40, 300, HORIZON, HORIZON + 1, 1100, 1500, 2550])

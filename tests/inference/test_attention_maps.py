@@ -11,7 +11,12 @@ from small_run import save_untrained
 
 from jaxsparse import report
 from jaxsparse.config import DCMHAConfig, ModelConfig, SparseAttentionConfig
-from jaxsparse.inference.looking import grad_cam, look, relevance, rollout
+from jaxsparse.inference.attention_maps import (
+  grad_cam,
+  look,
+  relevance,
+  rollout,
+)
 from jaxsparse.nn.attention.maps import MAPS, PROBES
 from jaxsparse.nn.transformer import Transformer
 

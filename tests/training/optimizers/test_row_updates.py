@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from jaxsparse.ops.memory.row_gradient import RowGradient
-from jaxsparse.training.row_optimizers import row_adagrad
-from jaxsparse.training.row_updates import (
+from jaxsparse.training.optimizers.row_optimizers import row_adagrad
+from jaxsparse.training.optimizers.row_updates import (
   apply_updates,
   in_float32,
   squared_norm,

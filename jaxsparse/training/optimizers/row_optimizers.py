@@ -32,8 +32,12 @@ from jaxtyping import Array, Int
 
 from jaxsparse.config.errors import require
 from jaxsparse.ops.memory.row_gradient import RowGradient
-from jaxsparse.training.missed_steps import MissedSteps
-from jaxsparse.training.row_updates import is_row_gradient, set_rows, take_rows
+from jaxsparse.training.optimizers.lazy_adam_catchup import MissedSteps
+from jaxsparse.training.optimizers.row_updates import (
+  is_row_gradient,
+  set_rows,
+  take_rows,
+)
 
 
 class RowAdamState(NamedTuple):

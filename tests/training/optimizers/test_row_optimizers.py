@@ -14,9 +14,16 @@ from jaxsparse.ops.memory.row_gradient import (
   row_gradient,
   sort_references,
 )
-from jaxsparse.training.missed_steps import HORIZON
-from jaxsparse.training.row_optimizers import caught_up, row_adagrad, row_adam
-from jaxsparse.training.row_updates import apply_updates, with_float32_master
+from jaxsparse.training.optimizers.lazy_adam_catchup import HORIZON
+from jaxsparse.training.optimizers.row_optimizers import (
+  caught_up,
+  row_adagrad,
+  row_adam,
+)
+from jaxsparse.training.optimizers.row_updates import (
+  apply_updates,
+  with_float32_master,
+)
 
 M, W = 12, 4
 WARMUP = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 20, 120, 1e-3)
