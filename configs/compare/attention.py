@@ -18,8 +18,8 @@ import pathlib
 import runpy
 
 from jaxsparse import config as c
-from jaxsparse.compare.suite import Architecture, Suite
 from jaxsparse.config.attention import query_wise_dcmha
+from jaxsparse.experiments.compare.suite import Architecture, Suite
 
 RECIPE = pathlib.Path(__file__).parents[1] / 'dcformer_tiny.py'
 # 256 bytes and the boundary.

@@ -21,7 +21,6 @@ none of width, rates and steps: at this size the two tie.
 """
 
 from jaxsparse import config as c
-from jaxsparse.compare.suite import Architecture, Suite
 from jaxsparse.config.memory import (
   memory_plus,
   peer,
@@ -29,6 +28,7 @@ from jaxsparse.config.memory import (
   ultramem,
   ultramem_v2,
 )
+from jaxsparse.experiments.compare.suite import Architecture, Suite
 
 WIDTH = 128
 # Reads block 1 and is added after block 2; or stands in place of block 2's MLP.

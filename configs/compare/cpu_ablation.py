@@ -36,8 +36,8 @@ convolution over five inputs helps most where inputs are bytes was not tried.
 import dataclasses
 
 from jaxsparse import config as c
-from jaxsparse.compare.suite import Architecture, Suite
 from jaxsparse.config.memory import pkm
+from jaxsparse.experiments.compare.suite import Architecture, Suite
 
 WIDTH = 128
 

@@ -52,7 +52,6 @@ together.
 """
 
 from jaxsparse import config as c
-from jaxsparse.compare.suite import Architecture, Suite
 from jaxsparse.config.memory import (
   memory_plus,
   peer,
@@ -61,6 +60,7 @@ from jaxsparse.config.memory import (
   ultramem_v2,
 )
 from jaxsparse.data import facts
+from jaxsparse.experiments.compare.suite import Architecture, Suite
 
 WIDTH = 32
 # The last block, whose attention has put name and attribute together.

@@ -38,7 +38,7 @@ import dataclasses
 import pathlib
 import runpy
 
-from jaxsparse.compare.suite import Suite
+from jaxsparse.experiments.compare.suite import Suite
 
 LEARNING_RATES = dict(
   dense=1e-2,

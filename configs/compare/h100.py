@@ -12,8 +12,8 @@ compile. Not run yet: these are estimates.
 """
 
 from jaxsparse import config as c
-from jaxsparse.compare.suite import Architecture, Suite
 from jaxsparse.config.memory import memory_plus, pkm, ultramem, ultramem_v2
+from jaxsparse.experiments.compare.suite import Architecture, Suite
 
 WIDTH = 768
 LAYERS = 12

@@ -19,8 +19,8 @@ Three seeds (results/compare_needles.json): dense finds all, `sparse` 97.2 to
 import dataclasses
 
 from jaxsparse import config as c
-from jaxsparse.compare.suite import Architecture, Suite
 from jaxsparse.data import needles
+from jaxsparse.experiments.compare.suite import Architecture, Suite
 
 
 def get_suite() -> Suite:

@@ -19,7 +19,7 @@ import dataclasses
 import pathlib
 import runpy
 
-from jaxsparse.compare.suite import Architecture, Suite
+from jaxsparse.experiments.compare.suite import Architecture, Suite
 
 RECIPE = pathlib.Path(__file__).parents[1] / 'sparse_attention_tiny.py'
 # 256 bytes and the boundary.

@@ -12,10 +12,10 @@ import pytest
 from small_run import save_untrained
 
 from jaxsparse import config, generate
-from jaxsparse.bench import long_input as bench
 from jaxsparse.config.errors import UserError
 from jaxsparse.data import corpus as corpus_lib
 from jaxsparse.data.pieces import Piece
+from jaxsparse.experiments.bench import long_input as bench
 from jaxsparse.inference import long_input
 from jaxsparse.nn.transformer import init_cache
 from jaxsparse.run import workdir as workdir_lib

@@ -11,9 +11,9 @@ import sys
 import pytest
 
 from jaxsparse import cost, report
-from jaxsparse.bench.__main__ import main as bench
-from jaxsparse.compare.__main__ import main as compare
 from jaxsparse.config.errors import UserError
+from jaxsparse.experiments.bench.__main__ import main as bench
+from jaxsparse.experiments.compare.__main__ import main as compare
 from jaxsparse.generate import main as generate
 from jaxsparse.run import command_line, workdir
 from jaxsparse.run.progress import Reporter

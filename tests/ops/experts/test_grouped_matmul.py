@@ -13,8 +13,8 @@ import numpy as np
 import pytest
 from compiled import arrays_of_size
 
-from jaxsparse.bench import grouped_matmul as bench
 from jaxsparse.config.errors import UserError
+from jaxsparse.experiments.bench import grouped_matmul as bench
 from jaxsparse.ops.experts import expert_mlp as mlp
 from jaxsparse.ops.experts import grouped_matmul as ops
 from jaxsparse.ops.experts import grouped_matmul_libraries as libraries

@@ -1,0 +1,1 @@
+"""Comparisons of architectures, and measurements of speed."""

@@ -1,0 +1,103 @@
+"""How fast and how large: `python -m jaxsparse.bench NAME`.
+
+Prints the machine, then a table; `--json=FILE` keeps both. `all` runs every
+bench with sizes for the backend at hand. `NAME --help` tells the options.
+"""
+
+import argparse
+import json
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from jaxsparse.experiments.bench import (
+  attention,
+  decode,
+  first_session,
+  grouped_matmul,
+  host_memory,
+  long_input,
+  measuring,
+  memory_layer,
+  top_m,
+  train_step,
+  value_bag,
+)
+from jaxsparse.run.command_line import Parser, user_errors_end_in_a_sentence
+
+BENCHES = dict(
+  value_bag=value_bag,
+  grouped_matmul=grouped_matmul,
+  top_m=top_m,
+  memory_layer=memory_layer,
+  train_step=train_step,
+  attention=attention,
+  decode=decode,
+  long_input=long_input,
+  host_memory=host_memory,
+)
+
+
+def main(argv: Sequence[str]) -> None:
+  options = vars(_parse(argv))
+  name, path = options.pop('bench'), options.pop('json')
+  machine = measuring.describe_machine()
+  print(*machine, sep='\n', flush=True)
+  if name == 'all':
+    report = dict(machine=machine, sections=_run_all())
+  else:
+    results = _run(BENCHES[name], options)
+    arguments = dict(bench=name) | options
+    report = dict(machine=machine, arguments=arguments, results=results)
+  if path:
+    pathlib.Path(path).expanduser().write_text(
+      json.dumps(report, indent=2) + '\n'
+    )
+
+
+def _parse(argv):
+  parser = Parser(
+    prog='jaxsparse.bench',
+    description=__doc__,
+    formatter_class=argparse.RawDescriptionHelpFormatter,
+  )
+  names = parser.add_subparsers(dest='bench', required=True)
+  for name, bench in (BENCHES | {'all': first_session}).items():
+    one = names.add_parser(
+      name,
+      description=bench.__doc__,
+      formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    one.add_argument('--json', default='', help='file for the results')
+    for option, default in getattr(bench, 'OPTIONS', {}).items():
+      one.add_argument(
+        f'--{option}',
+        type=type(default),
+        default=default,
+        help=f'{default!r} by default',
+      )
+  return parser.parse_args(argv)
+
+
+def _run(bench, options):
+  results = bench.measure(argparse.Namespace(**options))
+  if results:
+    bench.show(results)
+  return results
+
+
+def _run_all():
+  report = {}
+  for title, bench, runs in first_session.sections():
+    report[title] = []
+    for changes in runs:
+      print(f'\n{title}: {changes}', flush=True)
+      options = bench.OPTIONS | changes
+      results = _run(bench, options)
+      report[title].append(dict(arguments=options, results=results))
+  return report
+
+
+if __name__ == '__main__':
+  with user_errors_end_in_a_sentence():
+    main(sys.argv[1:])

@@ -1,0 +1,365 @@
+"""The runs of a comparison: planned, trained one by one, kept as results.
+
+Every run has a folder of its own, which is an ordinary workdir, so a run that
+was stopped goes on from its checkpoint. When it ends, its `result.json` holds
+all that tables and plots need, and its checkpoints are removed.
+"""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxsparse import config as config_lib
+from jaxsparse import mesh
+from jaxsparse.analysis import budget
+from jaxsparse.config import Config
+from jaxsparse.config.errors import UserError
+from jaxsparse.data import facts, needles, tokenizer
+from jaxsparse.data.corpus import build_corpus
+from jaxsparse.data.needles import Needles
+from jaxsparse.data.tokenizer import Tokenizer
+from jaxsparse.experiments.compare import recall, results, retrieval
+from jaxsparse.experiments.compare import suite as suite_lib
+from jaxsparse.experiments.compare.results import Result
+from jaxsparse.experiments.compare.suite import Suite
+from jaxsparse.run import compiled_programs, workdir_lock
+from jaxsparse.run import workdir as workdir_lib
+from jaxsparse.run.progress import Reporter
+from jaxsparse.training import inputs, loop, resume
+
+RESULT = 'result.json'
+
+# Parts of a model that the default one does not have.
+_PARTS = dict(
+  memory=config_lib.MemoryConfig,
+  moe=config_lib.MoEConfig,
+  dcmha=config_lib.DCMHAConfig,
+  sparse=config_lib.SparseAttentionConfig,
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Run:
+  """One training run of a comparison."""
+
+  architecture: str
+  seed: int
+  # Number of people of generated biographies; 0 for other text.
+  people: int
+  # Without the files and the split of generated text, which do not exist yet.
+  config: Config
+  num_phrasings: int
+  needles: Needles | None
+  folder: pathlib.Path
+  # Holds what the runs of one seed share.
+  data_folder: pathlib.Path
+
+  @property
+  def title(self) -> str:
+    people = f', {self.people:,} people' if self.people else ''
+    return f'{self.architecture}{people}, seed {self.seed}'
+
+
+def plan(suite: Suite, workdir: str) -> list[Run]:
+  """All runs, such that each seed is complete before the next begins.
+
+  Raises:
+    UserError: an architecture does not fit the budget.
+  """
+  configs = {name: _config_of(suite, name) for name in suite.architectures}
+  runs = []
+  for seed in suite.seeds:
+    for people in suite.people or (0,):
+      for name, config in configs.items():
+        steps = suite_lib.num_steps(suite, people)
+        train = dataclasses.replace(config.train, seed=seed, num_steps=steps)
+        optimizer = config.optimizer
+        if limit := suite.architectures[name].rate_times_people:
+          rate = min(optimizer.learning_rate, limit / people)
+          optimizer = dataclasses.replace(optimizer, learning_rate=rate)
+        group = f'people_{people:06}' if people else 'text'
+        kind = 'needles' if suite.needles else 'facts'
+        runs.append(
+          Run(
+            architecture=name,
+            seed=seed,
+            people=people,
+            config=dataclasses.replace(
+              config, train=train, optimizer=optimizer
+            ),
+            num_phrasings=suite.num_phrasings,
+            needles=suite.needles,
+            folder=pathlib.Path(workdir) / 'runs' / group / f'{name}_{seed}',
+            data_folder=pathlib.Path(workdir) / kind / f'{group}_{seed}',
+          )
+        )
+  return runs
+
+
+def _config_of(suite: Suite, name: str) -> Config:
+  architecture = suite.architectures[name]
+  base = suite.base
+  model = budget.fit(
+    base.model,
+    name,
+    architecture,
+    total_parameters=suite.total_parameters,
+    seq_len=base.data.seq_len,
+    width_multiple=suite.width_multiple,
+  )
+  return config_lib.validated(
+    dataclasses.replace(
+      base,
+      model=model,
+      optimizer=dataclasses.replace(
+        base.optimizer, **dict(architecture.optimizer)
+      ),
+      # One checkpoint to go on from is enough for runs of minutes.
+      train=dataclasses.replace(
+        base.train, keep_checkpoints=1, sample_tokens=0
+      ),
+    )
+  )
+
+
+def finished(run: Run) -> Result | None:
+  """What the run gave, if it has ended.
+
+  Raises:
+    UserError: the folder holds the result of another config.
+  """
+  path = run.folder / RESULT
+  if not path.exists():
+    return None
+  try:
+    result = json.loads(path.read_bytes())
+    saved = result['config']
+  except (OSError, ValueError, TypeError, KeyError) as error:
+    raise UserError(
+      f'{str(path)!r} is damaged: remove it, and the run is trained again.'
+    ) from error
+  defaults = _as_json(dataclasses.asdict(Config()))
+  if not _is_same(saved, _as_json(_identity(run)), defaults):
+    raise UserError(
+      f'{str(path)!r} is the result of another config: undo the change of the '
+      'suite, or give another --workdir.'
+    )
+  return result
+
+
+def _identity(run: Run) -> dict:
+  config = dataclasses.asdict(run.config)
+  # They change nothing in a result.
+  del config['mesh'], config['data']['cache_dir'], config['data']['prefetch']
+  if config['data']['split'] == 'auto':
+    # As results of former versions have it. A text that is too small for it has
+    # other batches since, which are found to be others.
+    config['data']['split'] = 'file'
+  for name in (
+    'log_every',
+    'save_every',
+    'keep_checkpoints',
+    'keep_best',
+    'stop_signals',
+    'wandb_project',
+  ):
+    del config['train'][name]
+  config |= dict(num_phrasings=run.num_phrasings)
+  if run.needles:
+    config |= dict(needles=dataclasses.asdict(run.needles))
+  return config
+
+
+def _is_same(old: Any, new: Any, default: Any) -> bool:
+  """Whether two configs are equal; `old` may lack fields added since.
+
+  Those must have their defaults, under which all is as it was before.
+  """
+  if not (isinstance(old, dict) and isinstance(new, dict)):
+    return old == new
+  for name, value in new.items():
+    if name not in old:
+      if name not in default or value != default[name]:
+        return False
+      continue
+    of_part = default.get(name)
+    if of_part is None and name in _PARTS:
+      of_part = _as_json(dataclasses.asdict(_PARTS[name]()))
+    if not _is_same(old[name], value, of_part or {}):
+      return False
+  return old.keys() <= new.keys()
+
+
+def _as_json(value: Any) -> Any:
+  """The value as reading it from JSON gives it: with lists for tuples."""
+  return json.loads(json.dumps(value))
+
+
+def train_all(
+  runs: Sequence[Run],
+  reporter: Reporter,
+  on_result: Callable[[list[Result]], None] = lambda done: None,
+) -> tuple[list[Result], bool]:
+  """Trains what is not finished yet.
+
+  Args:
+    runs: of `plan`.
+    reporter: shows what happens.
+    on_result: is given all results so far after each run that was trained.
+
+  Returns:
+    The results of all runs that are finished, and whether a signal stopped the
+    rest.
+
+  Raises:
+    UserError: a run can't go on, or its batches are not those of the others.
+  """
+  done = {run: found for run in runs if (found := finished(run))}
+  if done:
+    reporter.say(f'{len(done)} of {len(runs)} runs are finished already.')
+  seconds = []
+  for index, run in enumerate(runs):
+    if run in done:
+      continue
+    waiting = len(runs) - len(done)
+    left = _time_left(seconds, list(done.values()), waiting)
+    reporter.say(f'Run {index + 1} of {len(runs)}: {run.title}{left}')
+    start = time.perf_counter()
+    result = train(run, reporter, list(done.values()))
+    if result is None:
+      return list(done.values()), True
+    seconds.append(time.perf_counter() - start)
+    done[run] = result
+    on_result(list(done.values()))
+    # Each run compiles programs of its own.
+    jax.clear_caches()
+  return [done[run] for run in runs], False
+
+
+def _time_left(seconds: list[float], done: list[Result], waiting: int) -> str:
+  known = seconds or [result['seconds'] for result in done]
+  if not known:
+    return ''
+  minutes = float(np.mean(known)) * waiting / 60
+  return f' (about {minutes / 60:.1f} hours left)' if minutes > 90 else (
+    f' (about {minutes:.0f} minutes left)'
+  )  # fmt: skip
+
+
+def train(
+  run: Run, reporter: Reporter, others: Iterable[Result] = ()
+) -> Result | None:
+  """Trains, or goes on training, and writes the result.
+
+  Args:
+    run: is not finished yet.
+    reporter: shows what happens.
+    others: results; those of the same text and seed had the same batches.
+
+  Returns:
+    The result; None if a signal stopped the run.
+
+  Raises:
+    UserError: the run can't go on, or its batches are not those of the others.
+  """
+  with workdir_lock.held(run.folder, reporter.say):
+    return _train(run, reporter, others)
+
+
+def _train(
+  run: Run, reporter: Reporter, others: Iterable[Result]
+) -> Result | None:
+  start = time.perf_counter()
+  config = run.config
+  data = dataclasses.replace(config.data, **_write_text(run))
+  config = dataclasses.replace(config, data=data)
+  config, _ = resume.claim_workdir(config, run.folder, reporter.say)
+  compiled_programs.keep(config.data.cache_dir, reporter.say)
+  corpus = build_corpus(config.data, reporter.say)
+  resume.require_same_data(config, corpus, run.folder)
+  tokens = tokenizer.make_tokenizer(config.data, corpus, run.folder)
+  config = inputs.with_vocabulary(config, tokens.vocab_size)
+  resume.save_config(config, run.folder)
+  batches = results.first_batches(config, corpus, tokens)
+  _check_same_batches(run, batches, others)
+  with jax.set_mesh(mesh.make_mesh(**dataclasses.asdict(config.mesh))):
+    outcome = loop.fit(
+      config,
+      run.folder,
+      inputs.training_data(config, corpus, tokens),
+      reporter,
+      lambda speed: None,
+    )
+    if outcome.validation is None:
+      return None
+    answers = _ask(run, config, outcome.params, tokens, reporter)
+  result = dict(
+    architecture=run.architecture,
+    seed=run.seed,
+    people=run.people,
+    batches=batches,
+    seconds=time.perf_counter() - start,
+    **results.describe(config, run.folder, outcome.validation),
+    config=_as_json(_identity(run)),
+    **answers,
+  )
+  _write(run, result)
+  return result
+
+
+def _write_text(run: Run) -> dict[str, Any]:
+  """Generates the text; the fields of the `DataConfig` that name it."""
+  if run.people:
+    people = facts.make_people(run.people, run.seed)
+    return facts.write(run.data_folder, people, run.seed, run.num_phrasings)
+  if run.needles:
+    return needles.write(run.data_folder, run.needles, run.seed)
+  return {}
+
+
+def _ask(
+  run: Run, config: Config, params: dict, tokens: Tokenizer, reporter: Reporter
+) -> Result:
+  """What the model has of generated text; nothing of other text."""
+  forward = recall.model_forward(config.model, params)
+  if run.people:
+    people = facts.make_people(run.people, run.seed)
+    recalled = recall.measure(forward, tokens, people)
+    reporter.say(
+      f'{recalled.share:.1%} of {len(people.names) * len(facts.ATTRIBUTES):,}'
+      f' facts recalled, {recalled.bits:,.0f} of {people.bits:,.0f} bits'
+    )
+    return results.describe_recall(config, people, recalled)
+  if run.needles:
+    found = retrieval.measure(forward, tokens, run.needles, run.seed)
+    reporter.say(f'{found.share:.1%} of {found.num_questions:,} needles found')
+    return results.describe_retrieval(found)
+  return {}
+
+
+def _check_same_batches(
+  run: Run, batches: str, others: Iterable[Result]
+) -> None:
+  for other in others:
+    is_twin = (other['seed'], other['people']) == (run.seed, run.people)
+    if is_twin and other['batches'] != batches:
+      raise UserError(
+        f'{run.title} would train on other batches than '
+        f'{other["architecture"]} did: the text has changed since, so give '
+        'another --workdir.'
+      )
+
+
+def _write(run: Run, result: Result) -> None:
+  content = json.dumps(result, indent=1) + '\n'
+  with workdir_lib.write_errors(run.folder):
+    workdir_lib.write_whole(run.folder / RESULT, content.encode())
+  # What is left if a kill comes before this is only disk space.
+  shutil.rmtree(run.folder / workdir_lib.CHECKPOINTS, ignore_errors=True)
