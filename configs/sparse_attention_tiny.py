@@ -8,7 +8,7 @@ Reproduces: nothing published. Every block reads a window of 32 to 48 bytes and
 configs/compare/sparse_attention.py has its controls. As no block sees
 everything, it reads input of any length in constant memory:
 
-  python -m jaxsparse.generate --workdir=runs/sparse_attention_tiny \\
+  python -m jaxsparse generate --workdir=runs/sparse_attention_tiny \\
     --prompt_file=book.txt
 
 Hardware: two CPU cores.

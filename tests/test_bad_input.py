@@ -1,6 +1,5 @@
 """Bad input ends in one sentence on stderr, exit code 2 and no traceback."""
 
-import importlib.util
 import os
 import pathlib
 import re
@@ -11,7 +10,7 @@ import jax
 import pytest
 from etils import epath
 
-from jaxsparse import generate
+from jaxsparse.cli import generate, train
 from jaxsparse.run import command_line, workdir_lock
 
 ROOT = pathlib.Path(__file__).parents[1]
@@ -24,14 +23,6 @@ def get_config():
     data=c.DataConfig(text={text!r}, cache_dir={cache!r}),
   )
 """
-
-
-@pytest.fixture(scope='module')
-def train():
-  spec = importlib.util.spec_from_file_location('train', ROOT / 'train.py')
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.main
 
 
 @pytest.fixture(scope='module')
@@ -212,20 +203,18 @@ TRAIN = {
 
 
 @pytest.mark.parametrize('name', TRAIN)
-def test_train(name, train, folder, tmp_path, capsys, monkeypatch):
+def test_train(name, folder, tmp_path, capsys):
   flag, said = TRAIN[name]
-  argv = ['train.py', f'--config={folder}/recipe.py', f'--workdir={tmp_path}/w']
+  argv = [f'--config={folder}/recipe.py', f'--workdir={tmp_path}/w']
   flags = flag.format(folder=folder).split(' ')
-  monkeypatch.setattr(sys, 'argv', [*argv, *flags])
-  assert said in ending(train, capsys)
+  assert said in ending(lambda: train.main([*argv, *flags]), capsys)
 
 
-def test_a_workdir_in_use(train, folder, tmp_path, capsys, monkeypatch):
+def test_a_workdir_in_use(folder, tmp_path, capsys):
   flags = [f'--config={folder}/recipe.py', f'--workdir={tmp_path}/w']
-  monkeypatch.setattr(sys, 'argv', ['train.py', *flags])
   with workdir_lock.held(tmp_path / 'w'):
     before = sorted(tmp_path.rglob('*'))
-    assert 'is in use by process' in ending(train, capsys)
+    assert 'is in use by process' in ending(lambda: train.main(flags), capsys)
     assert sorted(tmp_path.rglob('*')) == before
 
 
@@ -243,13 +232,12 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize('name', CONFIGS)
-def test_recipes(name, train, folder, tmp_path, capsys, monkeypatch):
+def test_recipes(name, folder, tmp_path, capsys):
   flags, said = CONFIGS[name]
   flags = [flag.format(folder=folder) for flag in flags]
   if name != 'no workdir':
     flags.append(f'--workdir={tmp_path}')
-  monkeypatch.setattr(sys, 'argv', ['train.py', *flags])
-  assert said in ending(train, capsys)
+  assert said in ending(lambda: train.main(flags), capsys)
 
 
 GENERATE = {
@@ -319,7 +307,7 @@ PROCESSES = {
     '--config=dense_tiny',
     '--workdir={folder}/w',
   ],
-  'no such run': ['-m', 'jaxsparse.generate', '--workdir=nowhere'],
+  'no such run': ['-m', 'jaxsparse', 'generate', '--workdir=nowhere'],
 }
 
 

@@ -58,9 +58,9 @@ def test_the_run_goes_on_with_its_old_losses(folder):
 
 def test_old_parameters_are_sampled_and_pictures_drawn(folder):
   said = run(
-    folder, '-m', 'jaxsparse.generate', '--workdir=w', '--prompt=sun',
+    folder, '-m', 'jaxsparse', 'generate', '--workdir=w', '--prompt=sun',
     '--max_tokens=4',
   )  # fmt: skip
   assert said.startswith('sun')
-  assert 'training.png' in run(folder, '-m', 'jaxsparse.report', 'w')
+  assert 'training.png' in run(folder, '-m', 'jaxsparse', 'report', 'w')
   assert (folder / 'w/plots/training.png').stat().st_size > 10_000

@@ -1,6 +1,6 @@
 """Composed heads against plain ones, at equal widths: bytes, minutes a run.
 
-  python -m jaxsparse.compare --suite=configs/compare/attention.py \\
+  python -m jaxsparse compare --suite=configs/compare/attention.py \\
     --workdir=runs/compare_attention --text='books/*.txt'
 
 Without --text on Python's own sources. The models are those of

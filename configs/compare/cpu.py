@@ -1,6 +1,6 @@
 """Language modelling by every architecture: bytes, minutes a run on one core.
 
-  python -m jaxsparse.compare --suite=configs/compare/cpu.py \\
+  python -m jaxsparse compare --suite=configs/compare/cpu.py \\
     --workdir=runs/compare_cpu --text='books/*.txt'
 
 Without --text on Python's own sources. The dense model is `dense_tiny`, the

@@ -1,6 +1,6 @@
 """From PKM to UltraMem, step by step: bytes, minutes a run on one core.
 
-  python -m jaxsparse.compare --suite=configs/compare/cpu_ablation.py \\
+  python -m jaxsparse compare --suite=configs/compare/cpu_ablation.py \\
     --workdir=runs/ablation_cpu --text='books/*.txt'
 
 Table 2 of arXiv:2411.12364: each step keeps all steps before it. The published

@@ -1,6 +1,6 @@
 """How many facts each architecture holds: generated biographies, two CPU cores.
 
-  python -m jaxsparse.compare --suite=configs/compare/facts.py \\
+  python -m jaxsparse compare --suite=configs/compare/facts.py \\
     --workdir=runs/facts
 
 Names of two tokens and six attributes of one token, 31.6 bits a person

@@ -1,6 +1,6 @@
 """Which architecture holds more facts than a dense model can: 4,000 people.
 
-  python -m jaxsparse.compare --suite=configs/compare/facts_24000.py \\
+  python -m jaxsparse compare --suite=configs/compare/facts_24000.py \\
     --workdir=runs/facts_24000
 
 The models of `facts.py`, with more people, and each fact told 96 times, each

@@ -1,6 +1,6 @@
 """Language modelling at a size that uses a GPU: 25 minutes of one H100.
 
-  python -m jaxsparse.compare --suite=configs/compare/h100.py \\
+  python -m jaxsparse compare --suite=configs/compare/h100.py \\
     --workdir=runs/compare_h100 --text='/usr/lib/python3*/**/*.py'
 
 The dense model has 85M parameters beside its embeddings; the sparse ones have

@@ -1,6 +1,6 @@
 """Needles: what sparse attention finds far behind its window.
 
-  python -m jaxsparse.compare --suite=configs/compare/needles.py \\
+  python -m jaxsparse compare --suite=configs/compare/needles.py \\
     --workdir=runs/needles
 
 Documents of 128 tokens (`jaxsparse.data.needles`): 21 facts among sentences

@@ -1,6 +1,6 @@
 """Sparse attention against attention to everything, and to a window.
 
-  python -m jaxsparse.compare --suite=configs/compare/sparse_attention.py \\
+  python -m jaxsparse compare --suite=configs/compare/sparse_attention.py \\
     --workdir=runs/compare_sparse_attention --text='books/*.txt'
 
 Without --text on Python's own sources: bytes, minutes a run on one core. The

@@ -39,6 +39,7 @@ def user_errors_end_in_a_sentence() -> Iterator[None]:
   """Prints a `UserError` to stderr and exits with 2, without a traceback.
 
   So ends, too, what JAX raises where the platform that was asked for is none.
+  Who interrupts, or reads no further, has no need of a traceback either.
   """
   escape_unprintable()
   try:
@@ -46,6 +47,11 @@ def user_errors_end_in_a_sentence() -> Iterator[None]:
       yield
   except UserError as error:
     _end(str(error))
+  except KeyboardInterrupt:
+    sys.exit(130)
+  except BrokenPipeError:
+    # Python would complain again while it exits.
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
   # An assertion is all that JAX has to say without a GPU.
   except (RuntimeError, AssertionError):
     if why := _missing_platform():
@@ -114,7 +120,7 @@ class Parser(argparse.ArgumentParser):
     return f'there is no flag {shown(name)[1:-1]}{meant}; see --help.'
 
 
-def parse_recipe(description: str) -> tuple[Config, str]:
+def parse_recipe(description: str, argv: Sequence[str]) -> tuple[Config, str]:
   """Reads `--config=FILE`, its overrides `--config.a.b=value` and `--workdir`.
 
   `--help` prints `description` and where to start, `--help=PART` every field of
@@ -128,7 +134,6 @@ def parse_recipe(description: str) -> tuple[Config, str]:
   Raises:
     UserError: a flag, the file, a field's name, type or value is wrong.
   """
-  argv = sys.argv[1:]
   _help(description, argv)
   values = _parser().parse_args(overrides.split(argv)[1])
   notes: list[str] = []

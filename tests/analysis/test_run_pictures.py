@@ -1,12 +1,12 @@
-"""Pictures from what a run leaves, and `python -m jaxsparse.report`."""
+"""Pictures from what a run leaves, and `python -m jaxsparse report`."""
 
 import json
 
 import numpy as np
 import pytest
+from commands import exit_code
 from pictures import figures, texts
 
-from jaxsparse import report
 from jaxsparse.analysis import run_pictures
 from jaxsparse.config import Config, MemoryConfig, ModelConfig, saved_config
 
@@ -33,13 +33,13 @@ def workdir(tmp_path):
 
 
 def test_report_draws_what_there_is(workdir, capsys):
-  assert report.main([str(workdir)]) == 0
+  assert exit_code(['report', str(workdir)]) == 0
   counts = {
     'block_00 experts': np.array([5, 1, 0, 2]),
     'block_01': np.array([0, 3, 1, 0, 9]),
   }
   run_pictures.save_pass(workdir, counts, {'gzip': 2.6})
-  assert report.main([str(workdir)]) == 0
+  assert exit_code(['report', str(workdir)]) == 0
   names = {line.split('/')[-1] for line in capsys.readouterr().out.split()}
   assert names == {
     'training.png',
@@ -60,7 +60,7 @@ def test_slots_are_those_of_a_placement(workdir, tmp_path, monkeypatch):
   counts = {'block_01': np.array([0, 3]), 'block_02': np.array([1, 3])}
   run_pictures.save_pass(workdir, counts, {})
   written = figures(monkeypatch)
-  assert report.main([str(workdir)]) == 0
+  assert exit_code(['report', str(workdir)]) == 0
   said = '\n'.join(text for figure in written for text in texts(figure))
   assert 'memory of block 1, added after block 3: 50.0% used' in said
   assert 'memory of block 2: 100.0% used' in said
@@ -70,14 +70,14 @@ def test_a_workdir_for_reading_only(workdir, tmp_path_factory, capsys):
   """Pictures go where they are told to, and nothing into the workdir."""
   (workdir / 'plots').write_text('no folder, as nobody may make one')
   before = sorted(workdir.rglob('*'))
-  assert report.main([str(workdir)]) == 1
+  assert exit_code(['report', str(workdir)]) == 2
   said = capsys.readouterr()
   assert said.out == ''
   assert said.err.count('\n') == 1
   assert 'plots' in said.err
   assert '--output=FOLDER' in said.err
   output = tmp_path_factory.mktemp('out') / 'of' / 'run'
-  assert report.main([str(workdir), f'--output={output}']) == 0
+  assert exit_code(['report', str(workdir), f'--output={output}']) == 0
   names = capsys.readouterr().out.split()
   assert f'{output}/training.png' in names
   assert sorted(map(str, output.iterdir())) == sorted(names)
@@ -85,9 +85,9 @@ def test_a_workdir_for_reading_only(workdir, tmp_path_factory, capsys):
 
 
 def test_without_a_run_it_is_one_sentence(tmp_path, capsys):
-  assert report.main([str(tmp_path)]) == 1
+  assert exit_code(['report', str(tmp_path)]) == 2
   (tmp_path / 'config.json').write_text(saved_config.to_json(Config()))
-  assert report.main([str(tmp_path)]) == 1
+  assert exit_code(['report', str(tmp_path)]) == 2
   lines = capsys.readouterr().err.strip().splitlines()
   assert 'holds no config.json' in lines[0]
   assert 'holds no metrics yet' in lines[1]
@@ -127,11 +127,11 @@ def test_a_damaged_pass_is_left_out(damage, workdir, monkeypatch, capsys):
     run_pictures, '_draw', lambda arrays, *_: drawn.append(arrays) or []
   )
   run_pictures.save_pass(workdir, {'block_01': np.array([0, 3])}, {'xz': 2.0})
-  assert report.main([str(workdir)]) == 0
+  assert exit_code(['report', str(workdir)]) == 0
   assert sorted(drawn.pop()) == ['baselines/xz', 'counts/block_01']
   assert capsys.readouterr().err == ''
   damage(workdir / run_pictures.PASS)
-  assert report.main([str(workdir)]) == 0
+  assert exit_code(['report', str(workdir)]) == 0
   assert drawn == [{}]
   err = capsys.readouterr().err
   assert err.count('\n') == 1
@@ -142,11 +142,11 @@ def test_damaged_metrics_are_left_out(workdir, capsys):
   with (workdir / 'metrics.jsonl').open('ab') as file:
     file.write(b'7\n{"step": 9, "loss": "\xff"}\n{"loss": 1}\n')
   before = (workdir / 'metrics.jsonl').read_bytes()
-  assert report.main([str(workdir)]) == 0
+  assert exit_code(['report', str(workdir)]) == 0
   assert (workdir / 'metrics.jsonl').read_bytes() == before
   (workdir / 'metrics.jsonl').unlink()
   (workdir / 'metrics.jsonl').mkdir()
-  assert report.main([str(workdir)]) == 1
+  assert exit_code(['report', str(workdir)]) == 2
   assert "metrics.jsonl' can't be read" in capsys.readouterr().err
 
 
@@ -160,7 +160,7 @@ def test_nothing_is_drawn_where_the_workdir_leads(is_link, workdir, capsys):
     plots.symlink_to(victim)
   else:
     plots.touch()
-  assert report.main([str(workdir)]) == 1
+  assert exit_code(['report', str(workdir)]) == 2
   (sentence,) = capsys.readouterr().err.splitlines()
   assert 'a file or a link' in sentence
   assert not list(victim.iterdir())
@@ -169,7 +169,7 @@ def test_nothing_is_drawn_where_the_workdir_leads(is_link, workdir, capsys):
   plots.mkdir()
   (victim / 'file').write_bytes(b'mine')
   (plots / 'training.png').symlink_to(victim / 'file')
-  assert report.main([str(workdir)]) == 0
+  assert exit_code(['report', str(workdir)]) == 0
   assert (victim / 'file').read_bytes() == b'mine'
   assert (plots / 'training.png').read_bytes().startswith(b'\x89PNG')
 
@@ -177,4 +177,4 @@ def test_nothing_is_drawn_where_the_workdir_leads(is_link, workdir, capsys):
 def test_home(workdir, monkeypatch):
   monkeypatch.setenv('HOME', str(workdir.parent))
   monkeypatch.setattr(run_pictures, '_draw', lambda *_: [])
-  assert report.main([f'~/{workdir.name}']) == 0
+  assert exit_code(['report', f'~/{workdir.name}']) == 0

@@ -1,7 +1,7 @@
 """What devices of a GPU and of a TPU mesh send each other for a value bag.
 
 Run with `pytest -m aot`, extra `aot`. The same for CPU devices, and whether
-the numbers are right, is in `tests/ops/test_sharded_bag.py`.
+the numbers are right, is in `tests/ops/memory/test_sharded_bag.py`.
 """
 
 import functools

@@ -7,9 +7,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from commands import exit_code
 from small_run import save_untrained
 
-from jaxsparse import report
 from jaxsparse.config import DCMHAConfig, ModelConfig, SparseAttentionConfig
 from jaxsparse.inference.attention_maps import (
   grad_cam,
@@ -185,7 +185,7 @@ def test_report_draws_it(tmp_path, capsys):
   save_untrained(tmp_path, model)
   (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss": 3.0}\n')
   text = 'é <b>, def look(at): return'
-  assert report.main([str(tmp_path), f'--attention={text}']) == 0
+  assert exit_code(['report', str(tmp_path), f'--attention={text}']) == 0
   names = [line.split('/')[-1] for line in capsys.readouterr().out.split()]
   assert names == [
     'training.png',
@@ -210,7 +210,7 @@ def test_report_refuses(tmp_path, capsys):
   (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss": 3.0}\n')
   texts = ['', 'x' * 2048, '@nothing.txt', 'no UTF-8 \udcff']
   for text in texts:
-    assert report.main([str(tmp_path), f'--attention={text}']) == 1
+    assert exit_code(['report', str(tmp_path), f'--attention={text}']) == 2
   lines = capsys.readouterr().err.strip().splitlines()
   assert len(lines) == len(texts)
   for line in lines:

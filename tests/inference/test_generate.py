@@ -9,9 +9,11 @@ from types import SimpleNamespace
 import jax
 import numpy as np
 import pytest
+from commands import exit_code
 from small_run import save_untrained
 
-from jaxsparse import config, generate
+from jaxsparse import config
+from jaxsparse.cli import generate
 from jaxsparse.config.errors import UserError
 from jaxsparse.data import corpus as corpus_lib
 from jaxsparse.data.pieces import Piece
@@ -59,12 +61,7 @@ def run(workdir, capsys):
       for v in (values if isinstance(values, list) else [values])
       if v is not None
     ]
-    code = 0
-    try:
-      generate.main(argv)
-    except SystemExit as exit_:
-      code = exit_.code
-    return code, *capsys.readouterr()
+    return exit_code(['generate', *argv]), *capsys.readouterr()
 
   return call
 

@@ -1,20 +1,19 @@
 """Random overrides end in one sentence or in a model that can be traced.
 
 Each case sets one to three fields of a small recipe, many to odd values, and
-goes through what `train.py` reads, `jaxsparse.cost` and the flags of
-`jaxsparse.generate`, all in one process. The case's number is its seed.
+goes through what `train.py` reads, `jaxsparse.cli.cost` and the flags of
+`jaxsparse.cli.generate`, all in one process. The case's number is its seed.
 """
 
 import dataclasses
 import random
-import sys
 
 import jax
 import pytest
 from recipes import CONFIGS
 
-from jaxsparse import cost, generate
 from jaxsparse.analysis import cost as analysis
+from jaxsparse.cli import cost, generate
 from jaxsparse.config import Config, fields
 from jaxsparse.config.errors import UserError
 from jaxsparse.run import command_line
@@ -150,15 +149,14 @@ def trace(config: Config) -> None:
     jax.eval_shape(lambda: init_state(config))
 
 
-def run(seed: int, monkeypatch) -> bool:
+def run(seed: int) -> bool:
   """One case; whether its flags gave a config."""
   rng = random.Random(seed)
   recipe = f'--config={CONFIGS / rng.choice(RECIPES)}.py'
   flags = draw(rng)
-  argv = ['train.py', recipe, '--workdir=w', *flags]
-  monkeypatch.setattr(sys, 'argv', argv)
+  argv = [recipe, '--workdir=w', *flags]
   try:
-    read = result_or_sentence(command_line.parse_recipe, '')
+    read = result_or_sentence(command_line.parse_recipe, '', argv)
     if read is not None:
       result_or_sentence(trace, read[0])
     result_or_sentence(cost.main, [recipe, *flags])
@@ -169,18 +167,18 @@ def run(seed: int, monkeypatch) -> bool:
   return read is not None
 
 
-def num_accepted(seeds, monkeypatch, capsys) -> int:
+def num_accepted(seeds, capsys) -> int:
   """How many of the cases gave a config."""
-  accepted = sum(run(seed, monkeypatch) for seed in seeds)
+  accepted = sum(run(seed) for seed in seeds)
   capsys.readouterr()
   return accepted
 
 
-def test_overrides_end_in_a_sentence_or_a_model(monkeypatch, capsys):
+def test_overrides_end_in_a_sentence_or_a_model(capsys):
   # Both ends are come to.
-  assert 15 < num_accepted(range(200), monkeypatch, capsys) < 150
+  assert 15 < num_accepted(range(200), capsys) < 150
 
 
 @pytest.mark.slow
-def test_2000_overrides(monkeypatch, capsys):
-  assert num_accepted(range(200, 2200), monkeypatch, capsys) > 150
+def test_2000_overrides(capsys):
+  assert num_accepted(range(200, 2200), capsys) > 150

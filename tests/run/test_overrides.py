@@ -1,7 +1,6 @@
 """`--config.a.b=value`: what it sets, makes, and says about typos."""
 
 import dataclasses
-import sys
 
 import pytest
 from recipes import CONFIGS, RECIPES
@@ -90,10 +89,9 @@ def test_every_part_that_may_be_absent_is_made():
     assert getattr(getattr(config, section), part) == cls()
 
 
-def test_train_says_so_on_stderr(monkeypatch, capsys):
+def test_train_says_so_on_stderr(capsys):
   flags = [f'--config={DENSE}', '--workdir=w', '--config.model.moe.num_used=1']
-  monkeypatch.setattr(sys, 'argv', ['train.py', *flags])
-  config, workdir = command_line.parse_recipe('')
+  config, workdir = command_line.parse_recipe('', flags)
   assert config.model.moe == MoEConfig(num_used=1)
   assert workdir == 'w'
   out, err = capsys.readouterr()
@@ -152,11 +150,10 @@ def test_nothing_is_meant_by_nonsense(path):
     ('-workdir=x', '--workdir'),
   ],
 )
-def test_flags_that_lack_something(flag, meant, monkeypatch):
+def test_flags_that_lack_something(flag, meant):
   flags = [f'--config={DENSE}', '--workdir=w', flag]
-  monkeypatch.setattr(sys, 'argv', ['train.py', *flags])
   with pytest.raises(UserError) as raised:
-    command_line.parse_recipe('')
+    command_line.parse_recipe('', flags)
   assert f'there is no flag {flag.partition("=")[0]} ' in str(raised.value)
   assert f'(did you mean {meant}?)' in str(raised.value)
 
@@ -205,15 +202,13 @@ HELP = {
 
 
 @pytest.mark.parametrize('flags', HELP)
-def test_help_is_printed_and_all_ends(flags, monkeypatch, capsys):
-  monkeypatch.setattr(sys, 'argv', ['train.py', *flags])
+def test_help_is_printed_and_all_ends(flags, capsys):
   with pytest.raises(SystemExit) as ended:
-    command_line.parse_recipe('What it does.')
+    command_line.parse_recipe('What it does.', flags)
   assert ended.value.code == 0
   assert HELP[flags] in capsys.readouterr().out
 
 
-def test_help_of_no_part_is_a_sentence(monkeypatch):
-  monkeypatch.setattr(sys, 'argv', ['train.py', '--help=memry'])
+def test_help_of_no_part_is_a_sentence():
   with pytest.raises(UserError, match=r'did you mean memory\?'):
-    command_line.parse_recipe('')
+    command_line.parse_recipe('', ['--help=memry'])

@@ -19,7 +19,7 @@ ROOT = pathlib.Path(__file__).parents[2]
 
 PROGRAM = """
 import sys, time
-from jaxsparse import peers
+from jaxsparse.run import peers
 from jaxsparse.config.errors import UserError
 
 address, count, index, wait, then = sys.argv[1:]

@@ -10,11 +10,8 @@ import sys
 
 import pytest
 
-from jaxsparse import cost, report
+from jaxsparse.cli import command
 from jaxsparse.config.errors import UserError
-from jaxsparse.experiments.bench.__main__ import main as bench
-from jaxsparse.experiments.compare.__main__ import main as compare
-from jaxsparse.generate import main as generate
 from jaxsparse.run import command_line, workdir
 from jaxsparse.run.progress import Reporter
 
@@ -75,18 +72,20 @@ def test_the_sentence_of_an_error(output):
 
 
 @pytest.mark.parametrize(
-  ('main', 'arguments'),
+  'arguments',
   [
-    (in_a_sentence(cost.main), ['--config=日本\udcff.py']),
-    (report.main, ['日本\udcff']),
-    (generate, ['--workdir=日本\udcff']),
-    (in_a_sentence(compare), ['--suite=日本\udcff.py', '--workdir=x']),
-    (in_a_sentence(bench), ['日本\udcff']),
+    ['train', '--config=日本\udcff.py', '--workdir=x'],
+    ['cost', '--config=日本\udcff.py'],
+    ['report', '日本\udcff'],
+    ['generate', '--workdir=日本\udcff'],
+    ['compare', '--suite=日本\udcff.py', '--workdir=x'],
+    ['bench', '日本\udcff'],
+    ['日本\udcff'],
   ],
-  ids=['cost', 'report', 'generate', 'compare', 'bench'],
+  ids=lambda arguments: arguments[0][:8].encode('ascii', 'replace').decode(),
 )
-def test_every_command_names_what_it_can_t_print(output, main, arguments):
-  _, err = output(main, arguments)
+def test_every_command_names_what_it_can_t_print(output, arguments):
+  _, err = output(command.main, arguments)
   assert r'\u65e5\u672c' in err or '日本' in err
 
 
@@ -102,8 +101,8 @@ def run(program, **environment):
 def test_text_is_kept_under_any_locale(tmp_path):
   program = f"""
 import pathlib
-from jaxsparse import workdir
 from jaxsparse.data import generated
+from jaxsparse.run import workdir
 path = pathlib.Path({str(tmp_path)!r}) / 'text'
 generated.write_whole(path, '\\u65e5\\u672c')
 for _ in range(2):

@@ -15,7 +15,7 @@ from jaxsparse.run import workdir_lock
 # Holds the lock until it is killed, or ends at once with what it was told.
 HOLDER = """
 import sys, time
-from jaxsparse import workdir_lock
+from jaxsparse.run import workdir_lock
 from jaxsparse.config.errors import UserError
 try:
   with workdir_lock.held(sys.argv[1]):

@@ -1,1 +1,1 @@
-"""How fast and how large: `python -m jaxsparse.bench NAME`."""
+"""How fast and how large: `python -m jaxsparse bench NAME`."""

@@ -18,7 +18,7 @@ that of the dense model; 'MoE to it' the MoE's time over the model's, and
 MoE farther behind than that limit and `margin`, three times in a row, fails the
 bench: it would be the MoE that is at fault.
 
-On a CPU give it one core, `taskset -c 0 python -m jaxsparse.bench decode`: XLA
+On a CPU give it one core, `taskset -c 0 python -m jaxsparse bench decode`: XLA
 spreads a dense product over all cores, but runs the loop over experts on one,
 so that at batch 1 two cores halve the time of all but the MoE. There
 (results/decode_cpu.json) by --batches=1,4,16,64,256 --kv_groups=1,4,8

@@ -9,8 +9,8 @@ import jax
 import numpy as np
 import pytest
 
+from jaxsparse.cli import bench as command
 from jaxsparse.config.errors import UserError
-from jaxsparse.experiments.bench import __main__ as command
 from jaxsparse.experiments.bench import (
   attention,
   first_session,
@@ -250,6 +250,6 @@ def test_starts_without_packages_for_data():
     'import sys\n'
     "for name in ('grain', 'tensorflow_datasets'):\n"
     '  sys.modules[name] = None\n'
-    'import jaxsparse.experiments.bench.__main__\n'
+    'import jaxsparse.cli.bench\n'
   )
   subprocess.run([sys.executable, '-c', code], check=True)

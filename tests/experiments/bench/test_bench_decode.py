@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 from jaxsparse.analysis import cost
+from jaxsparse.cli import bench as command
 from jaxsparse.config.errors import UserError
-from jaxsparse.experiments.bench import __main__ as command
 from jaxsparse.experiments.bench import (
   decode,
   decode_models,

@@ -1,6 +1,6 @@
 """Runs a comparison three times: stopped in its second run, ended, again.
 
-  python tests/compare/stopped_comparison.py FOLDER
+  python tests/experiments/compare/stopped_comparison.py FOLDER
 
 A process of its own, because it sends itself a signal. Prints how often
 training had started after each time.
@@ -14,7 +14,7 @@ import sys
 
 from small_suite import facts_suite
 
-from jaxsparse.experiments.compare import __main__ as entry
+from jaxsparse.cli import compare as entry
 from jaxsparse.training import loop
 
 

@@ -242,7 +242,10 @@ def test_time_follows_the_distinct_experts(tmp_path):
   """In a process of its own, compiled as for users."""
   path = tmp_path / 'report.json'
   subprocess.run(
-    [sys.executable, '-m', 'jaxsparse.bench', 'grouped_matmul', '--json', path],
+    [
+      *(sys.executable, '-m', 'jaxsparse', 'bench'),
+      *('grouped_matmul', '--json', path),
+    ],
     env={k: v for k, v in os.environ.items() if k != 'XLA_FLAGS'},
     check=True,
   )

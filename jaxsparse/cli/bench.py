@@ -1,4 +1,4 @@
-"""How fast and how large: `python -m jaxsparse.bench NAME`.
+"""How fast and how large: `python -m jaxsparse bench NAME`.
 
 Prints the machine, then a table; `--json=FILE` keeps both. `all` runs every
 bench with sizes for the backend at hand. `NAME --help` tells the options.
@@ -7,7 +7,6 @@ bench with sizes for the backend at hand. `NAME --help` tells the options.
 import argparse
 import json
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from jaxsparse.experiments.bench import (
@@ -23,7 +22,7 @@ from jaxsparse.experiments.bench import (
   train_step,
   value_bag,
 )
-from jaxsparse.run.command_line import Parser, user_errors_end_in_a_sentence
+from jaxsparse.run.command_line import Parser
 
 BENCHES = dict(
   value_bag=value_bag,
@@ -57,7 +56,7 @@ def main(argv: Sequence[str]) -> None:
 
 def _parse(argv):
   parser = Parser(
-    prog='jaxsparse.bench',
+    prog='jaxsparse bench',
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
@@ -96,8 +95,3 @@ def _run_all():
       results = _run(bench, options)
       report[title].append(dict(arguments=options, results=results))
   return report
-
-
-if __name__ == '__main__':
-  with user_errors_end_in_a_sentence():
-    main(sys.argv[1:])

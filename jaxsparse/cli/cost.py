@@ -1,10 +1,9 @@
-"""What a recipe costs: `python -m jaxsparse.cost --config=configs/NAME.py`.
+"""What a recipe costs: `python -m jaxsparse cost --config=configs/NAME.py`.
 
 Fields are overridden as in training: `--config.model.num_kv_heads=2`.
 """
 
 import dataclasses
-import sys
 
 from jaxsparse.analysis import cost
 from jaxsparse.config import Config
@@ -21,7 +20,7 @@ def main(arguments: list[str]) -> None:
   Raises:
     UserError: a flag, the recipe or one of its fields is wrong.
   """
-  parser = command_line.Parser(prog='python -m jaxsparse.cost', has_fields=True)
+  parser = command_line.Parser(prog='jaxsparse cost', has_fields=True)
   parser.add_argument('--config', required=True, help='a file in configs/')
   parser.add_argument(
     '--batch_sizes', default='1,16,64,256', help='of decode steps'
@@ -83,8 +82,3 @@ def _numbers(text: str) -> list[int]:
       f'{shown(text)}.'
     )
   return numbers
-
-
-if __name__ == '__main__':
-  with command_line.user_errors_end_in_a_sentence():
-    main(sys.argv[1:])

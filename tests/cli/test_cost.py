@@ -1,11 +1,11 @@
-"""`python -m jaxsparse.cost`."""
+"""`python -m jaxsparse cost`."""
 
 import time
 
 import pytest
 from recipes import CONFIGS
 
-from jaxsparse import cost
+from jaxsparse.cli import cost
 from jaxsparse.config.errors import UserError
 
 

@@ -1,6 +1,6 @@
-"""Compares architectures at equal budget: `python -m jaxsparse.compare`.
+"""Compares architectures at equal budget: `python -m jaxsparse compare`.
 
-  python -m jaxsparse.compare --suite=configs/compare/facts.py \\
+  python -m jaxsparse compare --suite=configs/compare/facts.py \\
     --workdir=runs/facts
 
 Derives every architecture's sizes from the suite's budget, trains all of them
@@ -13,7 +13,6 @@ trained, and the rest can follow later in the same workdir.
 
 import argparse
 import pathlib
-import sys
 from collections.abc import Sequence
 
 from jaxsparse.analysis import budget, cost
@@ -23,7 +22,7 @@ from jaxsparse.experiments.compare import suite as suite_lib
 from jaxsparse.experiments.compare.suite import Suite
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run import workdir_lock
-from jaxsparse.run.command_line import Parser, user_errors_end_in_a_sentence
+from jaxsparse.run.command_line import Parser
 from jaxsparse.run.progress import Reporter
 
 
@@ -116,7 +115,7 @@ def _numbers(flag: str, text: str) -> tuple[int, ...]:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
   parser = Parser(
-    prog='jaxsparse.compare',
+    prog='jaxsparse compare',
     description=__doc__,
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
@@ -130,8 +129,3 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   add('--text', default='', help='globs of text files, for language suites')
   add('--dry_run', action='store_true', help='say sizes and runs, and end')
   return parser.parse_args(argv)
-
-
-if __name__ == '__main__':
-  with user_errors_end_in_a_sentence():
-    main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""Continues a prompt with a trained model: python -m jaxsparse.generate.
+"""Continues a prompt with a trained model: python -m jaxsparse generate.
 
 The text goes to stdout as it comes, everything else to stderr. Every sample is
 added to `samples.jsonl` in the workdir. A prompt from a file may be of any
@@ -8,7 +8,6 @@ sparse layers keep a history of bounded size, and memory does not grow with it.
 
 import argparse
 import dataclasses
-import os
 import sys
 import time
 
@@ -36,7 +35,7 @@ from jaxsparse.run import (
   run_config,
   workdir,
 )
-from jaxsparse.run.command_line import Parser, user_errors_end_in_a_sentence
+from jaxsparse.run.command_line import Parser
 
 # Between two lines about a prompt that is being read.
 _SECONDS = 5.0
@@ -47,7 +46,7 @@ _PROMPT_KEPT = 10_000
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
   parser = Parser(
-    prog='python -m jaxsparse.generate',
+    prog='jaxsparse generate',
     description='Continue a prompt with a model that train.py trained.',
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
   )
@@ -154,37 +153,36 @@ def to_request(arguments: argparse.Namespace) -> Request:
 
 
 def main(argv: list[str]) -> None:
-  with user_errors_end_in_a_sentence():
-    arguments = parse_arguments(argv)
-    first = to_request(arguments)
-    config = run_config.read(arguments.workdir, _say)
-    # Not where its config says: the workdir may come from anybody.
-    compiled_programs.keep(say=_say)
-    tokenizer = load_from_workdir(arguments.workdir)
-    step = arguments.step
-    if step == 'best':
-      losses = metrics.validation_losses(arguments.workdir)
-      step = checkpoint.best_step(arguments.workdir, losses)
-    num_prompt = len(encode_prompt(tokenizer, first.prompt))
-    model = _with_history(config, arguments, num_prompt)
-    step, params = checkpoint.load_params(arguments.workdir, step)
-    # As the generation itself does, but before the prompt is written.
-    decoding.check_room(
-      model, params, 1, num_prompt, first.max_tokens, first.sampling
+  arguments = parse_arguments(argv)
+  first = to_request(arguments)
+  config = run_config.read(arguments.workdir, _say)
+  # Not where its config says: the workdir may come from anybody.
+  compiled_programs.keep(say=_say)
+  tokenizer = load_from_workdir(arguments.workdir)
+  step = arguments.step
+  if step == 'best':
+    losses = metrics.validation_losses(arguments.workdir)
+    step = checkpoint.best_step(arguments.workdir, losses)
+  num_prompt = len(encode_prompt(tokenizer, first.prompt))
+  model = _with_history(config, arguments, num_prompt)
+  step, params = checkpoint.load_params(arguments.workdir, step)
+  # As the generation itself does, but before the prompt is written.
+  decoding.check_room(
+    model, params, 1, num_prompt, first.max_tokens, first.sampling
+  )
+  if not (model.sparse and model.sparse.history_blocks):
+    _warn_of_length(config, num_prompt + arguments.max_tokens)
+  for i in range(arguments.num_samples):
+    request = dataclasses.replace(first, seed=first.seed + i)
+    if i:
+      _write('\n\n')
+    if not arguments.prompt_file:
+      _write(request.prompt)
+    done = complete(
+      model, params, tokenizer, request, _write, _Progress(num_prompt)
     )
-    if not (model.sparse and model.sparse.history_blocks):
-      _warn_of_length(config, num_prompt + arguments.max_tokens)
-    for i in range(arguments.num_samples):
-      request = dataclasses.replace(first, seed=first.seed + i)
-      if i:
-        _write('\n\n')
-      if not arguments.prompt_file:
-        _write(request.prompt)
-      done = complete(
-        model, params, tokenizer, request, _write, _Progress(num_prompt)
-      )
-      _report(done)
-      _keep(arguments.workdir, to_row(step, request, done))
+    _report(done)
+    _keep(arguments.workdir, to_row(step, request, done))
 
 
 def _keep(folder: str, row: dict) -> None:
@@ -268,13 +266,3 @@ def _write(text: str) -> None:
 
 def _say(text: str) -> None:
   print(text, file=sys.stderr, flush=True)
-
-
-if __name__ == '__main__':
-  try:
-    main(sys.argv[1:])
-  except KeyboardInterrupt:
-    sys.exit(130)
-  except BrokenPipeError:
-    # Whoever reads has enough; Python would complain again while it exits.
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

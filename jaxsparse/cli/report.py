@@ -1,4 +1,4 @@
-"""Pictures of a run: `python -m jaxsparse.report WORKDIR`.
+"""Pictures of a run: `python -m jaxsparse report WORKDIR`.
 
 Loss, rates and speed; for memory layers the use of slots and its unevenness
 over training; for mixtures the load of the experts. Works while the run goes
@@ -23,18 +23,20 @@ from jaxsparse.inference.text import encode_prompt, read_file
 from jaxsparse.nn import block
 from jaxsparse.run import checkpoint, metrics, run_config
 from jaxsparse.run import workdir as workdir_lib
-from jaxsparse.run.command_line import Parser, user_errors_end_in_a_sentence
-from jaxsparse.run.printing import escape_unprintable
+from jaxsparse.run.command_line import Parser
 from jaxsparse.training import inputs
 
 # Maps grow with the square of the text.
 _MOST_TOKENS = 2048
 
 
-def main(arguments: list[str] | None = None) -> int:
-  """Draws the pictures and names them; 1 after a sentence on bad input."""
-  escape_unprintable()
-  parser = Parser(prog='python -m jaxsparse.report')
+def main(arguments: Sequence[str]) -> None:
+  """Draws the pictures and names them.
+
+  Raises:
+    UserError: a flag or the workdir is wrong.
+  """
+  parser = Parser(prog='jaxsparse report')
   parser.add_argument('workdir', help='of a training run, begun or finished')
   parser.add_argument(
     '--attention', metavar='TEXT', help='a text to look at, or @FILE'
@@ -44,42 +46,33 @@ def main(arguments: list[str] | None = None) -> int:
     metavar='FOLDER',
     help='where the pictures go, instead of plots/ in the workdir',
   )
-  try:
-    options = parser.parse_args(arguments)
-    options.workdir = workdir_lib.expanded(options.workdir)
-    config = run_config.read(options.workdir, _say)
-    files = workdir_lib.Files(options.workdir)
-    rows = metrics.read_rows(options.workdir)
-    if not rows:
-      raise UserError(
-        f'workdir {options.workdir!r} holds no metrics yet: wait for the first '
-        'line of its run.'
-      )
-    own = files.folder / workdir_lib.PLOTS
-    output = (
-      pathlib.Path(options.output).expanduser() if options.output else own
+  options = parser.parse_args(arguments)
+  options.workdir = workdir_lib.expanded(options.workdir)
+  config = run_config.read(options.workdir, _say)
+  files = workdir_lib.Files(options.workdir)
+  rows = metrics.read_rows(options.workdir)
+  if not rows:
+    raise UserError(
+      f'workdir {options.workdir!r} holds no metrics yet: wait for the first '
+      'line of its run.'
     )
-    with _written_to(output, is_own=output == own):
-      drawn = []
-      if options.attention is not None:
-        drawn = draw_attention(
-          options.workdir, config, options.attention, output
-        )
-      workdir_lib.fetch(options.workdir, files.folder / run_pictures.PASS)
-      placements = block.placements(config.model)
-      drawn = [
-        *run_pictures.draw(files.folder, rows, output, placements, _say),
-        *drawn,
-      ]
-  except UserError as error:
-    print(error, file=sys.stderr)
-    return 1
+  own = files.folder / workdir_lib.PLOTS
+  output = pathlib.Path(options.output).expanduser() if options.output else own
+  with _written_to(output, is_own=output == own):
+    drawn = []
+    if options.attention is not None:
+      drawn = draw_attention(options.workdir, config, options.attention, output)
+    workdir_lib.fetch(options.workdir, files.folder / run_pictures.PASS)
+    placements = block.placements(config.model)
+    drawn = [
+      *run_pictures.draw(files.folder, rows, output, placements, _say),
+      *drawn,
+    ]
   shown = options.output or f'{options.workdir}/{workdir_lib.PLOTS}'
   for path in drawn:
     print(f'{shown}/{path.name}')
   if output == own:
     files.sync()
-  return 0
 
 
 @contextlib.contextmanager
@@ -164,8 +157,3 @@ def _text(tokenizer: tokenizer_lib.Tokenizer, token: int) -> str:
   if token == tokenizer.boundary_id:
     return '\N{END OF PROOF}'
   return tokenizer.decode_bytes([token]).decode('utf-8', 'replace')
-
-
-if __name__ == '__main__':
-  with user_errors_end_in_a_sentence():
-    sys.exit(main())

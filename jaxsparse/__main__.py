@@ -1,0 +1,6 @@
+"""`python -m jaxsparse COMMAND ...`."""
+
+from jaxsparse.cli import command
+
+if __name__ == '__main__':
+  command.main()

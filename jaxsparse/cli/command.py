@@ -1,0 +1,41 @@
+"""The command `jaxsparse`, also as `python -m jaxsparse`."""
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from jaxsparse.config.errors import UserError, did_you_mean, shown
+from jaxsparse.run.command_line import user_errors_end_in_a_sentence
+
+# The modules of this folder that have a `main`, each with what it does.
+COMMANDS = {
+  'train': 'train a model of a recipe, or go on where it was stopped',
+  'generate': 'let a trained model write',
+  'report': 'draw what a run left',
+  'cost': 'say parameters, FLOPs and bytes of a recipe',
+  'compare': 'train architectures at equal budget and compare them',
+  'bench': 'measure how fast and how large',
+}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+  """Runs the command that `argv` (by default the process's) begins with."""
+  argv = sys.argv[1:] if argv is None else list(argv)
+  with user_errors_end_in_a_sentence():
+    if not argv or argv[0] in ('-h', '--help'):
+      print(_page())
+      return
+    name, *rest = argv
+    if name not in COMMANDS:
+      raise UserError(
+        f'there is no command {shown(name)}{did_you_mean(name, COMMANDS)}; '
+        f'there are {", ".join(COMMANDS)}.'
+      )
+    # Only what the command needs: `cost` has no use for the data's readers.
+    importlib.import_module(f'jaxsparse.cli.{name}').main(rest)
+
+
+def _page() -> str:
+  lines = ['usage: jaxsparse COMMAND ...', '']
+  lines += [f'  {name:<10}{what}' for name, what in COMMANDS.items()]
+  return '\n'.join([*lines, '', '`jaxsparse COMMAND --help` says more.'])
