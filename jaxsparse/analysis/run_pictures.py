@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from jaxsparse.analysis import plots, usage_pictures
-from jaxsparse.nn.block import block_name
+from jaxsparse.config.model import block_name
 from jaxsparse.run import workdir
 
 PASS = 'validation_pass.npz'

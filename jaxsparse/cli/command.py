@@ -7,14 +7,17 @@ from collections.abc import Sequence
 from jaxsparse.config.errors import UserError, did_you_mean, shown
 from jaxsparse.run.command_line import user_errors_end_in_a_sentence
 
-# The modules of this folder that have a `main`, each with what it does.
+# Each with its module and what it does.
 COMMANDS = {
-  'train': 'train a model of a recipe, or go on where it was stopped',
-  'generate': 'let a trained model write',
-  'report': 'draw what a run left',
-  'cost': 'say parameters, FLOPs and bytes of a recipe',
-  'compare': 'train architectures at equal budget and compare them',
-  'bench': 'measure how fast and how large',
+  'train': ('cli.train', 'train a model of a recipe, or go on with it'),
+  'generate': ('cli.generate', 'let a trained model write'),
+  'report': ('cli.report', 'draw what a run left'),
+  'cost': ('cli.cost', 'say parameters, FLOPs and bytes of a recipe'),
+  'compare': (
+    'experiments.compare.command',
+    'train architectures at equal budget and compare them',
+  ),
+  'bench': ('experiments.bench.command', 'measure how fast and how large'),
 }
 
 
@@ -32,10 +35,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         f'there are {", ".join(COMMANDS)}.'
       )
     # Only what the command needs: `cost` has no use for the data's readers.
-    importlib.import_module(f'jaxsparse.cli.{name}').main(rest)
+    importlib.import_module(f'jaxsparse.{COMMANDS[name][0]}').main(rest)
 
 
 def _page() -> str:
   lines = ['usage: jaxsparse COMMAND ...', '']
-  lines += [f'  {name:<10}{what}' for name, what in COMMANDS.items()]
+  lines += [f'  {name:<10}{what}' for name, (_, what) in COMMANDS.items()]
   return '\n'.join([*lines, '', '`jaxsparse COMMAND --help` says more.'])

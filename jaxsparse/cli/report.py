@@ -12,7 +12,7 @@ import contextlib
 import pathlib
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from jaxsparse.analysis import attention_pictures, run_pictures
 from jaxsparse.config import Config

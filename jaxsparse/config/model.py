@@ -251,3 +251,8 @@ class ModelConfig:
   def composition(self, layer: int) -> DCMHAConfig | None:
     """Of the heads of one block; sparse blocks have none."""
     return None if self.attention_blocks[layer] == 'sparse' else self.dcmha
+
+
+def block_name(block: int) -> str:
+  """Under which a block's parameters and metrics stand."""
+  return f'block_{block:02}'

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.config import ModelConfig
+from jaxsparse.config.model import block_name
 from jaxsparse.nn.attention.maps import MAPS, PROBES
-from jaxsparse.nn.block import block_name
 from jaxsparse.nn.transformer import Transformer
 
 

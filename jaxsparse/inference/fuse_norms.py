@@ -5,7 +5,7 @@ import dataclasses
 import jax
 
 from jaxsparse.config import ModelConfig
-from jaxsparse.nn.block import block_name
+from jaxsparse.config.model import block_name
 from jaxsparse.nn.memory.retrieval import norm
 
 

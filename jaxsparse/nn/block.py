@@ -27,10 +27,6 @@ from jaxsparse.nn.memory.tables import Tables
 Cache = dict
 
 
-def block_name(block: int) -> str:
-  return f'block_{block:02}'
-
-
 def placements(config: ModelConfig) -> tuple[tuple[int, int], ...]:
   return config.memory.placements if config.memory else ()
 

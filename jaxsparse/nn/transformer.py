@@ -7,11 +7,11 @@ from jaxtyping import Array, Float, Int, Num
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import UserError
+from jaxsparse.config.model import block_name
 from jaxsparse.nn.attention import cache as attention_cache
 from jaxsparse.nn.block import (
   Block,
   Cache,
-  block_name,
   merged,
   placements,
   prefixed,

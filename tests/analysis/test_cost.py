@@ -261,7 +261,7 @@ def test_tiny_recipes_have_the_flops_that_xla_counts(name, monkeypatch):
   # is its pooling of groups, by a matmul in which most weights are zero, or its
   # sums of shares by a matmul.
   monkeypatch.setattr(compose, '_by_matrices', compose._by_factors)
-  monkeypatch.setattr(partial_softmax, 'row_sums', lambda x, _: x.sum(-1))
+  monkeypatch.setattr(online_softmax, 'row_sums', lambda x, _: x.sum(-1))
   monkeypatch.setattr(
     value_bag,
     '_forward',

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 import pytest
 
-from jaxsparse.cli import bench as command
 from jaxsparse.config.errors import UserError
 from jaxsparse.experiments.bench import (
   attention,
+  command,
   first_session,
   host_memory,
   measuring,
@@ -250,6 +250,6 @@ def test_starts_without_packages_for_data():
     'import sys\n'
     "for name in ('grain', 'tensorflow_datasets'):\n"
     '  sys.modules[name] = None\n'
-    'import jaxsparse.cli.bench\n'
+    'import jaxsparse.experiments.bench.command\n'
   )
   subprocess.run([sys.executable, '-c', code], check=True)

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 from jaxsparse.analysis import cost
-from jaxsparse.cli import bench as command
 from jaxsparse.config.errors import UserError
 from jaxsparse.experiments.bench import (
+  command,
   decode,
   decode_models,
   decode_program,

@@ -14,7 +14,7 @@ import sys
 
 from small_suite import facts_suite
 
-from jaxsparse.cli import compare as entry
+from jaxsparse.experiments.compare import command as entry
 from jaxsparse.training import loop
 
 

@@ -10,9 +10,9 @@ import sys
 import pytest
 from small_suite import facts_suite
 
-from jaxsparse.cli import compare as entry
 from jaxsparse.config.errors import UserError
 from jaxsparse.data import facts
+from jaxsparse.experiments.compare import command as entry
 from jaxsparse.experiments.compare import runs
 from jaxsparse.run import workdir_lock
 from jaxsparse.run.progress import Reporter

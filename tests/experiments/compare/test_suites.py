@@ -7,10 +7,10 @@ import pytest
 from small_suite import facts_suite
 
 from jaxsparse.analysis import cost
-from jaxsparse.cli import compare as entry
 from jaxsparse.config import MemoryConfig, MoEConfig
 from jaxsparse.config.errors import UserError
 from jaxsparse.data.needles import Needles
+from jaxsparse.experiments.compare import command as entry
 from jaxsparse.experiments.compare import runs
 from jaxsparse.experiments.compare import suite as suite_lib
 from jaxsparse.experiments.compare.suite import Architecture

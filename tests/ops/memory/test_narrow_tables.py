@@ -92,7 +92,7 @@ CASES = {
 
 @pytest.fixture(autouse=True)
 def several_chunks(monkeypatch):
-  monkeypatch.setattr(bag_pieces, 'CHUNK_BYTES_CPU', 2**18)
+  monkeypatch.setattr(chunking, 'CHUNK_BYTES_CPU', 2**18)
 
 
 def compile_without_copy(function, *args, **options):

@@ -155,10 +155,10 @@ def _with_nonsense_beyond(num_used, slot, weight, group):
 @pytest.fixture
 def small_pieces(monkeypatch):
   """Pieces of few entries or references, so that a loop goes over many."""
-  monkeypatch.setattr(bag_pieces, '_ENTRIES', 2)
+  monkeypatch.setattr(chunking, '_ENTRIES', 2)
   monkeypatch.setattr(gradient, '_ENTRIES_GPU', 2)
   monkeypatch.setattr(gradient, 'REFERENCES_GPU', 16)
-  monkeypatch.setattr(bag_pieces, 'CHUNK_BYTES_CPU', _CHUNK_BYTES)
+  monkeypatch.setattr(chunking, 'CHUNK_BYTES_CPU', _CHUNK_BYTES)
 
 
 @pytest.mark.parametrize('way', gradient.WAYS)
