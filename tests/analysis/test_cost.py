@@ -16,6 +16,7 @@ from jaxsparse.analysis import cost, memory_cost
 from jaxsparse.config import MemoryConfig, ModelConfig
 from jaxsparse.nn import experts as experts_module
 from jaxsparse.nn.transformer import Transformer
+from jaxsparse.ops import online_softmax
 from jaxsparse.ops.attention import compose
 from jaxsparse.ops.experts.expert_mlp import expert_mlp_reference
 from jaxsparse.ops.memory import value_bag

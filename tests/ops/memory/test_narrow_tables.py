@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from jaxsparse import mesh as mesh_lib
+from jaxsparse.ops import chunking
 from jaxsparse.ops.experts.grouped_matmul import assigned_matmul, grouped_matmul
 from jaxsparse.ops.memory.gathered_dot import row_products
 from jaxsparse.ops.memory.row_gradient import RowGradient

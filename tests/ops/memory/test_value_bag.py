@@ -7,6 +7,7 @@ import pytest
 
 from jaxsparse import mesh as mesh_lib
 from jaxsparse.config.errors import UserError
+from jaxsparse.ops import chunking
 from jaxsparse.ops.memory import value_bag as bag
 from jaxsparse.ops.memory import value_bag_gradient as gradient
 from jaxsparse.ops.memory.value_bag import value_bag, value_bag_reference
