@@ -28,7 +28,7 @@ _MOST_NAMED = 48
 
 @runtime_checkable
 class Layer(Protocol):
-  """As `inference.looking.LayerMaps`."""
+  """As `inference.attention_maps.LayerMaps`."""
 
   kind: str
   weights: np.ndarray

@@ -16,7 +16,7 @@ from jaxsparse.config.errors import (
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class DCMHAConfig:
-  """Dynamically composable heads, see `ops.compose`."""
+  """Dynamically composable heads, see `ops.attention.compose`."""
 
   # Compose scores before the softmax, and weights after it.
   pre: bool = True
@@ -89,7 +89,7 @@ def query_wise_dcmha(**fields) -> DCMHAConfig:
 class SparseAttentionConfig:
   """A window, chosen blocks before it, and summaries of the others.
 
-  See `ops.block_selection` and `ops.tile_attention`.
+  See `block_selection` and `tile_attention` of `ops.sparse_attention`.
   """
 
   # 'dense' reads everything by plain attention, with the same parameters: to
@@ -120,7 +120,7 @@ class SparseAttentionConfig:
   temperature: float = 0.1
   # What tells a block's importance: 'shared', the attention's own queries and
   # the summaries, or 'indexer', projections that learn what attention reads in
-  # the blocks it keeps, or in all in dense mode (`ops.block_router`).
+  # the blocks it keeps, or in all in dense mode (`block_router`).
   router: str = 'shared'
   # Heads of the indexer and their width.
   router_heads: int = 4
@@ -131,7 +131,7 @@ class SparseAttentionConfig:
   use_summaries: bool = True
   # What stands for a block: 'mean' of its rotated keys, 'pre_rope', the mean of
   # the keys before, rotated at the block's middle, or 'gated', a mean weighted
-  # by a learned softmax over its rows (`ops.block_summaries`).
+  # by a learned softmax over its rows (`block_summaries`).
   summary_key: str = 'mean'
   # 'merged': one softmax over everything, dense attention where all is kept.
   # 'gated': a softmax for each of window, blocks and summaries (NSA).
@@ -144,7 +144,7 @@ class SparseAttentionConfig:
   # Queries at once, at least, in training and prefill.
   query_chunk: int = 512
   # Blocks that decoding keeps between the sinks and the window, the others are
-  # forgotten (`ops.bounded_history`); 0 keeps all.
+  # forgotten (`bounded_history`); 0 keeps all.
   history_blocks: int = 0
   # Summaries of what is forgotten; the oldest merge when there are more.
   history_summaries: int = 0

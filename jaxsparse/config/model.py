@@ -103,7 +103,7 @@ class ModelConfig:
   query_chunk: int = 0
   # Of global and local blocks without composition in training: 'xla', a kernel
   # of a library, 'pallas' (TPU, GPU) or 'cudnn' (GPU), or 'auto' for what runs
-  # here (`ops.attention_libraries`).
+  # here (`ops.attention.libraries`).
   attention_implementation: str = 'auto'
   # Composition of heads of global and local blocks; None for heads that do not
   # meet.

@@ -1,4 +1,4 @@
-"""The parameters that compose attention heads, see `ops.compose`."""
+"""The parameters that compose attention heads, see `ops.attention.compose`."""
 
 import flax.linen as nn
 import jax

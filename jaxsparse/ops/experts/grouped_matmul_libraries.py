@@ -1,7 +1,7 @@
 """Other forms of `grouped_matmul`, and whether they run here.
 
 `lax.ragged_dot`, and Megablox for TPU: both want matrices of the rows' type.
-And for GPUs our own kernel, see `kernels.grouped_matmul`.
+And for GPUs our own kernel, see `ops.kernels.grouped_matmul`.
 """
 
 import functools

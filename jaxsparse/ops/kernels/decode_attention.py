@@ -36,7 +36,7 @@ def decode_attention(
   window: int = 0,
   interpret: bool = False,
 ) -> Float[Array, 'B K G H']:
-  """`ops.attention.attention` of one query, without a gradient.
+  """`ops.attention.dense.attention` of one query, without a gradient.
 
   Args:
     query: in the type of the products, like the next two.

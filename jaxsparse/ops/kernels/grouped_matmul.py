@@ -48,7 +48,7 @@ def grouped_matmul(
   sizes: Int[Array, 'X'],
   interpret: bool = False,
 ) -> Float[Array, 'S F']:
-  """`ops.grouped_matmul.grouped_matmul` on a GPU.
+  """`ops.experts.grouped_matmul.grouped_matmul` on a GPU.
 
   Args:
     rows: those of expert 0 first; those that belong to none give zero.
@@ -79,7 +79,7 @@ def assigned_matmul(
   expert: Int[Array, 'S'],
   interpret: bool = False,
 ) -> Float[Array, 'S F']:
-  """`ops.grouped_matmul.assigned_matmul` on a GPU, without a gradient."""
+  """`assigned_matmul` of the same file on a GPU, without a gradient."""
   place = jnp.arange(len(rows), dtype=expert.dtype)
   tiles = expert, place, jnp.ones_like(expert)
   return _tiled_products(rows, experts, tiles, _ROWS[0], interpret, False)
