@@ -10,7 +10,7 @@ from jaxsparse.config.errors import UserError, did_you_mean, require, shown
 T = TypeVar('T')
 
 # Where the files are that come with jaxsparse; an installation may lack them.
-_SHIPPED = pathlib.Path(__file__).parents[1]
+_SHIPPED = pathlib.Path(__file__).parents[2]
 
 
 def names(folder: str) -> list[str]:
