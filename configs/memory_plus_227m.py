@@ -15,7 +15,6 @@ Result: none measured.
 """
 
 from jaxsparse import config as c
-from jaxsparse.config import memory
 
 
 def get_config() -> c.Config:
@@ -31,7 +30,7 @@ def get_config() -> c.Config:
       vocab_size=50_304,
       dtype='bfloat16',
       use_remat=True,
-      memory=memory.memory_plus(
+      memory=c.MemoryConfig.memory_plus(
         num_keys=1138,
         key_dim=384,
         num_heads=2,

@@ -11,7 +11,6 @@ Result: see results/compare_cpu.json.
 """
 
 from jaxsparse import config as c
-from jaxsparse.config import memory
 
 
 def get_config() -> c.Config:
@@ -24,7 +23,7 @@ def get_config() -> c.Config:
       head_dim=32,
       mlp_dim=420,
       mlp='swiglu',
-      memory=memory.peer(
+      memory=c.MemoryConfig.peer(
         num_keys=64,
         key_dim=32,
         num_heads=4,

@@ -15,7 +15,6 @@ Result: none measured.
 """
 
 from jaxsparse import config as c
-from jaxsparse.config import memory
 
 
 def get_config() -> c.Config:
@@ -32,7 +31,7 @@ def get_config() -> c.Config:
       dropout_rate=0.1,
       dtype='bfloat16',
       use_remat=True,
-      memory=memory.pkm(
+      memory=c.MemoryConfig.pkm(
         num_keys=1224,
         key_dim=2448,
         num_heads=2,

@@ -14,7 +14,6 @@ Result: none measured.
 """
 
 from jaxsparse import config as c
-from jaxsparse.config import memory
 
 
 def get_config() -> c.Config:
@@ -30,7 +29,7 @@ def get_config() -> c.Config:
       vocab_size=50_304,
       dtype='bfloat16',
       use_remat=True,
-      memory=memory.ultramem_v2(
+      memory=c.MemoryConfig.ultramem_v2(
         num_keys=1138,
         key_dim=192,
         num_selected=32,

@@ -132,7 +132,7 @@ TRAIN = {
   'too many devices': (C + 'mesh.model=16', 'must make up the 8 devices'),
   'heads on the mesh': (C + 'mesh.model=8', 'num_heads must be a multiple'),
   'rows on the mesh': (
-    C + 'model.memory.num_keys=31 ' + C + 'model.memory.scheme=grid',
+    C + 'model.memory.num_keys=31 ' + C + 'model.memory.table.scheme=grid',
     'must divide the 961 rows',
   ),
   'columns on the mesh': (
@@ -141,11 +141,18 @@ TRAIN = {
     + C
     + 'model.memory.value_dim=4 '
     + C
-    + 'model.memory.scheme=columns',
+    + 'model.memory.table.scheme=columns',
     'value_dim = 4',
   ),
-  'unknown scheme': (C + 'model.memory.scheme=hash', 'columns, rows, grid'),
-  'unknown sum': (C + 'model.memory.table_gradient=atomic', 'deterministic'),
+  'unknown scheme': (
+    C + 'model.memory.table.scheme=hash',
+    'columns, rows, grid',
+  ),
+  'former name': (
+    C + 'model.memory.scheme=rows',
+    'model.memory.scheme is --config.model.memory.table.scheme now',
+  ),
+  'unknown sum': (C + 'model.memory.table.gradient=atomic', 'deterministic'),
   'unknown optimizer': (C + 'optimizer.value_optimizer=sgd', 'row_adagrad'),
   'decay of adagrad': (
     C

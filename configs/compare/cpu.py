@@ -21,13 +21,6 @@ none of width, rates and steps: at this size the two tie.
 """
 
 from jaxsparse import config as c
-from jaxsparse.config.memory import (
-  memory_plus,
-  peer,
-  pkm,
-  ultramem,
-  ultramem_v2,
-)
 from jaxsparse.experiments.compare.suite import Architecture, Suite
 
 WIDTH = 128
@@ -61,27 +54,29 @@ def get_suite() -> Suite:
       dense=Architecture(),
       moe=Architecture(moe=c.MoEConfig(num_experts=8, num_used=2)),
       pkm=Architecture(
-        memory=pkm(value_dim=WIDTH, placements=BESIDE, **small),
+        memory=c.MemoryConfig.pkm(value_dim=WIDTH, placements=BESIDE, **small),
         optimizer=fast,
       ),
       peer=Architecture(
-        memory=peer(
+        memory=c.MemoryConfig.peer(
           value_dim=WIDTH, pre_value_dim=WIDTH, placements=INSTEAD, **small
         ),
         optimizer=fast,
       ),
       memory_plus=Architecture(
-        memory=memory_plus(
+        memory=c.MemoryConfig.memory_plus(
           value_dim=WIDTH, shared_rows=128**2, placements=INSTEAD, **small
         ),
         optimizer=fast,
       ),
       ultramem=Architecture(
-        memory=ultramem(value_dim=WIDTH // 2, placements=BESIDE, **small),
+        memory=c.MemoryConfig.ultramem(
+          value_dim=WIDTH // 2, placements=BESIDE, **small
+        ),
         optimizer=fast,
       ),
       ultramem_v2=Architecture(
-        memory=ultramem_v2(
+        memory=c.MemoryConfig.ultramem_v2(
           key_dim=32,
           num_selected=16,
           value_dim=WIDTH // 4,

@@ -36,7 +36,6 @@ convolution over five inputs helps most where inputs are bytes was not tried.
 import dataclasses
 
 from jaxsparse import config as c
-from jaxsparse.config.memory import pkm
 from jaxsparse.experiments.compare.suite import Architecture, Suite
 
 WIDTH = 128
@@ -88,7 +87,7 @@ def get_suite() -> Suite:
     optimizer=c.OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
     train=c.TrainConfig(num_steps=400, log_every=10, save_every=100),
   )
-  memory = pkm(
+  memory = c.MemoryConfig.pkm(
     value_dim=WIDTH,
     key_dim=32,
     num_heads=2,

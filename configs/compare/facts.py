@@ -52,13 +52,6 @@ together.
 """
 
 from jaxsparse import config as c
-from jaxsparse.config.memory import (
-  memory_plus,
-  peer,
-  pkm,
-  ultramem,
-  ultramem_v2,
-)
 from jaxsparse.data import facts
 from jaxsparse.experiments.compare.suite import Architecture, Suite
 
@@ -103,22 +96,22 @@ def get_suite() -> Suite:
         rate_times_people=RATE_TIMES_PEOPLE,
       ),
       pkm=Architecture(
-        memory=pkm(value_dim=WIDTH, placements=LAST, **small),
+        memory=c.MemoryConfig.pkm(value_dim=WIDTH, placements=LAST, **small),
         optimizer=dict(learning_rate=5e-3, b2=0.95),
       ),
       peer=Architecture(
-        memory=peer(
+        memory=c.MemoryConfig.peer(
           value_dim=WIDTH, pre_value_dim=WIDTH, placements=LAST, **small
         ),
       ),
       memory_plus=Architecture(
-        memory=memory_plus(
+        memory=c.MemoryConfig.memory_plus(
           value_dim=WIDTH, shared_rows=64**2, placements=LAST, **small
         ),
         rate_times_people=RATE_TIMES_PEOPLE,
       ),
       ultramem=Architecture(
-        memory=ultramem(
+        memory=c.MemoryConfig.ultramem(
           value_dim=WIDTH,
           expansion=1,
           num_cores=1,
@@ -128,7 +121,7 @@ def get_suite() -> Suite:
         rate_times_people=RATE_TIMES_PEOPLE,
       ),
       ultramem_v2=Architecture(
-        memory=ultramem_v2(
+        memory=c.MemoryConfig.ultramem_v2(
           # In each of two layers.
           num_selected=32,
           value_dim=WIDTH // 2,

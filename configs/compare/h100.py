@@ -12,7 +12,6 @@ compile. Not run yet: these are estimates.
 """
 
 from jaxsparse import config as c
-from jaxsparse.config.memory import memory_plus, pkm, ultramem, ultramem_v2
 from jaxsparse.experiments.compare.suite import Architecture, Suite
 
 WIDTH = 768
@@ -50,13 +49,13 @@ def get_suite() -> Suite:
       dense=Architecture(),
       moe=Architecture(moe=c.MoEConfig(num_experts=64, num_used=8)),
       pkm=Architecture(
-        memory=pkm(
+        memory=c.MemoryConfig.pkm(
           value_dim=WIDTH, key_dim=128, placements=((5, 5),), num_selected=32
         ),
         optimizer=fast,
       ),
       memory_plus=Architecture(
-        memory=memory_plus(
+        memory=c.MemoryConfig.memory_plus(
           value_dim=WIDTH,
           key_dim=192,
           shared_rows=128**2,
@@ -66,7 +65,7 @@ def get_suite() -> Suite:
         optimizer=fast,
       ),
       ultramem=Architecture(
-        memory=ultramem(
+        memory=c.MemoryConfig.ultramem(
           value_dim=WIDTH // 2,
           key_dim=192,
           num_selected=32,
@@ -75,7 +74,7 @@ def get_suite() -> Suite:
         optimizer=fast,
       ),
       ultramem_v2=Architecture(
-        memory=ultramem_v2(
+        memory=c.MemoryConfig.ultramem_v2(
           value_dim=WIDTH // 4,
           pre_value_dim=WIDTH // 4,
           key_dim=96,

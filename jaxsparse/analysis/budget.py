@@ -129,11 +129,12 @@ def describe(model: ModelConfig) -> str:
   """The derived sizes, in words."""
   if model.moe:
     return f'{model.moe.num_experts} experts of width {model.moe.expert_dim}'
-  if model.memory:
-    rows = model.memory.num_tables * model.memory.table_rows
+  memory = model.sized_memory
+  if memory:
+    rows = memory.num_tables * memory.table_rows
     return (
-      f'{model.memory.num_keys} keys an axis, {rows:,} rows of '
-      f'{model.memory.value_dim}, MLP {model.mlp_dim}'
+      f'{memory.num_keys} keys an axis, {rows:,} rows of {memory.value_dim}, '
+      f'MLP {model.mlp_dim}'
     )
   return f'MLP {model.mlp_dim}'
 

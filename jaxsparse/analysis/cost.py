@@ -86,7 +86,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
   return dataclasses.replace(
     parameters,
     memory=num_memories * in_layers,
-    values=memory_cost.table_parameters(memory),
+    values=memory_cost.table_parameters(memory, config.model_dim),
     gains=gains + num_memories * memory_cost.memory_gains(memory),
   )
 
@@ -159,7 +159,7 @@ def decode_bytes(
       can be, min(B k, X), which is what the papers count.
   """
   parameters = count_parameters(config)
-  memory, moe = config.memory, config.moe
+  memory, moe = config.sized_memory, config.moe
 
   def distinct(num_items: int, per_token: int) -> float:
     if is_uniform:

@@ -17,6 +17,7 @@ MATRICES = {'swiglu': 3, 'gelu': 2, 'gelu_erf': 2}
 
 def memory_parameters(memory: MemoryConfig, model_dim: int) -> int:
   """Parameters of one memory layer without tables, gains and biases."""
+  memory = memory.for_width(model_dim)
   query = model_dim * (_query_width(memory) + memory.query_conv_taps)
   keys = 2 * _key_heads(memory) * memory.num_logical_keys * _key_width(memory)
   maps = memory.num_pools * memory.value_dim * model_dim
@@ -32,14 +33,16 @@ def memory_gains(memory: MemoryConfig) -> int:
   return gains + memory.query_bias * _query_width(memory)
 
 
-def table_parameters(memory: MemoryConfig) -> int:
+def table_parameters(memory: MemoryConfig, model_dim: int) -> int:
   """Values and pre-values of all memory layers of a model."""
+  memory = memory.for_width(model_dim)
   width = memory.value_dim + memory.pre_value_dim
   return memory.num_tables * memory.table_rows * width
 
 
 def memory_flops(memory: MemoryConfig, model_dim: int) -> int:
   """Forward FLOPs per token of one memory layer, scoring and lookup too."""
+  memory = memory.for_width(model_dim)
   heads, selected = memory.num_heads, memory.num_selected
   keys = memory.num_logical_keys
   query = 2 * model_dim * (_query_width(memory) + memory.query_conv_taps)

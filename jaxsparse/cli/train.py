@@ -72,7 +72,8 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
   hardware.peak_flops()
   with jax.set_mesh(mesh.make_mesh(**dataclasses.asdict(config.mesh))):
     if config.model.memory and jax.device_count() > 1:
-      say(memory_tables.describe_table(config.model.memory, config.model.dtype))
+      model = config.model
+      say(memory_tables.describe_table(model.sized_memory, model.dtype))
     if config.train.sample_tokens:
       check_sample(config, tokens)
     outcome = loop.fit(

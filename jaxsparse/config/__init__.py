@@ -13,3 +13,4 @@ from jaxsparse.config.run import MeshConfig as MeshConfig
 from jaxsparse.config.run import OptimizerConfig as OptimizerConfig
 from jaxsparse.config.run import TrainConfig as TrainConfig
 from jaxsparse.config.run import validated as validated
+from jaxsparse.config.tables import TableConfig as TableConfig

@@ -4,8 +4,9 @@ A memory layer scores a grid of row keys x column keys, keeps the best cells of
 each head, reads their rows of a value table and pools them. PKM, PEER, Memory+,
 UltraMem and UltraMemV2 differ in how each of these steps is done; every step is
 a field of `MemoryConfig`, so that one can walk from one member to another. The
-fields' defaults are UltraMem's; `pkm()`, `peer()`, `memory_plus()` and
-`ultramem_v2()` are the others.
+fields' defaults are UltraMem's; `MemoryConfig.pkm()`, `.peer()`,
+`.memory_plus()` and `.ultramem_v2()` are the others. Each works as it is, in a
+model of any width.
 """
 
 import dataclasses
@@ -22,6 +23,7 @@ from jaxsparse.config.errors import (
   require_positive,
   require_unset,
 )
+from jaxsparse.config.tables import TableConfig
 
 # Rows are addressed by int32, and pairs of logical keys by uint32.
 MOST_KEYS = math.isqrt(2**31 - 1)
@@ -40,7 +42,7 @@ class MemoryConfig:
   num_heads: int = 2
   # Slots m that each head reads per token.
   num_selected: int = 16
-  # Width W of a row of the value table.
+  # Width W of a row of the value table; 0 for the model's.
   value_dim: int = 64
   # Virtual blocks E of implicit value expansion, a perfect square.
   expansion: int = 4
@@ -75,18 +77,19 @@ class MemoryConfig:
   # Candidates from both same-sign quadrants instead of the positive one.
   use_two_quadrants: bool = False
   # Width of a row of the pre-value table, whose product with a projection of
-  # the input scales a slot's weight; 0 for none.
+  # the input scales a slot's weight; 0 for none, or without pre_value_map for
+  # the model's width.
   pre_value_dim: int = 0
   # Activation of that product: 'identity', 'gelu' or 'relu'.
   pre_value_activation: str = 'identity'
-  # Project the input to pre_value_dim; without it pre_value_dim must be the
-  # model's width (PEER).
+  # Project the input to pre_value_dim; without it the input itself meets the
+  # rows, which are as wide as the model (PEER).
   pre_value_map: bool = True
   # Pool the values of each virtual block apart, with an output map for each;
   # otherwise all together, and blocks are but more addresses (UltraMemV2).
   pool_by_block: bool = True
-  # Map the pooled values to the model's width; without it value_dim must be
-  # that width.
+  # Map the pooled values to the model's width; without it value_dim must be 0,
+  # or that width.
   output_map: bool = True
   # Scale the pooled values by the SiLU of a projection of the input.
   gate: bool = False
@@ -108,14 +111,70 @@ class MemoryConfig:
   # (read, write) pairs of 0-based blocks: the layer reads the normalised mixer
   # input of block `read`; its output is added after block `write`.
   placements: tuple[tuple[int, int], ...] = ((1, 2),)
-  # Type of the tables: 'float32' or 'bfloat16'.
-  value_dtype: str = 'float32'
-  # How the tables are split over devices: 'columns', 'rows', 'grid', or 'auto',
-  # the one that sends least and leaves slices wide enough.
-  scheme: str = 'auto'
-  # How a dense gradient of a table is added up: 'scatter', 'sorted' (fewer
-  # atomic additions where rows repeat), or 'deterministic' (to the last bit).
-  table_gradient: str = 'scatter'
+  # The tables: how they are stored, split and trained.
+  table: TableConfig = dataclasses.field(default_factory=TableConfig)
+
+  @classmethod
+  def ultramem(cls, **fields: Any) -> 'MemoryConfig':
+    """UltraMem (arXiv:2411.12364): the defaults."""
+    return cls(**fields)
+
+  @classmethod
+  def pkm(cls, **fields: Any) -> 'MemoryConfig':
+    """Product-key memory (Lample et al. 2019, arXiv:1907.05242).
+
+    The query's batch norm of the original is an RMSNorm here, as in all its
+    heirs: batch statistics look at other positions.
+    """
+    own = dict(value_dim=0, output_map=False)
+    return cls(**(_PRODUCT_KEYS | own | fields))
+
+  @classmethod
+  def peer(cls, **fields: Any) -> 'MemoryConfig':
+    """PEER: one-neuron experts, a million in the paper (arXiv:2407.04153)."""
+    own = dict(
+      share_keys=True,
+      value_dim=0,
+      output_map=False,
+      pre_value_map=False,
+      pre_value_activation='gelu',
+      replaces_mlp=True,
+    )
+    return cls(**(_PRODUCT_KEYS | own | fields))
+
+  @classmethod
+  def memory_plus(cls, **fields: Any) -> 'MemoryConfig':
+    """Memory+ (arXiv:2412.09764): one table for all layers, gated, qk-norm.
+
+    The released port to ByteDance's code stands beside the MLP
+    (replaces_mlp=False), has no query bias, and overwrites its normalised keys
+    with the raw ones (key_norm='none').
+    """
+    own = dict(value_dim=0, gate=True, key_norm='rms', replaces_mlp=True)
+    config = cls(**(_PRODUCT_KEYS | own | fields))
+    if 'shared_rows' not in fields:
+      config.shared_rows = config.num_slots
+    return config
+
+  @classmethod
+  def ultramem_v2(cls, **fields: Any) -> 'MemoryConfig':
+    """UltraMemV2 (arXiv:2508.18756): pre-values, windows of one shared table.
+
+    In a model give every block a placement (i, i), and set `shared_rows`; alone
+    the layer has a table of its own. As in the release the pairings of key sets
+    share one core; the paper has cores_per_pairing=True. The release computes
+    with query='shared' though its weights are for more.
+    """
+    own = dict(
+      num_heads=1,
+      query='per_rank',
+      pre_value_dim=64,
+      pool_by_block=False,
+      init='matched',
+      aux_loss_weight=0.0,
+      placements=((1, 1),),
+    )
+    return cls(**(own | fields))
 
   @property
   def num_slots(self) -> int:
@@ -157,11 +216,40 @@ class MemoryConfig:
     """Weights c of one kept cell."""
     return self.num_cores if self.grid == 'tucker' else 1
 
+  @property
+  def has_pre_values(self) -> bool:
+    """Whether a slot has a row of a pre-value table, too."""
+    return self.pre_value_dim > 0 or not self.pre_value_map
+
+  def for_width(self, model_dim: int) -> 'MemoryConfig':
+    """The layer in a model of width D, which takes the place of widths of 0.
+
+    Raises:
+      UserError: a width that must be the model's is not, or D is no multiple of
+        the number of cores.
+    """
+    widths = {}
+    if self.value_dim == 0:
+      widths['value_dim'] = model_dim
+    if self.pre_value_dim == 0 and self.has_pre_values:
+      widths['pre_value_dim'] = model_dim
+    sized = dataclasses.replace(self, **widths) if widths else self
+    require(
+      sized.output_map or sized.value_dim == model_dim,
+      f'value_dim must be 0 or the model width {model_dim} without output_map, '
+      f'as MemoryConfig.pkm() has it, got {sized.value_dim}.',
+    )
+    require(
+      sized.pre_value_map or sized.pre_value_dim == model_dim,
+      f'pre_value_dim must be 0 or the model width {model_dim} without '
+      f'pre_value_map, as MemoryConfig.peer() has it, got '
+      f'{sized.pre_value_dim}.',
+    )
+    return sized
+
   def __post_init__(self):
     fields.check(self)
-    require_positive(
-      self, 'num_keys', 'key_dim', 'num_heads', 'num_selected', 'value_dim'
-    )
+    require_positive(self, 'num_keys', 'key_dim', 'num_heads', 'num_selected')
     require_positive(self, 'expansion', 'tucker_rank', 'num_cores')
     for name, choices in _CHOICES.items():
       require_choice(self, name, choices)
@@ -198,7 +286,7 @@ class MemoryConfig:
     require_not_negative(
       self, 'query_conv_taps', 'aux_loss_weight', 'aux_loss_margin'
     )
-    require_not_negative(self, 'pre_value_dim', 'shared_rows')
+    require_not_negative(self, 'value_dim', 'pre_value_dim', 'shared_rows')
     self._check_combinations()
     self._check_placements()
     self._check_use()
@@ -221,12 +309,13 @@ class MemoryConfig:
     )
     require(
       not self.share_keys or self.query == 'per_head',
-      "share_keys needs query = 'per_head', a query for each head, got "
-      f'{self.query!r}.',
+      "share_keys needs query = 'per_head', a query for each head, as "
+      f'MemoryConfig.peer() has it, got {self.query!r}.',
     )
     require(
       not self.gate or self.output_map,
-      'gate needs output_map, which maps the gated values.',
+      'gate needs output_map, which maps the gated values, as '
+      'MemoryConfig.memory_plus() has it.',
     )
     require(
       self.shared_rows == 0 or self.shared_rows >= self.num_slots,
@@ -234,8 +323,9 @@ class MemoryConfig:
       f'got {self.shared_rows}.',
     )
     require(
-      self.init != 'matched' or self.pre_value_dim > 0,
-      "init = 'matched' is UltraMemV2's rule and needs pre_value_dim above 0.",
+      self.init != 'matched' or self.has_pre_values,
+      "init = 'matched' is UltraMemV2's rule and needs pre_value_dim above 0: "
+      'MemoryConfig.ultramem_v2() has both.',
     )
 
   def _check_use(self):
@@ -247,12 +337,8 @@ class MemoryConfig:
     unset(self.num_ranks == 1, one_rank, 'aux_loss_weight', 'aux_loss_margin')
     unset(self.aux_loss_weight == 0, 'aux_loss_weight = 0', 'aux_loss_margin')
     unset(self.expansion == 1, 'expansion = 1', 'cores_per_pairing')
-    unset(
-      self.pre_value_dim == 0,
-      'pre_value_dim = 0',
-      'pre_value_map',
-      'pre_value_activation',
-    )
+    unset(self.num_ranks == 1, one_rank, 'split_key_dim')
+    unset(not self.has_pre_values, 'pre_value_dim = 0', 'pre_value_activation')
 
   def _check_placements(self):
     require(
@@ -286,73 +372,9 @@ _CHOICES = dict(
   score_activation=('identity', 'softmax', 'sigmoid', 'relu'),
   pre_value_activation=('identity', 'gelu', 'relu'),
   init=('paper', 'release', 'matched', 'product_keys'),
-  value_dtype=('float32', 'bfloat16'),
-  scheme=('auto', 'columns', 'rows', 'grid'),
-  table_gradient=('scatter', 'sorted', 'deterministic'),
 )
 
-
-def ultramem(**fields: Any) -> MemoryConfig:
-  """UltraMem (arXiv:2411.12364): the defaults."""
-  return MemoryConfig(**fields)
-
-
-def pkm(**fields: Any) -> MemoryConfig:
-  """Product-key memory (Lample et al. 2019, arXiv:1907.05242).
-
-  Set `value_dim` to the model's width. The query's batch norm of the original
-  is an RMSNorm here, as in all its heirs: batch statistics look at other
-  positions.
-  """
-  return MemoryConfig(**(_PRODUCT_KEYS | dict(output_map=False) | fields))
-
-
-def peer(**fields: Any) -> MemoryConfig:
-  """PEER: a million one-neuron experts (arXiv:2407.04153).
-
-  Set `value_dim` and `pre_value_dim` to the model's width.
-  """
-  own = dict(
-    share_keys=True,
-    output_map=False,
-    pre_value_map=False,
-    pre_value_activation='gelu',
-    replaces_mlp=True,
-  )
-  return MemoryConfig(**(_PRODUCT_KEYS | own | fields))
-
-
-def memory_plus(**fields: Any) -> MemoryConfig:
-  """Memory+ (arXiv:2412.09764): one table for all layers, gated, qk-norm.
-
-  Set `value_dim` to the model's width and `shared_rows` to num_keys ** 2. The
-  released port to ByteDance's code stands beside the MLP (replaces_mlp=False),
-  has no query bias, and overwrites its normalised keys with the raw ones
-  (key_norm='none').
-  """
-  own = dict(gate=True, key_norm='rms', replaces_mlp=True)
-  return MemoryConfig(**(_PRODUCT_KEYS | own | fields))
-
-
-def ultramem_v2(**fields: Any) -> MemoryConfig:
-  """UltraMemV2 (arXiv:2508.18756): pre-values, windows of one shared table.
-
-  Give every block a placement (i, i), and set `pre_value_dim` and
-  `shared_rows`. As in the release the pairings of key sets share one core; the
-  paper has cores_per_pairing=True. The release computes with query='shared'
-  though its weights are for more.
-  """
-  own = dict(
-    num_heads=1,
-    query='per_rank',
-    pool_by_block=False,
-    init='matched',
-    aux_loss_weight=0.0,
-    placements=((1, 1),),
-  )
-  return MemoryConfig(**(own | fields))
-
-
+# What PKM, PEER and Memory+ have in common.
 _PRODUCT_KEYS = dict(
   grid='additive',
   expansion=1,

@@ -217,6 +217,8 @@ class ModelConfig:
       0 <= self.dropout_rate < 1,
       f'dropout_rate must be at least 0 and below 1, got {self.dropout_rate}.',
     )
+    if self.memory:
+      self.memory.for_width(self.model_dim)
     for placement in self.memory.placements if self.memory else ():
       require(
         placement[1] < self.num_layers,
@@ -229,6 +231,11 @@ class ModelConfig:
     is_all_sparse = set(self.attention_kinds) == {'sparse'}
     unset(is_all_sparse, pattern, 'query_chunk', 'attention_implementation')
     unset(not self.use_qk_norm, 'use_qk_norm off', 'qk_norm_epsilon')
+
+  @property
+  def sized_memory(self) -> MemoryConfig | None:
+    """The memory layers with this model's width where they name none."""
+    return self.memory.for_width(self.model_dim) if self.memory else None
 
   @property
   def rope_dim(self) -> int:

@@ -309,7 +309,7 @@ class MeshConfig:
 
   # Splits the batch and spreads dense parameters; -1: all remaining devices.
   data: int = -1
-  # Splits the batch and the value tables, see memory.scheme.
+  # Splits the batch and the value tables, see memory.table.scheme.
   sparse: int = 1
   # Splits heads, the MLP's width and the columns of value tables.
   model: int = 1
@@ -353,12 +353,12 @@ class Config:
     names = [n for n in fields.hints(OptimizerConfig) if n.startswith('value_')]
     unset(memory is None, 'model.memory = None', *names)
     if memory:
-      is_wide = memory.value_dtype == 'float32'
-      unset(is_wide, "memory.value_dtype = 'float32'", 'value_master')
-      optimizer = self.optimizer.value_optimizer
-      makes_rows = optimizer != 'adamw' and memory.table_gradient == 'sorted'
+      table, optimizer = memory.table, self.optimizer.value_optimizer
+      is_wide = table.dtype == 'float32'
+      unset(is_wide, "memory.table.dtype = 'float32'", 'value_master')
+      makes_rows = optimizer != 'adamw' and table.gradient == 'sorted'
       require_unset(
-        memory, makes_rows, f'value_optimizer = {optimizer!r}', 'table_gradient'
+        table, makes_rows, f'value_optimizer = {optimizer!r}', 'gradient'
       )
 
 

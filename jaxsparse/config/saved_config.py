@@ -7,7 +7,7 @@ import typing
 from typing import Any
 
 from jaxsparse import config as config_lib
-from jaxsparse.config import Config
+from jaxsparse.config import Config, renamed
 from jaxsparse.config.errors import UnusedSettingError, UserError
 
 
@@ -40,6 +40,7 @@ def from_json(text: str) -> Config:
     raise DamagedError('the saved config is damaged') from error
   if not isinstance(fields, dict):
     raise DamagedError('the saved config is damaged')
+  renamed.renew(fields)
   try:
     return config_lib.validated(_from_dict(Config, fields))
   except (TypeError, KeyError, AttributeError) as error:

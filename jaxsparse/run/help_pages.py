@@ -28,6 +28,7 @@ PARTS: dict[str, tuple[str, type]] = dict(
   data=('data', config_lib.DataConfig),
   model=('model', config_lib.ModelConfig),
   memory=('model.memory', config_lib.MemoryConfig),
+  table=('model.memory.table', config_lib.TableConfig),
   moe=('model.moe', config_lib.MoEConfig),
   dcmha=('model.dcmha', config_lib.DCMHAConfig),
   sparse=('model.sparse', config_lib.SparseAttentionConfig),

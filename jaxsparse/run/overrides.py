@@ -6,6 +6,7 @@ from typing import Any
 
 from jaxsparse.config import Config, fields
 from jaxsparse.config.errors import UserError, shown
+from jaxsparse.config.renamed import RENAMED
 
 _PREFIX = '--config.'
 
@@ -111,6 +112,10 @@ def _value(path: str, text: str, hint: Any) -> Any:
 
 
 def _no_field(path: str) -> UserError:
+  if path in RENAMED:
+    return UserError(
+      f'{_PREFIX}{path} is {_PREFIX}{RENAMED[path]} now: set that one.'
+    )
   return UserError(
     f'there is no field {shown(_PREFIX + path)[1:-1]}{suggestion(path)}; '
     '--help=all tells every field.'

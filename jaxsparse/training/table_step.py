@@ -72,7 +72,7 @@ def with_tables(rest: dict, tables: Tables) -> dict:
 
 def make_taps(config: ModelConfig, batch_size: int, length: int) -> dict:
   """Zeros to add to what memory layers read: a collection of variables."""
-  memory = config.memory
+  memory = config.sized_memory
   shapes = dict(pooled=(memory.num_pools, memory.value_dim))
   if memory.pre_value_dim:
     shapes['products'] = (memory.num_heads * memory.num_selected,)
@@ -203,7 +203,7 @@ _ROW_COUNTS = ('value_rows_touched', 'value_rows_over_budget')
 
 
 def _scheme(config: Config) -> str:
-  return table_scheme(config.model.memory, config.model.dtype)
+  return table_scheme(config.model.sized_memory, config.model.dtype)
 
 
 def _exchange(config: Config) -> TableExchange:
@@ -261,7 +261,7 @@ class _Windows:
     entries, self._cotangent = exchange.to_copies((entries, cotangent))
     slot, weight, self._group = entries
     # Else copies of a table would drift apart.
-    is_fixed = config.model.memory.table_gradient == 'deterministic'
+    is_fixed = config.model.memory.table.gradient == 'deterministic'
     self._is_deterministic = is_fixed or exchange.has_copies
     self._weight = exchange.own_cores(weight, width)
     self._references = sort_references(slot, num_rows, exchange.first_row())

@@ -33,7 +33,7 @@ def _config(value_optimizer, scheme):
     config.model.memory,
     num_keys=NUM_KEYS,
     value_dim=VALUE_DIM,
-    scheme=scheme,
+    table=config_lib.TableConfig(scheme=scheme),
   )
   return config_lib.validated(
     dataclasses.replace(

@@ -17,11 +17,11 @@ from jaxsparse.config import (
   MoEConfig,
   OptimizerConfig,
   SparseAttentionConfig,
+  TableConfig,
   TrainConfig,
   fields,
 )
 from jaxsparse.config.errors import UserError
-from jaxsparse.config.memory import peer
 
 CLASSES = (
   DataConfig,
@@ -147,9 +147,9 @@ UNUSED = [
   (MemoryConfig, ADDITIVE, dict(aux_loss_weight=0.1)),
   (MemoryConfig, ADDITIVE, dict(aux_loss_margin=0.1)),
   (MemoryConfig, TUCKER_OF_ONE_RANK, dict(aux_loss_weight=0.1)),
+  (MemoryConfig, TUCKER_OF_ONE_RANK, dict(split_key_dim=True)),
   (MemoryConfig, dict(aux_loss_weight=0.0), dict(aux_loss_margin=0.1)),
   (MemoryConfig, dict(expansion=1), dict(cores_per_pairing=True)),
-  (MemoryConfig, dict(pre_value_dim=0), dict(pre_value_map=False)),
   (MemoryConfig, dict(pre_value_dim=0), dict(pre_value_activation='gelu')),
   (MoEConfig, dict(num_experts=2), dict(bias_update_rate=0.1)),
   (MoEConfig, dict(num_experts=2), dict(balance_loss_weight=0.1)),
@@ -231,10 +231,6 @@ def test_what_has_an_effect_is_accepted():
   OptimizerConfig(value_optimizer='row_adam', value_row_budget=9)
 
 
-def test_peer_needs_its_pre_values():
-  assert 'pre_value_map = False does nothing' in said(peer)
-
-
 VALUES = dict(
   value_weight_decay=0.1,
   value_lr_multiplier=2.0,
@@ -249,7 +245,7 @@ def test_settings_of_values_need_a_memory(name):
   optimizer = OptimizerConfig(**{name: VALUES[name]})
   expected = f'{name} = {VALUES[name]!r} does nothing with model.memory = None'
   assert expected in said(Config, optimizer=optimizer)
-  memory = MemoryConfig(value_dtype='bfloat16')
+  memory = MemoryConfig(table=TableConfig(dtype='bfloat16'))
   Config(optimizer=optimizer, model=ModelConfig(memory=memory))
 
 
@@ -257,12 +253,12 @@ def test_a_master_needs_tables_of_fewer_bits():
   optimizer = OptimizerConfig(value_master=True)
   model = ModelConfig(memory=MemoryConfig())
   sentence = said(Config, optimizer=optimizer, model=model)
-  assert 'value_master = True does nothing with memory.value_dtype' in sentence
+  assert 'value_master = True does nothing with memory.table.dtype' in sentence
 
 
 def test_row_optimizers_add_up_no_dense_gradient():
   optimizer = OptimizerConfig(value_optimizer='row_adam')
-  model = ModelConfig(memory=MemoryConfig(table_gradient='sorted'))
+  model = ModelConfig(memory=MemoryConfig(table=TableConfig(gradient='sorted')))
   assert "'sorted' does nothing" in said(
     Config, optimizer=optimizer, model=model
   )

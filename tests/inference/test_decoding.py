@@ -10,7 +10,12 @@ import numpy as np
 import pytest
 
 from jaxsparse import mesh
-from jaxsparse.config import MemoryConfig, ModelConfig, SparseAttentionConfig
+from jaxsparse.config import (
+  MemoryConfig,
+  ModelConfig,
+  SparseAttentionConfig,
+  TableConfig,
+)
 from jaxsparse.config.errors import UserError
 from jaxsparse.inference import long_input
 from jaxsparse.inference.decoding import (
@@ -35,7 +40,7 @@ CONFIG = ModelConfig(
     key_dim=4,
     num_selected=4,
     value_dim=8,
-    value_dtype='bfloat16',
+    table=TableConfig(dtype='bfloat16'),
     query_conv_taps=3,
     placements=((0, 1),),
   ),

@@ -14,7 +14,6 @@ from jaxsparse import mesh as mesh_lib
 from jaxsparse.config import MemoryConfig, ModelConfig
 from jaxsparse.config.attention import DCMHAConfig, SparseAttentionConfig
 from jaxsparse.config.errors import UserError
-from jaxsparse.config.memory import ultramem_v2
 from jaxsparse.config.model import MoEConfig
 from jaxsparse.nn.attention.dcmha import DCMHA
 from jaxsparse.nn.attention.layer import Attention
@@ -79,7 +78,9 @@ CASES = dict(
   memory=Case(MemoryLayer(MEMORY), more=('segment_ids',)),
   memory_of_pre_values=Case(
     MemoryLayer(
-      ultramem_v2(num_keys=4, num_selected=2, value_dim=8, pre_value_dim=8)
+      MemoryConfig.ultramem_v2(
+        num_keys=4, num_selected=2, value_dim=8, pre_value_dim=8
+      )
     )
   ),
   moe=Case(MoE(MOE), more=('segment_ids',)),

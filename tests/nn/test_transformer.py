@@ -19,7 +19,6 @@ from jaxsparse.config import (
   SparseAttentionConfig,
 )
 from jaxsparse.config.errors import UserError
-from jaxsparse.config.memory import memory_plus, peer, ultramem_v2
 from jaxsparse.nn.transformer import Transformer, init_cache
 
 # The programs run once: compiling them well would take most of the time.
@@ -87,21 +86,21 @@ MODELS = dict(
   ),
   memory_plus=dataclasses.replace(
     make_config(),
-    memory=memory_plus(
+    memory=MemoryConfig.memory_plus(
       num_keys=8, key_dim=4, num_heads=2, num_selected=4, value_dim=16,
       shared_rows=64, placements=((1, 1),),
     ),
   ),
   peer=dataclasses.replace(
     make_config(),
-    memory=peer(
+    memory=MemoryConfig.peer(
       num_keys=8, key_dim=4, num_heads=2, num_selected=4, value_dim=16,
       pre_value_dim=16, placements=((0, 0),),
     ),
   ),
   v2=dataclasses.replace(
     make_config(),
-    memory=ultramem_v2(
+    memory=MemoryConfig.ultramem_v2(
       num_keys=8, key_dim=4, num_selected=4, value_dim=8, pre_value_dim=4,
       shared_rows=100, placements=((0, 0), (1, 1)),
     ),

@@ -1,7 +1,5 @@
 """`--config.a.b=value`: what it sets, makes, and says about typos."""
 
-import dataclasses
-
 import pytest
 from recipes import CONFIGS, RECIPES
 
@@ -78,12 +76,14 @@ def test_every_part_that_may_be_absent_is_made():
   """By setting any field of it to its default, at most with a pattern."""
   for path in fields.paths(Config):
     section, _, rest = path.partition('.')
-    part, _, name = rest.partition('.')
-    if not name:
+    part, _, names = rest.partition('.')
+    if not names:
       continue
     config = Config()
     cls = fields.part_of(fields.hints(type(getattr(config, section)))[part])
-    default = {f.name: f.default for f in dataclasses.fields(cls)}[name]
+    default = cls()
+    for name in names.split('.'):
+      default = getattr(default, name)
     notes = overrides.apply(config, [(path, str(default))])
     assert len(notes) == 1
     assert getattr(getattr(config, section), part) == cls()

@@ -73,7 +73,9 @@ def test_another_model(workdir, use):
   write_config(workdir, with_memory(num_selected=3))
   with pytest.raises(UserError, match=r'model.memory.num_selected: .* -> 3'):
     use(workdir)
-  write_config(workdir, with_memory(scheme='rows'))
+  write_config(
+    workdir, with_memory(table=config_lib.TableConfig(scheme='rows'))
+  )
   assert use(workdir) == 1
   # Whoever reads a damaged one says so.
   for content in (b'', b'\0' * 9, b'{"model": 3}', b'\xff'):

@@ -14,9 +14,9 @@ from jaxsparse.config import (
   ModelConfig,
   MoEConfig,
   OptimizerConfig,
+  TableConfig,
   TrainConfig,
 )
-from jaxsparse.config.memory import memory_plus, peer, ultramem_v2
 from jaxsparse.training import evaluation
 from jaxsparse.training.step import init_state, train_step
 
@@ -77,7 +77,7 @@ def first_state(config):
   )
   memory = config.model.memory
   if memory:
-    memory = dataclasses.replace(memory, scheme='auto')
+    memory = dataclasses.replace(memory, table=TableConfig())
   plain = dataclasses.replace(
     config,
     model=dataclasses.replace(config.model, memory=memory),
@@ -113,7 +113,9 @@ def losses_on_one_device():
 
 def with_tables(scheme='auto', value_optimizer='adamw', **settings):
   """CONFIG with a table wide enough to be split, and its optimizer."""
-  memory = dataclasses.replace(CONFIG.model.memory, scheme=scheme, value_dim=16)
+  memory = dataclasses.replace(
+    CONFIG.model.memory, table=TableConfig(scheme=scheme), value_dim=16
+  )
   return dataclasses.replace(
     CONFIG,
     model=dataclasses.replace(CONFIG.model, memory=memory),
@@ -125,20 +127,20 @@ def with_tables(scheme='auto', value_optimizer='adamw', **settings):
 
 # Two layers each, which share tables but for the PEER as published.
 FAMILY = dict(
-  ultramem_v2=ultramem_v2(
+  ultramem_v2=MemoryConfig.ultramem_v2(
     num_keys=12, key_dim=8, num_selected=6, value_dim=16, pre_value_dim=8,
     shared_rows=256, placements=((0, 0), (1, 1)),
   ),
-  memory_plus=memory_plus(
+  memory_plus=MemoryConfig.memory_plus(
     num_keys=16, key_dim=8, num_heads=2, num_selected=6, value_dim=32,
     shared_rows=256, placements=((0, 0), (1, 1)),
   ),
-  peer=peer(
+  peer=MemoryConfig.peer(
     num_keys=16, key_dim=8, num_heads=2, num_selected=6, value_dim=32,
     pre_value_dim=32, placements=((0, 0), (1, 1)),
   ),
   # Both kinds of tables shared, and quick to compile.
-  shared_peer=peer(
+  shared_peer=MemoryConfig.peer(
     num_keys=8, key_dim=4, num_heads=1, num_selected=6, value_dim=32,
     pre_value_dim=32, shared_rows=64, placements=((0, 0), (1, 1)),
   ),
@@ -147,7 +149,7 @@ FAMILY = dict(
 
 def with_family(name, scheme='auto', value_optimizer='adamw'):
   """CONFIG with another member of the family of memory layers."""
-  memory = dataclasses.replace(FAMILY[name], scheme=scheme)
+  memory = dataclasses.replace(FAMILY[name], table=TableConfig(scheme=scheme))
   return dataclasses.replace(
     CONFIG,
     model=dataclasses.replace(CONFIG.model, memory=memory),

@@ -15,13 +15,13 @@ import pytest
 from small_model import CONFIG, make_batch, make_mesh
 
 from jaxsparse import mesh
-from jaxsparse.config import MemoryConfig
+from jaxsparse.config import MemoryConfig, TableConfig
 from jaxsparse.training import evaluation
 from jaxsparse.training.step import eval_step, init_state, train_step
 
 MEMORY = MemoryConfig(
   num_keys=16, key_dim=4, num_selected=6, value_dim=16, grid='additive',
-  score_activation='softmax', expansion=1, value_dtype='bfloat16',
+  score_activation='softmax', expansion=1, table=TableConfig(dtype='bfloat16'),
   placements=((0, 0),),
 )  # fmt: skip
 MODEL = dataclasses.replace(
@@ -65,7 +65,10 @@ def step(value_optimizer, where=ONE, *, value_master=False):
   config = dataclasses.replace(
     CONFIG,
     model=dataclasses.replace(
-      MODEL, memory=dataclasses.replace(MEMORY, scheme=scheme)
+      MODEL,
+      memory=dataclasses.replace(
+        MEMORY, table=dataclasses.replace(MEMORY.table, scheme=scheme)
+      ),
     ),
     optimizer=dataclasses.replace(
       CONFIG.optimizer,

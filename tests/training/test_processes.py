@@ -114,7 +114,7 @@ def losses(workdir):
 
 def scheme(name, data, sparse):
   return (
-    f'--config.model.memory.scheme={name}',
+    f'--config.model.memory.table.scheme={name}',
     f'--config.mesh.data={data}',
     f'--config.mesh.sparse={sparse}',
   )

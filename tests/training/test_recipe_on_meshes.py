@@ -17,6 +17,7 @@ import pytest
 from recipes import RECIPES
 
 from jaxsparse import mesh
+from jaxsparse.config import TableConfig
 from jaxsparse.data import pipeline, tokenizer
 from jaxsparse.data.corpus import build_corpus
 from jaxsparse.training import evaluation
@@ -53,7 +54,9 @@ def directory(tmp_path_factory):
 
 def ultramem(scheme, value_optimizer):
   config = RECIPES['ultramem_tiny']()
-  memory = dataclasses.replace(config.model.memory, scheme=scheme)
+  memory = dataclasses.replace(
+    config.model.memory, table=TableConfig(scheme=scheme)
+  )
   return dataclasses.replace(
     config,
     model=dataclasses.replace(config.model, memory=memory),

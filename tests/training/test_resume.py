@@ -11,6 +11,7 @@ from jaxsparse.config import (
   MemoryConfig,
   ModelConfig,
   OptimizerConfig,
+  TableConfig,
 )
 from jaxsparse.config.errors import UserError
 from jaxsparse.config.saved_config import to_json
@@ -25,7 +26,7 @@ from jaxsparse.training.resume import (
 )
 
 CONFIG = Config(
-  model=ModelConfig(memory=MemoryConfig(value_dtype='bfloat16')),
+  model=ModelConfig(memory=MemoryConfig(table=TableConfig(dtype='bfloat16'))),
   optimizer=OptimizerConfig(value_optimizer='row_adam'),
 )
 CORPUS = Corpus(
@@ -39,6 +40,9 @@ CORPUS = Corpus(
 
 
 def changed(section, config=CONFIG, **fields):
+  if section == 'table':
+    table = dataclasses.replace(config.model.memory.table, **fields)
+    section, fields = 'memory', dict(table=table)
   if section == 'memory':
     memory = dataclasses.replace(config.model.memory, **fields)
     section, fields = 'model', dict(memory=memory)
@@ -49,8 +53,8 @@ def changed(section, config=CONFIG, **fields):
 @pytest.mark.parametrize(
   ('config', 'change'),
   [
-    (changed('memory', scheme='rows'), "scheme: 'auto' -> 'rows'"),
-    (changed('memory', table_gradient='deterministic'), 'table_gradient'),
+    (changed('table', scheme='rows'), "scheme: 'auto' -> 'rows'"),
+    (changed('table', gradient='deterministic'), 'table.gradient'),
     (changed('memory', init='release'), 'without effect'),
     (changed('model', use_remat=True), 'use_remat: False -> True'),
     (changed('model', query_chunk=64), 'query_chunk'),
@@ -76,7 +80,7 @@ def test_accepted(config, change, tmp_path):
     (changed('optimizer', value_optimizer='adamw'), 'value_optimizer'),
     (changed('optimizer', value_master=True), 'value_master: False -> True'),
     (changed('optimizer', value_weight_decay=0.1), 'value_weight_decay'),
-    (changed('memory', value_dtype='float32'), 'value_dtype'),
+    (changed('table', dtype='float32'), 'table.dtype'),
     (
       changed(
         'model', changed('optimizer', value_optimizer='adamw'), memory=None

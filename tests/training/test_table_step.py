@@ -17,6 +17,7 @@ from small_model import (
   with_tables,
 )
 
+from jaxsparse.config import TableConfig
 from jaxsparse.training import evaluation
 from jaxsparse.training.step import init_state, train_step
 from jaxsparse.training.table_step import split_tables
@@ -137,7 +138,7 @@ def test_a_step_holds_no_other_copy_of_a_narrow_table():
     CONFIG.model.memory,
     num_keys=512,
     value_dim=256,
-    value_dtype='bfloat16',
+    table=TableConfig(dtype='bfloat16'),
     placements=((0, 0),),
   )
   config = dataclasses.replace(

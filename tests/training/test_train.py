@@ -24,7 +24,7 @@ def get_config():
       mlp_dim=32,
       memory=c.MemoryConfig(
         num_keys=8, key_dim=4, num_selected=4, value_dim=4,
-        value_dtype='bfloat16',
+        table=c.TableConfig(dtype='bfloat16'),
         placements=((0, 1),),
       ),
     ),

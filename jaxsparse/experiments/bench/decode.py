@@ -310,7 +310,8 @@ def least_bytes(
     experts = float(bytes_per_value * distinct * one)
     return dataclasses.replace(least, experts=experts)
   if model.memory:
-    width = model.memory.value_dim + model.memory.pre_value_dim
+    memory = model.sized_memory
+    width = memory.value_dim + memory.pre_value_dim
     values = float(bytes_per_value * distinct * width)
     return dataclasses.replace(least, values=values)
   return least

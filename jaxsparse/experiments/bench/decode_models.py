@@ -18,9 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.analysis import budget, cost
-from jaxsparse.config import ModelConfig
+from jaxsparse.config import MemoryConfig, ModelConfig, TableConfig
 from jaxsparse.config.errors import UserError, require, require_choice
-from jaxsparse.config.memory import pkm, ultramem, ultramem_v2
 from jaxsparse.config.model import MoEConfig
 from jaxsparse.experiments.compare.suite import Architecture
 from jaxsparse.nn.transformer import Transformer
@@ -79,15 +78,15 @@ def _own(options, kv_group):
   common = dict(
     key_dim=width // 4,
     num_selected=options.selected,
-    value_dtype=options.dtype,
+    table=TableConfig(dtype=options.dtype),
   )
   middle = layers // 2
   architectures = _architectures(
     experts=MoEConfig(num_used=options.used),
-    pkm=pkm(
+    pkm=MemoryConfig.pkm(
       value_dim=width, num_heads=2, placements=((middle, middle),), **common
     ),
-    ultramem=ultramem(
+    ultramem=MemoryConfig.ultramem(
       value_dim=width // 2,
       num_heads=2,
       split_key_dim=True,
@@ -95,7 +94,7 @@ def _own(options, kv_group):
       placements=tuple((i, i + 1) for i in range(1, layers - 1, 2)),
       **common,
     ),
-    ultramem_v2=ultramem_v2(
+    ultramem_v2=MemoryConfig.ultramem_v2(
       value_dim=width // 4,
       pre_value_dim=width // 4,
       # Each layer sees half of the rows.
@@ -122,17 +121,19 @@ def _published(options, kv_group):
     num_kv_heads=_kv_heads(16, kv_group),
     use_remat=False,
     dtype=options.dtype,
-    memory=dataclasses.replace(recipe.memory, value_dtype=options.dtype),
+    memory=dataclasses.replace(
+      recipe.memory, table=TableConfig(dtype=options.dtype)
+    ),
   )
   base = dataclasses.replace(recipe, memory=None)
   base = _wider(base, cost.forward_flops(recipe, options.context), options)
   width, layers, memory = recipe.model_dim, recipe.num_layers, recipe.memory
-  common = dict(value_dtype=options.dtype)
+  common = dict(table=TableConfig(dtype=options.dtype))
   middle = layers // 2 - 1
   architectures = _architectures(
     experts=MoEConfig(num_experts=33, num_used=2),
     # As in configs/pkm_151m.py: one layer beside the MLP of a middle block.
-    pkm=pkm(
+    pkm=MemoryConfig.pkm(
       key_dim=memory.key_dim,
       num_heads=memory.num_heads,
       num_selected=memory.num_selected,
@@ -143,7 +144,7 @@ def _published(options, kv_group):
     ),
     ultramem=memory,
     # As in configs/ultramem_v2_227m.py, by the model's width.
-    ultramem_v2=ultramem_v2(
+    ultramem_v2=MemoryConfig.ultramem_v2(
       key_dim=width // 4,
       num_selected=32,
       value_dim=width // 4,

@@ -25,7 +25,6 @@ import scipy.special
 
 from jaxsparse import mesh
 from jaxsparse.config import MemoryConfig
-from jaxsparse.config.errors import UserError
 
 
 @functools.lru_cache
@@ -93,6 +92,7 @@ def initial_scales(
   Q 256, k 32, m 16. One draw differs from the mean by 0.14, one score by 0.35,
   so that the output variance is 1.15 to 1.3 times the 1 / (2 L) aimed at.
   """
+  config = config.for_width(model_dim)
   key_dim = _key_width(config)
   mean, core = 1.0, 1.0
   if config.grid == 'tucker' and config.init in ('paper', 'matched'):
@@ -198,7 +198,7 @@ def parameters(
   Raises:
     UserError: a width that must be the model's is not.
   """
-  _check_widths(config, model_dim)
+  config = config.for_width(model_dim)
   scales = initial_scales(config, model_dim, num_layers)
   normal, constant = nn.initializers.normal, nn.initializers.constant
   param = mesh.param
@@ -249,10 +249,11 @@ def table_parameters(
   config: MemoryConfig, model_dim: int, num_layers: int, scheme: str
 ) -> dict[str, tuple[Callable, jax.P | None, tuple[int, ...]]]:
   """`parameters`, of the value table and of that of pre-values."""
+  config = config.for_width(model_dim)
   scales = initial_scales(config, model_dim, num_layers)
 
   def table(scale: float, width: int):
-    init = nn.initializers.normal(scale, config.value_dtype)
+    init = nn.initializers.normal(scale, config.table.dtype)
     return init, mesh.table(scheme), (config.table_rows, width)
 
   tables = {'value_table': table(scales.values, config.value_dim)}
@@ -273,17 +274,3 @@ def _symmetric_uniform(bound: float) -> Callable:
     return jax.random.uniform(key, shape, dtype, -bound, bound)
 
   return init
-
-
-def _check_widths(config: MemoryConfig, model_dim: int) -> None:
-  if not config.output_map and config.value_dim != model_dim:
-    raise UserError(
-      f'value_dim must be the model width {model_dim} without output_map, got '
-      f'{config.value_dim}.'
-    )
-  has_vector = config.pre_value_dim and not config.pre_value_map
-  if has_vector and config.pre_value_dim != model_dim:
-    raise UserError(
-      f'pre_value_dim must be the model width {model_dim} without '
-      f'pre_value_map, got {config.pre_value_dim}.'
-    )

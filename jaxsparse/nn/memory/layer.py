@@ -110,9 +110,10 @@ class MemoryLayer(nn.Module):
       # Without taps there is nothing to look back to.
       is_none = lead.is_empty or before.is_empty
       context = None if is_none else tuple(map(before.flat, context))
-    scheme = table_scheme(self.config, self.dtype)
+    config = self.config.for_width(x.shape[-1])
+    scheme = table_scheme(config, self.dtype)
     declared = parameters(
-      self.config,
+      config,
       x.shape[-1],
       self.num_layers,
       scheme if tables is None else None,
@@ -129,7 +130,7 @@ class MemoryLayer(nn.Module):
     y, read = memory_forward(
       params | (tables or {}),
       x.astype(self.dtype),
-      self.config,
+      config,
       segment_ids=segment_ids,
       context=context,
       directions=directions,
@@ -146,7 +147,7 @@ class MemoryLayer(nn.Module):
       )
     if 'products' in taps:
       self.sow(ENTRIES, 'products', (read['rows'], read['vectors']))
-    metrics = memory_metrics(params, read, self.config, segment_ids)
+    metrics = memory_metrics(params, read, config, segment_ids)
     return lead.restored(y), lead.metrics(metrics)
 
 
@@ -171,6 +172,7 @@ def memory_forward(
     'weights' being those of the value bag, and with pre-values 'vectors'
     [B, T, U], whose products with the rows of their table they contain.
   """
+  config = config.for_width(x.shape[-1])
   weights = {
     name: mesh.gather(value, _COMPUTE_DIMS.get(name, '.' * value.ndim))
     for name, value in params.items()
@@ -191,7 +193,7 @@ def memory_forward(
   options = dict(
     scheme=table_scheme(config, x.dtype),
     dtype=x.dtype,
-    table_gradient=config.table_gradient,
+    table_gradient=config.table.gradient,
   )
 
   def table(name: str) -> jax.Array:

@@ -32,11 +32,12 @@ class SharedTables(nn.Module):
 
   @nn.compact
   def __call__(self) -> Tables:
+    config = self.config.for_width(self.model_dim)
     declared = table_parameters(
-      self.config,
+      config,
       self.model_dim,
       self.num_layers,
-      table_scheme(self.config, self.dtype),
+      table_scheme(config, self.dtype),
     )
     return {
       name: self.param(name, mesh.sharded(init, spec), shape)
@@ -45,14 +46,17 @@ class SharedTables(nn.Module):
 
 
 def table_use(config: MemoryConfig, dtype: jax.typing.DTypeLike) -> TableUse:
-  """Sizes of the layer's value table and of what a token reads of it."""
+  """Sizes of the layer's value table and of what a token reads of it.
+
+  As `config` says them: see `MemoryConfig.for_width`.
+  """
   return TableUse(
     num_rows=config.table_rows,
     width=config.value_dim,
     num_reads=config.num_heads * config.num_selected,
     num_cores=config.num_weights,
     num_groups=config.num_pools,
-    table_bytes=jnp.dtype(config.value_dtype).itemsize,
+    table_bytes=jnp.dtype(config.table.dtype).itemsize,
     wire_bytes=jnp.dtype(dtype).itemsize,
     pre_value_width=config.pre_value_dim,
   )
@@ -68,7 +72,7 @@ def table_scheme(config: MemoryConfig, dtype: jax.typing.DTypeLike) -> str:
   if axes is None:
     return 'columns'
   use = table_use(config, dtype)
-  return choose_scheme(config.scheme, use, axes, jax.default_backend())
+  return choose_scheme(config.table.scheme, use, axes, jax.default_backend())
 
 
 def describe_table(config: MemoryConfig, dtype: jax.typing.DTypeLike) -> str:

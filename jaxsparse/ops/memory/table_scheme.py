@@ -91,13 +91,13 @@ def choose_scheme(
   if scheme != 'auto':
     trouble = _trouble(scheme, use, axes, platform)
     if trouble:
-      raise UserError(f'memory.scheme={scheme} {trouble}')
+      raise UserError(f'memory.table.scheme={scheme} {trouble}')
     return scheme
   troubles = {s: _trouble(s, use, axes, platform) for s in SCHEMES}
   fitting = [s for s in SCHEMES if not troubles[s]]
   if not fitting:
     raise UserError(
-      f'memory.scheme=auto finds no way to split the value table: '
+      f'memory.table.scheme=auto finds no way to split the value table: '
       f'columns {troubles["columns"]}'
     )
   return min(fitting, key=lambda s: bytes_per_token(s, use, axes))

@@ -10,7 +10,7 @@ import pytest
 from flax import nnx
 
 from jaxsparse import mesh as mesh_lib
-from jaxsparse.config import MemoryConfig
+from jaxsparse.config import MemoryConfig, TableConfig
 from jaxsparse.nn.memory.init import (
   expected_cell_mean,
   expected_top_mean,
@@ -425,15 +425,16 @@ def test_aux_loss_is_weighted():
 
 
 @pytest.mark.parametrize(
-  ('sizes', 'variant'),
+  ('sizes', 'scheme', 'variant'),
   [
-    ((8, 1, 1), dict(scheme='grid')),
-    ((2, 2, 2), dict(query_conv_taps=3, tucker_rank=3, scheme='columns')),
-    ((1, 4, 2), dict(scheme='rows')),
+    ((8, 1, 1), 'grid', {}),
+    ((2, 2, 2), 'columns', dict(query_conv_taps=3, tucker_rank=3)),
+    ((1, 4, 2), 'rows', {}),
   ],
 )
-def test_sharded_equals_unsharded(sizes, variant):
-  config = _config(value_dim=16, num_cores=2, **variant)
+def test_sharded_equals_unsharded(sizes, scheme, variant):
+  table = TableConfig(scheme=scheme)
+  config = _config(value_dim=16, num_cores=2, table=table, **variant)
   params, x = _init(config, (8, 3, 8))
   cotangent = jax.random.normal(jax.random.key(9), x.shape)
   layer = MemoryLayer(config)
@@ -449,7 +450,7 @@ def test_sharded_equals_unsharded(sizes, variant):
   with jax.set_mesh(mesh_lib.make_mesh(*sizes)):
     spec = mesh_lib.act('BTD')
     x, cotangent = (jax.sharding.reshard(a, spec) for a in (x, cotangent))
-    declared = parameters(config, 8, 1, config.scheme)
+    declared = parameters(config, 8, 1, scheme)
     sharded = {
       name: mesh_lib.reshard(value, declared[name][1])
       for name, value in params.items()

@@ -12,14 +12,8 @@ import numpy as np
 import pytest
 
 from jaxsparse import mesh as mesh_lib
+from jaxsparse.config import MemoryConfig, TableConfig
 from jaxsparse.config.errors import UserError
-from jaxsparse.config.memory import (
-  MemoryConfig,
-  memory_plus,
-  peer,
-  pkm,
-  ultramem_v2,
-)
 from jaxsparse.config.model import ModelConfig
 from jaxsparse.nn.layers import MLP
 from jaxsparse.nn.memory import retrieval
@@ -102,7 +96,7 @@ OFFICIAL = {
   'v2': (
     _v2_params,
     # The third of four layers that share 400 rows, of which each sees 14 ** 2.
-    ultramem_v2(
+    MemoryConfig.ultramem_v2(
       num_keys=14, key_dim=8, num_selected=6, value_dim=16, pre_value_dim=6,
       query='shared', shared_rows=400,
     ),
@@ -110,7 +104,7 @@ OFFICIAL = {
   ),
   'memplus': (
     _memplus_params,
-    memory_plus(
+    MemoryConfig.memory_plus(
       num_keys=12, key_dim=8, num_heads=2, num_selected=6, value_dim=32,
       shared_rows=144, query_bias=False, key_norm='none', replaces_mlp=False,
       placements=((1, 1),),
@@ -280,7 +274,7 @@ def _weights(cells, config):
   [('rms', 'none'), ('layer', 'rms'), ('none', 'layer')],
 )
 def test_pkm_is_a_softmax_over_the_best_of_all_sums(query_norm, key_norm):
-  config = pkm(
+  config = MemoryConfig.pkm(
     num_keys=6, key_dim=4, num_heads=2, num_selected=5, value_dim=8,
     query_norm=query_norm, key_norm=key_norm,
   )  # fmt: skip
@@ -295,7 +289,7 @@ def test_pkm_is_a_softmax_over_the_best_of_all_sums(query_norm, key_norm):
 @pytest.mark.parametrize('activation', ['gelu', 'relu'])
 @pytest.mark.parametrize('score_activation', ['softmax', 'sigmoid', 'relu'])
 def test_peer_adds_up_one_neuron_experts(score_activation, activation):
-  config = peer(
+  config = MemoryConfig.peer(
     num_keys=6, key_dim=4, num_heads=2, num_selected=5, value_dim=8,
     pre_value_dim=8, score_activation=score_activation,
     pre_value_activation=activation,
@@ -319,7 +313,7 @@ def test_peer_adds_up_one_neuron_experts(score_activation, activation):
 @pytest.mark.parametrize('cores_per_pairing', [False, True])
 def test_v2_keeps_the_best_cells_of_all_pairings(cores_per_pairing):
   """Each rank with its query, and each pairing of key sets with its core."""
-  config = ultramem_v2(
+  config = MemoryConfig.ultramem_v2(
     num_keys=5, key_dim=4, num_selected=10, value_dim=8, pre_value_dim=4,
     num_cores=1, cores_per_pairing=cores_per_pairing,
   )  # fmt: skip
@@ -343,12 +337,12 @@ def test_v2_with_square_maps_is_peer_without_activation():
   sizes = dict(
     num_keys=6, key_dim=4, num_selected=5, value_dim=8, pre_value_dim=8
   )
-  config = ultramem_v2(num_cores=1, shared_rows=36, **sizes)
+  config = MemoryConfig.ultramem_v2(num_cores=1, shared_rows=36, **sizes)
   # PEER that scores cells as V2 does, for the same addresses.
   names = ('grid', 'num_cores', 'expansion', 'query', 'key_norm')
   names += ('num_heads', 'share_keys', 'query_bias', 'score_activation')
   same = {name: getattr(config, name) for name in names}
-  as_peer = peer(pre_value_activation='identity', **same, **sizes)
+  as_peer = MemoryConfig.peer(pre_value_activation='identity', **same, **sizes)
   params, x = _params(config, 8), _input()
   maps = dict(pre_value_map=jnp.eye(8), output=jnp.eye(8)[None])
   assert not maps.keys() & parameters(as_peer, 8, 1).keys()
@@ -381,7 +375,7 @@ def test_tdqkr_with_a_constant_rank_is_pkm():
 
 def test_windows_go_around_the_end_of_the_shared_table():
   """A layer sees rows of its window only, each by one slot."""
-  config = ultramem_v2(
+  config = MemoryConfig.ultramem_v2(
     num_keys=6, key_dim=4, num_selected=5, value_dim=8, pre_value_dim=4,
     shared_rows=50,
   )  # fmt: skip
@@ -397,7 +391,7 @@ def test_windows_go_around_the_end_of_the_shared_table():
 
 def test_blocks_read_windows_of_their_own():
   """Of a table for all, which two windows of half of it share out."""
-  memory = ultramem_v2(
+  memory = MemoryConfig.ultramem_v2(
     num_keys=6, key_dim=4, num_selected=5, value_dim=8, pre_value_dim=4,
     shared_rows=2 * 36, placements=((0, 0), (1, 1)),
   )  # fmt: skip
@@ -438,7 +432,7 @@ def test_blocks_read_windows_of_their_own():
 
 def test_memory_plus_normalises_keys():
   """Gains of keys get a gradient, and their length decides nothing."""
-  config = memory_plus(
+  config = MemoryConfig.memory_plus(
     num_keys=6, key_dim=4, num_heads=2, num_selected=5, value_dim=8
   )
   params, x = _params(config, 8), _input()
@@ -455,7 +449,7 @@ def test_memory_plus_normalises_keys():
 
 
 def test_matched_init_follows_equation_26():
-  config = ultramem_v2(
+  config = MemoryConfig.ultramem_v2(
     num_keys=1138, key_dim=192, num_selected=32, value_dim=192,
     pre_value_dim=192,
   )  # fmt: skip
@@ -497,7 +491,7 @@ def _over_cores(config, params, x, **options):
 
 
 def test_matched_init_writes_what_the_mlp_writes():
-  config = ultramem_v2(
+  config = MemoryConfig.ultramem_v2(
     num_keys=64, key_dim=32, num_selected=16, value_dim=48, pre_value_dim=48
   )
   x = jax.random.normal(jax.random.key(1), (2, 64, 96))
@@ -515,7 +509,7 @@ def test_release_init_gives_the_measured_scores():
   They scale the scores, so the cores are drawn until their singular value is
   what the scores' mean asks for.
   """
-  config = ultramem_v2(
+  config = MemoryConfig.ultramem_v2(
     num_keys=1138, key_dim=192, num_selected=32, value_dim=192,
     pre_value_dim=192, expansion=1, query='shared', init='release',
   )  # fmt: skip
@@ -546,14 +540,14 @@ def test_release_init_gives_the_measured_scores():
 # Devices.
 
 FAMILY = {
-  'pkm': pkm(num_keys=8, key_dim=4, num_selected=4, value_dim=16),
-  'peer': peer(
+  'pkm': MemoryConfig.pkm(num_keys=8, key_dim=4, num_selected=4, value_dim=16),
+  'peer': MemoryConfig.peer(
     num_keys=8, key_dim=4, num_selected=4, value_dim=16, pre_value_dim=16
   ),
-  'memory_plus': memory_plus(
+  'memory_plus': MemoryConfig.memory_plus(
     num_keys=8, key_dim=4, num_selected=4, value_dim=16, shared_rows=64
   ),
-  'ultramem_v2': ultramem_v2(
+  'ultramem_v2': MemoryConfig.ultramem_v2(
     num_keys=8, key_dim=4, num_selected=4, value_dim=16, pre_value_dim=8,
     shared_rows=80, cores_per_pairing=True,
   ),
@@ -583,7 +577,7 @@ IN_DEFAULT_LANE = (
   + [pytest.param('ultramem_v2', 'grid', (4, 2, 1), marks=pytest.mark.slow)],
 )
 def test_sharded_equals_unsharded(name, scheme, shape):
-  config = dataclasses.replace(FAMILY[name], scheme=scheme)
+  config = dataclasses.replace(FAMILY[name], table=TableConfig(scheme=scheme))
   params, x = _params(config, 16), _input((8, 3, 16))
 
   def loss(params, x):
@@ -613,7 +607,7 @@ def test_sharded_equals_unsharded(name, scheme, shape):
   ('fields', 'message'),
   [
     (dict(grid='additive', split_key_dim=True), 'split_key_dim needs grid'),
-    (dict(gate=True, output_map=False), 'gate needs output_map'),
+    (dict(gate=True, output_map=False), r'gate needs .* MemoryConfig\.memory_'),
     (dict(shared_rows=3), 'shared_rows must be 0 or at least'),
     (dict(init='matched'), "init = 'matched' is UltraMemV2's rule"),
     (dict(replaces_mlp=True), 'replaces_mlp needs placements that write'),
@@ -627,7 +621,9 @@ def test_bad_combinations(fields, message):
 
 
 def test_widths_that_must_be_the_models():
-  with pytest.raises(UserError, match='value_dim must be the model width 8'):
-    parameters(pkm(value_dim=6), 8, 1)
-  with pytest.raises(UserError, match='pre_value_dim must be the model width'):
-    parameters(peer(value_dim=8, pre_value_dim=6), 8, 1)
+  with pytest.raises(
+    UserError, match='value_dim must be 0 or the model width 8'
+  ):
+    parameters(MemoryConfig.pkm(value_dim=6), 8, 1)
+  with pytest.raises(UserError, match='pre_value_dim must be 0 or the'):
+    parameters(MemoryConfig.peer(value_dim=8, pre_value_dim=6), 8, 1)

@@ -87,7 +87,7 @@ def test_auto_takes_columns_down_to_the_floor(platform, sparse, chosen):
 def test_too_thin_or_uneven_slices_are_refused(scheme, use, where, words):
   with pytest.raises(UserError) as error:
     choose_scheme(scheme, dataclasses.replace(USE, **use), where, 'gpu')
-  for word in [f'memory.scheme={scheme}', *words]:
+  for word in [f'memory.table.scheme={scheme}', *words]:
     assert word in str(error.value)
 
 
