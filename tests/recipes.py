@@ -1,25 +1,19 @@
-"""Every file in `configs/`, discovered: its name and its `get_config`."""
+"""Every recipe in `configs/`, discovered, and what makes its config."""
 
-import importlib.util
+import functools
 import pathlib
 import re
 
 import jax
 
+from jaxsparse.run import recipe_files
 from jaxsparse.training import optimizer
 
 CONFIGS = pathlib.Path(__file__).parents[1] / 'configs'
 
-
-def _get_config(path):
-  spec = importlib.util.spec_from_file_location(path.stem, path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module.get_config
-
-
 RECIPES = {
-  path.stem: _get_config(path) for path in sorted(CONFIGS.glob('*.py'))
+  name: functools.partial(recipe_files.shipped, name)
+  for name in recipe_files.names('configs')
 }
 
 

@@ -302,7 +302,7 @@ def test_other_errors_keep_their_traceback():
 
 
 PROCESSES = {
-  'no workdir': ['train.py', '--config=configs/ultramem_tiny.py'],
+  'no workdir': ['train.py', '--config=configs/ultramem.py:tiny'],
   # Under pytest the types of arguments are checked before our code runs.
   'bad type': [
     'train.py',
@@ -311,7 +311,7 @@ PROCESSES = {
   ],
   'no such platform': [
     'train.py',
-    '--config=dense_tiny',
+    '--config=dense:tiny',
     '--workdir={folder}/w',
   ],
   'no such run': ['-m', 'jaxsparse', 'generate', '--workdir=nowhere'],

@@ -20,7 +20,7 @@ from jaxsparse import config as config_lib
 from jaxsparse import mesh
 from jaxsparse.analysis import cost
 from jaxsparse.config import fields, saved_config
-from jaxsparse.run import help_pages
+from jaxsparse.run import help_pages, recipe_files
 from jaxsparse.training.step import init_state, train_step
 
 # 16 on `data`: the tables' rows, num_keys ** 2, divide by 16 in every recipe,
@@ -33,44 +33,44 @@ BYTES = 257
 
 # Most parameters that a recipe may have, embeddings included, in millions.
 MAX_MILLIONS = {
-  'dense_tiny': 0.84,
-  'dense_151m': 203,
-  'dense_680m': 757,
-  'dense_1b6': 1714,
-  'ultramem_tiny': 1.89,
-  'ultramem_151m': 2084,
-  'ultramem_680m': 9007,
-  'ultramem_1b6': 21_500,
-  'ultramem_227m_release': 1232,
-  'moe_tiny': 1.93,
-  'olmoe_tiny': 6.25,
-  'moe_151m': 2091,
-  'moe_680m': 9026,
-  'moe_1b6': 21_463,
-  'olmoe_227m': 1220,
-  'pkm_tiny': 1.88,
-  'pkm_151m': 1759,
-  'peer_tiny': 1.87,
-  'memory_plus_tiny': 1.87,
-  'memory_plus_227m': 1236,
-  'ultramem_v2_tiny': 1.88,
-  'ultramem_v2_227m': 1232,
-  'ultramem_v2_1b': 6799,
-  'dcformer_tiny': 0.29,
-  'sparse_attention_tiny': 0.365,
-  'joined_tiny': 1.92,
-  'dcformer_405m': 420,
-  'dcformer_834m': 853,
-  'dcformer_1b4': 1454,
-  'dcformer_2b8': 2850,
-  'dcformer_6b9': 6975,
-  'dcpythia_2b8': 2830,
-  'dcpythia_6b9': 6944,
+  'dense:tiny': 0.84,
+  'dense:151m': 203,
+  'dense:680m': 757,
+  'dense:1b6': 1714,
+  'ultramem:tiny': 1.89,
+  'ultramem:151m': 2084,
+  'ultramem:680m': 9007,
+  'ultramem:1b6': 21_500,
+  'ultramem:227m_release': 1232,
+  'moe:tiny': 1.93,
+  'olmoe:tiny': 6.25,
+  'moe:151m': 2091,
+  'moe:680m': 9026,
+  'moe:1b6': 21_463,
+  'olmoe:227m': 1220,
+  'pkm:tiny': 1.88,
+  'pkm:151m': 1759,
+  'peer:tiny': 1.87,
+  'memory_plus:tiny': 1.87,
+  'memory_plus:227m': 1236,
+  'ultramem_v2:tiny': 1.88,
+  'ultramem_v2:227m': 1232,
+  'ultramem_v2:1b': 6799,
+  'dcformer:tiny': 0.29,
+  'sparse_attention:tiny': 0.365,
+  'joined:tiny': 1.92,
+  'dcformer:405m': 420,
+  'dcformer:834m': 853,
+  'dcformer:1b4': 1454,
+  'dcformer:2b8': 2850,
+  'dcformer:6b9': 6975,
+  'dcpythia:2b8': 2830,
+  'dcpythia:6b9': 6944,
 }
 
 
 # Another model of the same kind, but for sizes, is in the default suite.
-LARGER = ('_680m', '_1b', '_1b6', '_834m', '_1b4', '_2b8', '_6b9')
+LARGER = (':680m', ':1b', ':1b6', ':834m', ':1b4', ':2b8', ':6b9')
 TRACED = [
   pytest.param(name, marks=pytest.mark.slow) if name.endswith(LARGER) else name
   for name in sorted(RECIPES)
@@ -143,15 +143,38 @@ def test_recipe_survives_json(name):
   assert saved_config.from_json(saved_config.to_json(config)) == config
 
 
-@pytest.mark.parametrize('name', sorted(RECIPES))
-def test_docstring_has_command_hardware_source_and_result(name):
-  text = (CONFIGS / f'{name}.py').read_text()
-  docstring = text.split('"""')[1]
-  assert f'--config=configs/{name}.py' in docstring
-  for part in ('Reproduces: ', 'Hardware: ', 'Result: '):
-    assert part in docstring
-  if not name.endswith('_tiny'):
-    assert re.search(r'arXiv:\d{4}\.\d{5}', docstring)
+FILES = sorted(CONFIGS.glob('*.py'))
+
+
+def test_every_recipe_is_found():
+  """Those that are told of have sizes, and each file has."""
+  assert {name.partition(':')[0] for name in RECIPES} == {f.stem for f in FILES}
+  assert all(':' in name for name in RECIPES)
+
+
+def _sections(path):
+  """The part of a recipe's docstring on each size."""
+  docstring = path.read_text().split('"""')[1]
+  parts = re.split(r'\n\n(?=\w+(?:, \w+)*\n  Reproduces: )', docstring)[1:]
+  return [
+    (size, part)
+    for part in parts
+    for size in part.partition('\n')[0].split(', ')
+  ]
+
+
+@pytest.mark.parametrize('path', FILES, ids=lambda path: path.stem)
+def test_docstring_has_command_and_every_size(path):
+  text = path.read_text()
+  sizes = [size for size, _ in _sections(path)]
+  assert sizes == list(recipe_files.sizes(path))
+  commands = re.findall(rf'--config=configs/{path.name}:(\w+)', text)
+  assert commands
+  assert set(commands) <= set(sizes)
+  for size, part in _sections(path):
+    for word in ('Reproduces: ', 'Hardware: ', 'Result: '):
+      assert part.count(f'\n  {word}') == 1
+    assert size == 'tiny' or re.search(r'arXiv:\d{4}\.\d{5}', part)
 
 
 @functools.cache
@@ -196,10 +219,10 @@ def test_train_step_traces_on_a_pod(name):
 # Others train on one device elsewhere.
 ON_ONE_DEVICE = [
   name
-  if name in ('dcformer_tiny', 'joined_tiny', 'moe_tiny')
+  if name in ('dcformer:tiny', 'joined:tiny', 'moe:tiny')
   else pytest.param(name, marks=pytest.mark.slow)
   for name in sorted(RECIPES)
-  if name.endswith('_tiny')
+  if name.endswith(':tiny')
 ]
 
 

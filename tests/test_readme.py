@@ -6,6 +6,8 @@ import re
 import jax
 import numpy as np
 
+from jaxsparse.run import command_line
+
 README = (pathlib.Path(__file__).parents[1] / 'README.md').read_text()
 
 
@@ -46,5 +48,6 @@ def test_length_and_commands():
   assert len(README.splitlines()) < 150
   commands = re.findall(r'^python -m venv .*', README, re.MULTILINE)
   assert len(commands) == 2
-  for flag in re.findall(r'--config=(configs/\S+\.py)', README):
-    assert (pathlib.Path(__file__).parents[1] / flag).exists() or 'NAME' in flag
+  for name in re.findall(r'--config=(\S+)', README):
+    if name != 'NAME':
+      command_line.read_recipe(name)

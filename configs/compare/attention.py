@@ -4,7 +4,7 @@
     --workdir=runs/compare_attention --text='books/*.txt'
 
 Without --text on Python's own sources. The models are those of
-configs/dcformer_tiny.py with other composition, all with its QK-norm, windows
+configs/dcformer.py:tiny with other composition, all with its QK-norm, windows
 and widths; `wide` is the control with the FLOPs of `dcmha`, by a wider MLP.
 Three seeds (results/compare_attention.json): against the control of the same
 seed, at 1.688 nats/byte, `dcmha` has -0.075 to -0.090, `query_wise` -0.075 to
@@ -14,21 +14,19 @@ the keys add nothing to those of the queries. Its tokens/s are of shared cores.
 """
 
 import dataclasses
-import pathlib
-import runpy
 
 from jaxsparse import config as c
 from jaxsparse.config.attention import query_wise_dcmha
 from jaxsparse.experiments.compare.suite import Architecture, Suite
+from jaxsparse.run import recipe_files
 
-RECIPE = pathlib.Path(__file__).parents[1] / 'dcformer_tiny.py'
 # 256 bytes and the boundary.
 VOCAB_SIZE = 257
 WIDE = 368
 
 
 def get_suite() -> Suite:
-  base = runpy.run_path(str(RECIPE))['get_config']()
+  base = recipe_files.shipped('dcformer:tiny')
   control = dataclasses.replace(base.model, dcmha=None, vocab_size=VOCAB_SIZE)
   width = dict(mlp_dim=control.mlp_dim)
 

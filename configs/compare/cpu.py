@@ -3,7 +3,7 @@
   python -m jaxsparse compare --suite=configs/compare/cpu.py \\
     --workdir=runs/compare_cpu --text='books/*.txt'
 
-Without --text on Python's own sources. The dense model is `dense_tiny`, the
+Without --text on Python's own sources. The dense model is `dense:tiny`, the
 sparse ones have its FLOPs per token and 2.2 times its parameters. Three seeds
 (results/compare_cpu.json): against the dense model of the same seed MoE has
 -0.010 to -0.044 nats/byte, Memory+ -0.012 to -0.025, PKM -0.008 to -0.032, PEER
@@ -44,7 +44,7 @@ def get_suite() -> Suite:
     optimizer=c.OptimizerConfig(learning_rate=3e-3, warmup_steps=50),
     train=c.TrainConfig(num_steps=400, log_every=10, save_every=100),
   )
-  # What made most of UltraMem at this size, see configs/ultramem_tiny.py.
+  # What made most of UltraMem at this size, see configs/ultramem.py:tiny.
   fast = dict(value_lr_multiplier=10.0)
   small = dict(key_dim=32, num_heads=2, num_selected=16)
   return Suite(

@@ -35,10 +35,9 @@ facts, and their mean in units of the dense one's:
 """
 
 import dataclasses
-import pathlib
-import runpy
 
 from jaxsparse.experiments.compare.suite import Suite
+from jaxsparse.run import recipe_files
 
 LEARNING_RATES = dict(
   dense=1e-2,
@@ -52,8 +51,7 @@ LEARNING_RATES = dict(
 
 
 def get_suite() -> Suite:
-  facts = pathlib.Path(__file__).with_name('facts.py')
-  suite = runpy.run_path(str(facts))['get_suite']()
+  suite = recipe_files.shipped('facts', 'configs/compare', 'get_suite')
   architectures = {
     name: dataclasses.replace(
       architecture,

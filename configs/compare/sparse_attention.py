@@ -4,7 +4,7 @@
     --workdir=runs/compare_sparse_attention --text='books/*.txt'
 
 Without --text on Python's own sources: bytes, minutes a run on one core. The
-models are those of configs/sparse_attention_tiny.py with other attention and
+models are those of configs/sparse_attention.py:tiny with other attention and
 equal widths, so that a difference is the attention's; the window is as long as
 the sparse one's on average.
 Three seeds (results/compare_sparse_attention.json): against the dense model of
@@ -16,18 +16,16 @@ to 29 % on the mean over tiles (`kept_share` in the results).
 """
 
 import dataclasses
-import pathlib
-import runpy
 
 from jaxsparse.experiments.compare.suite import Architecture, Suite
+from jaxsparse.run import recipe_files
 
-RECIPE = pathlib.Path(__file__).parents[1] / 'sparse_attention_tiny.py'
 # 256 bytes and the boundary.
 VOCAB_SIZE = 257
 
 
 def get_suite() -> Suite:
-  base = runpy.run_path(str(RECIPE))['get_config']()
+  base = recipe_files.shipped('sparse_attention:tiny')
   sparse = base.model
   width = dict(mlp_dim=sparse.mlp_dim)
   dense = dataclasses.replace(

@@ -1,6 +1,6 @@
 """Trains a language model.
 
-  python train.py --config=configs/ultramem_tiny.py --workdir=runs/ultramem_tiny
+  python train.py --config=configs/ultramem.py:tiny --workdir=runs/ultramem_tiny
 
 The same command goes on where it was stopped. With several hosts, start it on
 each: with --distributed, which finds the others on Cloud TPU and under SLURM,

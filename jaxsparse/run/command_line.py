@@ -18,8 +18,8 @@ from jaxsparse.run.printing import escape_unprintable
 
 _FLAGS = """
 Flags besides the fields:
-  --config=FILE  a recipe, its path or its name; --config.PART.FIELD=VALUE
-      changes a field of it
+  --config=FILE:SIZE  a recipe, its path or its name, and which of its sizes;
+      --config.PART.FIELD=VALUE changes a field of it
   --workdir=FOLDER  of the run
   --distributed  join the other processes of the cluster's job
   --coordinator=HOST:PORT --num_processes=N --process_id=I  join those named so
@@ -264,7 +264,7 @@ def read_recipe(
   """The config that the recipe at `path` returns, with fields set by flags.
 
   Args:
-    path: of the recipe, or its name in configs/.
+    path: of the recipe, or its name in configs/, and its size after a colon.
     arguments: among which are overrides `--config.a.b=value`.
     say: is told of parts that overrides add to the recipe.
 
@@ -273,8 +273,7 @@ def read_recipe(
   """
   if not path:
     raise UserError(
-      '--config=FILE is missing: name a recipe, such as '
-      'configs/ultramem_tiny.py.'
+      '--config=FILE is missing: name a recipe, such as ultramem:tiny.'
     )
   config = recipe_files.load('--config', path, 'configs', 'get_config', Config)
   for note in overrides.apply(config, overrides.split(arguments)[0]):

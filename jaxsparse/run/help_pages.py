@@ -62,7 +62,7 @@ def page(description: str, flags: str, part: str = '') -> str:
     description.strip(),
     flags.strip(),
     'Start here:\n' + '\n'.join(_first_lines()),
-    'Recipes (--config=NAME):\n'
+    'Recipes (--config=NAME:SIZE):\n'
     + textwrap.fill(
       ', '.join(recipe_files.names('configs')),
       _WIDTH,

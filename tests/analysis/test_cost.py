@@ -32,9 +32,9 @@ def _model(name):
 @pytest.mark.parametrize(
   ('name', 'millions', 'giga_flops'),
   [
-    ('dense_151m', 150.99, 0.30),
-    ('dense_680m', 679.5, 1.36),
-    ('dense_1b6', 1610.6, 3.21),
+    ('dense:151m', 150.99, 0.30),
+    ('dense:680m', 679.5, 1.36),
+    ('dense:1b6', 1610.6, 3.21),
   ],
 )
 def test_dense_recipes_have_published_sizes(name, millions, giga_flops):
@@ -65,9 +65,9 @@ def test_dense_6b5_has_the_published_size():
 @pytest.mark.parametrize(
   ('name', 'billions', 'giga_flops'),
   [
-    ('moe_151m', 2.04, 0.35),
-    ('moe_680m', 8.95, 1.50),
-    ('moe_1b6', 21.36, 3.52),
+    ('moe:151m', 2.04, 0.35),
+    ('moe:680m', 8.95, 1.50),
+    ('moe:1b6', 21.36, 3.52),
   ],
 )
 def test_moe_recipes_have_published_sizes(name, billions, giga_flops):
@@ -82,10 +82,10 @@ def test_moe_recipes_have_published_sizes(name, billions, giga_flops):
 @pytest.mark.parametrize(
   ('name', 'millions'),
   [
-    ('olmoe_227m', 1181),
-    ('memory_plus_227m', 1197),
-    ('ultramem_v2_227m', 1193),
-    ('ultramem_v2_1b', 6700),
+    ('olmoe:227m', 1181),
+    ('memory_plus:227m', 1197),
+    ('ultramem_v2:227m', 1193),
+    ('ultramem_v2:1b', 6700),
   ],
 )
 def test_open_family_has_published_sizes(name, millions):
@@ -94,21 +94,21 @@ def test_open_family_has_published_sizes(name, millions):
 
 
 def test_v2_sizes_part_by_part():
-  model = _model('ultramem_v2_227m')
+  model = _model('ultramem_v2:227m')
   assert round(cost.count_parameters(model).values / 1e6, 1) == 995.3
   plain = dataclasses.replace(model.memory, query='shared')
   plain = dataclasses.replace(model, memory=plain)
   assert round(cost.count_parameters(plain).published / 1e9, 3) == 1.187
-  large = cost.count_parameters(_model('ultramem_v2_1b'))
+  large = cost.count_parameters(_model('ultramem_v2:1b'))
   assert large.active / 1e6 == pytest.approx(1079, rel=1e-3)
 
 
 @pytest.mark.parametrize(
   ('name', 'billions', 'giga_flops'),
   [
-    ('ultramem_151m', 2.03, 0.35),
-    ('ultramem_680m', 8.93, 1.49),
-    ('ultramem_1b6', 21.41, 3.50),
+    ('ultramem:151m', 2.03, 0.35),
+    ('ultramem:680m', 8.93, 1.49),
+    ('ultramem:1b6', 21.41, 3.50),
   ],
 )
 def test_ultramem_recipes_have_published_sizes(name, billions, giga_flops):
@@ -119,15 +119,15 @@ def test_ultramem_recipes_have_published_sizes(name, billions, giga_flops):
 
 
 def test_release_recipe_has_published_sizes():
-  parameters = cost.count_parameters(_model('ultramem_227m_release'))
+  parameters = cost.count_parameters(_model('ultramem:227m_release'))
   assert round(parameters.values / 1e6, 1) == 1002.8
   assert round(parameters.published / 1e9, 3) == 1.193
 
 
 def _pkm(num_keys, **fields):
-  memory = RECIPES['pkm_151m']().model.memory
+  memory = RECIPES['pkm:151m']().model.memory
   memory = dataclasses.replace(memory, num_keys=num_keys, **fields)
-  config = dataclasses.replace(_model('dense_151m'), memory=memory)
+  config = dataclasses.replace(_model('dense:151m'), memory=memory)
   return cost.count_parameters(config).active
 
 
@@ -144,7 +144,7 @@ def _split(**kwargs):
     placements=((2, 4), (5, 7), (8, 10)),
     **kwargs,
   )
-  config = dataclasses.replace(_model('dense_151m'), memory=memory)
+  config = dataclasses.replace(_model('dense:151m'), memory=memory)
   return cost.count_parameters(config)
 
 
@@ -205,16 +205,16 @@ def test_ablation_sparse_column(num_layers, num_keys, value_dim, billions):
     value_dim=value_dim,
     placements=((2, 4), (5, 7), (8, 10))[:num_layers],
   )
-  config = dataclasses.replace(_model('dense_151m'), memory=memory)
+  config = dataclasses.replace(_model('dense:151m'), memory=memory)
   values = cost.count_parameters(config).values
   assert round(values / 1e9, 3) == billions
 
 
 def test_published_token_budgets():
-  config = RECIPES['ultramem_151m']()
+  config = RECIPES['ultramem:151m']()
   tokens = config.data.batch_size * config.data.seq_len * config.train.num_steps
   assert tokens == 2048 * 2048 * 238_418 == 999_997_571_072
-  release = RECIPES['ultramem_227m_release']()
+  release = RECIPES['ultramem:227m_release']()
   per_step = release.data.batch_size * release.data.seq_len
   assert per_step * release.train.num_steps == pytest.approx(5e11, rel=1e-5)
   assert per_step * release.optimizer.warmup_steps == pytest.approx(
@@ -224,14 +224,14 @@ def test_published_token_budgets():
 
 TINY = [name for name in RECIPES if name.endswith('_tiny')]
 # Their sizes are their own.
-OF_ATTENTION = ('dcformer_tiny', 'sparse_attention_tiny', 'joined_tiny')
+OF_ATTENTION = ('dcformer:tiny', 'sparse_attention:tiny', 'joined:tiny')
 
 
 @pytest.mark.parametrize('name', [n for n in TINY if n not in OF_ATTENTION])
 def test_tiny_recipes_have_equal_flops(name):
   dense, sparse = (
     cost.forward_flops(_model(name), RECIPES[name]().data.seq_len)
-    for name in ('dense_tiny', name)
+    for name in ('dense:tiny', name)
   )
   assert sparse == pytest.approx(dense, rel=0.01)
 
@@ -315,7 +315,7 @@ def _masks(jaxpr):
 MASKS = ('select_n', 'and', 'or', 'not', 'eq', 'ne', 'lt', 'le', 'gt', 'ge')
 
 
-@pytest.mark.parametrize('name', ['moe_tiny', 'olmoe_tiny'])
+@pytest.mark.parametrize('name', ['moe:tiny', 'olmoe:tiny'])
 def test_mixture_flops_term_by_term(name):
   """Each token meets all of the router, and as many experts as it passes."""
   model, length = _model(name), 128
@@ -330,7 +330,7 @@ def test_mixture_flops_term_by_term(name):
 
 
 def test_memory_flops_term_by_term():
-  memory = RECIPES['ultramem_tiny']().model.memory
+  memory = RECIPES['ultramem:tiny']().model.memory
   query = 2 * 128 * 2 * 32
   scores = 2 * 2 * 2 * 256 * 32 * 2
   merge = 2 * 2 * 2 * 256 * 2
@@ -343,7 +343,7 @@ def test_memory_flops_term_by_term():
 
 
 def test_full_count_has_scores_and_logits():
-  config = _model('dense_151m')
+  config = _model('dense:151m')
   per_token = cost.forward_flops(config, 2048)
   scores = 12 * 2 * 2 * 1024 * 2048
   logits = 2 * 1024 * 50_304
@@ -352,7 +352,7 @@ def test_full_count_has_scores_and_logits():
 
 
 def test_open_family_reads_640_values_a_token():
-  memory = RECIPES['ultramem_227m_release']().model.memory
+  memory = RECIPES['ultramem:227m_release']().model.memory
   reads = memory.num_heads * memory.num_selected * len(memory.placements)
   assert reads == 640
 
@@ -368,7 +368,7 @@ def test_ratios_of_bytes_read(batch_size, ratio):
   without attention, cache, embeddings, router, and without the memory layers'
   queries, keys and output maps.
   """
-  dense, moe, memory = map(_model, ('dense_1b6', 'moe_1b6', 'ultramem_1b6'))
+  dense, moe, memory = map(_model, ('dense:1b6', 'moe:1b6', 'ultramem:1b6'))
   experts = cost.decode_bytes(moe, batch_size, 0).experts
   values = cost.decode_bytes(memory, batch_size, 0).values
   mlps = 2 * dense.num_layers * 2 * dense.model_dim * dense.mlp_dim
@@ -376,7 +376,7 @@ def test_ratios_of_bytes_read(batch_size, ratio):
 
 
 def test_decode_bytes_part_by_part():
-  memory = _model('ultramem_1b6')
+  memory = _model('ultramem:1b6')
   read = cost.decode_bytes(memory, 4, 2048)
   assert read.values == 2 * 4 * 84 * 1024 * 6
   assert read.cache == 2 * 2 * 32 * 2048 * 2048 * 4
@@ -392,18 +392,18 @@ def test_decode_bytes_part_by_part():
   assert read.weights - grouped.weights == 2 * 32 * 2 * 2048**2 * 7 / 8
   assert grouped.values == read.values
   # Where tokens choose evenly, two of them share few of 34 experts.
-  moe = _model('moe_1b6')
+  moe = _model('moe:1b6')
   even = cost.decode_bytes(moe, 2, 0, is_uniform=True)
   assert 0.96 < even.experts / cost.decode_bytes(moe, 2, 0).experts < 0.98
 
 
 # Sizes of the paper's configs, and what it counts: without the composition.
 DCFORMER = {
-  'dcformer_405m': (411, 344_064),
-  'dcformer_834m': (834, 774_144),
-  'dcformer_1b4': (1_420, 1_376_256),
-  'dcformer_2b8': (2_795, 1_703_936),
-  'dcformer_6b9': (6_888, 2_686_976),
+  'dcformer:405m': (411, 344_064),
+  'dcformer:834m': (834, 774_144),
+  'dcformer:1b4': (1_420, 1_376_256),
+  'dcformer:2b8': (2_795, 1_703_936),
+  'dcformer:6b9': (6_888, 2_686_976),
 }
 
 
@@ -420,8 +420,8 @@ def test_dcformer_has_published_sizes(name, published):
 @pytest.mark.parametrize(
   ('name', 'vocab_size', 'published'),
   [
-    ('dcpythia_2b8', 50_304, 2_775_208_960),
-    ('dcpythia_6b9', 50_432, 6_857_302_016),
+    ('dcpythia:2b8', 50_304, 2_775_208_960),
+    ('dcpythia:6b9', 50_432, 6_857_302_016),
   ],
 )
 def test_dcpythia_without_its_additions_is_pythia(name, vocab_size, published):
@@ -439,7 +439,7 @@ def test_dcpythia_without_its_additions_is_pythia(name, vocab_size, published):
 def test_composition_costs_ten_products_of_a_head_for_each_pair():
   """40 N FLOPs for rank 2, against 4 N H of scores and sums."""
   model = dataclasses.replace(
-    _model('dcformer_tiny'),
+    _model('dcformer:tiny'),
     attention_pattern=('global',),
     window=ModelConfig.window,
   )
@@ -452,7 +452,7 @@ def test_composition_costs_ten_products_of_a_head_for_each_pair():
 
 
 def test_a_window_bounds_what_is_read():
-  model = _model('dcformer_tiny')
+  model = _model('dcformer:tiny')
   short, long = (
     cost.decode_bytes(model, 1, context, bytes_per_value=4).cache
     for context in (32, 1032)

@@ -28,7 +28,7 @@ TABLE = NUM_KEYS**2 * VALUE_DIM  # elements: 1 GiB in f32
 
 
 def _config(value_optimizer, scheme):
-  config = RECIPES['ultramem_tiny']()
+  config = RECIPES['ultramem:tiny']()
   memory = dataclasses.replace(
     config.model.memory,
     num_keys=NUM_KEYS,

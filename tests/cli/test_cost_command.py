@@ -10,7 +10,7 @@ from jaxsparse.config.errors import UserError
 
 
 def test_prints_parameters_flops_and_bytes(capsys):
-  path = CONFIGS / 'ultramem_1b6.py'
+  path = CONFIGS / 'ultramem.py:1b6'
   cost.main([f'--config={path}', '--batch_sizes=1,64'])
   out = capsys.readouterr().out
   assert 'as papers count: 21,391,' in out
@@ -21,7 +21,7 @@ def test_prints_parameters_flops_and_bytes(capsys):
 
 def test_fields_are_overridden_as_in_training(capsys):
   """Two heads of keys and values for sixteen of queries: an eighth of both."""
-  flags = [f'--config={CONFIGS / "ultramem_1b6.py"}', '--batch_sizes=64']
+  flags = [f'--config={CONFIGS / "ultramem.py:1b6"}', '--batch_sizes=64']
   caches = []
   for overrides in [], ['--config.model.num_kv_heads=2']:
     cost.main(flags + overrides)
@@ -32,7 +32,7 @@ def test_fields_are_overridden_as_in_training(capsys):
 
 def test_as_many_blocks_as_there_may_be_take_no_time(capsys):
   """Each costs the same: as if there was one, ten thousand times."""
-  flags = [f'--config={CONFIGS / "sparse_attention_tiny.py"}']
+  flags = [f'--config={CONFIGS / "sparse_attention.py:tiny"}']
   start = time.monotonic()
   cost.main([*flags, '--config.model.num_layers=10000'])
   assert time.monotonic() - start < 5
@@ -40,14 +40,14 @@ def test_as_many_blocks_as_there_may_be_take_no_time(capsys):
 
 
 def test_vocabulary_of_bytes_is_told(capsys):
-  cost.main([f'--config={CONFIGS / "moe_tiny.py"}'])
+  cost.main([f'--config={CONFIGS / "moe.py:tiny"}'])
   assert 'vocabulary of the bytes, 257' in capsys.readouterr().out
 
 
 BAD = {
   'no file': (['--config=no/such.py'], 'no/such.py is no file'),
   'no recipe': (['--config='], '--config=FILE is missing'),
-  'typo in a name': (['--config=dense_tny'], '(did you mean dense_tiny?)'),
+  'typo in a name': (['--config=dense_tny'], '(did you mean dense:tiny?)'),
   'batch': (['--batch_sizes=0'], "got '0'"),
   'context': (['--context=-1'], '--context must not be negative'),
   'word': (['now'], "'now' is not a flag"),
@@ -64,19 +64,19 @@ BAD = {
 def test_bad_input_is_one_sentence(name):
   flags, said = BAD[name]
   with pytest.raises(UserError) as raised:
-    cost.main([f'--config={CONFIGS / "dense_tiny.py"}', *flags])
+    cost.main([f'--config={CONFIGS / "dense.py:tiny"}', *flags])
   assert said in str(raised.value)
 
 
 def test_a_recipe_may_be_named(capsys):
-  cost.main(['--config=dense_tiny'])
+  cost.main(['--config=dense:tiny'])
   by_name = capsys.readouterr().out
-  cost.main([f'--config={CONFIGS / "dense_tiny.py"}'])
+  cost.main([f'--config={CONFIGS / "dense.py:tiny"}'])
   assert capsys.readouterr().out == by_name
 
 
 def test_says_what_a_part_that_the_recipe_has_not_is_made_of(capsys):
-  cost.main(['--config=dense_tiny', '--config.model.memory.num_keys=64'])
+  cost.main(['--config=dense:tiny', '--config.model.memory.num_keys=64'])
   out, err = capsys.readouterr()
   assert f'{64**2 * 64:,}' in out
   assert err.startswith('The recipe has no model.memory, so ')

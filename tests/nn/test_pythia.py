@@ -107,6 +107,6 @@ def test_an_odd_fraction_is_refused(fraction):
     ModelConfig(head_dim=H, rope_fraction=fraction)
 
 
-@pytest.mark.parametrize('name', ['dcpythia_2b8', 'dcpythia_6b9'])
+@pytest.mark.parametrize('name', ['dcpythia:2b8', 'dcpythia:6b9'])
 def test_recipes_have_its_mlp(name):
   assert RECIPES[name]().model.mlp == CONFIG.mlp

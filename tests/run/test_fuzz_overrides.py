@@ -20,13 +20,13 @@ from jaxsparse.run import command_line
 from jaxsparse.training.step import init_state
 
 RECIPES = (
-  'dense_tiny',
-  'ultramem_tiny',
-  'ultramem_v2_tiny',
-  'peer_tiny',
-  'moe_tiny',
-  'dcformer_tiny',
-  'sparse_attention_tiny',
+  'dense:tiny',
+  'ultramem:tiny',
+  'ultramem_v2:tiny',
+  'peer:tiny',
+  'moe:tiny',
+  'dcformer:tiny',
+  'sparse_attention:tiny',
 )
 PATHS = sorted(fields.paths(Config))
 # Larger models are valid, too, but take long to trace.

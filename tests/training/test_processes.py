@@ -1,6 +1,6 @@
 """Two processes train as one, and end and start again as one.
 
-In the slow lane, as each start of train.py compiles: `ultramem_tiny` and a
+In the slow lane, as each start of train.py compiles: `ultramem:tiny` and a
 model that compiles faster.
 """
 
@@ -22,7 +22,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = pathlib.Path(__file__).parents[2]
 
-# `ultramem_tiny` on a text that is validated in no time.
+# `ultramem:tiny` on a text that is validated in no time.
 SMALL = """
   model = dataclasses.replace(
     recipe.model, num_layers=2, model_dim=64, mlp_dim=64, num_heads=2,
@@ -53,7 +53,7 @@ def get_config():
 """
 
 
-@pytest.fixture(params=['small', 'ultramem_tiny'])
+@pytest.fixture(params=['small', 'ultramem:tiny'])
 def recipe(request, tmp_path_factory):
   folder = tmp_path_factory.mktemp('processes')
   numbers = np.random.default_rng(0).integers(1000, size=(40, 800))
@@ -62,7 +62,7 @@ def recipe(request, tmp_path_factory):
   path = folder / 'recipe.py'
   path.write_text(
     RECIPE.format(
-      recipe=str(ROOT / 'configs/ultramem_tiny.py'),
+      recipe=str(ROOT / 'configs/ultramem.py:tiny'),
       small=SMALL if request.param == 'small' else '',
       text=str(folder / '*.txt'),
       cache=str(folder / 'cache'),

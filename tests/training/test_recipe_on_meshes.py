@@ -53,7 +53,7 @@ def directory(tmp_path_factory):
 
 
 def ultramem(scheme, value_optimizer):
-  config = RECIPES['ultramem_tiny']()
+  config = RECIPES['ultramem:tiny']()
   memory = dataclasses.replace(
     config.model.memory, table=TableConfig(scheme=scheme)
   )
@@ -95,16 +95,16 @@ def of_one_device(name, directory, value_optimizer=None):
 @pytest.mark.parametrize('scheme', ['columns', 'rows', 'grid'])
 @pytest.mark.parametrize('shape', [(8, 1, 1), (2, 4, 1), (2, 2, 2)], ids=str)
 def test_same_losses(directory, scheme, shape, value_optimizer):
-  stream, vocab_size = batches(directory, 'ultramem_tiny')
+  stream, vocab_size = batches(directory, 'ultramem:tiny')
   stream = stream[: NUM_STEPS[value_optimizer]]
-  expected = of_one_device('ultramem_tiny', directory, value_optimizer)
+  expected = of_one_device('ultramem:tiny', directory, value_optimizer)
   config = ultramem(scheme, value_optimizer)
   found = losses(config, stream, vocab_size, shape)
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)
   assert expected[-1] < expected[0] - 1
 
 
-@pytest.mark.parametrize('name', ['dcformer_tiny', 'sparse_attention_tiny'])
+@pytest.mark.parametrize('name', ['dcformer:tiny', 'sparse_attention:tiny'])
 @pytest.mark.parametrize('shape', [(8, 1, 1), (2, 1, 4)], ids=str)
 def test_same_losses_of_attention(directory, name, shape):
   expected = of_one_device(name, directory)
@@ -114,13 +114,13 @@ def test_same_losses_of_attention(directory, name, shape):
 
 
 def test_same_losses_of_groups_split_over_model(directory):
-  config = RECIPES['dcformer_tiny']()
+  config = RECIPES['dcformer:tiny']()
   dcmha = dataclasses.replace(config.model.dcmha, base=True, num_groups=4)
   config = dataclasses.replace(
     config, model=dataclasses.replace(config.model, dcmha=dcmha)
   )
   found, expected = (
-    losses(config, *batches(directory, 'dcformer_tiny'), shape)
+    losses(config, *batches(directory, 'dcformer:tiny'), shape)
     for shape in ((2, 1, 4), (1, 1, 1))
   )
   np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5)

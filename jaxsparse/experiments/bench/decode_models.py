@@ -9,8 +9,6 @@ the same size that splits into groups of 4 and of 8.
 
 import argparse
 import dataclasses
-import pathlib
-import runpy
 import zlib
 
 import jax
@@ -23,11 +21,10 @@ from jaxsparse.config.errors import UserError, require, require_choice
 from jaxsparse.config.model import MoEConfig
 from jaxsparse.experiments.compare.suite import Architecture
 from jaxsparse.nn.transformer import Transformer
+from jaxsparse.run import recipe_files
 
 NAMES = ('dense', 'moe', 'pkm', 'ultramem', 'ultramem_v2')
 FAMILIES = ('own', '680m')
-
-_RECIPE = 'configs/ultramem_680m.py'
 
 
 def make_models(
@@ -108,12 +105,7 @@ def _own(options, kv_group):
 
 
 def _published(options, kv_group):
-  path = pathlib.Path(_RECIPE)
-  require(
-    path.is_file(),
-    f'family 680m is read from {path}: run this in the root of the repository.',
-  )
-  recipe = runpy.run_path(str(path))['get_config']().model
+  recipe = recipe_files.shipped('ultramem:680m').model
   recipe = dataclasses.replace(
     recipe,
     num_heads=16,
@@ -132,7 +124,7 @@ def _published(options, kv_group):
   middle = layers // 2 - 1
   architectures = _architectures(
     experts=MoEConfig(num_experts=33, num_used=2),
-    # As in configs/pkm_151m.py: one layer beside the MLP of a middle block.
+    # As in configs/pkm.py:151m: one layer beside the MLP of a middle block.
     pkm=MemoryConfig.pkm(
       key_dim=memory.key_dim,
       num_heads=memory.num_heads,
@@ -143,7 +135,7 @@ def _published(options, kv_group):
       **common,
     ),
     ultramem=memory,
-    # As in configs/ultramem_v2_227m.py, by the model's width.
+    # As in configs/ultramem_v2.py:227m, by the model's width.
     ultramem_v2=MemoryConfig.ultramem_v2(
       key_dim=width // 4,
       num_selected=32,

@@ -68,7 +68,7 @@ def sections() -> list[tuple[str, ModuleType, list[dict]]]:
       else [
         dict(),
         dict(
-          config='configs/ultramem_151m.py',
+          config='ultramem:151m',
           optimizers='adamw',
           tokens=8192,
           seq_len=2048,

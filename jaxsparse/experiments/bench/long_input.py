@@ -8,7 +8,7 @@ full a token costs the same wherever it stands, that the process's memory
 stays, and that a text's nats do not grow with its place.
 
 results/long_input_cpu.json: by `taskset -c 0`, on the model that `train.py
---config=configs/sparse_attention_tiny.py` left in `--workdir`. No stretch takes
+--config=configs/sparse_attention.py:tiny` left in `--workdir`. No stretch takes
 longer than the first, memory stays at 682 MB, and text that is read again after
 655,360 bytes has the same nats within 0.016.
 """

@@ -68,7 +68,7 @@ def make_config(
   if memory is None:
     raise UserError(
       f'--config={options.config} has no memory layers: name a recipe with '
-      'value tables, such as configs/ultramem_tiny.py.'
+      'value tables, such as ultramem:tiny.'
     )
   factor = math.isqrt(growth)
   if factor**2 != growth:

@@ -171,7 +171,7 @@ def test_train_step_counts_bytes_of_tables_and_their_state(capsys, tmp_path):
 @pytest.mark.parametrize(
   ('changes', 'message'),
   [
-    (dict(config='configs/dense_tiny.py'), 'has no memory layers'),
+    (dict(config='configs/dense.py:tiny'), 'has no memory layers'),
     (dict(growth=5), '--growth=5 must be a square'),
   ],
 )

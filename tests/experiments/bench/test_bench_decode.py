@@ -97,7 +97,9 @@ def test_models_are_at_equal_budgets(family, group):
   assert models['dense'].num_heads == group * models['dense'].num_kv_heads
 
 
-def test_the_family_of_680m_is_the_published_one():
+def test_the_family_of_680m_is_the_published_one(monkeypatch, tmp_path):
+  # Wherever it is started.
+  monkeypatch.chdir(tmp_path)
   options = argparse.Namespace(
     **decode.OPTIONS | dict(family='680m', models='moe,ultramem')
   )
