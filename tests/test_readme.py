@@ -49,5 +49,5 @@ def test_length_and_commands():
   commands = re.findall(r'^python -m venv .*', README, re.MULTILINE)
   assert len(commands) == 2
   for name in re.findall(r'--config=(\S+)', README):
-    if name != 'NAME':
+    if name not in ('NAME', '...'):
       command_line.read_recipe(name)
