@@ -5,10 +5,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxsparse import mesh
 from jaxsparse.analysis import cost
-from jaxsparse.config import MemoryConfig, ModelConfig
+from jaxsparse.config import (
+  Config,
+  DataConfig,
+  MemoryConfig,
+  ModelConfig,
+  OptimizerConfig,
+)
 from jaxsparse.nn.memory.layer import MemoryLayer
 from jaxsparse.nn.transformer import Transformer
+from jaxsparse.training.step import init_state, train_step
 
 PRESETS = ('ultramem', 'pkm', 'peer', 'memory_plus', 'ultramem_v2')
 
@@ -36,3 +44,26 @@ def test_in_a_model(name):
   )['params']
   counted = sum(x.size for x in jax.tree.leaves(params))
   assert counted == cost.count_parameters(config).total
+
+
+def test_row_optimizers_train_one_whose_widths_are_the_models():
+  memory = MemoryConfig.peer(placements=((0, 0),))
+  config = Config(
+    model=ModelConfig(num_layers=1, model_dim=24, vocab_size=9, memory=memory),
+    data=DataConfig(batch_size=2, seq_len=4),
+    optimizer=OptimizerConfig(value_optimizer='row_adam'),
+  )
+  tokens = jax.ShapeDtypeStruct((2, 4), jnp.int32)
+  names = ('tokens', 'targets', 'positions', 'segment_ids')
+  batch = dict.fromkeys(names, tokens) | dict(
+    loss_weight=jax.ShapeDtypeStruct((2, 4), jnp.float32)
+  )
+  with jax.set_mesh(mesh.make_mesh(1, 1, 1, devices=jax.devices()[:1])):
+    before = jax.eval_shape(lambda: init_state(config))
+    after, _ = jax.eval_shape(
+      lambda state, batch: train_step(config, state, batch), before, batch
+    )
+  tables = before.params['block_00']['memory']
+  for name in ('value_table', 'pre_value_table'):
+    assert tables[name].shape == (memory.table_rows, 24)
+  assert jax.tree.structure(after) == jax.tree.structure(before)
