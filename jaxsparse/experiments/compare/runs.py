@@ -19,7 +19,7 @@ import numpy as np
 from jaxsparse import config as config_lib
 from jaxsparse import mesh
 from jaxsparse.analysis import budget
-from jaxsparse.config import Config
+from jaxsparse.config import Config, saved_config
 from jaxsparse.config.errors import UserError
 from jaxsparse.data import facts, needles, tokenizer
 from jaxsparse.data.corpus import build_corpus
@@ -146,6 +146,7 @@ def finished(run: Run) -> Result | None:
       f'{str(path)!r} is damaged: remove it, and the run is trained again.'
     ) from error
   defaults = _as_json(dataclasses.asdict(Config()))
+  saved = saved_config.renewed(saved)
   if not _is_same(saved, _as_json(_identity(run)), defaults):
     raise UserError(
       f'{str(path)!r} is the result of another config: undo the change of the '

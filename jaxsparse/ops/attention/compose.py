@@ -83,12 +83,8 @@ class HeadMix:
   key: jax.Array | None = None
   # What is the same for all pairs, beside the identity, [G, M, M].
   base: jax.Array | None = None
-  # Groups G of neighbouring heads, or of the heads n, n + G, n + 2 G, ...; the
-  # factors' heads are in the groups' order.
+  # Groups G of neighbouring heads.
   num_groups: int = dataclasses.field(default=1, metadata=dict(static=True))
-  interleave: bool = dataclasses.field(
-    default=False, metadata=dict(static=True)
-  )
 
 
 def compose(
@@ -108,20 +104,13 @@ def compose(
   """
   batch, num_queries, num_heads, num_keys = score.shape
   group = num_heads // mix.num_groups
-  if mix.interleave:
-    a = score.reshape(batch, num_queries, group, mix.num_groups, num_keys)
-    a = jnp.swapaxes(a, 2, 3)
-  else:
-    a = score.reshape(batch, num_queries, mix.num_groups, group, num_keys)
+  a = score.reshape(batch, num_queries, mix.num_groups, group, num_keys)
   if implementation == 'auto':
     on_cpu = jax.default_backend() == 'cpu'
     is_many = on_cpu and num_queries >= num_heads
     implementation = 'matrices' if is_many else 'factors'
   by = dict(matrices=_by_matrices, factors=_by_factors)[implementation]
-  out = by(a, mix).reshape(a.shape)
-  if mix.interleave:
-    out = jnp.swapaxes(out, 2, 3)
-  return out.reshape(score.shape)
+  return by(a, mix).reshape(score.shape)
 
 
 def _grouped(factors, mix, dtype):
@@ -283,8 +272,4 @@ def compose_reference(
     by_pair = by_pair + base[None, None, None]
   shape = (batch, num_queries, num_keys, num_heads, num_heads)
   by_pair = jnp.broadcast_to(by_pair, shape)
-  if mix.interleave:
-    head = jnp.arange(num_heads)
-    place = head % mix.num_groups * group + head // mix.num_groups
-    by_pair = by_pair[:, :, :, place][..., place]
   return jnp.einsum('btms,btsmn->btns', score, by_pair)

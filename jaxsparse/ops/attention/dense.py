@@ -149,7 +149,7 @@ def _head_letter(mixes):
   """
   _, num_shards = mesh.shards('N')
   is_split = num_shards > 1 and not any(
-    m.interleave or m.num_groups % num_shards for m in mixes.values()
+    m.num_groups % num_shards for m in mixes.values()
   )
   return 'N' if is_split else '.'
 
