@@ -67,8 +67,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     '--history_blocks',
     type=int,
     help='blocks that sparse attention keeps between the first one and its '
-    'window; 0 keeps all; %(default)s: all, or with a --prompt_file longer than the '
-    'training length what makes up that length',
+    'window; 0 keeps all; %(default)s: all, or with a --prompt_file longer '
+    'than the training length what makes up that length',
   )
   add('--max_tokens', type=int, default=200, help='most tokens to write')
   add(

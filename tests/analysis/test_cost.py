@@ -276,8 +276,6 @@ def test_tiny_recipes_have_the_flops_that_xla_counts(name, monkeypatch):
       'global' if kind == 'local' else kind for kind in model.attention_pattern
     ),
     window=ModelConfig.window,
-    sparse=model.sparse
-    and dataclasses.replace(model.sparse, query_chunk=length),
   )
   tokens = jnp.zeros((1, length), jnp.int32)
   transformer = Transformer(model)

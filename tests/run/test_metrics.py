@@ -300,3 +300,21 @@ def test_weights_and_biases_not_installed(tmp_path, monkeypatch):
   monkeypatch.setattr(boards.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match=r'jaxsparse\[wandb\]'):
     MetricsWriter(WANDB, tmp_path, 0)
+
+
+def test_old_names_are_read(tmp_path):
+  old = {
+    'step': 3,
+    'block_price': 0.5,
+    'block_01/attention/coverage_least': 0.25,
+    'block_01/attention/coverage_most': 0.75,
+  }
+  (tmp_path / 'metrics.jsonl').write_text(json.dumps(old) + '\n')
+  assert metrics.read_rows(tmp_path) == [
+    {
+      'step': 3,
+      'sparsity_loss': 0.5,
+      'block_01/attention/coverage_min': 0.25,
+      'block_01/attention/coverage_max': 0.75,
+    }
+  ]
