@@ -10,6 +10,7 @@ import pytest
 
 from jaxsparse.config import DCMHAConfig, ModelConfig
 from jaxsparse.nn.attention import cache as attention_cache
+from jaxsparse.ops.attention import cpu
 from jaxsparse.ops.attention.compose import (
   HeadMix,
   compose,
@@ -276,7 +277,7 @@ SCORE = jnp.asarray(
   'parts', [(), ('query',), ('key',), ('base',), ('query', 'key', 'base')]
 )
 @pytest.mark.parametrize('num_groups', [1, 2, 6])
-def test_equals_the_reference(parts, num_groups):
+def test_equals_the_reference(parts, num_groups, monkeypatch):
   mix = random_mix(0, num_groups, parts)
   score = jnp.asarray(SCORE, jnp.float64)
   cotangent = jnp.cos(score)
@@ -287,10 +288,11 @@ def test_equals_the_reference(parts, num_groups):
     return y, backward(cotangent)
 
   expected = jax.tree.leaves(with_gradients(compose_reference))
-  for implementation in ('matrices', 'factors'):
-    found = with_gradients(
-      functools.partial(compose, implementation=implementation)
+  for by_matrices in (True, False):
+    monkeypatch.setattr(
+      cpu, 'composes_faster', lambda a, is_so=by_matrices: is_so
     )
+    found = with_gradients(functools.partial(compose))
     for got, want in zip(jax.tree.leaves(found), expected, strict=True):
       assert_close(got, want, atol=1e-12)
 
