@@ -19,11 +19,7 @@ from jaxsparse.run import workdir as workdir_lib
 Row = dict[str, float | int | None]
 
 # Metrics of former versions, by the last part of their names.
-RENAMED = dict(
-  block_price='sparsity_loss',
-  coverage_least='coverage_min',
-  coverage_most='coverage_max',
-)
+RENAMED = dict(block_price='sparsity_loss')
 
 
 def read_rows(workdir: epath.PathLike) -> list[Row]:

@@ -303,18 +303,8 @@ def test_weights_and_biases_not_installed(tmp_path, monkeypatch):
 
 
 def test_old_names_are_read(tmp_path):
-  old = {
-    'step': 3,
-    'block_price': 0.5,
-    'block_01/attention/coverage_least': 0.25,
-    'block_01/attention/coverage_most': 0.75,
-  }
+  old = {'step': 3, 'loss': 2.0, 'block_price': 0.5, 'block_01/block_price': 1}
   (tmp_path / 'metrics.jsonl').write_text(json.dumps(old) + '\n')
   assert metrics.read_rows(tmp_path) == [
-    {
-      'step': 3,
-      'sparsity_loss': 0.5,
-      'block_01/attention/coverage_min': 0.25,
-      'block_01/attention/coverage_max': 0.75,
-    }
+    {'step': 3, 'loss': 2.0, 'sparsity_loss': 0.5, 'block_01/sparsity_loss': 1}
   ]

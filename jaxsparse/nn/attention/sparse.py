@@ -150,7 +150,7 @@ class SparseAttention(nn.Module):
     in 'window', 'kept' and 'summary'; without a cache the 'router_entropy' of
     the blocks' importance in nats, and an indexer's 'router_loss', which is its
     'aux_loss'; 'sparsity_loss' is the weighted 'kept_share'. 'coverage', its
-    least and its greatest are those of all tokens. Padding counts nowhere.
+    least and most are those of all tokens. Padding counts nowhere.
     """
     lead = Leading.of(x)
     arrays = dict(
@@ -306,8 +306,8 @@ class SparseAttention(nn.Module):
       kept_blocks=mean(stats['kept']),
       coverage=usage.mean_over_tokens(coverage, is_token).mean(),
       # A coverage is between 0 and 1.
-      coverage_min=coverage.min(where=is_token[..., None], initial=1.0),
-      coverage_max=coverage.max(where=is_token[..., None], initial=0.0),
+      coverage_least=coverage.min(where=is_token[..., None], initial=1.0),
+      coverage_most=coverage.max(where=is_token[..., None], initial=0.0),
       sparsity_loss=sparse.sparsity_loss_weight * kept_share,
     )
     for i, name in enumerate(_SETS):
