@@ -1,6 +1,5 @@
 """A config as JSON in the workdir, and what changed since it was saved."""
 
-import copy
 import dataclasses
 import json
 import types
@@ -8,32 +7,8 @@ import typing
 from typing import Any
 
 from jaxsparse import config as config_lib
-from jaxsparse.config import Config
-from jaxsparse.config.errors import (
-  UnusedSettingError,
-  UserError,
-  require,
-  shown,
-)
-
-# Fields of former versions, by the names that they have now.
-RENAMED = {
-  'model.dcmha.pre': 'model.dcmha.compose_scores',
-  'model.dcmha.post': 'model.dcmha.compose_probs',
-  'model.sparse.budget_weight': 'model.sparse.sparsity_loss_weight',
-  'model.sparse.budget_ramp': 'model.sparse.sparsity_loss_warmup',
-}
-# Those that are gone, with the value that all have now.
-REMOVED = {
-  'model.dcmha.interleave': False,
-  'model.sparse.sinks': 1,
-  'model.sparse.temperature': 0.1,
-  'model.sparse.router_weight': 1.0,
-  'model.sparse.summary_key': 'mean',
-  'model.sparse.history_summaries': 0,
-}
-# Those that are gone and change nothing in a run that has begun.
-UNNEEDED = ('model.dcmha.init', 'model.sparse.query_chunk')
+from jaxsparse.config import Config, renamed
+from jaxsparse.config.errors import UnusedSettingError, UserError
 
 
 class DamagedError(UserError):
@@ -65,49 +40,13 @@ def from_json(text: str) -> Config:
     raise DamagedError('the saved config is damaged') from error
   if not isinstance(fields, dict):
     raise DamagedError('the saved config is damaged')
+  renamed.renew(fields)
   try:
-    return config_lib.validated(_from_dict(Config, renewed(fields)))
+    return config_lib.validated(_from_dict(Config, fields))
   except (TypeError, KeyError, AttributeError) as error:
     raise UserError(
       f'the saved config does not fit this version of jaxsparse: {error}.'
     ) from error
-
-
-def renewed(fields: dict[str, Any]) -> dict[str, Any]:
-  """The fields of a saved config as this version names them.
-
-  Raises:
-    UserError: one that is gone had another value than all have now.
-  """
-  fields = copy.deepcopy(fields)
-  for path in UNNEEDED:
-    _taken(fields, path)
-  for path, value in REMOVED.items():
-    for old in _taken(fields, path):
-      require(
-        old == value,
-        f'{path} = {shown(old)} of the saved config is gone, this version has '
-        f'{value!r} only: use the version of jaxsparse that wrote it.',
-      )
-  for path, new in RENAMED.items():
-    for old in _taken(fields, path):
-      part, _, name = new.rpartition('.')
-      _part(fields, part)[name] = old
-  return fields
-
-
-def _taken(fields: dict[str, Any], path: str) -> list[Any]:
-  """Takes out the value at a path, if there is one."""
-  part, _, name = path.rpartition('.')
-  holder = _part(fields, part)
-  return [holder.pop(name)] if name in holder else []
-
-
-def _part(fields: dict[str, Any], path: str) -> dict[str, Any]:
-  """A part of the fields; empty if there is none."""
-  for name in path.split('.'):
-    fields = fields.get(name) if isinstance(fields, dict) else None
-  return fields if isinstance(fields, dict) else {}
 
 
 def _from_dict(cls: type, fields: dict[str, Any]) -> Any:

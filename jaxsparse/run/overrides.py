@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from jaxsparse.config import Config, fields, saved_config
+from jaxsparse.config import Config, fields, renamed
 from jaxsparse.config.errors import UserError, shown
 
 _PREFIX = '--config.'
@@ -111,12 +111,12 @@ def _value(path: str, text: str, hint: Any) -> Any:
 
 
 def _no_field(path: str) -> UserError:
-  if new := saved_config.RENAMED.get(path):
-    return UserError(f'{_PREFIX}{path} is {_PREFIX}{new} now.')
-  if path in saved_config.REMOVED:
-    value = saved_config.REMOVED[path]
+  if new := renamed.RENAMED.get(path):
+    return UserError(f'{_PREFIX}{path} is {_PREFIX}{new} now: set that one.')
+  if path in renamed.REMOVED:
+    value = renamed.REMOVED[path]
     return UserError(f'{_PREFIX}{path} is gone: it is always {value!r}.')
-  if path in saved_config.UNNEEDED:
+  if path in renamed.UNNEEDED:
     return UserError(f'{_PREFIX}{path} is gone: nothing needs it.')
   return UserError(
     f'there is no field {shown(_PREFIX + path)[1:-1]}{suggestion(path)}; '

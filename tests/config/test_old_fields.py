@@ -12,6 +12,7 @@ from jaxsparse.config import (
   ModelConfig,
   SparseAttentionConfig,
   fields,
+  renamed,
   saved_config,
 )
 from jaxsparse.config.errors import UserError
@@ -56,6 +57,9 @@ def test_a_part_that_is_not_there_lacks_no_field():
     CONFIG.model, dcmha=None, sparse=None, attention_pattern=('local',)
   )
   assert saved_config.from_json(json.dumps(saved)).model == expected
+  # As it was before there were such parts.
+  del saved['model']['dcmha'], saved['model']['sparse']
+  assert saved_config.from_json(json.dumps(saved)).model == expected
 
 
 def test_what_changes_nothing_any_more_may_have_any_value():
@@ -65,28 +69,26 @@ def test_what_changes_nothing_any_more_may_have_any_value():
   assert saved_config.from_json(json.dumps(saved)) == CONFIG
 
 
-@pytest.mark.parametrize('path', saved_config.REMOVED)
+@pytest.mark.parametrize('path', renamed.REMOVED)
 def test_what_is_gone_had_its_default(path):
   saved = as_before()
   _, part, name = path.split('.')
-  assert saved['model'][part][name] == saved_config.REMOVED[path]
+  assert saved['model'][part][name] == renamed.REMOVED[path]
   saved['model'][part][name] = 'another'
   with pytest.raises(UserError, match=rf"^{path} = 'another' of the saved"):
     saved_config.from_json(json.dumps(saved))
 
 
-@pytest.mark.parametrize('path', saved_config.RENAMED)
+@pytest.mark.parametrize('path', renamed.RENAMED)
 def test_an_old_flag_names_the_new_one(path):
-  new = saved_config.RENAMED[path]
+  new = renamed.RENAMED[path]
   assert new in fields.paths(Config)
   flags = [f'--config.{path}=1']
   with pytest.raises(UserError, match=rf'^--config.{path} is --config.{new} '):
     command_line.read_recipe(str(CONFIGS / 'joined_tiny.py'), flags)
 
 
-@pytest.mark.parametrize(
-  'path', [*saved_config.REMOVED, *saved_config.UNNEEDED]
-)
+@pytest.mark.parametrize('path', [*renamed.REMOVED, *renamed.UNNEEDED])
 def test_a_flag_of_what_is_gone_says_so(path):
   assert path not in fields.paths(Config)
   flags = [f'--config.{path}=1']
@@ -97,6 +99,7 @@ def test_a_flag_of_what_is_gone_says_so(path):
 def test_results_of_before_are_those_of_the_same_config():
   new = json.loads(saved_config.to_json(CONFIG))
   defaults = json.loads(saved_config.to_json(Config()))
-  old = saved_config.renewed(as_before())
+  old = as_before()
+  renamed.renew(old)
   assert runs._is_same(old, new, defaults)
   assert not runs._is_same(as_before(), new, defaults)

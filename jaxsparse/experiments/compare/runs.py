@@ -5,6 +5,7 @@ was stopped goes on from its checkpoint. When it ends, its `result.json` holds
 all that tables and plots need, and its checkpoints are removed.
 """
 
+import copy
 import dataclasses
 import json
 import pathlib
@@ -19,7 +20,7 @@ import numpy as np
 from jaxsparse import config as config_lib
 from jaxsparse import mesh
 from jaxsparse.analysis import budget
-from jaxsparse.config import Config, saved_config
+from jaxsparse.config import Config, renamed
 from jaxsparse.config.errors import UserError
 from jaxsparse.data import facts, needles, tokenizer
 from jaxsparse.data.corpus import build_corpus
@@ -140,13 +141,13 @@ def finished(run: Run) -> Result | None:
     return None
   try:
     result = json.loads(path.read_bytes())
-    saved = result['config']
+    saved = copy.deepcopy(result['config'])
   except (OSError, ValueError, TypeError, KeyError) as error:
     raise UserError(
       f'{str(path)!r} is damaged: remove it, and the run is trained again.'
     ) from error
+  renamed.renew(saved)
   defaults = _as_json(dataclasses.asdict(Config()))
-  saved = saved_config.renewed(saved)
   if not _is_same(saved, _as_json(_identity(run)), defaults):
     raise UserError(
       f'{str(path)!r} is the result of another config: undo the change of the '

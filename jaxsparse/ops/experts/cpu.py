@@ -13,7 +13,7 @@ import jax
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse.ops import chunking
-from jaxsparse.ops.experts.expert_loops import item, write_products
+from jaxsparse.ops.experts.loops import item, write_products
 
 # Experts with up to so many rows are multiplied without a copy, so many rows at
 # once.

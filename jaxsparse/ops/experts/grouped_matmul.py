@@ -27,7 +27,7 @@ from jaxsparse.config.errors import UserError
 from jaxsparse.ops import chunking
 from jaxsparse.ops.experts import cpu
 from jaxsparse.ops.experts import grouped_matmul_libraries as libraries
-from jaxsparse.ops.experts.expert_loops import (
+from jaxsparse.ops.experts.loops import (
   item,
   over_experts,
   over_tiles,
