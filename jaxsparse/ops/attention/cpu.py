@@ -49,7 +49,7 @@ def pad_off_cache_alias(num_keys: int) -> int:
   return 16 if is_slow else 0
 
 
-def _squeeze_single_group(x):
+def _squeeze_single_group(x: Float[Array, 'B T G ...']):
   """Without G of [B, T, G, ...]: with it XLA's CPU products are slower."""
   return x[:, :, 0] if x.shape[2] == 1 else x
 
@@ -60,15 +60,21 @@ def _squeeze_single_group(x):
 
 
 @jax.custom_vjp
-def _by_queries(matrix, heads):
+def _by_queries(
+  matrix: Float[Array, 'B T ... M N'], heads: Float[Array, 'B T ... M S']
+):
   return jnp.einsum('bt...mn,bt...ms->bt...ns', matrix, heads)
 
 
-def _save_by_queries(matrix, heads):
+def _save_by_queries(
+  matrix: Float[Array, 'B T ... M N'], heads: Float[Array, 'B T ... M S']
+):
   return _by_queries(matrix, heads), (matrix, heads)
 
 
-def _restore_by_queries(inputs, cotangent):
+def _restore_by_queries(
+  inputs: tuple[jax.Array, jax.Array], cotangent: Float[Array, 'B T ... N S']
+):
   matrix, heads = inputs
   return (
     jnp.einsum('bt...ms,bt...ns->bt...mn', heads, cotangent),
@@ -80,18 +86,24 @@ _by_queries.defvjp(_save_by_queries, _restore_by_queries)
 
 
 @jax.custom_vjp
-def _by_keys(factors, heads):
+def _by_keys(
+  factors: Float[Array, 'B S F G M'], heads: Float[Array, 'B T ... M S']
+):
   # Turned over once, [B, S, (G,) M, T], as the gradient needs it again.
   heads = jnp.swapaxes(heads, 1, -1)
   out = _batched_matmul(_transposed_matrices(factors), heads)
   return jnp.swapaxes(out, 1, -1)
 
 
-def _save_by_keys(factors, heads):
+def _save_by_keys(
+  factors: Float[Array, 'B S F G M'], heads: Float[Array, 'B T ... M S']
+):
   return _by_keys(factors, heads), (factors, heads)
 
 
-def _restore_by_keys(inputs, cotangent):
+def _restore_by_keys(
+  inputs: tuple[jax.Array, jax.Array], cotangent: Float[Array, 'B T ... N S']
+):
   factors, heads = inputs
   heads = jnp.swapaxes(heads, 1, -1)
   # Once for both products, [B, S, (G,) T, N].
@@ -118,27 +130,33 @@ def _restore_by_keys(inputs, cotangent):
 _by_keys.defvjp(_save_by_keys, _restore_by_keys)
 
 
-def _batched_matmul(left, right):
+def _batched_matmul(
+  left: Float[Array, '*batch l m'], right: Float[Array, '*batch m n']
+):
   """By the order that XLA's CPU has: an einsum may exchange the sides."""
   batch = tuple(range(left.ndim - 2))
   dims = (((left.ndim - 1,), (left.ndim - 2,)), (batch, batch))
   return jax.lax.dot_general(left, right, dims)
 
 
-def _parts(factors):
+def _parts(factors: Float[Array, 'B T F G M']):
   """[B, T, F, G, M]: what reads and what writes [B, T, R, G, M], the gates."""
   rank = factors.shape[2] // 2
   return factors[:, :, :rank], factors[:, :, rank:-1], factors[:, :, -1]
 
 
-def _matrices(read, write, gate):
+def _matrices(
+  read: Float[Array, 'B T R G M'],
+  write: Float[Array, 'B T R G M'],
+  gate: Float[Array, 'B T G M'],
+):
   """[B, T, G, M, N] from the parts of factors."""
   products = jnp.einsum('btrgm,btrgn->btgmn', read, write)
   diagonal = jnp.eye(gate.shape[-1], dtype=gate.dtype)
   return products + gate[..., None] * diagonal[None, None, None]
 
 
-def _transposed_matrices(factors):
+def _transposed_matrices(factors: Float[Array, 'B S F G M']):
   """[B, S, (G,) N, M]."""
   read, write, gate = _parts(factors)
   return _squeeze_single_group(_matrices(write, read, gate))

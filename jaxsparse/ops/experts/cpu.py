@@ -31,7 +31,7 @@ def few_rows(
   """Products of the experts with few rows, and which experts are left."""
   out = chunking.zeros((len(rows), experts.shape[2]), rows.dtype, rows, experts)
 
-  def in_place(expert):
+  def in_place(expert: Int[Array, '']):
     return lambda part: _product_in_place(part, experts, expert)
 
   done = 0
@@ -50,7 +50,7 @@ def one_by_one(
 ) -> Float[Array, 'S F']:
   """`assigned_matmul` row by row."""
 
-  def add(i, out):
+  def add(i: Int[Array, ''], out: Float[Array, 'S F']):
     row = jax.lax.dynamic_slice_in_dim(rows, i, 1)
     product = _product_in_place(row, experts, expert[i])
     return jax.lax.dynamic_update_slice_in_dim(
@@ -62,7 +62,11 @@ def one_by_one(
   return jax.lax.fori_loop(0, len(rows), add, out)
 
 
-def _product_in_place(rows, experts, expert):
+def _product_in_place(
+  rows: Float[Array, 's D'],
+  experts: Float[Array, 'X D F'],
+  expert: Int[Array, ''],
+):
   """rows @ experts[expert] for a few rows, the matrix read where it lies."""
   dtype = chunking.accumulator(rows)
   depth, width = experts.shape[1:]
@@ -71,7 +75,7 @@ def _product_in_place(rows, experts, expert):
   flat = experts.reshape(-1, width)
   scales = rows.T.reshape(-1, at_once, len(rows)).astype(dtype)
 
-  def add(i, total):
+  def add(i: Int[Array, ''], total: Float[Array, 's F']):
     scale = item(scales, i)
     for j in range(at_once):
       place = expert * depth + i * at_once + j

@@ -1,5 +1,8 @@
 """Loops over the experts that have rows, and over tiles of an expert's rows.
 
+Trip counts are not static: only functions with a gradient of their own may call
+them.
+
 Letters as in `grouped_matmul`.
 """
 
@@ -7,11 +10,11 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, PyTree
 
 from jaxsparse.ops.shard_map_vma import argsort
 
-# Rows of a tile.
+# Rows of a tile, at least and at most.
 _TILES = (16, 256)
 
 
@@ -35,10 +38,12 @@ def write_products(
   """
   ends = jnp.cumsum(sizes)
 
-  def on_expert(expert, out):
+  def on_expert(expert: Int[Array, ''], out: Float[Array, 'S F']):
     product_of = product(expert)
 
-    def on_tile(at, is_own, out):
+    def on_tile(
+      at: Int[Array, ''], is_own: Bool[Array, ' t'], out: Float[Array, 'S F']
+    ):
       part = product_of(jax.lax.dynamic_slice_in_dim(rows, at, tile))
       before = jax.lax.dynamic_slice_in_dim(out, at, tile)
       return jax.lax.dynamic_update_slice_in_dim(
@@ -61,7 +66,7 @@ def tile_rows(num_rows: int, num_experts: int) -> int:
   return min(num_rows, max(least, min(most, tile)))
 
 
-def over_experts(body: Callable, is_chosen, carry):
+def over_experts(body: Callable, is_chosen: Bool[Array, 'X'], carry: PyTree):
   """`body(expert, carry)` for the chosen experts only."""
   order = argsort(~is_chosen).astype(jnp.int32)
   return jax.lax.fori_loop(
@@ -72,14 +77,22 @@ def over_experts(body: Callable, is_chosen, carry):
   )
 
 
-def over_tiles(body, expert, ends, sizes, tile, num_rows, carry):
+def over_tiles(
+  body: Callable,
+  expert: Int[Array, ''],
+  ends: Int[Array, 'X'],
+  sizes: Int[Array, 'X'],
+  tile: int,
+  num_rows: int,
+  carry: PyTree,
+):
   """`body(first row, which are the expert's own, carry)` for its tiles.
 
   A tile that would reach beyond the last row is moved back.
   """
   end, size = ends[expert], sizes[expert]
 
-  def on_tile(i, carry):
+  def on_tile(i: Int[Array, ''], carry: PyTree):
     begin = end - size + i * tile
     at = jnp.minimum(begin, num_rows - tile)
     place = at + jnp.arange(tile, dtype=at.dtype)
@@ -88,5 +101,5 @@ def over_tiles(body, expert, ends, sizes, tile, num_rows, carry):
   return jax.lax.fori_loop(0, (size + tile - 1) // tile, on_tile, carry)
 
 
-def item(x, i):
+def item(x: jax.Array, i: Int[Array, '']) -> jax.Array:
   return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)

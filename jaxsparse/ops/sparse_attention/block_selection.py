@@ -121,7 +121,7 @@ def select(
   return Selection(block.astype(jnp.int32), weight, is_kept)
 
 
-def _bounds(num_eligible, options):
+def _bounds(num_eligible: Int[Array, 'B 1 n 1'], options: SparseOptions):
   if not options.max_fraction:
     return options.min_blocks, options.max_blocks
   least = jnp.ceil(options.min_fraction * num_eligible)

@@ -47,7 +47,7 @@ def summarize(
   return Summaries(key, value, count.astype(jnp.int32), segments[..., -1])
 
 
-def _own_rows(segments):
+def _own_rows(segments: Int[Array, 'B Z b']):
   """Which rows are of their block's last document, and their number."""
   last = segments[..., -1]
   is_own = (segments == last[..., None]) & (last > 0)[..., None]

@@ -116,12 +116,12 @@ def bounded_attention(
   num_blocks = -(-length // options.block)
   missing = num_blocks * options.block - length
 
-  def in_blocks(x):
+  def in_blocks(x: jax.Array):
     x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
     x = x.reshape(batch, num_blocks, options.block, *x.shape[2:])
     return jnp.moveaxis(x, 1, 0)
 
-  def one_block(cache, block):
+  def one_block(cache: BoundedCache, block: tuple[jax.Array, SparseInputs]):
     i, new = block
     # The choice to go on with is that of the last row that is a token.
     last_row = jnp.minimum(length - 1 - i * options.block, options.block - 1)
@@ -138,7 +138,14 @@ def bounded_attention(
   return y[:, :length], cache, stats
 
 
-def _advance(cache, index, inputs, last_row, options, rotate):
+def _advance(
+  cache: BoundedCache,
+  index: Int[Array, ''],
+  inputs: SparseInputs,
+  last_row: Int[Array, ''] | int,
+  options: SparseOptions,
+  rotate: RopeFn,
+):
   """One row, or the rows of a whole block; `last_row` of them is a token."""
   batch, length, num_heads, width = inputs.query.shape
   num_kv_heads = inputs.key.shape[2]
@@ -159,7 +166,7 @@ def _advance(cache, index, inputs, last_row, options, rotate):
   tile = min(options.tile, length)
   num_tiles = length // tile
 
-  def tiled(x, *tail):
+  def tiled(x: jax.Array, *tail: int):
     return x.reshape(batch, num_tiles, tile, *tail)
 
   first_row = row + tile * jnp.arange(num_tiles)
@@ -255,12 +262,12 @@ def _forget_one(cache: BoundedCache, *, options: SparseOptions) -> BoundedCache:
   source = jnp.minimum(place + (place >= gone[:, None]), num_blocks - 1)
   is_new = place == num_blocks - 1
 
-  def moved(x, axis):
+  def moved(x: jax.Array, axis: int):
     """`axis` of x holds the blocks, those of each sequence for themselves."""
     take = jax.vmap(functools.partial(jnp.take, axis=axis - 1, mode='clip'))
     return take(x, source)
 
-  def emptied(x):
+  def emptied(x: jax.Array):
     return jnp.where(is_new, jnp.zeros((), x.dtype), moved(x, 1))
 
   pages = cache.pages

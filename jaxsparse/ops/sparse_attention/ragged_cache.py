@@ -49,7 +49,7 @@ def unpadded_cached_attention(
   inputs = inputs.completed()
   length = inputs.query.shape[1]
 
-  def moved(x, by):
+  def moved(x: jax.Array, by: Int[Array, ' B']):
     order = (jnp.arange(length)[None] + by[:, None]) % length
     return jax.vmap(lambda x, order: x[order])(x, order)
 
@@ -57,7 +57,12 @@ def unpadded_cached_attention(
     # To the end, where the rows of the next tokens will be.
     inputs = jax.tree.map(lambda x: moved(x, skipped), inputs)
 
-  def one(inputs, cache, index, count):
+  def one(
+    inputs: SparseInputs,
+    cache: SparseCache,
+    index: Int[Array, ''],
+    count: Int[Array, ''],
+  ):
     arrays = jax.tree.map(lambda x: x[None], (inputs, cache))
     found = cached_sparse_attention(*arrays, index, options, count)
     return jax.tree.map(lambda x: x[0], found)

@@ -73,7 +73,7 @@ def sparse_attention(
   num_chunks, per_chunk = tiles.first_row.shape
   most_slots = min(options.max_blocks, keys.pages.segments.shape[1])
 
-  def run_chunks(chunks, slots):
+  def run_chunks(chunks: slice, slots: int):
     part = jax.tree.map(lambda x: x[chunks], tiles)
     bounded = dataclasses.replace(options, max_blocks=slots)
     on_part = functools.partial(_attend_chunk, keys, bounded, earlier)
@@ -102,7 +102,9 @@ class _Keys(NamedTuple):
   router_key: Float[Array, 'B Z I']
 
 
-def _keys(inputs, segments, options):
+def _keys(
+  inputs: SparseInputs, segments: Int[Array, 'B S'], options: SparseOptions
+) -> _Keys:
   key, router_key = inputs.key, inputs.router.key
   pages = to_pages(key, inputs.value, segments, options.block)
   missing = pages.segments.size // len(key) - key.shape[1]
@@ -125,7 +127,11 @@ class _Tiles(NamedTuple):
   first_row: jax.Array
 
 
-def _tiles(inputs, options, first_row):
+def _tiles(
+  inputs: SparseInputs,
+  options: SparseOptions,
+  first_row: Int[Array, ''] | int,
+) -> _Tiles:
   batch, length, num_heads, width = inputs.query.shape
   tile, router = options.tile, inputs.router
   per_chunk = max(1, options.chunk // tile)
@@ -134,7 +140,7 @@ def _tiles(inputs, options, first_row):
   num_kv_heads = inputs.key.shape[2]
   heads = (num_kv_heads, num_heads // num_kv_heads)
 
-  def tiled(x, *tail):
+  def tiled(x: jax.Array, *tail: int):
     x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
     shape = (batch, num_chunks, per_chunk, tile, *tail)
     return jnp.moveaxis(x.reshape(shape), 1, 0)
@@ -151,7 +157,13 @@ def _tiles(inputs, options, first_row):
   )
 
 
-def _attend_chunk(keys, options, earlier, tiles):
+def _attend_chunk(
+  keys: _Keys,
+  options: SparseOptions,
+  earlier: tuple[Selection, Int[Array, '']] | None,
+  tiles: _Tiles,
+):
+  """Sums and figures of the tiles [tiles of a chunk, ...]."""
   router = Router(
     tiles.router_query[:, :, 0], tiles.router_weight[:, :, 0], keys.router_key
   )
@@ -191,13 +203,18 @@ def _attend_chunk(keys, options, earlier, tiles):
   return y, stats
 
 
-def _entropy(importance):
+def _entropy(importance: Float[Array, 'B K n Z']):
   importance = jax.lax.stop_gradient(importance)
   logs = jnp.log(jnp.where(importance > 0, importance, 1.0))
   return -(importance * logs).sum(-1)
 
 
-def _groups_of_chunks(num_chunks, rows, first_row, options):
+def _groups_of_chunks(
+  num_chunks: int,
+  rows: int,
+  first_row: Int[Array, ''] | int,
+  options: SparseOptions,
+) -> list[tuple[slice, int]]:
   """Chunks that go together, and their slots.
 
   The first chunks of a sequence have few eligible blocks, and so few slots.
@@ -227,7 +244,13 @@ def tiles_in_order(
   }
 
 
-def _with_earlier(selection, earlier, row, first_row, options):
+def _with_earlier(
+  selection: Selection,
+  earlier: Selection,
+  row: Int[Array, ''],
+  first_row: Int[Array, ' n'],
+  options: SparseOptions,
+) -> Selection:
   """The tile in which `row` lies keeps its choice, unless it begins there."""
   is_tile = (first_row < row) & (row < first_row + options.tile)
   return Selection(

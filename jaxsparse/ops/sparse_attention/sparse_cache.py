@@ -64,7 +64,7 @@ class SparseCache(NamedTuple):
     )
 
   def pages(self, block: int) -> Pages:
-    def paged(x, axis):
+    def paged(x: jax.Array, axis: int):
       return x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
 
     return Pages(
@@ -118,7 +118,7 @@ def append(
   their rows in the block.
   """
 
-  def write(old, new, start, axis):
+  def write(old: jax.Array, new: jax.Array, start: jax.Array, axis: int):
     return jax.lax.dynamic_update_slice_in_dim(
       old, new.astype(old.dtype), start, axis
     )
@@ -185,7 +185,7 @@ def cached_sparse_attention(
   before = index % options.block
   shift = options.block - 1
 
-  def placed(x):
+  def placed(x: jax.Array):
     shape = (x.shape[0], shift + length, *x.shape[2:])
     return jax.lax.dynamic_update_slice_in_dim(
       jnp.zeros(shape, x.dtype), x, before, 1
@@ -224,7 +224,12 @@ def cached_sparse_attention(
   return y, cache._replace(kept_block=kept_block, is_kept=is_kept), stats
 
 
-def _one_token(inputs, cache, index, options):
+def _one_token(
+  inputs: SparseInputs,
+  cache: SparseCache,
+  index: Int[Array, ''],
+  options: SparseOptions,
+):
   batch, _, num_heads, width = inputs.query.shape
   num_kv_heads = cache.key.shape[1]
   heads = (num_kv_heads, num_heads // num_kv_heads)

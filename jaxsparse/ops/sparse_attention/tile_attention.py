@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse.ops.online_softmax import (
   combined,
@@ -52,7 +52,7 @@ def to_pages(
   length = key.shape[1]
   missing = -length % block
 
-  def paged(x):
+  def paged(x: jax.Array):
     x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
     return x.reshape(x.shape[0], -1, block, *x.shape[2:])
 
@@ -115,7 +115,15 @@ def attend_tiles(
   return *(jnp.moveaxis(x, 1, 3) for x in (y, shares)), masses
 
 
-def _window(query, first_row, segments, pages, own_block, options, rotate):
+def _window(
+  query: Float[Array, 'B K n r G H'],
+  first_row: Int[Array, ' n'],
+  segments: Int[Array, 'B n r'],
+  pages: Pages,
+  own_block: Int[Array, ' n'],
+  options: SparseOptions,
+  rotate: RopeFn | None,
+):
   """Rows of the own block and the blocks of the window, none of them later."""
   offsets = jnp.arange(-options.window_blocks, 1)
   block = own_block[:, None] + offsets[None]
@@ -131,10 +139,10 @@ def _window(query, first_row, segments, pages, own_block, options, rotate):
   return partial_softmax(logits, is_seen[:, None, :, :, None], value)
 
 
-def _read_window(pages, block):
+def _read_window(pages: Pages, block: Int[Array, 'n w']):
   """Keys and values [B, K, n, l, H] and segments [B, n, l] of the blocks."""
 
-  def merged(x, axis):
+  def merged(x: jax.Array, axis: int):
     x = jnp.take(x, block, axis=axis, mode='clip')
     shape = (*x.shape[: axis + 1], -1, *x.shape[axis + 3 :])
     return x.reshape(shape)
@@ -142,7 +150,13 @@ def _read_window(pages, block):
   return merged(pages.key, 2), merged(pages.value, 2), merged(pages.segments, 1)
 
 
-def _kept(query, segments, pages, selection, rotate):
+def _kept(
+  query: Float[Array, 'B K n r G H'],
+  segments: Int[Array, 'B n r'],
+  pages: Pages,
+  selection: Selection,
+  rotate: RopeFn | None,
+):
   """All rows of the kept blocks: each ends before the tile."""
   take = jax.vmap(jax.vmap(lambda x, i: x[i]))
   key, value = (take(x, selection.block) for x in (pages.key, pages.value))
@@ -165,7 +179,11 @@ def _kept(query, segments, pages, selection, rotate):
   return part, _masses(logits, is_seen & is_kept, selection.block.shape[-1])
 
 
-def _masses(logits, is_read, num_slots):
+def _masses(
+  logits: Float[Array, 'B K n r G l'],
+  is_read: Bool[Array, '...'],
+  num_slots: int,
+):
   """Shares [B, K, n, k] of the slots among what is read of the kept blocks."""
   shares = masked_softmax(jax.lax.stop_gradient(logits), is_read).sum((3, 4))
   shares = shares.reshape(*shares.shape[:3], num_slots, -1).sum(-1)
@@ -173,14 +191,19 @@ def _masses(logits, is_read, num_slots):
   return shares / jnp.where(total > 0, total, 1.0)
 
 
-def _is_kept_block(selection, num_blocks):
+def _is_kept_block(selection: Selection, num_blocks: int):
   """Slots [B, K, n, k] to blocks [B, K, n, Z]."""
   block = jnp.arange(num_blocks)[None, None, None, None]
   is_block = selection.block[..., None] == block
   return jnp.any(is_block & selection.is_kept[..., None], axis=-2)
 
 
-def _summarized(query, segments, summaries, is_read):
+def _summarized(
+  query: Float[Array, 'B K n r G H'],
+  segments: Int[Array, 'B n r'],
+  summaries: Summaries,
+  is_read: Bool[Array, 'B #K n Z'],
+):
   """One key and value for each block that is read so."""
   batch, _, num_tiles, num_blocks = is_read.shape
   of_keys = jnp.broadcast_to(
@@ -194,13 +217,15 @@ def _summarized(query, segments, summaries, is_read):
   return partial_softmax(logits, is_seen, summaries.value.astype(query.dtype))
 
 
-def _logits(letters, query, key):
+def _logits(
+  letters: str, query: Float[Array, 'B K n r G H'], key: Float[Array, '*keys H']
+):
   dtype = jnp.promote_types(query.dtype, jnp.float32)
   key = key.astype(query.dtype)
   return jnp.einsum(letters, query, key, preferred_element_type=dtype)
 
 
-def _same_document(queries, keys):
+def _same_document(queries: Int[Array, '*#B r'], keys: Int[Array, '*#B l']):
   """[..., r] and [..., l] to [..., r, l]."""
   is_same = queries[..., :, None] == keys[..., None, :]
   return is_same & (queries > 0)[..., :, None]
