@@ -13,8 +13,6 @@ def attention_parameters(config: ModelConfig, layer: int) -> int:
   count = config.model_dim * heads * config.head_dim
   if config.attention_blocks[layer] == 'sparse':
     count += config.model_dim * (3 * config.num_heads + config.num_kv_heads)
-    if config.sparse.summary_key == 'gated':
-      count += config.num_kv_heads * config.head_dim
     return count + _router_parameters(config)
   return count + _composition_parameters(config)
 
@@ -34,9 +32,7 @@ def attention_gains(config: ModelConfig, layer: int) -> int:
     heads = config.num_heads + 2 * config.num_kv_heads
     gains += heads * config.head_dim + config.model_dim
   if config.attention_blocks[layer] == 'sparse':
-    is_gated = config.sparse.summary_key == 'gated'
-    per_head = 1 + (config.sparse.block if is_gated else 0)
-    gains += per_head * config.num_kv_heads
+    gains += config.num_kv_heads
   return gains
 
 
@@ -50,8 +46,8 @@ def _composition_parameters(config):
   width = 2 * dcmha.rank * group
   per_stream = config.model_dim * dcmha.num_groups * (width + group)
   per_stream += heads * width * 2 * dcmha.rank
-  places = dcmha.pre + dcmha.post
-  return streams * per_stream + (places * heads * group if dcmha.base else 0)
+  bases = len(dcmha.places) * heads * group if dcmha.base else 0
+  return streams * per_stream + bases
 
 
 def pair_flops(config: ModelConfig, layer: int, seq_len: int) -> int:
@@ -68,8 +64,7 @@ def pair_flops(config: ModelConfig, layer: int, seq_len: int) -> int:
     # Reading and writing R vectors, and the gate.
     flops += len(dcmha.streams) * (4 * dcmha.rank + 2) * heads
     if dcmha.base:
-      places = dcmha.pre + dcmha.post
-      flops += places * 2 * heads * heads // dcmha.num_groups
+      flops += len(dcmha.places) * 2 * heads * heads // dcmha.num_groups
   return flops * rows_read(config, layer, seq_len)
 
 

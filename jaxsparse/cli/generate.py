@@ -66,9 +66,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
   add(
     '--history_blocks',
     type=int,
-    help='blocks that sparse attention keeps between its sinks and its window; '
-    '0 keeps all; %(default)s: all, or with a --prompt_file longer than the '
-    'training length what makes up that length',
+    help='blocks that sparse attention keeps between the first one and its '
+    'window; 0 keeps all; %(default)s: all, or with a --prompt_file longer '
+    'than the training length what makes up that length',
   )
   add('--max_tokens', type=int, default=200, help='most tokens to write')
   add(
@@ -208,7 +208,7 @@ def _with_history(
   blocks, rows = model.sparse.history_blocks, model.sparse.block
   _say(
     f'Sparse attention keeps {blocks} blocks of {rows} tokens between its '
-    'sinks and its window.'
+    'first one and its window.'
   )
   return model
 

@@ -18,9 +18,9 @@ from jaxsparse.config.errors import (
 class DCMHAConfig:
   """Dynamically composable heads, see `ops.attention.compose`."""
 
-  # Compose scores before the softmax, and weights after it.
-  pre: bool = True
-  post: bool = True
+  # Compose scores before the softmax, and probabilities after it.
+  compose_scores: bool = True
+  compose_probs: bool = True
   # Factors of the queries' tokens, and of the keys', which decoding caches.
   query_wise: bool = True
   key_wise: bool = True
@@ -32,41 +32,41 @@ class DCMHAConfig:
   # the number of key/value heads to mix within each one's query heads. If the
   # mesh axis `model` divides it, that axis splits the groups.
   num_groups: int = 1
-  # Groups of the heads n, n + G, n + 2 G, ... instead of neighbours: with G
-  # query heads to a key/value head, those of one index. No axis splits them.
-  interleave: bool = False
   # GELU of the generator: 'tanh', or 'erf' as in the PyTorch port.
   gelu: str = 'tanh'
-  # 'default', or 'identity', which begins as plain attention, exactly: for a
-  # model that was trained without.
-  init: str = 'default'
 
   def __post_init__(self):
     fields.check(self)
     require_positive(self, 'rank', 'num_groups')
     require_choice(self, 'gelu', ('tanh', 'erf'))
-    require_choice(self, 'init', ('default', 'identity'))
     require(
-      self.pre or self.post,
-      'pre and post are both off: set one of them, or no dcmha at all.',
+      self.compose_scores or self.compose_probs,
+      'compose_scores and compose_probs are both off: set one of them, or no '
+      'dcmha at all.',
     )
     require(
       self.query_wise or self.key_wise or self.base,
       'query_wise, key_wise and base are all off: set one of them, or no dcmha '
       'at all.',
     )
-    unset = functools.partial(require_unset, self)
-    unset(not self.streams, 'query_wise and key_wise off', 'rank', 'gelu')
-    unset(self.num_groups == 1, 'num_groups = 1', 'interleave')
+    require_unset(
+      self, not self.streams, 'query_wise and key_wise off', 'rank', 'gelu'
+    )
+
+  @property
+  def places(self) -> tuple[str, ...]:
+    """Where heads are composed: 'pre' and 'post', seen from the softmax."""
+    is_composed = dict(pre=self.compose_scores, post=self.compose_probs)
+    return tuple(place for place, is_on in is_composed.items() if is_on)
 
   @property
   def streams(self) -> tuple[tuple[str, str], ...]:
     """What the generator makes, in the order of the official checkpoints."""
     return tuple(
       (place, side)
-      for place in ('pre', 'post')
+      for place in self.places
       for side in ('query', 'key')
-      if getattr(self, place) and getattr(self, f'{side}_wise')
+      if getattr(self, f'{side}_wise')
     )
 
   @property
@@ -104,20 +104,17 @@ class SparseAttentionConfig:
   tile: int = 64
   # Blocks of the window before a query's own.
   window_blocks: int = 8
-  # Least kept blocks, and the most that can be; memory and time are for the
-  # latter.
+  # Least kept blocks, a document's first always among them, and the most that
+  # can be; memory and time are for the latter. Both the same keep a fixed
+  # number, as MoBA and NSA do.
   min_blocks: int = 1
   max_blocks: int = 16
-  # Blocks at a document's beginning that are always kept.
-  sinks: int = 1
   # Least and most kept blocks as a fraction of the eligible ones, the former in
   # place of min_blocks; with max_fraction = 0 the numbers alone limit them.
   min_fraction: float = 0.0
   max_fraction: float = 0.0
   # Share of importance that is covered at the start, as a logit: 4 is 98 %.
   coverage_logit: float = 4.0
-  # Width of the step at the covered share, for its gradient.
-  temperature: float = 0.1
   # What tells a block's importance: 'shared', the attention's own queries and
   # the summaries, or 'indexer', projections that learn what attention reads in
   # the blocks it keeps, or in all in dense mode (`block_router`).
@@ -125,60 +122,38 @@ class SparseAttentionConfig:
   # Heads of the indexer and their width.
   router_heads: int = 4
   router_dim: int = 32
-  # Coefficient of its loss, which trains nothing but the indexer.
-  router_weight: float = 1.0
   # Read summaries of the blocks that are not kept. Choosing learns by it.
   use_summaries: bool = True
-  # What stands for a block: 'mean' of its rotated keys, 'pre_rope', the mean of
-  # the keys before, rotated at the block's middle, or 'gated', a mean weighted
-  # by a learned softmax over its rows (`block_summaries`).
-  summary_key: str = 'mean'
   # 'merged': one softmax over everything, dense attention where all is kept.
   # 'gated': a softmax for each of window, blocks and summaries (NSA).
   combine: str = 'merged'
   # Coefficient of the mean kept fraction in the loss, and over which last share
   # of the training's steps it rises from 0; with 0 it is whole from the start,
   # when what is worth keeping isn't known yet.
-  budget_weight: float = 0.0
-  budget_ramp: float = 0.0
-  # Queries at once, at least, in training and prefill.
-  query_chunk: int = 512
-  # Blocks that decoding keeps between the sinks and the window, the others are
-  # forgotten (`bounded_history`); 0 keeps all.
+  sparsity_loss_weight: float = 0.0
+  sparsity_loss_warmup: float = 0.0
+  # Blocks that decoding keeps between the first one and the window, the others
+  # are forgotten (`bounded_history`); 0 keeps all.
   history_blocks: int = 0
-  # Summaries of what is forgotten; the oldest merge when there are more.
-  history_summaries: int = 0
 
   def __post_init__(self):
     fields.check(self)
-    require_positive(self, 'block', 'tile', 'max_blocks', 'temperature')
-    require_positive(self, 'query_chunk', 'router_heads', 'router_dim')
-    require_positive(self, 'router_weight')
+    require_positive(self, 'block', 'tile', 'max_blocks')
+    require_positive(self, 'router_heads', 'router_dim')
     require_choice(self, 'mode', ('sparse', 'dense'))
     require_choice(self, 'router', ('shared', 'indexer'))
-    require_not_negative(self, 'history_blocks', 'history_summaries')
-    require_not_negative(self, 'window_blocks', 'sinks', 'budget_weight')
+    require_not_negative(self, 'window_blocks', 'history_blocks')
+    require_not_negative(self, 'sparsity_loss_weight')
     require_choice(self, 'combine', ('merged', 'gated'))
-    require_choice(self, 'summary_key', ('mean', 'pre_rope', 'gated'))
-    require(
-      self.summary_key != 'gated' or self.use_summaries,
-      "summary_key = 'gated' learns by reading summaries: set use_summaries, "
-      'or another summary_key.',
-    )
     require(
       self.mode == 'sparse' or not self.history_blocks,
       'history_blocks are of sparse attention, but mode is '
       f'{self.mode!r}: unset one.',
     )
-    require_fraction(self, 'budget_ramp')
+    require_fraction(self, 'sparsity_loss_warmup')
     require(
       self.block % self.tile == 0,
       f'tile must divide block = {self.block}, got {self.tile}.',
-    )
-    require(
-      self.sinks <= self.max_blocks,
-      f'sinks must be at most max_blocks = {self.max_blocks}, '
-      f'got {self.sinks}.',
     )
     require(
       0 <= self.min_blocks <= self.max_blocks,
@@ -196,12 +171,13 @@ class SparseAttentionConfig:
       "router = 'shared'",
       'router_heads',
       'router_dim',
-      'router_weight',
     )
-    unset(self.budget_weight == 0, 'budget_weight = 0', 'budget_ramp')
+    unset(
+      self.sparsity_loss_weight == 0,
+      'sparsity_loss_weight = 0',
+      'sparsity_loss_warmup',
+    )
     unset(self.max_fraction > 0, 'max_fraction above 0', 'min_blocks')
-    unset(self.history_blocks == 0, 'history_blocks = 0', 'history_summaries')
-    unset(not self.use_summaries, 'use_summaries off', 'history_summaries')
 
   @property
   def router_width(self) -> int:

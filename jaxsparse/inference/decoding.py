@@ -121,7 +121,7 @@ def generate_tokens(
     raise UserError(f'max_tokens must be at least 1, got {max_tokens}.')
   if model_config.sparse and model_config.sparse.history_blocks:
     lengths = list(dict.fromkeys(map(len, prompt_ids)))
-    # Rows of such a cache are positions, and padding would be in its sinks.
+    # Rows of such a cache are positions, and padding would be in its first.
     require(
       len(lengths) <= 1,
       'prompts of a batch must be equally long where the history is bounded, '

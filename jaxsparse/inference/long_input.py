@@ -28,8 +28,8 @@ def with_bounded_history(
 
   Args:
     config: the model, all layers of which are sparse or local.
-    length: tokens that a sparse layer's cache is to hold, sinks and window
-      among them; that of training is what the model knows.
+    length: tokens that a sparse layer's cache is to hold, first block and
+      window among them; that of training is what the model knows.
     num_blocks: of history, instead of what makes up `length`.
 
   Raises:
@@ -43,12 +43,13 @@ def with_bounded_history(
     )
   sparse = config.sparse
   if num_blocks is None:
-    fixed = sparse.sinks + sparse.window_blocks + 1
+    # The first block, the window's, and the one that is being filled.
+    fixed = sparse.window_blocks + 2
     num_blocks = length // sparse.block - fixed
     if num_blocks < 1:
       raise UserError(
         f'{length} tokens are {length // sparse.block} blocks of '
-        f'{sparse.block}, but the sinks and the window take {fixed} and at '
+        f'{sparse.block}, but the first one and the window take {fixed} and at '
         'least one is of history: name a number of history blocks.'
       )
   return dataclasses.replace(

@@ -6,8 +6,6 @@ stream of an L-layer model are drawn from N(0, 1 / (2 L fan_in)): the 2L
 branches together then add about unit variance.
 """
 
-from collections.abc import Callable
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -18,7 +16,7 @@ from jaxsparse.nn.leading import Leading, require_floats
 
 Metrics = dict[str, jax.typing.ArrayLike]
 # Those that training adds to the loss, each the sum over all layers.
-LOSSES = frozenset({'aux_loss', 'block_price'})
+LOSSES = frozenset({'aux_loss', 'sparsity_loss'})
 
 
 def weight(
@@ -28,18 +26,14 @@ def weight(
   shape: tuple[int, ...],
   variance: float,
   dtype: jax.typing.DTypeLike,
-  changed: Callable[[jax.Array], jax.Array] = lambda x: x,
 ) -> jax.Array:
   """Declares a float32 normal parameter and returns it ready for a matmul.
 
   Gathered over `data` before the cast, such that its gradient is summed over
-  the devices in float32. `changed` is applied to the initial value.
+  the devices in float32.
   """
 
-  def draw(*args):
-    return changed(nn.initializers.normal(variance**0.5)(*args))
-
-  init = mesh.sharded(draw, mesh.param(dims))
+  init = mesh.sharded(nn.initializers.normal(variance**0.5), mesh.param(dims))
   return mesh.gather(module.param(name, init, shape), dims).astype(dtype)
 
 

@@ -91,7 +91,7 @@ class Transformer(nn.Module):
     Returns:
       Logits in float32; the extended cache; float32 scalars such as
       'block_01/memory/unevenness', and sums over all layers: 'aux_loss', and
-      with sparse attention 'block_price'.
+      with sparse attention 'sparsity_loss'.
 
     Raises:
       UserError: a size does not fit the mesh, vocab_size is not set, or

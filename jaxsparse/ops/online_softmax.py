@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from jaxsparse.ops.softmax import row_sums, softmax
+from jaxsparse.ops import cpu
+from jaxsparse.ops.softmax import softmax
 
 # Scores of what is left out. Finite, such that sums with it make no NaN.
 _NEVER = -1e30
@@ -65,7 +66,7 @@ def partial_softmax(
     value,
     preferred_element_type=share.dtype,
   )
-  total = row_sums(share, f'bknrgl,{rows}->bknrg')
+  total = cpu.row_sums(share, f'bknrgl,{rows}->bknrg')
   return Part(maximum, total, values)
 
 

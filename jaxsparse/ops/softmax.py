@@ -1,29 +1,9 @@
 """A softmax whose gradient is as fast as itself."""
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-
-def row_sums(x: Float[Array, '*B S'], letters: str = '...s,s->...') -> Array:
-  """Sums over the last axis of what was just computed, [*B].
-
-  By a matmul on a CPU: XLA's sum there computes its terms once more, and one of
-  a product takes four times as long as all the rest of a softmax (JAX 0.10.2).
-
-  Args:
-    x: terms.
-    letters: of the einsum with ones that is a matmul. If it is batched as
-      another one is, `x` is laid out for both at once.
-  """
-  left, right = letters.split('->')[0].split(',')
-  ones = jnp.ones([x.shape[left.index(i) - len(left)] for i in right], x.dtype)
-  return jax.lax.platform_dependent(
-    x,
-    ones,
-    cpu=lambda x, ones: jnp.einsum(letters, x, ones),
-    default=lambda x, ones: x.sum(-1),
-  )
+from jaxsparse.ops import cpu
 
 
 @jax.custom_vjp
@@ -38,7 +18,7 @@ def _save(scores):
 
 
 def _restore(shares, cotangent):
-  total = row_sums(shares * cotangent)
+  total = cpu.row_sums(shares * cotangent)
   return (shares * (cotangent - total[..., None]),)
 
 

@@ -5,9 +5,8 @@ Three habits decide the speed (letters: Q candidates, m kept):
     cast to f32 first;
   * a stable order of ties costs a full sort on GPU for m > 16, and a bag does
     not care for the order, so it is given up where JAX lets us (0.11 on);
-  * XLA's CPU sorts row by row through a comparator, which takes two to three
-    times as long as counting, for many rows of few candidates at once, how
-    many beat each (88 candidates, 32 kept, 1,024 rows: 2.6 and 0.8 ms).
+  * XLA's CPU sorts through a comparator, and counting is faster for many rows
+    of few candidates (`cpu.count_top_k`).
 """
 
 import functools
@@ -17,14 +16,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxsparse.ops import chunking
+from jaxsparse.ops import cpu
 from jaxsparse.ops.shard_map_vma import argsort
 
 _CAN_BE_UNSTABLE = 'is_stable' in inspect.signature(jax.lax.top_k).parameters
-
-# Rows from which counting pays, the candidates up to which it does, and the
-# rows that are counted at once: their ranks should stay in a core's cache.
-_COUNTED_ROWS, _COUNTED_CANDIDATES, _TILE_ROWS = 512, 128, 256
 
 
 def top_m(
@@ -49,11 +44,8 @@ def top_m(
   def best(rows):
     return tuple(jax.lax.top_k(rows, num_selected, **options))
 
-  if (
-    len(rows) >= _COUNTED_ROWS
-    and num_selected <= num_candidates <= _COUNTED_CANDIDATES
-  ):
-    counted = functools.partial(_by_counting, num_selected=num_selected)
+  if cpu.counts_faster(rows, num_selected):
+    counted = functools.partial(cpu.count_top_k, num_selected=num_selected)
     values, indices = jax.lax.platform_dependent(
       rows, cpu=counted, default=best
     )
@@ -61,42 +53,6 @@ def top_m(
     values, indices = best(rows)
   shape = (*batch, num_selected)
   return values.reshape(shape), indices.reshape(shape)
-
-
-def _by_counting(rows, num_selected):
-  """`top_k`, whose order is stable: a rank is how many others come before."""
-
-  def count(carry, tile):
-    return carry, _counted_tile(tile, num_selected)
-
-  _, indices = chunking.over_tokens(
-    count, None, jax.lax.stop_gradient(rows), _TILE_ROWS
-  )
-  return jnp.take_along_axis(rows, indices, axis=-1), indices
-
-
-def _counted_tile(rows, num_selected):
-  # Rows last: every step is then a whole vector of them.
-  columns = rows.T
-  index = jnp.arange(len(columns), dtype=jnp.int32)[:, None]
-  place = jnp.arange(num_selected, dtype=jnp.int32)[:, None]
-
-  def count(i, ranks):
-    other = jax.lax.dynamic_slice_in_dim(columns, i, 1)
-    is_before = (other > columns) | ((other == columns) & (i < index))
-    return ranks + is_before.astype(jnp.int32)
-
-  def put(i, found):
-    rank = jax.lax.dynamic_slice_in_dim(ranks, i, 1)
-    return found + jnp.where(rank == place, i, 0).astype(jnp.int32)
-
-  def over_candidates(body, num_rows):
-    start = chunking.zeros((num_rows, len(rows)), jnp.int32, rows)
-    return jax.lax.fori_loop(0, len(columns), body, start, unroll=4)
-
-  ranks = over_candidates(count, len(columns))
-  # NaNs beat nobody, so that several have the rank 0.
-  return jnp.minimum(over_candidates(put, num_selected).T, len(columns) - 1)
 
 
 def top_m_reference(

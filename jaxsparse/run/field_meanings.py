@@ -73,23 +73,17 @@ MEANINGS = {
     ('model.moe', _SHAPES, 'bias_update_rate'),
     ('model.moe', _FUNCTION, 'num_used router normalize_weights'),
     ('model.moe', _LOSS, 'balance_loss_weight router_z_loss_weight'),
-    ('model.dcmha', _SHAPES, 'pre post query_wise key_wise base rank'),
-    ('model.dcmha', _SHAPES, 'num_groups'),
-    ('model.dcmha', _FUNCTION, 'interleave gelu'),
-    ('model.dcmha', _START, 'init'),
-    ('model.sparse', _SHAPES, 'router router_heads router_dim summary_key'),
-    ('model.sparse', _SHAPES, 'combine'),
+    ('model.dcmha', _SHAPES, 'compose_scores compose_probs query_wise'),
+    ('model.dcmha', _SHAPES, 'key_wise base rank num_groups'),
+    ('model.dcmha', _FUNCTION, 'gelu'),
+    ('model.sparse', _SHAPES, 'router router_heads router_dim combine'),
     ('model.sparse', _FUNCTION, 'block tile window_blocks min_blocks'),
-    ('model.sparse', _FUNCTION, 'max_blocks sinks min_fraction max_fraction'),
+    ('model.sparse', _FUNCTION, 'max_blocks min_fraction max_fraction'),
     ('model.sparse', _FUNCTION, 'use_summaries'),
-    ('model.sparse', _FREE, 'mode'),
-    ('model.sparse', _LOSS, 'temperature router_weight budget_weight'),
-    ('model.sparse', _LOSS, 'budget_ramp'),
+    ('model.sparse', _LOSS, 'sparsity_loss_weight sparsity_loss_warmup'),
     ('model.sparse', _START, 'coverage_logit'),
-    # The latter two are of decoding.
-    (
-      'model.sparse', _FREE, 'query_chunk history_blocks history_summaries',
-    ),
+    # The latter is of decoding.
+    ('model.sparse', _FREE, 'mode history_blocks'),
     # Data.
     ('data', _ROWS, 'seq_len align'),
     (

@@ -18,11 +18,15 @@ from jaxsparse.run import workdir as workdir_lib
 # None for what was not finite.
 Row = dict[str, float | int | None]
 
+# Metrics of former versions, by the last part of their names.
+RENAMED = dict(block_price='sparsity_loss')
+
 
 def read_rows(workdir: epath.PathLike) -> list[Row]:
   """The rows written so far; what can't be read is left out.
 
-  Such as the last line, if a kill cut it short.
+  Such as the last line, if a kill cut it short. Metrics of former versions have
+  the names of this one.
 
   Raises:
     UserError: the file can't be read.
@@ -63,7 +67,12 @@ def _to_row(line: bytes) -> Row | None:
       float(value or 0)
   except (ValueError, OverflowError, RecursionError):
     return None
-  return row
+  return {_renamed(name): value for name, value in row.items()}
+
+
+def _renamed(name: str) -> str:
+  layer, slash, last = name.rpartition('/')
+  return layer + slash + RENAMED.get(last, last)
 
 
 def validation_losses(workdir: epath.PathLike) -> dict[int, float]:

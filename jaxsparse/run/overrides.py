@@ -4,9 +4,8 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from jaxsparse.config import Config, fields
+from jaxsparse.config import Config, fields, renamed
 from jaxsparse.config.errors import UserError, shown
-from jaxsparse.config.renamed import RENAMED
 
 _PREFIX = '--config.'
 
@@ -112,10 +111,13 @@ def _value(path: str, text: str, hint: Any) -> Any:
 
 
 def _no_field(path: str) -> UserError:
-  if path in RENAMED:
-    return UserError(
-      f'{_PREFIX}{path} is {_PREFIX}{RENAMED[path]} now: set that one.'
-    )
+  if new := renamed.RENAMED.get(path):
+    return UserError(f'{_PREFIX}{path} is {_PREFIX}{new} now: set that one.')
+  if path in renamed.REMOVED:
+    value = renamed.REMOVED[path]
+    return UserError(f'{_PREFIX}{path} is gone: it is always {value!r}.')
+  if path in renamed.UNNEEDED:
+    return UserError(f'{_PREFIX}{path} is gone: nothing needs it.')
   return UserError(
     f'there is no field {shown(_PREFIX + path)[1:-1]}{suggestion(path)}; '
     '--help=all tells every field.'

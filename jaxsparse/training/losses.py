@@ -12,17 +12,18 @@ def objective(
 ) -> jax.Array:
   """What training minimizes: the loss, and what layers add to it.
 
-  The price of kept blocks rises linearly from 0 to all of it over the last
-  share `budget_ramp` of the steps.
+  The sparsity loss rises linearly from 0 to all of it over the last share
+  `sparsity_loss_warmup` of the steps.
   """
   total = loss + metrics['aux_loss']
-  if 'block_price' not in metrics:
+  if 'sparsity_loss' not in metrics:
     return total
-  price = metrics['block_price']
+  sparsity_loss = metrics['sparsity_loss']
   num_steps = config.train.num_steps
-  if ramp := config.model.sparse.budget_ramp * num_steps:
-    price *= jnp.clip(1 - (num_steps - 1 - step) / ramp, 0.0, 1.0)
-  return total + price
+  if warmup := config.model.sparse.sparsity_loss_warmup * num_steps:
+    share = 1 - (num_steps - 1 - step) / warmup
+    sparsity_loss *= jnp.clip(share, 0.0, 1.0)
+  return total + sparsity_loss
 
 
 def token_losses(

@@ -163,18 +163,14 @@ UNUSED = [
     dict(query_wise=False, key_wise=False, base=True),
     dict(gelu='erf'),
   ),
-  (DCMHAConfig, dict(num_groups=1), dict(interleave=True)),
   (SparseAttentionConfig, dict(router='shared'), dict(router_heads=2)),
   (SparseAttentionConfig, dict(router='shared'), dict(router_dim=8)),
-  (SparseAttentionConfig, dict(router='shared'), dict(router_weight=2.0)),
-  (SparseAttentionConfig, dict(budget_weight=0.0), dict(budget_ramp=0.5)),
-  (SparseAttentionConfig, dict(max_fraction=0.5), dict(min_blocks=2)),
-  (SparseAttentionConfig, dict(history_blocks=0), dict(history_summaries=2)),
   (
     SparseAttentionConfig,
-    dict(history_blocks=4, use_summaries=False),
-    dict(history_summaries=2),
+    dict(sparsity_loss_weight=0.0),
+    dict(sparsity_loss_warmup=0.5),
   ),
+  (SparseAttentionConfig, dict(max_fraction=0.5), dict(min_blocks=2)),
   (ModelConfig, dict(attention_pattern=('global',)), dict(window=8)),
   (ModelConfig, SPARSE, dict(window=8)),
   (ModelConfig, SPARSE, dict(query_chunk=8)),
@@ -224,8 +220,7 @@ def test_what_has_an_effect_is_accepted():
   MemoryConfig(grid='additive', aux_loss_weight=0.0)
   MemoryConfig(pre_value_dim=8, pre_value_map=False)
   MoEConfig(bias_update_rate=0.1, balance_loss_weight=0.1)
-  SparseAttentionConfig(budget_weight=0.1, budget_ramp=0.5)
-  SparseAttentionConfig(history_blocks=4, history_summaries=2)
+  SparseAttentionConfig(sparsity_loss_weight=0.1, sparsity_loss_warmup=0.5)
   ModelConfig(attention_pattern=('local',), window=8)
   OptimizerConfig(value_lr_multiplier=2.0, value_lr_decay_fraction=0.5)
   OptimizerConfig(value_optimizer='row_adam', value_row_budget=9)

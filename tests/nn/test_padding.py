@@ -137,7 +137,7 @@ MODEL = ModelConfig(
 )  # fmt: skip
 SPARSE = SparseAttentionConfig(
   block=2, tile=2, window_blocks=1, max_blocks=2, min_blocks=1,
-  budget_weight=0.1,
+  sparsity_loss_weight=0.1,
 )  # fmt: skip
 MODELS = dict(
   moe=dict(moe=MOE),
@@ -166,7 +166,7 @@ def test_a_models_metrics_are_those_of_its_tokens(name):
   def gradients(params, *inputs):
     def loss(params):
       _, _, metrics = module.apply(params, *inputs)
-      return metrics['aux_loss'] + metrics.get('block_price', 0.0), metrics
+      return metrics['aux_loss'] + metrics.get('sparsity_loss', 0.0), metrics
 
     return jax.grad(loss, has_aux=True)(params)
 

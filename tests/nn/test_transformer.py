@@ -212,9 +212,7 @@ def normalised(x, config):
 
 BOUNDED = dataclasses.replace(
   MODELS['sparse'],
-  sparse=dataclasses.replace(
-    MODELS['sparse'].sparse, history_blocks=2, history_summaries=1
-  ),
+  sparse=dataclasses.replace(MODELS['sparse'].sparse, history_blocks=2),
 )
 
 

@@ -27,6 +27,7 @@ from jaxsparse.ops.memory.table_exchange import TableExchange, put_back
 from jaxsparse.ops.memory.value_bag import value_bag
 from jaxsparse.ops.shard_map_vma import argsort, sort_key_val, varying_axes
 from jaxsparse.ops.sparse_attention import block_selection
+from jaxsparse.ops.sparse_attention.sparse_inputs import SparseOptions
 from jaxsparse.ops.top_k import top_m, top_m_reference
 
 # Devices, and of each: tokens, entries, rows, their width, experts.
@@ -100,8 +101,8 @@ def by_assignment(weight, own):
 
 def by_blocks(weight, own):
   shares, coverage = weight
-  grid = block_selection.Grid(block=4, tile=4, window_blocks=1, slots=2)
-  choice = block_selection.select(shares, own > 0, coverage, grid)
+  options = SparseOptions(block=4, tile=4, window_blocks=1, max_blocks=2)
+  choice = block_selection.select(shares, own > 0, coverage, options)
   kept = jnp.take_along_axis(shares, choice.block, axis=-1)
   return kept * choice.weight
 

@@ -36,7 +36,7 @@ MOST_READS = 256
 WORDS = (
   'adamw', 'row_adam', 'row_adagrad', 'lazy_row_adam', 'additive', 'tucker',
   'bfloat16', 'float32', 'softmax', 'per_rank', 'per_head', 'matched',
-  'release', 'dense', 'indexer', 'gated', 'pre_rope', 'identity', 'layer',
+  'release', 'dense', 'indexer', 'gated', 'merged', 'layer',
   'none', 'gelu',
 )  # fmt: skip
 ODD = (

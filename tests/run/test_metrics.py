@@ -300,3 +300,11 @@ def test_weights_and_biases_not_installed(tmp_path, monkeypatch):
   monkeypatch.setattr(boards.importlib.util, 'find_spec', lambda name: None)
   with pytest.raises(UserError, match=r'jaxsparse\[wandb\]'):
     MetricsWriter(WANDB, tmp_path, 0)
+
+
+def test_old_names_are_read(tmp_path):
+  old = {'step': 3, 'loss': 2.0, 'block_price': 0.5, 'block_01/block_price': 1}
+  (tmp_path / 'metrics.jsonl').write_text(json.dumps(old) + '\n')
+  assert metrics.read_rows(tmp_path) == [
+    {'step': 3, 'loss': 2.0, 'sparsity_loss': 0.5, 'block_01/sparsity_loss': 1}
+  ]

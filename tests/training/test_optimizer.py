@@ -89,7 +89,7 @@ BIASED = ModelConfig(
   num_layers=2, model_dim=8, num_heads=2, num_kv_heads=2, head_dim=4, mlp_dim=8,
   vocab_size=5, norm='layer', use_bias=True, use_qk_norm=True,
   attention_pattern=('global', 'sparse'), dcmha=DCMHAConfig(),
-  sparse=SparseAttentionConfig(summary_key='gated', block=4, tile=4),
+  sparse=SparseAttentionConfig(block=4, tile=4),
   memory=MemoryConfig(
     num_keys=4, key_dim=4, num_selected=2, value_dim=4, query='per_rank',
     query_bias=True, placements=((0, 0),),
@@ -107,7 +107,7 @@ def test_no_bias_decays_whatever_its_rank():
     for path, leaf in jax.tree.leaves_with_path(params)
     if path[-1].key.endswith('bias')
   }
-  assert biases.keys() >= {'bias', 'query_bias', 'value_bias', 'summary_bias'}
+  assert biases.keys() >= {'bias', 'query_bias', 'value_bias', 'coverage_bias'}
   assert max(biases.values()) > 1
 
 

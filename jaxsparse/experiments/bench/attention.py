@@ -46,12 +46,15 @@ from jaxsparse.config.errors import require
 from jaxsparse.experiments.bench import measuring, train_step
 from jaxsparse.experiments.bench.measuring import Contender
 from jaxsparse.ops.attention.dense import attention
-from jaxsparse.ops.sparse_attention.block_selection import Grid
 from jaxsparse.ops.sparse_attention.sparse_attention import sparse_attention
 from jaxsparse.ops.sparse_attention.sparse_cache import (
   append,
   cached_sparse_attention,
   init_sparse_cache,
+)
+from jaxsparse.ops.sparse_attention.sparse_inputs import (
+  SparseInputs,
+  SparseOptions,
 )
 
 OPTIONS = dict(
@@ -103,12 +106,13 @@ def show(records: list[dict]) -> None:
   measuring.print_records(records)
 
 
-def _grid(options: argparse.Namespace, tile: int) -> Grid:
-  return Grid(
+def _sparse_options(options: argparse.Namespace, tile: int) -> SparseOptions:
+  return SparseOptions(
     block=options.block,
     tile=tile,
     window_blocks=options.window_blocks,
-    slots=options.slots,
+    max_blocks=options.slots,
+    chunk=options.chunk,
   )
 
 
@@ -123,7 +127,7 @@ def _measure_forward(options, length):
   rows = jnp.arange(length)[None]
   segments = jnp.ones((1, length), jnp.int32)
   coverage = jnp.full((1, length, options.kv_heads), jnp.inf)
-  grid = _grid(options, options.tile)
+  sparse_options = _sparse_options(options, options.tile)
 
   def dense(query, key, value):
     return attention(
@@ -131,11 +135,8 @@ def _measure_forward(options, length):
     )
 
   def sparse(query, key, value):
-    y, _ = sparse_attention(
-      query, key, value, segments, segments, coverage,
-      grid=grid, chunk=options.chunk,
-    )  # fmt: skip
-    return y
+    inputs = SparseInputs(query, key, value, segments, coverage)
+    return sparse_attention(inputs, sparse_options)[0]
 
   functions = dict(dense=dense, sparse=sparse)
   if _has_cudnn(options):
@@ -164,7 +165,7 @@ def _measure_decode(options):
   past = [_draw(options, context + 1, options.kv_heads, i) for i in (3, 4)]
   rows = jnp.arange(context + 1)[None]
   one, segments = jnp.ones((1, 1), jnp.int32), jnp.ones_like(rows)
-  grid = _grid(options, 1)
+  sparse_options = _sparse_options(options, 1)
 
   def dense(cache, query, key, value):
     cache = [
@@ -178,20 +179,21 @@ def _measure_decode(options):
     return cache, y
 
   coverage = jnp.full((1, 1, options.kv_heads), jnp.inf)
-  gates = jnp.ones((1, 1, options.heads, 3))
 
   def sparse(cache, query, key, value):
+    inputs = SparseInputs(query, key, value, one, coverage)
     y, cache, _ = cached_sparse_attention(
-      query, key, value, one, coverage, gates, cache, jnp.int32(context),
-      grid=grid,
-    )  # fmt: skip
+      inputs, cache, jnp.int32(context), sparse_options
+    )
     return cache, y
 
   empty = init_sparse_cache(
-    1, options.kv_heads, context + 1, options.width, grid, options.dtype
-  )
-  filled = jax.jit(functools.partial(append, grid=grid))(
-    empty, jnp.int32(0), *past, segments, jnp.zeros((1, context, 0))
+    1, options.kv_heads, context + 1, options.width, sparse_options,
+    options.dtype,
+  )  # fmt: skip
+  inputs = SparseInputs(query, *past, segments, coverage).completed()
+  filled = jax.jit(functools.partial(append, options=sparse_options))(
+    empty, jnp.int32(0), inputs
   )
   width = options.kv_heads * options.width * query.dtype.itemsize
   blocks = options.window_blocks + 1 + options.slots

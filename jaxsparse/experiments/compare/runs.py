@@ -142,11 +142,11 @@ def finished(run: Run) -> Result | None:
   try:
     result = json.loads(path.read_bytes())
     saved = copy.deepcopy(result['config'])
-    renamed.renew(saved)
   except (OSError, ValueError, TypeError, KeyError) as error:
     raise UserError(
       f'{str(path)!r} is damaged: remove it, and the run is trained again.'
     ) from error
+  renamed.renew(saved)
   defaults = _as_json(dataclasses.asdict(Config()))
   if not _is_same(saved, _as_json(_identity(run)), defaults):
     raise UserError(

@@ -40,19 +40,11 @@ class DCMHA(nn.Module):
     def draw(name, dims, shape, deviation):
       return weight(self, name, dims, shape, deviation**2, self.dtype)
 
-    # Only what writes is zero: then its gradient is not.
-    is_identity = config.init == 'identity'
-
     bases = {}
     if config.base:
-      for place in ('pre', 'post'):
-        if getattr(config, place):
-          bases[place] = draw(
-            f'{place}_base',
-            '...',
-            (num_groups, group, group),
-            0.0 if is_identity else 0.1 * group**-0.5,
-          )
+      shape = (num_groups, group, group)
+      for place in config.places:
+        bases[place] = draw(f'{place}_base', '...', shape, 0.1 * group**-0.5)
     if not num_streams:
       return {}, bases
     hidden = draw(
@@ -61,31 +53,23 @@ class DCMHA(nn.Module):
       (model_dim, num_groups, num_streams, width),
       (2 / (model_dim + width)) ** 0.5,
     )
-    low_rank = weight(
-      self,
+    low_rank = draw(
       'low_rank',
       '.....',
       (num_groups, num_streams, width, twice_rank, group),
-      (0.02 / (width**0.5 * (group + config.rank))) ** 2,
-      self.dtype,
-      **(dict(changed=_without_writing) if is_identity else {}),
+      0.02 / (width**0.5 * (group + config.rank)),
     )
     gate = draw(
       'gate',
       'D..',
       (model_dim, num_groups, num_streams * group),
-      0.0 if is_identity else 0.005 * (2 / (model_dim + group)) ** 0.5,
+      0.005 * (2 / (model_dim + group)) ** 0.5,
     )
     factors = generate_factors(
       x.astype(self.dtype), hidden, low_rank, gate, config.gelu
     )
     streams = map(lead.restored, jnp.unstack(factors, axis=2))
     return dict(zip(config.streams, streams, strict=True)), bases
-
-
-def _without_writing(low_rank):
-  rank = low_rank.shape[3] // 2
-  return low_rank.at[..., rank:, :].set(0.0)
 
 
 def head_mix(
@@ -104,7 +88,7 @@ def head_mix(
     keys: factors of the keys' tokens [B, S, C, F, N].
     bases: of each place.
   """
-  if config is None or not getattr(config, place):
+  if config is None or place not in config.places:
     return None
   cached = [where for where, side in config.streams if side == 'key']
   key = keys[:, :, cached.index(place)] if place in cached else None
@@ -113,7 +97,6 @@ def head_mix(
     key=key,
     base=bases.get(place),
     num_groups=config.num_groups,
-    interleave=config.interleave,
   )
 
 

@@ -1,8 +1,8 @@
 """The part of a sparse attention between projections and output map.
 
 See `ops.sparse_attention`. The parameters are gates of the three sets that a
-query reads, the share of importance that its kept blocks are to cover, weights
-of a block's rows in its summary, and a router's.
+query reads, the share of importance that its kept blocks are to cover, and a
+router's.
 """
 
 import dataclasses
@@ -22,25 +22,23 @@ from jaxsparse.nn.leading import Leading
 from jaxsparse.ops.attention.rope import rotate
 from jaxsparse.ops.memory import usage
 from jaxsparse.ops.sparse_attention.block_router import Router, no_router
-from jaxsparse.ops.sparse_attention.block_selection import Grid
-from jaxsparse.ops.sparse_attention.block_summaries import (
-  Pooling,
-  Summaries,
-  plain_pooling,
-)
 from jaxsparse.ops.sparse_attention.bounded_history import (
   BoundedCache,
   bounded_attention,
   init_bounded_cache,
 )
 from jaxsparse.ops.sparse_attention.ragged_cache import (
-  each_from_its_first_token,
   num_skipped,
+  unpadded_cached_attention,
 )
 from jaxsparse.ops.sparse_attention.sparse_attention import sparse_attention
 from jaxsparse.ops.sparse_attention.sparse_cache import (
   SparseCache,
   init_sparse_cache,
+)
+from jaxsparse.ops.sparse_attention.sparse_inputs import (
+  SparseInputs,
+  SparseOptions,
 )
 
 # Letters of a cache's arrays; Z and k are no letters of the mesh.
@@ -51,10 +49,9 @@ _CACHE_DIMS = SparseCache(
   router_key='B..', summary_router_key='B..',
   kept_block='BK.', is_kept='BK.',
 )  # fmt: skip
-# Of queries, keys, values, documents, coverage, gates, pooling and the router.
-_INPUT_DIMS = (
-  'BTN.', 'BTK.', 'BTK.', 'BT', 'BTK', 'BTN.',
-  Pooling('K.', 'K.'), Router('BT..', 'BT.', 'BT.'),
+_INPUT_DIMS = SparseInputs(
+  query='BTN.', key='BTK.', value='BTK.', segments='BT', coverage='BTK',
+  gates='BTN.', router=Router('BT..', 'BT.', 'BT.'),
 )  # fmt: skip
 _STATS_DIMS = dict(kept='BK.', eligible='BK.', shares='BK..')
 _CHOICE_DIMS = dict(
@@ -67,25 +64,21 @@ def _whole(dims):
   return jax.tree.map(lambda d: d.replace('K', '.').replace('N', '.'), dims)
 
 
-_BOUNDED_DIMS = BoundedCache(
-  pages=_whole(_CACHE_DIMS), worth='B.', seen='B.',
-  forgotten=Summaries(key='B...', value='B...', count='B.', segment='B.'),
-)  # fmt: skip
+_BOUNDED_DIMS = BoundedCache(pages=_whole(_CACHE_DIMS), worth='B.', seen='B.')
 _SETS = ('window', 'kept', 'summary')
 
 
-def make_grid(config: SparseAttentionConfig) -> Grid:
-  return Grid(
+def make_options(config: SparseAttentionConfig) -> SparseOptions:
+  return SparseOptions(
     block=config.block,
     tile=config.tile,
     window_blocks=config.window_blocks,
-    slots=config.max_blocks,
-    sinks=config.sinks,
-    least=config.min_blocks,
-    least_fraction=config.min_fraction,
-    most_fraction=config.max_fraction,
-    temperature=config.temperature,
-    is_overlapping=config.combine == 'gated',
+    max_blocks=config.max_blocks,
+    min_blocks=config.min_blocks,
+    min_fraction=config.min_fraction,
+    max_fraction=config.max_fraction,
+    use_summaries=config.use_summaries,
+    combine=config.combine,
   )
 
 
@@ -95,21 +88,20 @@ def init_rows(
   """A sparse layer's part of a decoding cache."""
   sparse, dtype = config.sparse, jnp.dtype(config.dtype)
   sizes = (batch_size, config.num_kv_heads)
-  grid = make_grid(sparse)
+  options = make_options(sparse)
   if sparse.history_blocks:
     cache = init_bounded_cache(
       *sizes,
       config.head_dim,
-      grid,
+      options,
       sparse.history_blocks,
-      sparse.history_summaries,
       dtype,
       sparse.router_width,
     )
     all_dims = _BOUNDED_DIMS
   else:
     cache = init_sparse_cache(
-      *sizes, length, config.head_dim, grid, dtype, sparse.router_width
+      *sizes, length, config.head_dim, options, dtype, sparse.router_width
     )
     all_dims = _CACHE_DIMS
   placed = jax.tree.map(
@@ -127,10 +119,9 @@ class SparseAttention(nn.Module):
   """Reads a window, the blocks that it chooses, and summaries of the others.
 
   Leaves: `gate` [D, N, 3], `coverage` [D, K] and `coverage_bias` [K]. At the
-  start all sets count as they are and nearly all importance is covered. With
-  gated summaries also `summary_weight` [K, H] and `summary_bias` [K, b], which
-  weigh all rows of a block the same at the start. With an indexer also
-  `router_query` [D, J, I], `router_weight` [D, J] and `router_key` [D, I].
+  start all sets count as they are and nearly all importance is covered. With an
+  indexer also `router_query` [D, J, I], `router_weight` [D, J] and `router_key`
+  [D, I].
   """
 
   config: ModelConfig
@@ -157,10 +148,9 @@ class SparseAttention(nn.Module):
     The metrics are means over tiles with an eligible block: 'kept_share' of
     these blocks and their number 'kept_blocks', and the shares of the softmax
     in 'window', 'kept' and 'summary'; without a cache the 'router_entropy' of
-    the blocks' importance in nats, and an indexer's 'router_loss', whose
-    weighted value is 'aux_loss'; 'block_price' is the weighted 'kept_share'.
-    'coverage', its least and most are those of all tokens. Padding counts
-    nowhere.
+    the blocks' importance in nats, and an indexer's 'router_loss', which is its
+    'aux_loss'; 'sparsity_loss' is the weighted 'kept_share'. 'coverage', its
+    least and most are those of all tokens. Padding counts nowhere.
     """
     lead = Leading.of(x)
     arrays = dict(
@@ -176,63 +166,73 @@ class SparseAttention(nn.Module):
   def _attend(self, x, query, key, value, segment_ids, cache):
     """`__call__` of sequences [B, T, ...]."""
     sparse = self.config.sparse
-    grid = make_grid(sparse)
+    options = make_options(sparse)
     gates, coverage = self._gates_and_coverage(x)
     if self.keeps_all:
-      slots = -(-x.shape[1] // sparse.block)
-      grid = dataclasses.replace(grid, slots=slots, most_fraction=0.0)
+      all_blocks = -(-x.shape[1] // sparse.block)
+      options = dataclasses.replace(
+        options, max_blocks=all_blocks, max_fraction=0.0
+      )
       coverage = jnp.full_like(coverage, jnp.inf)
-    how = dict(
-      grid=grid,
-      summary_turn=self._turn() if sparse.summary_key == 'pre_rope' else None,
-      use_summaries=sparse.use_summaries,
-      combine=sparse.combine,
-      chunk=sparse.query_chunk,
+    inputs = SparseInputs(
+      query, key, value, segment_ids, coverage, gates, self._router(x)
     )
-    inputs = (query, key, value, segment_ids, coverage, gates)
-    inputs += (self._pooling(), self._router(x))
     if cache is None:
       run = mesh.per_device(
-        functools.partial(_all_at_once, how),
-        _INPUT_DIMS,
+        lambda inputs: sparse_attention(inputs, options),
+        (_INPUT_DIMS,),
         ('BTN.', _STATS_DIMS | _CHOICE_DIMS),
       )
-      y, stats = run(*inputs)
+      y, stats = run(inputs)
       self._show(run, inputs, stats)
     else:
-      y, cache, stats = self._from_cache(how, inputs, cache)
+      y, cache, stats = self._from_cache(inputs, options, cache)
     return y, cache, self._metrics(stats, coverage, segment_ids > 0)
 
   def _show(self, run, inputs, stats):
-    query, key, value, *rest = inputs
-    show(self, value, weights=lambda value: run(query, key, value, *rest)[0])
-    show_arrays(self, coverage=inputs[4], **stats)
+    def read(value):
+      return run(inputs._replace(value=value))[0]
 
-  def _from_cache(self, how, inputs, cache):
-    kind, function = SparseCache, each_from_its_first_token
-    dims = (_INPUT_DIMS, _CACHE_DIMS, 'BTN.', _STATS_DIMS)
-    lengths, segments = cache['lengths'], inputs[3]
+    show(self, inputs.value, weights=read)
+    show_arrays(self, coverage=inputs.coverage, **stats)
+
+  def _from_cache(self, inputs, options, cache):
+    lengths, segments = cache['lengths'], inputs.segments
     skipped = num_skipped(segments, lengths)
-    rows, dims_of_rows = (lengths, skipped), ('B', 'B')
     cache = cache | dict(lengths=lengths + segments.shape[1] - skipped)
     if reads_unrotated(self.config, has_cache=True):
-      kind, function = BoundedCache, bounded_attention
-      rows, dims_of_rows = cache['index'], ''
-      dims = (_INPUT_DIMS, _BOUNDED_DIMS, 'BTN.', _STATS_DIMS)
-      dims = (_whole(dims[0]), dims[1], *_whole(dims[2:]))
-      how = {name: x for name, x in how.items() if name != 'chunk'}
-      how |= dict(turn=self._turn())
+      kind, rows, dims_of_rows = BoundedCache, (cache['index'],), ('',)
+      dims = (
+        _whole(_INPUT_DIMS),
+        _BOUNDED_DIMS,
+        *_whole(('BTN.', _STATS_DIMS)),
+      )
+
+      def attend(inputs, cache, index):
+        return bounded_attention(inputs, cache, index, options, self._rotate())
+
+    else:
+      kind, rows, dims_of_rows = SparseCache, (lengths, skipped), ('B', 'B')
+      dims = (_INPUT_DIMS, _CACHE_DIMS, 'BTN.', _STATS_DIMS)
+
+      def attend(*arrays):
+        return unpadded_cached_attention(*arrays, options)
+
+    def on_device(*arrays):
+      y, new, stats = attend(*arrays)
+      return y, new, {name: stats[name] for name in _STATS_DIMS}
+
     of_inputs, of_cache, of_y, of_stats = dims
     run = mesh.per_device(
-      functools.partial(_cached, function, how),
-      (*of_inputs, of_cache, dims_of_rows),
+      on_device,
+      (of_inputs, of_cache, *dims_of_rows),
       (of_y, of_cache, of_stats),
     )
     old = kind(*(cache[name] for name in kind._fields))
-    y, new, stats = run(*inputs, old, rows)
+    y, new, stats = run(inputs, old, *rows)
     return y, cache | new._asdict(), stats
 
-  def _turn(self):
+  def _rotate(self):
     return functools.partial(
       rotate,
       max_wavelength=self.config.rope_max_wavelength,
@@ -242,15 +242,6 @@ class SparseAttention(nn.Module):
   def _zeros(self, name, dims, *shape):
     init = mesh.sharded(nn.initializers.zeros, mesh.param(dims))
     return mesh.gather(self.param(name, init, shape), dims)
-
-  def _pooling(self):
-    config, heads = self.config, self.config.num_kv_heads
-    if config.sparse.summary_key != 'gated':
-      return plain_pooling(heads)
-    return Pooling(
-      self._zeros('summary_weight', 'K.', heads, config.head_dim),
-      self._zeros('summary_bias', 'K.', heads, config.sparse.block),
-    )
 
   def _gates_and_coverage(self, x):
     config, model_dim = self.config, x.shape[-1]
@@ -306,7 +297,7 @@ class SparseAttention(nn.Module):
       metrics['router_entropy'] = mean(stats['entropy'])
     if sparse.router == 'indexer' and 'router_loss' in stats:
       metrics['router_loss'] = mean(stats['router_loss'])
-      metrics['aux_loss'] = sparse.router_weight * metrics['router_loss']
+      metrics['aux_loss'] = metrics['router_loss']
     if self.keeps_all:
       return metrics
     kept_share = mean(stats['kept'] / jnp.maximum(eligible, 1.0))
@@ -317,24 +308,11 @@ class SparseAttention(nn.Module):
       # A coverage is between 0 and 1.
       coverage_least=coverage.min(where=is_token[..., None], initial=1.0),
       coverage_most=coverage.max(where=is_token[..., None], initial=0.0),
-      block_price=sparse.budget_weight * kept_share,
+      sparsity_loss=sparse.sparsity_loss_weight * kept_share,
     )
     for i, name in enumerate(_SETS):
       metrics[name] = mean(stats['shares'][..., i])
     return metrics
-
-
-def _all_at_once(how, *inputs):
-  query, key, value, segments, *of_queries, pooling, router = inputs
-  heads = (query, key, value, segments, segments, *of_queries)
-  return sparse_attention(*heads, pooling=pooling, router=router, **how)
-
-
-def _cached(function, how, *inputs):
-  *arrays, pooling, router, cache, rows = inputs
-  how = how | dict(pooling=pooling, router=router)
-  y, cache, stats = function(*arrays, cache, rows, **how)
-  return y, cache, {name: stats[name] for name in _STATS_DIMS}
 
 
 def _mean(counts, total, x):

@@ -24,6 +24,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxsparse.ops.attention import cpu
+
 # Added to the mean square of a reading vector. At the start that is no larger,
 # so it is a part of the recipe.
 _NORM_EPSILON = 1e-6
@@ -83,178 +85,56 @@ class HeadMix:
   key: jax.Array | None = None
   # What is the same for all pairs, beside the identity, [G, M, M].
   base: jax.Array | None = None
-  # Groups G of neighbouring heads, or of the heads n, n + G, n + 2 G, ...; the
-  # factors' heads are in the groups' order.
+  # Groups G of neighbouring heads.
   num_groups: int = dataclasses.field(default=1, metadata=dict(static=True))
-  interleave: bool = dataclasses.field(
-    default=False, metadata=dict(static=True)
-  )
 
 
 def compose(
-  score: Float[Array, 'B T N S'], mix: HeadMix, implementation: str = 'auto'
+  score: Float[Array, 'B T N S'], mix: HeadMix
 ) -> Float[Array, 'B T N S']:
-  """Mixes the heads of every pair.
+  """Mixes the heads of every pair: one part is added up after another.
+
+  The authors found that faster on TPUs than a matrix of each pair; on a CPU see
+  `cpu.compose`.
 
   Args:
     score: scores or weights of the heads, all finite. A pair that is zero in
       all heads stays zero.
-    mix: by what.
-    implementation: 'matrices' makes one of [M, M] for each token and group, and
-      products of many of them are fast; 'factors' adds up one part after
-      another. 'auto' is the first on a CPU for at least as many queries as
-      heads, 4 times as fast there in training, and the second elsewhere, which
-      the authors found faster on TPUs.
+    mix: composition factors and group layout.
   """
   batch, num_queries, num_heads, num_keys = score.shape
-  group = num_heads // mix.num_groups
-  if mix.interleave:
-    a = score.reshape(batch, num_queries, group, mix.num_groups, num_keys)
-    a = jnp.swapaxes(a, 2, 3)
-  else:
-    a = score.reshape(batch, num_queries, mix.num_groups, group, num_keys)
-  if implementation == 'auto':
-    on_cpu = jax.default_backend() == 'cpu'
-    is_many = on_cpu and num_queries >= num_heads
-    implementation = 'matrices' if is_many else 'factors'
-  by = dict(matrices=_by_matrices, factors=_by_factors)[implementation]
-  out = by(a, mix).reshape(a.shape)
-  if mix.interleave:
-    out = jnp.swapaxes(out, 2, 3)
-  return out.reshape(score.shape)
-
-
-def _grouped(factors, mix, dtype):
-  """[B, T, F, G, M]."""
-  return factors.astype(dtype).reshape(*factors.shape[:3], mix.num_groups, -1)
-
-
-def _by_matrices(a, mix):
-  # What is the same for all pairs joins the queries' matrices [B, T, G, M, M].
-  matrix = jnp.eye(a.shape[3], dtype=a.dtype)[None, None, None]
-  if mix.base is not None:
-    matrix = matrix + mix.base.astype(a.dtype)[None, None]
-  if mix.query is not None:
-    matrix = matrix + _matrices(*_parts(_grouped(mix.query, mix, a.dtype)))
-  shape = (*a.shape[:-1], a.shape[3])
-  heads = _but_one_group(a)
-  out = _by_queries(_but_one_group(jnp.broadcast_to(matrix, shape)), heads)
-  if mix.key is not None:
-    out += _by_keys(_grouped(mix.key, mix, a.dtype), heads)
-  return out
-
-
-def _but_one_group(x):
-  """Without G of [B, T, G, ...]: with it XLA's CPU products are slower."""
-  return x[:, :, 0] if x.shape[2] == 1 else x
-
-
-# Heads [B, T, (G,) M, S] by a matrix [(G,) M, N] of each query, or by one that
-# the factors of each key make. Autodiff would multiply the other way around,
-# and transpose all heads for it.
-
-
-@jax.custom_vjp
-def _by_queries(matrix, heads):
-  return jnp.einsum('bt...mn,bt...ms->bt...ns', matrix, heads)
-
-
-def _save_by_queries(matrix, heads):
-  return _by_queries(matrix, heads), (matrix, heads)
-
-
-def _restore_by_queries(inputs, cotangent):
-  matrix, heads = inputs
-  return (
-    jnp.einsum('bt...ms,bt...ns->bt...mn', heads, cotangent),
-    jnp.einsum('bt...mn,bt...ns->bt...ms', matrix, cotangent),
+  groups = (mix.num_groups, num_heads // mix.num_groups)
+  a = score.reshape(batch, num_queries, *groups, num_keys)
+  form = cpu.compose if cpu.composes_faster(a) else compose_by_factors
+  query, key = (
+    x if x is None else x.astype(a.dtype).reshape(*x.shape[:3], *groups)
+    for x in (mix.query, mix.key)
   )
+  base = None if mix.base is None else mix.base.astype(a.dtype)
+  return form(a, query, key, base).reshape(score.shape)
 
 
-_by_queries.defvjp(_save_by_queries, _restore_by_queries)
-
-
-@jax.custom_vjp
-def _by_keys(factors, heads):
-  # Turned over once, [B, S, (G,) M, T], as the gradient needs it again.
-  heads = jnp.swapaxes(heads, 1, -1)
-  out = _batched_matmul(_turned_matrices(factors), heads)
-  return jnp.swapaxes(out, 1, -1)
-
-
-def _save_by_keys(factors, heads):
-  return _by_keys(factors, heads), (factors, heads)
-
-
-def _restore_by_keys(inputs, cotangent):
-  factors, heads = inputs
-  heads = jnp.swapaxes(heads, 1, -1)
-  # Once for both products, [B, S, (G,) T, N].
-  cotangent = jnp.moveaxis(jnp.swapaxes(cotangent, 1, -1), -1, -2)
-  of_heads = _batched_matmul(cotangent, _turned_matrices(factors))
-  read, write, _ = _parts(factors)
-  group = factors.shape[-1]
-  of_matrix = _batched_matmul(heads, cotangent)
-  of_matrix = of_matrix.reshape(*factors.shape[:2], -1, group, group)
-  # Matrices this small are never transposed, which takes as long as all else.
-  of_read = sum(
-    write[..., n, None] * of_matrix[:, :, None, ..., n] for n in range(group)
-  )
-  of_write = sum(
-    read[..., m, None] * of_matrix[:, :, None, :, m] for m in range(group)
-  )
-  of_gate = jnp.diagonal(of_matrix, axis1=-2, axis2=-1)[:, :, None]
-  return (
-    jnp.concatenate([of_read, of_write, of_gate], axis=2),
-    jnp.swapaxes(jnp.moveaxis(of_heads, -2, -1), 1, -1),
-  )
-
-
-_by_keys.defvjp(_save_by_keys, _restore_by_keys)
-
-
-def _batched_matmul(left, right):
-  """By the order that XLA's CPU has: an einsum may exchange the sides."""
-  batch = tuple(range(left.ndim - 2))
-  dims = (((left.ndim - 1,), (left.ndim - 2,)), (batch, batch))
-  return jax.lax.dot_general(left, right, dims)
-
-
-def _parts(factors):
-  """[B, T, F, G, M]: what reads and what writes [B, T, R, G, M], the gates."""
-  rank = factors.shape[2] // 2
-  return factors[:, :, :rank], factors[:, :, rank:-1], factors[:, :, -1]
-
-
-def _matrices(read, write, gate):
-  """[B, T, G, M, N] from the parts of factors."""
-  products = jnp.einsum('btrgm,btrgn->btgmn', read, write)
-  diagonal = jnp.eye(gate.shape[-1], dtype=gate.dtype)
-  return products + gate[..., None] * diagonal[None, None, None]
-
-
-def _turned_matrices(factors):
-  """[B, S, (G,) N, M]."""
-  read, write, gate = _parts(factors)
-  return _but_one_group(_matrices(write, read, gate))
-
-
-def _by_factors(a, mix):
+def compose_by_factors(
+  a: Float[Array, 'B T G M S'],
+  query: Float[Array, 'B T F G M'] | None,
+  key: Float[Array, 'B S F G M'] | None,
+  base: Float[Array, 'G M M'] | None,
+) -> Float[Array, 'B T G M S']:
+  """`compose` of heads in groups."""
   # [B, T, F, G, M, 1] and [B, 1, F, G, M, S].
   sides = []
-  if mix.query is not None:
-    sides.append(_grouped(mix.query, mix, a.dtype)[..., None])
-  if mix.key is not None:
-    of_keys = _grouped(mix.key, mix, a.dtype)
-    sides.append(jnp.moveaxis(of_keys, 1, -1)[:, None])
+  if query is not None:
+    sides.append(query[..., None])
+  if key is not None:
+    sides.append(jnp.moveaxis(key, 1, -1)[:, None])
   out = a * sum((factors[:, :, -1] for factors in sides), 1.0)
   for factors in sides:
     rank = factors.shape[2] // 2
     for r in range(rank):
       read = jnp.sum(a * factors[:, :, r], axis=3, keepdims=True)
       out += read * factors[:, :, rank + r]
-  if mix.base is not None:
-    out += jnp.einsum('btgms,gmn->btgns', a, mix.base.astype(a.dtype))
+  if base is not None:
+    out += jnp.einsum('btgms,gmn->btgns', a, base)
   return out
 
 
@@ -283,8 +163,4 @@ def compose_reference(
     by_pair = by_pair + base[None, None, None]
   shape = (batch, num_queries, num_keys, num_heads, num_heads)
   by_pair = jnp.broadcast_to(by_pair, shape)
-  if mix.interleave:
-    head = jnp.arange(num_heads)
-    place = head % mix.num_groups * group + head // mix.num_groups
-    by_pair = by_pair[:, :, :, place][..., place]
   return jnp.einsum('btms,btsmn->btns', score, by_pair)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse import mesh
-from jaxsparse.ops.attention import libraries
+from jaxsparse.ops.attention import cpu, libraries
 from jaxsparse.ops.attention.compose import HeadMix, compose, compose_reference
 from jaxsparse.ops.softmax import softmax
 
@@ -149,7 +149,7 @@ def _head_letter(mixes):
   """
   _, num_shards = mesh.shards('N')
   is_split = num_shards > 1 and not any(
-    m.interleave or m.num_groups % num_shards for m in mixes.values()
+    m.num_groups % num_shards for m in mixes.values()
   )
   return 'N' if is_split else '.'
 
@@ -203,7 +203,7 @@ def _over_all(parts, keys, mixes, window, first):
   for end in ends:
     stage = jax.tree.map(lambda x, b=begin, e=end: x[b:e], parts)
     last = keys['positions'].shape[1] if end == num_chunks else end * chunk
-    more = _away_from_pages(last) if turns_over else 0
+    more = cpu.pad_off_cache_alias(last) if turns_over else 0
     past = jax.tree.map(lambda x, e=last, m=more: _pad(x[:, :e], 0, m), keys)
     attend = jax.checkpoint(
       lambda queries, past=past: _attend(queries, past, mixes, window)
@@ -211,16 +211,6 @@ def _over_all(parts, keys, mixes, window, first):
     outs.append(jax.lax.map(attend, stage))
     begin = end
   return jnp.concatenate(outs)
-
-
-def _away_from_pages(num_keys):
-  """How many keys of padding make composition faster on a CPU.
-
-  There scores are turned over, and rows of a multiple of 1 kB would fall on the
-  same lines of the cache.
-  """
-  is_slow = jax.default_backend() == 'cpu' and num_keys % 256 == 0
-  return 16 if is_slow else 0
 
 
 def _pad(x, before, after):

@@ -8,9 +8,8 @@ multiplies with all experts on CUDA, and reads them all. GPUs and TPUs have
 kernels for it; on TPUs `lax.ragged_dot` is one, too, but for the gradient of
 the matrices, which is summed here by a loop. Elsewhere a loop whose trip count
 is the number of experts in use cuts out one matrix at a time and multiplies it
-with its rows, tile by tile. On a CPU that costs a copy of the matrix, as dots
-there take whole buffers; for an expert with few rows the sum of scaled matrix
-rows is written out instead, which XLA fuses with the cut.
+with its rows, tile by tile; on a CPU those of experts with few rows are in
+`cpu`.
 
 Sums are in f32 (f64 for f64). Matrices may be stored in another type than the
 rows': the loop casts them after the cut, never all of them; the others must.
@@ -19,8 +18,6 @@ Letters: S rows, X experts, D and F widths.
 """
 
 import functools
-import math
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -28,23 +25,21 @@ from jaxtyping import Array, Float, Int
 
 from jaxsparse.config.errors import UserError
 from jaxsparse.ops import chunking
+from jaxsparse.ops.experts import cpu
 from jaxsparse.ops.experts import grouped_matmul_libraries as libraries
+from jaxsparse.ops.experts.loops import (
+  item,
+  over_experts,
+  over_tiles,
+  tile_rows,
+  write_products,
+)
 from jaxsparse.ops.kernels import grouped_matmul as kernel
-from jaxsparse.ops.shard_map_vma import argsort, to_same_varying
+from jaxsparse.ops.shard_map_vma import to_same_varying
 
 IMPLEMENTATIONS = ('auto', 'loop', 'triton', 'megablox', 'ragged_dot')
 
 _KERNELS = dict(gpu='triton', tpu='megablox')
-
-# On a CPU, experts with up to so many rows are multiplied without a copy, so
-# many rows at once.
-_FEW_ROWS_CPU = {1: 1, 8: 4}
-
-# Elements of a matrix that one fused kernel of a CPU adds up.
-_FUSED_ELEMENTS_CPU = 2**13
-
-# Rows of a tile.
-_TILES = (16, 256)
 
 
 def grouped_matmul(
@@ -173,62 +168,39 @@ def _products(rows, experts, sizes, is_transposed=False):
     width = experts.shape[1 if is_transposed else 2]
     return chunking.zeros((len(rows), width), rows.dtype, rows)
 
-  def with_few(few):
-    return functools.partial(
-      _products_with_few, few=few, is_transposed=is_transposed
-    )
+  by_dots = functools.partial(_by_dots, is_transposed=is_transposed)
+
+  def on_cpu(rows, experts, sizes):
+    return by_dots(rows, experts, sizes, *cpu.few_rows(rows, experts, sizes))
 
   return jax.lax.platform_dependent(
     rows, experts, sizes,
     # A transposed matrix is summed along its rows, which does not vectorize.
-    cpu=with_few({} if is_transposed else _FEW_ROWS_CPU),
-    default=with_few({}),
+    cpu=by_dots if is_transposed else on_cpu,
+    default=by_dots,
   )  # fmt: skip
 
 
-def _products_with_few(rows, experts, sizes, few, is_transposed):
-  """A loop over experts with many rows, and one for each way to take `few`."""
+def _by_dots(
+  rows, experts, sizes, out=None, is_left=None, *, is_transposed=False
+):
+  """Of the experts that are left, or of all; to `out`, if it is there."""
   dtype = chunking.accumulator(rows)
-  ends = jnp.cumsum(sizes)
+  if out is None:
+    width = experts.shape[1 if is_transposed else 2]
+    out = chunking.zeros((len(rows), width), rows.dtype, rows, experts)
+    is_left = sizes > 0
 
   def dot(expert):
-    matrix = _item(*chunking.read_in_place(experts, expert))
+    matrix = item(*chunking.read_in_place(experts, expert))
     matrix = matrix.astype(rows.dtype)
     dims = ((1,), (1 if is_transposed else 0,)), ((), ())
     return lambda part: jax.lax.dot_general(
       part, matrix, dims, preferred_element_type=dtype
     )
 
-  def in_place(expert):
-    return lambda part: _product_in_place(part, experts, expert)
-
-  def multiply(product, tile, is_chosen, out):
-    def on_expert(expert, out):
-      product_of = product(expert)
-
-      def on_tile(at, is_own, out):
-        part = product_of(jax.lax.dynamic_slice_in_dim(rows, at, tile))
-        before = jax.lax.dynamic_slice_in_dim(out, at, tile)
-        return jax.lax.dynamic_update_slice_in_dim(
-          out,
-          jnp.where(is_own[:, None], part.astype(out.dtype), before),
-          at,
-          axis=0,
-        )
-
-      return _over_tiles(on_tile, expert, ends, sizes, tile, len(rows), out)
-
-    return _over_experts(on_expert, is_chosen, out)
-
-  width = experts.shape[1 if is_transposed else 2]
-  out = chunking.zeros((len(rows), width), rows.dtype, rows, experts)
-  done = 0
-  for most, tile in few.items():
-    is_chosen = (sizes > done) & (sizes <= most)
-    out = multiply(in_place, min(tile, len(rows)), is_chosen, out)
-    done = most
   tile = tile_rows(len(rows), len(experts))
-  return multiply(dot, tile, sizes > done, out)
+  return write_products(dot, rows, sizes, tile, is_left, out)
 
 
 @functools.partial(jax.jit, static_argnames='out_dtype')
@@ -257,73 +229,12 @@ def _outer_products(rows, cotangent, sizes, out_dtype):
       )
 
     total = chunking.zeros(shape[1:], dtype, rows, cotangent)
-    total = _over_tiles(add_tile, expert, ends, sizes, tile, len(rows), total)
+    total = over_tiles(add_tile, expert, ends, sizes, tile, len(rows), total)
     return jax.lax.dynamic_update_index_in_dim(
       out, total.astype(out_dtype), expert, 0
     )
 
-  return _over_experts(add, sizes > 0, out)
-
-
-def tile_rows(num_rows: int, num_experts: int) -> int:
-  """Rows of a tile: half of an expert's mean, as last tiles are part empty."""
-  mean = max(1, num_rows // num_experts)
-  least, most = _TILES
-  tile = 1 << (mean.bit_length() - 1) >> 1
-  return min(num_rows, max(least, min(most, tile)))
-
-
-def _over_experts(body: Callable, is_chosen, carry):
-  """`body(expert, carry)` for the chosen experts only."""
-  order = argsort(~is_chosen).astype(jnp.int32)
-  return jax.lax.fori_loop(
-    0,
-    is_chosen.sum(dtype=jnp.int32),
-    lambda i, carry: body(order[i], carry),
-    carry,
-  )
-
-
-def _over_tiles(body, expert, ends, sizes, tile, num_rows, carry):
-  """`body(first row, which are the expert's own, carry)` for its tiles.
-
-  A tile that would reach beyond the last row is moved back.
-  """
-  end, size = ends[expert], sizes[expert]
-
-  def on_tile(i, carry):
-    begin = end - size + i * tile
-    at = jnp.minimum(begin, num_rows - tile)
-    place = at + jnp.arange(tile, dtype=at.dtype)
-    return body(at, (place >= begin) & (place < end), carry)
-
-  return jax.lax.fori_loop(0, (size + tile - 1) // tile, on_tile, carry)
-
-
-def _item(x, i):
-  return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
-
-
-def _product_in_place(rows, experts, expert):
-  """rows @ experts[expert] for a few rows, the matrix read where it lies."""
-  dtype = chunking.accumulator(rows)
-  depth, width = experts.shape[1:]
-  at_once = _FUSED_ELEMENTS_CPU // width
-  at_once = math.gcd(depth, max(8, min(32, at_once)))
-  flat = experts.reshape(-1, width)
-  scales = rows.T.reshape(-1, at_once, len(rows)).astype(dtype)
-
-  def add(i, total):
-    scale = _item(scales, i)
-    for j in range(at_once):
-      place = expert * depth + i * at_once + j
-      line = _item(*chunking.read_in_place(flat, place))
-      line = line.astype(rows.dtype).astype(dtype)
-      total += scale[j][:, None] * line[None]
-    return total
-
-  total = chunking.zeros((len(rows), width), dtype, rows, experts, expert)
-  return jax.lax.fori_loop(0, depth // at_once, add, total)
+  return over_experts(add, sizes > 0, out)
 
 
 @jax.custom_vjp
@@ -334,18 +245,6 @@ def _assigned(rows, experts, expert):
 @jax.jit
 def _assigned_products(rows, experts, expert):
   dtype = chunking.accumulator(rows)
-
-  def one_by_one(rows, experts, expert):
-    def add(i, out):
-      row = jax.lax.dynamic_slice_in_dim(rows, i, 1)
-      product = _product_in_place(row, experts, expert[i])
-      return jax.lax.dynamic_update_slice_in_dim(
-        out, product.astype(rows.dtype), i, 0
-      )
-
-    shape = (len(rows), experts.shape[2])
-    out = chunking.zeros(shape, rows.dtype, rows, experts)
-    return jax.lax.fori_loop(0, len(rows), add, out)
 
   def fused(rows, experts, expert):
     # A sum of products fuses with the gather; a dot would need its result.
@@ -358,7 +257,7 @@ def _assigned_products(rows, experts, expert):
   ):
     return kernel.assigned_matmul(rows, experts, expert)
   return jax.lax.platform_dependent(
-    rows, experts, expert, cpu=one_by_one, default=fused
+    rows, experts, expert, cpu=cpu.one_by_one, default=fused
   )
 
 

@@ -16,7 +16,6 @@ Letters: B batch, n tiles, N query heads, K key/value heads, G query heads of
 each, H head width, Z blocks of b rows, k slots for kept blocks.
 """
 
-import dataclasses
 from typing import NamedTuple
 
 import jax
@@ -26,31 +25,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsparse.ops.online_softmax import masked_softmax
 from jaxsparse.ops.sparse_attention.block_router import Router, router_scores
 from jaxsparse.ops.sparse_attention.block_summaries import Summaries
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Grid:
-  """Sizes of the blocks and bounds of the choice."""
-
-  # Rows b of a block.
-  block: int
-  # Rows r of a tile, a divisor of b.
-  tile: int
-  # Blocks of the window before a query's own.
-  window_blocks: int
-  # Slots k, the most blocks that can be kept.
-  slots: int
-  # Eligible blocks of a document, from its beginning, that are always kept.
-  sinks: int = 1
-  # Least and most blocks kept; in fractions of the eligible ones if set.
-  least: int = 1
-  most: int = 0
-  least_fraction: float = 0.0
-  most_fraction: float = 0.0
-  # Width of the step at the covered share, for its gradient.
-  temperature: float = 0.1
-  # All complete blocks are eligible, also those of the window.
-  is_overlapping: bool = False
+from jaxsparse.ops.sparse_attention.sparse_inputs import SparseOptions
 
 
 class Selection(NamedTuple):
@@ -75,7 +50,7 @@ def eligible_blocks(
   summaries: Summaries,
   own_block: Int[Array, ' n'],
   segments: Int[Array, 'B n'],
-  grid: Grid,
+  options: SparseOptions,
 ) -> Bool[Array, 'B n Z']:
   """Complete blocks of the same document, outside the window.
 
@@ -83,9 +58,9 @@ def eligible_blocks(
     summaries: of all blocks.
     own_block: block of each tile.
     segments: document of each tile's first row.
-    grid: whose window it is.
+    options: whose window it is.
   """
-  reach = 0 if grid.is_overlapping else grid.window_blocks
+  reach = 0 if options.is_overlapping else options.window_blocks
   block = jnp.arange(summaries.segment.shape[1])
   is_before = block[None, None] < own_block[None, :, None] - reach
   is_same = summaries.segment[:, None] == segments[..., None]
@@ -114,7 +89,7 @@ def select(
   shares: Float[Array, 'B K n Z'],
   is_eligible: Bool[Array, 'B n Z'],
   coverage: Float[Array, 'B K n'],
-  grid: Grid,
+  options: SparseOptions,
 ) -> Selection:
   """Keeps blocks until those before cover enough.
 
@@ -125,19 +100,19 @@ def select(
     shares: importance of each block.
     is_eligible: blocks that may be kept.
     coverage: share that is to be covered; infinity for all that have a slot.
-    grid: bounds of the number of kept blocks.
+    options: bounds of the number of kept blocks.
   """
   mask = is_eligible[:, None]
   num_eligible = is_eligible.sum(-1)[:, None, :, None]
   rank = jnp.cumsum(is_eligible, axis=-1)[:, None]
-  is_sink = mask & (rank <= grid.sinks)
+  is_sink = mask & (rank <= options.sinks)
   order = jnp.where(mask, shares + 2.0 * is_sink, -1.0)
-  slots = min(grid.slots, shares.shape[-1])
+  slots = min(options.max_blocks, shares.shape[-1])
   order, block = jax.lax.top_k(jax.lax.stop_gradient(order), slots)
   share = jnp.take_along_axis(shares, block, axis=-1)
   before = jnp.cumsum(share, axis=-1) - share
-  soft = jax.nn.sigmoid((coverage[..., None] - before) / grid.temperature)
-  least, most = _bounds(num_eligible, grid)
+  soft = jax.nn.sigmoid((coverage[..., None] - before) / options.temperature)
+  least, most = _bounds(num_eligible, options)
   slot = jnp.arange(slots)[None, None, None]
   may_be_kept = (order >= 0) & (slot < most)
   is_kept = may_be_kept & ((soft >= 0.5) | (slot < least) | (order >= 2))
@@ -146,13 +121,13 @@ def select(
   return Selection(block.astype(jnp.int32), weight, is_kept)
 
 
-def _bounds(num_eligible, grid):
-  if not grid.most_fraction:
-    most = min(grid.most or grid.slots, grid.slots)
-    return grid.least, most
-  least = jnp.ceil(grid.least_fraction * num_eligible)
-  most = jnp.maximum(grid.sinks, jnp.ceil(grid.most_fraction * num_eligible))
-  return least, jnp.minimum(most, grid.slots)
+def _bounds(num_eligible: Int[Array, 'B 1 n 1'], options: SparseOptions):
+  if not options.max_fraction:
+    return options.min_blocks, options.max_blocks
+  least = jnp.ceil(options.min_fraction * num_eligible)
+  most = jnp.ceil(options.max_fraction * num_eligible)
+  most = jnp.maximum(options.sinks, most)
+  return least, jnp.minimum(most, options.max_blocks)
 
 
 def choose(
@@ -161,7 +136,7 @@ def choose(
   first_row: Int[Array, ' n'],
   segments: Int[Array, 'B n'],
   summaries: Summaries,
-  grid: Grid,
+  options: SparseOptions,
   router: Router,
 ) -> tuple[Selection, Bool[Array, 'B n Z'], Float[Array, 'B K n Z']]:
   """The blocks of each tile, by its first row.
@@ -172,20 +147,20 @@ def choose(
     first_row: the rows.
     segments: their documents.
     summaries: of the blocks.
-    grid: sizes and bounds.
+    options: sizes and bounds.
     router: queries of the n rows and keys of the Z blocks, if it is in use.
 
   Returns:
     The choice, which blocks were eligible, and the importance of each.
   """
-  own_block = first_row // grid.block
-  is_eligible = eligible_blocks(summaries, own_block, segments, grid)
+  own_block = first_row // options.block
+  is_eligible = eligible_blocks(summaries, own_block, segments, options)
   coverage = jnp.moveaxis(coverage, 2, 1)
   if not router.is_used:
     shares = importance(query, summaries, is_eligible)
-    return select(shares, is_eligible, coverage, grid), is_eligible, shares
+    return select(shares, is_eligible, coverage, options), is_eligible, shares
   shares = masked_softmax(router_scores(router), is_eligible)[:, None]
   # The same for all heads, whose coverage may differ.
   shares = jnp.broadcast_to(shares, (*coverage.shape, shares.shape[-1]))
   fixed = jax.lax.stop_gradient(shares)
-  return select(fixed, is_eligible, coverage, grid), is_eligible, shares
+  return select(fixed, is_eligible, coverage, options), is_eligible, shares

@@ -5,16 +5,14 @@ sinks, `history` older blocks and the window, in the order of time; whatever
 follows a forgotten block moves one place forward, and rows are positions, so
 that no distance outgrows the cache (StreamingLLM, arXiv:2309.17453, numbers
 positions so; InfLLM, arXiv:2402.04617, keeps blocks by what they were worth).
-Keys are kept unrotated and turned by their rows when they are read. Summaries
-are of keys turned by their rows in the block, and are turned by the block's
+Keys are kept unrotated and rotated by their rows when they are read. Summaries
+are of keys rotated by their rows in the block, and are rotated by the block's
 first row: rotations add up.
 
 A block's worth is the mean, weighted to recent tiles, of its importance since
-it was eligible. Whoever has not been eligible yet can't be forgotten. Blocks
-that are leave their summaries, of which neighbours merge when they are many.
+it was eligible. Whoever has not been eligible yet can't be forgotten.
 
-Letters as in `block_selection`; Z blocks of the cache, R summaries of forgotten
-ones.
+Letters as in `block_selection`; Z blocks of the cache.
 """
 
 import functools
@@ -24,26 +22,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsparse.ops.sparse_attention.block_router import Router, no_router
+from jaxsparse.ops.sparse_attention.block_router import Router
 from jaxsparse.ops.sparse_attention.block_selection import (
-  Grid,
   Selection,
   choose,
   lead_segments,
 )
-from jaxsparse.ops.sparse_attention.block_summaries import (
-  Pooling,
-  Summaries,
-  Turn,
-  join_summaries,
-)
+from jaxsparse.ops.sparse_attention.block_summaries import Summaries
 from jaxsparse.ops.sparse_attention.sparse_attention import tiles_in_order
 from jaxsparse.ops.sparse_attention.sparse_cache import (
   SparseCache,
   append,
   init_sparse_cache,
 )
+from jaxsparse.ops.sparse_attention.sparse_inputs import (
+  SparseInputs,
+  SparseOptions,
+)
 from jaxsparse.ops.sparse_attention.tile_attention import (
+  RopeFn,
   attend_tiles,
   mean_of_rows,
 )
@@ -59,8 +56,6 @@ class BoundedCache(NamedTuple):
   # Worth of each block times 1 - DECAY ** seen, and the tiles that saw it.
   worth: Float[Array, 'B Z']
   seen: Int[Array, 'B Z']
-  # Of forgotten blocks, the newest last; a count of 0 is no block.
-  forgotten: Summaries
 
   @property
   def num_rows(self) -> int:
@@ -71,210 +66,149 @@ def init_bounded_cache(
   batch: int,
   num_kv_heads: int,
   width: int,
-  grid: Grid,
+  options: SparseOptions,
   history: int,
-  num_summaries: int,
   dtype: jax.typing.DTypeLike = jnp.float32,
   router_width: int = 0,
 ) -> BoundedCache:
   """An empty cache of `sinks + history + window + 1` blocks."""
-  num_blocks = grid.sinks + history + grid.window_blocks + 1
+  num_blocks = options.sinks + history + options.window_blocks + 1
   pages = init_sparse_cache(
     batch,
     num_kv_heads,
-    num_blocks * grid.block,
+    num_blocks * options.block,
     width,
-    grid,
+    options,
     dtype,
     router_width,
   )
-  f32 = pages.summary_key.dtype
-
-  def means():
-    return jnp.zeros((batch, num_kv_heads, num_summaries, width), f32)
-
-  def numbers(size):
-    return jnp.zeros((batch, size), jnp.int32)
-
   return BoundedCache(
     pages,
-    jnp.zeros((batch, num_blocks), f32),
-    numbers(num_blocks),
-    Summaries(means(), means(), numbers(num_summaries), numbers(num_summaries)),
+    jnp.zeros((batch, num_blocks), pages.summary_key.dtype),
+    jnp.zeros((batch, num_blocks), jnp.int32),
   )
 
 
 def bounded_attention(
-  query: Float[Array, 'B T N H'],
-  key: Float[Array, 'B T K H'],
-  value: Float[Array, 'B T K H'],
-  segments: Int[Array, 'B T'],
-  coverage: Float[Array, 'B T K'],
-  gates: Float[Array, 'B T N 3'],
+  inputs: SparseInputs,
   cache: BoundedCache,
   index: Int[Array, ''],
-  *,
-  grid: Grid,
-  turn: Turn,
-  pooling: Pooling | None = None,
-  router: Router | None = None,
-  summary_turn: Turn | None = None,
-  use_summaries: bool = True,
-  combine: str = 'merged',
+  options: SparseOptions,
+  rotate: RopeFn,
 ) -> tuple[Float[Array, 'B T N H'], BoundedCache, dict[str, jax.Array]]:
   """T new tokens; how they are divided into calls changes nothing.
 
   Args:
-    query: N heads, not rotated, as the keys.
-    key: K heads.
-    value: as `key`.
-    segments: document of each token; 0 for padding.
-    coverage: share of importance that is to be covered.
-    gates: factors of the window, the kept blocks and the summaries.
+    inputs: queries and keys not rotated.
     cache: of all tokens before these.
     index: their number; a multiple of the block unless T is 1.
-    grid: blocks, tiles and bounds.
-    turn: rotates heads [..., H] by rows that are broadcast over [...].
-    pooling: weighs the rows in a block's summary.
-    router: of the tokens; chooses the blocks instead of `query`.
-    summary_turn: rotates the keys to the middle of a block that is summarized.
-    use_summaries: read them, and not only choose by them.
-    combine: 'merged' or 'gated'.
+    options: sizes, bounds, and what is read.
+    rotate: rotates heads [..., H] by rows that are broadcast over [...].
 
   Returns:
     Sums of the values, the cache, and the figures of `sparse_attention`.
   """
-  how = dict(
-    grid=grid,
-    turn=turn,
-    use_summaries=use_summaries,
-    combine=combine,
-    of_summaries=(pooling, summary_turn),
-  )
-  batch, length = query.shape[:2]
-  if router is None:
-    router = no_router(batch, length, length)
-  new = (query, key, value, segments, coverage, gates, router)
+  inputs = inputs.completed()
+  batch, length, *heads = inputs.query.shape
   if length == 1:
-    return _advance(cache, index, *new, last_row=0, **how)
+    return _advance(cache, index, inputs, 0, options, rotate)
   # Whole blocks; rows of padding are written over by those that come next.
-  num_blocks = -(-length // grid.block)
-  missing = num_blocks * grid.block - length
+  num_blocks = -(-length // options.block)
+  missing = num_blocks * options.block - length
 
-  def in_blocks(x):
+  def in_blocks(x: jax.Array):
     x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
-    x = x.reshape(x.shape[0], num_blocks, grid.block, *x.shape[2:])
+    x = x.reshape(batch, num_blocks, options.block, *x.shape[2:])
     return jnp.moveaxis(x, 1, 0)
 
-  def one_block(cache, block):
+  def one_block(cache: BoundedCache, block: tuple[jax.Array, SparseInputs]):
     i, new = block
     # The choice to go on with is that of the last row that is a token.
-    last_row = jnp.minimum(length - 1 - i * grid.block, grid.block - 1)
+    last_row = jnp.minimum(length - 1 - i * options.block, options.block - 1)
     y, cache, stats = _advance(
-      cache, index + i * grid.block, *new, last_row=last_row, **how
+      cache, index + i * options.block, new, last_row, options, rotate
     )
     return cache, (y, stats)
 
   cache, (y, stats) = jax.lax.scan(
-    one_block, cache, (jnp.arange(num_blocks), jax.tree.map(in_blocks, new))
+    one_block, cache, (jnp.arange(num_blocks), jax.tree.map(in_blocks, inputs))
   )
-  y = jnp.moveaxis(y, 0, 1).reshape(query.shape[0], -1, *query.shape[2:])
-  stats = tiles_in_order(stats, -(-length // grid.tile))
+  y = jnp.moveaxis(y, 0, 1).reshape(batch, -1, *heads)
+  stats = tiles_in_order(stats, -(-length // options.tile))
   return y[:, :length], cache, stats
 
 
 def _advance(
-  cache,
-  index,
-  query,
-  key,
-  value,
-  segments,
-  coverage,
-  gates,
-  router,
-  *,
-  grid,
-  turn,
-  use_summaries,
-  combine,
-  of_summaries,
-  last_row,
+  cache: BoundedCache,
+  index: Int[Array, ''],
+  inputs: SparseInputs,
+  last_row: Int[Array, ''] | int,
+  options: SparseOptions,
+  rotate: RopeFn,
 ):
-  """One row, or the rows of a whole block."""
-  batch, length, num_heads, width = query.shape
-  heads = (key.shape[2], num_heads // key.shape[2])
+  """One row, or the rows of a whole block; `last_row` of them is a token."""
+  batch, length, num_heads, width = inputs.query.shape
+  num_kv_heads = inputs.key.shape[2]
+  heads = (num_kv_heads, num_heads // num_kv_heads)
   # A full cache takes every block in its last place.
-  is_first_row = index % grid.block == 0
-  row = jnp.minimum(index, cache.num_rows - grid.block + index % grid.block)
+  at = index % options.block
+  row = jnp.minimum(index, cache.num_rows - options.block + at)
   cache = jax.lax.cond(
-    is_first_row & (index >= cache.num_rows),
-    functools.partial(_forget_one, grid=grid),
+    (at == 0) & (index >= cache.num_rows),
+    functools.partial(_forget_one, options=options),
     lambda cache: cache,
     cache,
   )
-  pages = append(
-    cache.pages,
-    row,
-    key,
-    value,
-    segments,
-    router.key,
-    grid,
-    *of_summaries,
-    turn,
-  )
-  summaries = _placed(pages.summaries, grid, turn)
+  pages = append(cache.pages, row, inputs, options, rotate)
+  summaries = _placed(pages.summaries, options, rotate)
   rows = row + jnp.arange(length)
-  query = turn(query, rows[None, :, None])
-  tile = min(grid.tile, length)
+  query = rotate(inputs.query, rows[None, :, None])
+  tile = min(options.tile, length)
   num_tiles = length // tile
 
-  def tiled(x, *tail):
+  def tiled(x: jax.Array, *tail: int):
     return x.reshape(batch, num_tiles, tile, *tail)
 
   first_row = row + tile * jnp.arange(num_tiles)
-  on_grid = pages.pages(grid.block)
-  lead = lead_segments(on_grid.segments, first_row - first_row % grid.tile)
-  query = tiled(query, *heads, width)
+  on_grid = pages.pages(options.block)
+  lead = lead_segments(on_grid.segments, first_row - first_row % options.tile)
+  query, segments = tiled(query, *heads, width), tiled(inputs.segments)
   new, is_eligible, shares = choose(
     query[:, :, 0],
-    tiled(coverage, heads[0])[:, :, 0],
+    tiled(inputs.coverage, num_kv_heads)[:, :, 0],
     first_row,
     lead,
     summaries,
-    grid,
+    options,
     Router(
-      router.query[:, ::tile],
-      router.weight[:, ::tile],
+      inputs.router.query[:, ::tile],
+      inputs.router.weight[:, ::tile],
       pages.summary_router_key,
     ),
   )
   if length == 1:
     # A tile keeps the choice of its first row, whichever call that came in.
-    begins = index % grid.tile == 0
+    begins = index % options.tile == 0
     block = jnp.where(begins, new.block, pages.kept_block[:, :, None])
     is_kept = jnp.where(begins, new.is_kept, pages.is_kept[:, :, None])
     new = Selection(block, is_kept.astype(new.weight.dtype), is_kept)
     num_seen = begins.astype(jnp.int32)
   else:
-    num_seen = last_row // grid.tile + 1
+    num_seen = last_row // options.tile + 1
   y, of_sets, _ = attend_tiles(
     query,
-    tiled(gates, *heads, 3),
+    tiled(inputs.gates, *heads, 3),
     first_row,
-    tiled(segments),
+    segments,
     on_grid,
-    summaries if use_summaries else None,
+    summaries,
     new,
-    grid,
-    combine,
-    turn,
-    _forgotten(cache.forgotten, grid, turn),
+    options,
+    rotate,
   )
   cache = _rated(cache, shares.mean(1), is_eligible, num_seen)
   kept_block, is_kept = (
-    jax.lax.dynamic_index_in_dim(x, last_row // grid.tile, 2, keepdims=False)
+    jax.lax.dynamic_index_in_dim(x, last_row // options.tile, 2, keepdims=False)
     for x in (new.block, new.is_kept)
   )
   stats = dict(
@@ -282,27 +216,19 @@ def _advance(
     eligible=jnp.broadcast_to(
       is_eligible.sum(-1)[:, None], new.weight.shape[:3]
     ),
-    shares=mean_of_rows(of_sets, tiled(segments)),
+    shares=mean_of_rows(of_sets, segments),
   )
   pages = pages._replace(kept_block=kept_block, is_kept=is_kept)
-  y = y.reshape(batch, length, num_heads, width).astype(value.dtype)
+  y = y.reshape(batch, length, num_heads, width).astype(inputs.value.dtype)
   return y, cache._replace(pages=pages), stats
 
 
-def _placed(summaries: Summaries, grid: Grid, turn: Turn) -> Summaries:
-  """Summaries whose keys are turned by the first rows of their blocks."""
-  first_row = jnp.arange(summaries.key.shape[2]) * grid.block
-  return summaries._replace(key=turn(summaries.key, first_row[None, None]))
-
-
-def _forgotten(
-  summaries: Summaries, grid: Grid, turn: Turn
-) -> Summaries | None:
-  """They stand where the oldest block after the sinks is."""
-  if not summaries.count.shape[1]:
-    return None
-  row = jnp.full((1, 1, 1), grid.sinks * grid.block)
-  return summaries._replace(key=turn(summaries.key, row))
+def _placed(
+  summaries: Summaries, options: SparseOptions, rotate: RopeFn
+) -> Summaries:
+  """Summaries whose keys are rotated by the first rows of their blocks."""
+  first_row = jnp.arange(summaries.key.shape[2]) * options.block
+  return summaries._replace(key=rotate(summaries.key, first_row[None, None]))
 
 
 def _rated(
@@ -321,12 +247,14 @@ def _rated(
   return cache._replace(worth=worth, seen=seen)
 
 
-def _forget_one(cache: BoundedCache, *, grid: Grid) -> BoundedCache:
+def _forget_one(cache: BoundedCache, *, options: SparseOptions) -> BoundedCache:
   """Takes out a block, such that the last place is free."""
   num_blocks = cache.seen.shape[1]
   place = jnp.arange(num_blocks)[None]
   # Not the window's, nor what has not been eligible yet.
-  may_go = (place >= grid.sinks) & (place < num_blocks - grid.window_blocks - 1)
+  may_go = (place >= options.sinks) & (
+    place < num_blocks - options.window_blocks - 1
+  )
   weight = 1 - DECAY ** jnp.maximum(cache.seen, 1).astype(cache.worth.dtype)
   worth = jnp.where(may_go, cache.worth / weight, jnp.inf)
   # Of equals the oldest.
@@ -334,27 +262,16 @@ def _forget_one(cache: BoundedCache, *, grid: Grid) -> BoundedCache:
   source = jnp.minimum(place + (place >= gone[:, None]), num_blocks - 1)
   is_new = place == num_blocks - 1
 
-  def moved(x, axis):
+  def moved(x: jax.Array, axis: int):
     """`axis` of x holds the blocks, those of each sequence for themselves."""
     take = jax.vmap(functools.partial(jnp.take, axis=axis - 1, mode='clip'))
     return take(x, source)
 
-  def emptied(x):
+  def emptied(x: jax.Array):
     return jnp.where(is_new, jnp.zeros((), x.dtype), moved(x, 1))
 
   pages = cache.pages
-  on_grid = pages.pages(grid.block)
-  forgotten = _remember(
-    cache.forgotten,
-    Summaries(
-      *(
-        jax.vmap(functools.partial(jnp.take, axis=axis - 1, mode='clip'))(
-          x, gone[:, None]
-        )
-        for x, axis in zip(pages.summaries, (2, 2, 1, 1), strict=True)
-      )
-    ),
-  )
+  on_grid = pages.pages(options.block)
   pages = pages._replace(
     key=moved(on_grid.key, 2).reshape(pages.key.shape),
     value=moved(on_grid.value, 2).reshape(pages.value.shape),
@@ -374,33 +291,4 @@ def _forget_one(cache: BoundedCache, *, grid: Grid) -> BoundedCache:
     summary_count=emptied(pages.summary_count),
     summary_segment=emptied(pages.summary_segment),
   )
-  return BoundedCache(
-    pages, emptied(cache.worth), emptied(cache.seen), forgotten
-  )
-
-
-def _remember(old: Summaries, new: Summaries) -> Summaries:
-  """Adds one summary; the two oldest become one, their rows' mean.
-
-  An empty one is of no rows, so that merging begins when all are in use. Of two
-  documents the newer one stays, as nothing reads the older again.
-  """
-  if not old.count.shape[1]:
-    return old
-  both = join_summaries(old, new)
-  is_same = both.segment[:, 0] == both.segment[:, 1]
-  first = jnp.where(is_same, both.count[:, 0], 0)
-  total = first + both.count[:, 1]
-  share = (first / jnp.maximum(total, 1)).astype(both.key.dtype)[:, None, None]
-
-  def merged(x):
-    return (
-      x[:, :, 1:].at[:, :, 0].set(share * x[:, :, 0] + (1 - share) * x[:, :, 1])
-    )
-
-  return Summaries(
-    merged(both.key),
-    merged(both.value),
-    both.count[:, 1:].at[:, 0].set(total),
-    both.segment[:, 1:],
-  )
+  return BoundedCache(pages, emptied(cache.worth), emptied(cache.seen))

@@ -4,16 +4,17 @@ Padding before a sequence's first token takes no rows of the cache: it would
 shift the grid of blocks, and each sequence is to be read as it is alone.
 """
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from jaxsparse.ops.sparse_attention.block_router import Router
 from jaxsparse.ops.sparse_attention.sparse_cache import (
   SparseCache,
   cached_sparse_attention,
+)
+from jaxsparse.ops.sparse_attention.sparse_inputs import (
+  SparseInputs,
+  SparseOptions,
 )
 
 
@@ -28,43 +29,50 @@ def num_skipped(
   return jnp.where(lengths == 0, before, 0).astype(jnp.int32)
 
 
-def each_from_its_first_token(
-  *arrays: Any, router: Router, **how: Any
+def unpadded_cached_attention(
+  inputs: SparseInputs,
+  cache: SparseCache,
+  lengths: Int[Array, ' B'],
+  skipped: Int[Array, ' B'],
+  options: SparseOptions,
 ) -> tuple[Float[Array, 'B T N H'], SparseCache, dict[str, jax.Array]]:
   """`cached_sparse_attention` of sequences that are not equally long.
 
   Args:
-    *arrays: its inputs, the last of which are the number of rows of each
-      sequence and how many of the new ones are padding before it.
-    router: of the tokens.
-    **how: its options.
+    inputs: of T new rows of each sequence.
+    cache: of all rows before.
+    lengths: rows of each sequence in the cache.
+    skipped: how many of the new rows are padding before a sequence's first
+      token, see `num_skipped`.
+    options: as there.
   """
-  *inputs, cache, (lengths, skipped) = arrays
-  length = inputs[0].shape[1]
-  sequences = (tuple(inputs), router)
+  inputs = inputs.completed()
+  length = inputs.query.shape[1]
 
-  def moved(x, by):
+  def moved(x: jax.Array, by: Int[Array, ' B']):
     order = (jnp.arange(length)[None] + by[:, None]) % length
     return jax.vmap(lambda x, order: x[order])(x, order)
 
   if length > 1:
     # To the end, where the rows of the next tokens will be.
-    sequences = jax.tree.map(lambda x: moved(x, skipped), sequences)
+    inputs = jax.tree.map(lambda x: moved(x, skipped), inputs)
 
-  def run(sequences, cache, index, count):
-    inputs, router = sequences
-    return cached_sparse_attention(
-      *inputs, cache, index, count, router=router, **how
-    )
+  def one(
+    inputs: SparseInputs,
+    cache: SparseCache,
+    index: Int[Array, ''],
+    count: Int[Array, ''],
+  ):
+    arrays = jax.tree.map(lambda x: x[None], (inputs, cache))
+    found = cached_sparse_attention(*arrays, index, options, count)
+    return jax.tree.map(lambda x: x[0], found)
 
-  def one(sequences, cache, index, count):
-    arrays = jax.tree.map(lambda x: x[None], (sequences, cache))
-    return jax.tree.map(lambda x: x[0], run(*arrays, index, count))
-
-  rows = (lengths, length - skipped)
+  count = length - skipped
   if len(lengths) == 1:
     # XLA's CPU copies a cache of one sequence that is written by a scatter.
-    y, cache, stats = run(sequences, cache, *(x[0] for x in rows))
+    y, cache, stats = cached_sparse_attention(
+      inputs, cache, lengths[0], options, count[0]
+    )
   else:
-    y, cache, stats = jax.vmap(one)(sequences, cache, *rows)
+    y, cache, stats = jax.vmap(one)(inputs, cache, lengths, count)
   return (moved(y, -skipped) if length > 1 else y), cache, stats

@@ -14,23 +14,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
-from jaxsparse.ops.sparse_attention.block_router import Router, no_router
+from jaxsparse.ops.sparse_attention.block_router import Router
 from jaxsparse.ops.sparse_attention.block_selection import (
-  Grid,
   Selection,
   choose,
   lead_segments,
 )
 from jaxsparse.ops.sparse_attention.block_summaries import (
-  Pooling,
   Summaries,
-  Turn,
   mean_of_blocks,
   summarize,
 )
 from jaxsparse.ops.sparse_attention.sparse_attention import sparse_attention
+from jaxsparse.ops.sparse_attention.sparse_inputs import (
+  SparseInputs,
+  SparseOptions,
+)
 from jaxsparse.ops.sparse_attention.tile_attention import (
   Pages,
+  RopeFn,
   attend_tiles,
   mean_of_rows,
 )
@@ -62,7 +64,7 @@ class SparseCache(NamedTuple):
     )
 
   def pages(self, block: int) -> Pages:
-    def paged(x, axis):
+    def paged(x: jax.Array, axis: int):
       return x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
 
     return Pages(
@@ -75,17 +77,17 @@ def init_sparse_cache(
   num_kv_heads: int,
   length: int,
   width: int,
-  grid: Grid,
+  options: SparseOptions,
   dtype: jax.typing.DTypeLike = jnp.float32,
   router_width: int = 0,
 ) -> SparseCache:
   """An empty cache for at least `length` rows."""
-  num_blocks = -(-length // grid.block)
-  slots = min(grid.slots, num_blocks)
+  num_blocks = -(-length // options.block)
+  slots = min(options.max_blocks, num_blocks)
   f32 = jnp.promote_types(dtype, jnp.float32)
 
   def rows():
-    shape = (batch, num_kv_heads, num_blocks * grid.block, width)
+    shape = (batch, num_kv_heads, num_blocks * options.block, width)
     return jnp.zeros(shape, dtype)
 
   def means():
@@ -95,9 +97,9 @@ def init_sparse_cache(
     return jnp.zeros((batch, *shape), jnp.int32)
 
   return SparseCache(
-    rows(), rows(), numbers(num_blocks * grid.block),
+    rows(), rows(), numbers(num_blocks * options.block),
     means(), means(), numbers(num_blocks), numbers(num_blocks),
-    jnp.zeros((batch, num_blocks * grid.block, router_width), f32),
+    jnp.zeros((batch, num_blocks * options.block, router_width), f32),
     jnp.zeros((batch, num_blocks, router_width), f32),
     numbers(num_kv_heads, slots), numbers(num_kv_heads, slots) > 0,
   )  # fmt: skip
@@ -106,48 +108,43 @@ def init_sparse_cache(
 def append(
   cache: SparseCache,
   index: Int[Array, ''],
-  key: Float[Array, 'B T K H'],
-  value: Float[Array, 'B T K H'],
-  segments: Int[Array, 'B T'],
-  router_key: Float[Array, 'B T I'],
-  grid: Grid,
-  pooling: Pooling | None = None,
-  summary_turn: Turn | None = None,
-  turn: Turn | None = None,
+  inputs: SparseInputs,
+  options: SparseOptions,
+  rotate: RopeFn | None = None,
 ) -> SparseCache:
   """Writes rows at `index`, and the summaries of the blocks they touch.
 
-  With `turn`, keys are not rotated yet, and summaries are of keys that are by
-  their rows in the block. `pooling` and `summary_turn` as in `summarize`.
+  With `rotate`, keys are not rotated yet, and summaries are of keys that are by
+  their rows in the block.
   """
 
-  def write(old, new, start, axis):
+  def write(old: jax.Array, new: jax.Array, start: jax.Array, axis: int):
     return jax.lax.dynamic_update_slice_in_dim(
       old, new.astype(old.dtype), start, axis
     )
 
-  rows = [write(cache.segments, segments, index, 1)]
-  for old, new in ((cache.value, value), (cache.key, key)):
-    rows.insert(0, write(old, jnp.moveaxis(new, 1, 2), index, 2))
+  key, value = (jnp.moveaxis(x, 1, 2) for x in (inputs.key, inputs.value))
   cache = cache._replace(
-    **dict(zip(('key', 'value', 'segments'), rows, strict=True)),
-    router_key=write(cache.router_key, router_key, index, 1),
+    key=write(cache.key, key, index, 2),
+    value=write(cache.value, value, index, 2),
+    segments=write(cache.segments, inputs.segments, index, 1),
+    router_key=write(cache.router_key, inputs.router.key, index, 1),
   )
-  pages, num_blocks = cache.pages(grid.block), cache.summary_count.shape[1]
-  length = key.shape[1]
+  pages, num_blocks = cache.pages(options.block), cache.summary_count.shape[1]
+  length = key.shape[2]
   # As many blocks as T rows can touch, wherever they begin.
-  touched = min(num_blocks, (length + 2 * grid.block - 2) // grid.block)
-  first = jnp.minimum(index // grid.block, num_blocks - touched)
+  touched = min(num_blocks, (length + 2 * options.block - 2) // options.block)
+  first = jnp.minimum(index // options.block, num_blocks - touched)
   near = Pages(
     *(
       jax.lax.dynamic_slice_in_dim(x, first, touched, axis)
       for x, axis in zip(pages, (2, 2, 1), strict=True)
     )
   )
-  if turn is not None:
-    offset = jnp.arange(grid.block)[None, None, None]
-    near = near._replace(key=turn(near.key, offset))
-  new = summarize(*near, pooling, summary_turn)
+  if rotate is not None:
+    offset = jnp.arange(options.block)[None, None, None]
+    near = near._replace(key=rotate(near.key, offset))
+  new = summarize(*near)
   summaries = Summaries(
     *(
       write(old, some, first, axis)
@@ -157,7 +154,7 @@ def append(
     )
   )
   rows = jax.lax.dynamic_slice_in_dim(
-    cache.router_key, first * grid.block, touched * grid.block, 1
+    cache.router_key, first * options.block, touched * options.block, 1
   )
   router_means = mean_of_blocks(rows, near.segments)
   return cache._replace(
@@ -167,23 +164,11 @@ def append(
 
 
 def cached_sparse_attention(
-  query: Float[Array, 'B T N H'],
-  key: Float[Array, 'B T K H'],
-  value: Float[Array, 'B T K H'],
-  segments: Int[Array, 'B T'],
-  coverage: Float[Array, 'B T K'],
-  gates: Float[Array, 'B T N 3'],
+  inputs: SparseInputs,
   cache: SparseCache,
   index: Int[Array, ''],
+  options: SparseOptions,
   count: Int[Array, ''] | None = None,
-  *,
-  grid: Grid,
-  pooling: Pooling | None = None,
-  router: Router | None = None,
-  summary_turn: Turn | None = None,
-  use_summaries: bool = True,
-  combine: str = 'merged',
-  chunk: int = 512,
 ) -> tuple[Float[Array, 'B T N H'], SparseCache, dict[str, jax.Array]]:
   """T new tokens, whose rows begin at `index`; the cache must have room.
 
@@ -191,23 +176,16 @@ def cached_sparse_attention(
   and the summaries, whatever the length of the cache. Of several only the first
   `count` stay, if it is given: what comes next is written over the others.
   """
-  batch, length = query.shape[:2]
-  if router is None:
-    router = no_router(batch, length, length)
-  cache = append(
-    cache, index, key, value, segments, router.key, grid, pooling, summary_turn
-  )
-  how = dict(grid=grid, use_summaries=use_summaries, combine=combine)
+  inputs = inputs.completed()
+  length = inputs.query.shape[1]
+  cache = append(cache, index, inputs, options)
   if length == 1:
-    y, cache, stats = _one_token(
-      query, segments, coverage, gates, cache, index, router, **how
-    )
-    return y, cache, stats
+    return _one_token(inputs, cache, index, options)
   # Rows of tiles begin on the grid: rows before the first are padding here.
-  before = index % grid.block
-  shift = grid.block - 1
+  before = index % options.block
+  shift = options.block - 1
 
-  def placed(x):
+  def placed(x: jax.Array):
     shape = (x.shape[0], shift + length, *x.shape[2:])
     return jax.lax.dynamic_update_slice_in_dim(
       jnp.zeros(shape, x.dtype), x, before, 1
@@ -219,25 +197,26 @@ def cached_sparse_attention(
     cache.is_kept,
   )
   y, stats = sparse_attention(
-    placed(query),
-    jnp.moveaxis(cache.key, 2, 1),
-    jnp.moveaxis(cache.value, 2, 1),
-    placed(segments),
-    cache.segments,
-    placed(coverage),
-    placed(gates),
+    SparseInputs(
+      query=placed(inputs.query),
+      key=jnp.moveaxis(cache.key, 2, 1),
+      value=jnp.moveaxis(cache.value, 2, 1),
+      segments=placed(inputs.segments),
+      coverage=placed(inputs.coverage),
+      gates=placed(inputs.gates),
+      router=Router(
+        placed(inputs.router.query),
+        placed(inputs.router.weight),
+        cache.router_key,
+      ),
+    ),
+    options,
+    key_segments=cache.segments,
     first_row=index - before,
     earlier=(earlier, index),
-    router=Router(
-      placed(router.query), placed(router.weight), cache.router_key
-    ),
-    pooling=pooling,
-    summary_turn=summary_turn,
-    chunk=chunk,
-    **how,
   )
   y = jax.lax.dynamic_slice_in_dim(y, before, length, 1)
-  last = (before + (length if count is None else count) - 1) // grid.tile
+  last = (before + (length if count is None else count) - 1) // options.tile
   kept_block, is_kept = (
     jax.lax.dynamic_index_in_dim(stats[name], last, 2, keepdims=False)
     for name in ('block', 'is_kept')
@@ -246,24 +225,28 @@ def cached_sparse_attention(
 
 
 def _one_token(
-  query, segments, coverage, gates, cache, index, router, *, grid, **how
+  inputs: SparseInputs,
+  cache: SparseCache,
+  index: Int[Array, ''],
+  options: SparseOptions,
 ):
-  batch, _, num_heads, width = query.shape
+  batch, _, num_heads, width = inputs.query.shape
   num_kv_heads = cache.key.shape[1]
   heads = (num_kv_heads, num_heads // num_kv_heads)
-  query = query.reshape(batch, 1, 1, *heads, width)
-  pages, first_row = cache.pages(grid.block), index - index % grid.tile
+  query = inputs.query.reshape(batch, 1, 1, *heads, width)
+  segments = inputs.segments[:, None]
+  pages, first_row = cache.pages(options.block), index - index % options.tile
   lead = lead_segments(pages.segments, first_row[None])
   new, is_eligible, _ = choose(
     query[:, :, 0],
-    coverage,
+    inputs.coverage,
     index[None],
     lead,
     cache.summaries,
-    grid,
-    router._replace(key=cache.summary_router_key),
+    options,
+    inputs.router._replace(key=cache.summary_router_key),
   )
-  is_first = index % grid.tile == 0
+  is_first = index % options.tile == 0
   block = jnp.where(is_first, new.block[:, :, 0], cache.kept_block)
   is_kept = jnp.where(is_first, new.is_kept[:, :, 0], cache.is_kept)
   selection = Selection(
@@ -273,21 +256,20 @@ def _one_token(
   )
   y, shares, _ = attend_tiles(
     query,
-    gates.reshape(batch, 1, 1, *heads, 3),
+    inputs.gates.reshape(batch, 1, 1, *heads, 3),
     index[None],
-    segments[:, None],
+    segments,
     pages,
-    cache.summaries if how['use_summaries'] else None,
+    cache.summaries,
     selection,
-    grid,
-    how['combine'],
+    options,
   )
   stats = dict(
     kept=selection.weight.sum(-1),
     eligible=jnp.broadcast_to(
       is_eligible.sum(-1)[:, None], (batch, num_kv_heads, 1)
     ),
-    shares=mean_of_rows(shares, segments[:, None]),
+    shares=mean_of_rows(shares, segments),
   )
-  y = y.reshape(batch, 1, num_heads, width).astype(query.dtype)
+  y = y.reshape(batch, 1, num_heads, width).astype(inputs.query.dtype)
   return y, cache._replace(kept_block=block, is_kept=is_kept), stats

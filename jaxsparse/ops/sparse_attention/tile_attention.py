@@ -10,11 +10,12 @@ weighs them.
 Letters as in `block_selection`; r rows of a tile, T = n r queries.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse.ops.online_softmax import (
   combined,
@@ -22,16 +23,15 @@ from jaxsparse.ops.online_softmax import (
   partial_softmax,
 )
 from jaxsparse.ops.sparse_attention.block_selection import (
-  Grid,
   Selection,
   eligible_blocks,
   lead_segments,
 )
-from jaxsparse.ops.sparse_attention.block_summaries import (
-  Summaries,
-  Turn,
-  join_summaries,
-)
+from jaxsparse.ops.sparse_attention.block_summaries import Summaries
+from jaxsparse.ops.sparse_attention.sparse_inputs import SparseOptions
+
+# Rotates keys [..., H] by their rows, which are broadcast over [...].
+RopeFn = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Pages(NamedTuple):
@@ -52,7 +52,7 @@ def to_pages(
   length = key.shape[1]
   missing = -length % block
 
-  def paged(x):
+  def paged(x: jax.Array):
     x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
     return x.reshape(x.shape[0], -1, block, *x.shape[2:])
 
@@ -66,12 +66,10 @@ def attend_tiles(
   first_row: Int[Array, ' n'],
   segments: Int[Array, 'B n r'],
   pages: Pages,
-  summaries: Summaries | None,
+  summaries: Summaries,
   selection: Selection,
-  grid: Grid,
-  combine: str = 'merged',
-  turn: Turn | None = None,
-  forgotten: Summaries | None = None,
+  options: SparseOptions,
+  rotate: RopeFn | None = None,
 ) -> tuple[
   Float[Array, 'B n r K G H'],
   Float[Array, 'B n r K G 3'],
@@ -86,12 +84,10 @@ def attend_tiles(
     segments: document of each query; 0 for padding.
     pages: all keys and values; rows after a query's own may hold anything that
       is finite.
-    summaries: of the blocks, or None to do without them.
+    summaries: of the blocks, if the options are to read them.
     selection: the tiles' blocks.
-    grid: sizes.
-    combine: 'merged' or 'gated'.
-    turn: rotates keys by their rows, if the pages' are not rotated.
-    forgotten: summaries of blocks that are in no page, which are read, too.
+    options: sizes, and what is read.
+    rotate: rotates keys by their rows, if the pages' are not rotated.
 
   Returns:
     Sums of the values, 0 for padding; each set's share of the softmax
@@ -102,40 +98,40 @@ def attend_tiles(
   scaled = query.astype(dtype) * query.shape[-1] ** -0.5
   query = jnp.moveaxis(scaled, 3, 1).astype(query.dtype)
   gates = jnp.moveaxis(gates, 3, 1).astype(dtype)
-  own_block = first_row // grid.block
-  kept, masses = _kept(query, segments, pages, selection, turn)
+  own_block = first_row // options.block
+  kept, masses = _kept(query, segments, pages, selection, rotate)
   parts = [
-    _window(query, first_row, segments, pages, own_block, grid, turn),
+    _window(query, first_row, segments, pages, own_block, options, rotate),
     kept,
   ]
-  if summaries is not None:
-    lead = lead_segments(pages.segments, first_row - first_row % grid.tile)
-    is_read = eligible_blocks(summaries, own_block, lead, grid)[:, None]
-    if not grid.is_overlapping:
+  if options.use_summaries:
+    lead = lead_segments(pages.segments, first_row - first_row % options.tile)
+    is_read = eligible_blocks(summaries, own_block, lead, options)[:, None]
+    if not options.is_overlapping:
       is_read &= ~_is_kept_block(selection, is_read.shape[-1])
-    if forgotten is not None:
-      is_same = forgotten.segment[:, None] == lead[..., None]
-      is_same = jnp.broadcast_to(
-        (is_same & (forgotten.count > 0)[:, None])[:, None],
-        (*is_read.shape[:-1], is_same.shape[-1]),
-      )
-      is_read = jnp.concatenate([is_same, is_read], axis=-1)
-      summaries = join_summaries(forgotten, summaries)
     parts.append(_summarized(query, segments, summaries, is_read))
-  y, shares = combined(parts, gates, combine)
+  y, shares = combined(parts, gates, options.combine)
   shares = jnp.pad(shares, [(0, 0)] * 5 + [(0, 3 - shares.shape[-1])])
   return *(jnp.moveaxis(x, 1, 3) for x in (y, shares)), masses
 
 
-def _window(query, first_row, segments, pages, own_block, grid, turn):
+def _window(
+  query: Float[Array, 'B K n r G H'],
+  first_row: Int[Array, ' n'],
+  segments: Int[Array, 'B n r'],
+  pages: Pages,
+  own_block: Int[Array, ' n'],
+  options: SparseOptions,
+  rotate: RopeFn | None,
+):
   """Rows of the own block and the blocks of the window, none of them later."""
-  offsets = jnp.arange(-grid.window_blocks, 1)
+  offsets = jnp.arange(-options.window_blocks, 1)
   block = own_block[:, None] + offsets[None]
-  row = block[..., None] * grid.block + jnp.arange(grid.block)[None, None]
+  row = block[..., None] * options.block + jnp.arange(options.block)[None, None]
   row = row.reshape(len(block), -1)
   key, value, of_keys = _read_window(pages, jnp.maximum(block, 0))
-  if turn is not None:
-    key = turn(key, row[None, None])
+  if rotate is not None:
+    key = rotate(key, row[None, None])
   own_row = first_row[:, None] + jnp.arange(segments.shape[2])[None]
   is_past = (row[:, None] <= own_row[..., None]) & (row >= 0)[:, None]
   is_seen = _same_document(segments, of_keys) & is_past[None]
@@ -143,10 +139,10 @@ def _window(query, first_row, segments, pages, own_block, grid, turn):
   return partial_softmax(logits, is_seen[:, None, :, :, None], value)
 
 
-def _read_window(pages, block):
+def _read_window(pages: Pages, block: Int[Array, 'n w']):
   """Keys and values [B, K, n, l, H] and segments [B, n, l] of the blocks."""
 
-  def merged(x, axis):
+  def merged(x: jax.Array, axis: int):
     x = jnp.take(x, block, axis=axis, mode='clip')
     shape = (*x.shape[: axis + 1], -1, *x.shape[axis + 3 :])
     return x.reshape(shape)
@@ -154,14 +150,20 @@ def _read_window(pages, block):
   return merged(pages.key, 2), merged(pages.value, 2), merged(pages.segments, 1)
 
 
-def _kept(query, segments, pages, selection, turn):
+def _kept(
+  query: Float[Array, 'B K n r G H'],
+  segments: Int[Array, 'B n r'],
+  pages: Pages,
+  selection: Selection,
+  rotate: RopeFn | None,
+):
   """All rows of the kept blocks: each ends before the tile."""
   take = jax.vmap(jax.vmap(lambda x, i: x[i]))
   key, value = (take(x, selection.block) for x in (pages.key, pages.value))
-  if turn is not None:
+  if rotate is not None:
     block = key.shape[-2]
     offset = jnp.arange(block)[None, None, None, None]
-    key = turn(key, selection.block[..., None] * block + offset)
+    key = rotate(key, selection.block[..., None] * block + offset)
   # The documents' rows are the same for all heads, the blocks are not.
   of_keys = jax.vmap(lambda x, i: x[i])(pages.segments, selection.block)
   shape = (*selection.block.shape[:3], -1)
@@ -177,7 +179,11 @@ def _kept(query, segments, pages, selection, turn):
   return part, _masses(logits, is_seen & is_kept, selection.block.shape[-1])
 
 
-def _masses(logits, is_read, num_slots):
+def _masses(
+  logits: Float[Array, 'B K n r G l'],
+  is_read: Bool[Array, '...'],
+  num_slots: int,
+):
   """Shares [B, K, n, k] of the slots among what is read of the kept blocks."""
   shares = masked_softmax(jax.lax.stop_gradient(logits), is_read).sum((3, 4))
   shares = shares.reshape(*shares.shape[:3], num_slots, -1).sum(-1)
@@ -185,14 +191,19 @@ def _masses(logits, is_read, num_slots):
   return shares / jnp.where(total > 0, total, 1.0)
 
 
-def _is_kept_block(selection, num_blocks):
+def _is_kept_block(selection: Selection, num_blocks: int):
   """Slots [B, K, n, k] to blocks [B, K, n, Z]."""
   block = jnp.arange(num_blocks)[None, None, None, None]
   is_block = selection.block[..., None] == block
   return jnp.any(is_block & selection.is_kept[..., None], axis=-2)
 
 
-def _summarized(query, segments, summaries, is_read):
+def _summarized(
+  query: Float[Array, 'B K n r G H'],
+  segments: Int[Array, 'B n r'],
+  summaries: Summaries,
+  is_read: Bool[Array, 'B #K n Z'],
+):
   """One key and value for each block that is read so."""
   batch, _, num_tiles, num_blocks = is_read.shape
   of_keys = jnp.broadcast_to(
@@ -206,13 +217,15 @@ def _summarized(query, segments, summaries, is_read):
   return partial_softmax(logits, is_seen, summaries.value.astype(query.dtype))
 
 
-def _logits(letters, query, key):
+def _logits(
+  letters: str, query: Float[Array, 'B K n r G H'], key: Float[Array, '*keys H']
+):
   dtype = jnp.promote_types(query.dtype, jnp.float32)
   key = key.astype(query.dtype)
   return jnp.einsum(letters, query, key, preferred_element_type=dtype)
 
 
-def _same_document(queries, keys):
+def _same_document(queries: Int[Array, '*#B r'], keys: Int[Array, '*#B l']):
   """[..., r] and [..., l] to [..., r, l]."""
   is_same = queries[..., :, None] == keys[..., None, :]
   return is_same & (queries > 0)[..., :, None]

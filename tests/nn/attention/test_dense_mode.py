@@ -72,8 +72,8 @@ def test_it_is_sparse_attention_that_keeps_all_blocks(params):
   dense, _, metrics = logits(DENSE, params)
   sparse, _, of_sparse = logits(SPARSE, params)
   np.testing.assert_allclose(dense, sparse, rtol=0, atol=1e-5)
-  assert 'block_price' in of_sparse
-  assert 'block_price' not in metrics
+  assert 'sparsity_loss' in of_sparse
+  assert 'sparsity_loss' not in metrics
 
 
 def test_it_is_plain_attention_to_the_bit(params):
@@ -144,7 +144,7 @@ def test_a_run_may_go_on_sparse(tmp_path):
 
 
 def test_as_many_blocks_are_kept_as_asked_for(params):
-  # Where nothing is to be covered only sinks and the least number are kept.
+  # Where nothing is to be covered only the least number is kept.
   few = dataclasses.replace(
     SPARSE, sparse=dataclasses.replace(SPARSE.sparse, coverage_logit=-20.0)
   )

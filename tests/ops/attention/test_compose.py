@@ -10,6 +10,7 @@ import pytest
 
 from jaxsparse.config import DCMHAConfig, ModelConfig
 from jaxsparse.nn.attention import cache as attention_cache
+from jaxsparse.ops.attention import cpu
 from jaxsparse.ops.attention.compose import (
   HeadMix,
   compose,
@@ -256,9 +257,7 @@ def test_equals_the_official_layer(case, options, chunk):
     assert error < 1e-10, error
 
 
-def random_mix(
-  seed, num_groups, parts=('query', 'key', 'base'), interleave=False
-):
+def random_mix(seed, num_groups, parts=('query', 'key', 'base')):
   """B = 2, T = 5, S = 7, N = 6, R = 2; scores [B, T, N, S]."""
   rng = np.random.default_rng(seed)
   group = 6 // num_groups
@@ -266,7 +265,7 @@ def random_mix(
     query=(2, 5, 5, 6), key=(2, 7, 5, 6), base=(num_groups, group, group)
   )
   arrays = {n: jnp.asarray(rng.normal(size=shapes[n])) for n in parts}
-  return HeadMix(num_groups=num_groups, interleave=interleave, **arrays)
+  return HeadMix(num_groups=num_groups, **arrays)
 
 
 SCORE = jnp.asarray(
@@ -277,11 +276,9 @@ SCORE = jnp.asarray(
 @pytest.mark.parametrize(
   'parts', [(), ('query',), ('key',), ('base',), ('query', 'key', 'base')]
 )
-@pytest.mark.parametrize(
-  ('num_groups', 'interleave'), [(1, False), (2, False), (2, True), (6, False)]
-)
-def test_equals_the_reference(parts, num_groups, interleave):
-  mix = random_mix(0, num_groups, parts, interleave)
+@pytest.mark.parametrize('num_groups', [1, 2, 6])
+def test_equals_the_reference(parts, num_groups, monkeypatch):
+  mix = random_mix(0, num_groups, parts)
   score = jnp.asarray(SCORE, jnp.float64)
   cotangent = jnp.cos(score)
 
@@ -291,10 +288,11 @@ def test_equals_the_reference(parts, num_groups, interleave):
     return y, backward(cotangent)
 
   expected = jax.tree.leaves(with_gradients(compose_reference))
-  for implementation in ('matrices', 'factors'):
-    found = with_gradients(
-      functools.partial(compose, implementation=implementation)
+  for by_matrices in (True, False):
+    monkeypatch.setattr(
+      cpu, 'composes_faster', lambda a, is_so=by_matrices: is_so
     )
+    found = with_gradients(functools.partial(compose))
     for got, want in zip(jax.tree.leaves(found), expected, strict=True):
       assert_close(got, want, atol=1e-12)
 
@@ -312,15 +310,6 @@ def test_groups_do_not_meet():
   before, after = compose(SCORE, mix), compose(changed, mix)
   np.testing.assert_array_equal(before[:, :, 3:], after[:, :, 3:])
   assert (np.asarray(before[:, :, :3]) != np.asarray(after[:, :, :3])).all()
-
-
-def test_interleaved_groups_are_of_every_nth_head():
-  """As neighbours, once the heads are put in order: with 2 query heads to each
-  of 3 key/value heads, all first ones and all second ones."""
-  order = np.array([0, 2, 4, 1, 3, 5])
-  y = compose(SCORE, random_mix(2, 2, interleave=True))
-  expected = compose(SCORE[:, :, order], random_mix(2, 2))
-  np.testing.assert_array_equal(y[:, :, order], expected)
 
 
 def grouped_inputs():

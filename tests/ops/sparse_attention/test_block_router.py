@@ -12,12 +12,19 @@ from jaxsparse.ops.sparse_attention.block_router import (
   router_loss,
   router_scores,
 )
-from jaxsparse.ops.sparse_attention.block_selection import Grid, Selection
+from jaxsparse.ops.sparse_attention.block_selection import Selection
+from jaxsparse.ops.sparse_attention.block_summaries import summarize
 from jaxsparse.ops.sparse_attention.sparse_attention import sparse_attention
+from jaxsparse.ops.sparse_attention.sparse_inputs import (
+  SparseInputs,
+  SparseOptions,
+)
 from jaxsparse.ops.sparse_attention.tile_attention import attend_tiles, to_pages
 
 B, N, K, H, J, I = 2, 4, 2, 8, 3, 5
-GRID = Grid(block=4, tile=2, window_blocks=1, slots=3, least=2)
+OPTIONS = SparseOptions(
+  block=4, tile=2, window_blocks=1, max_blocks=3, min_blocks=2
+)
 ALL = np.inf
 
 
@@ -36,14 +43,13 @@ def draw(length, seed=0):
   return jax.tree.map(jnp.asarray, (heads, Router(*router)))
 
 
-@functools.partial(jax.jit, static_argnames='grid')
-def run(heads, router, coverage=0.6, grid=GRID):
+@functools.partial(jax.jit, static_argnames='options')
+def run(heads, router, coverage=0.6, options=OPTIONS):
   query, key, value = heads
   segments = jnp.ones(query.shape[:2], jnp.int32)
   coverage = jnp.full((*query.shape[:2], K), coverage)
-  return sparse_attention(
-    query, key, value, segments, segments, coverage, grid=grid, router=router
-  )
+  inputs = SparseInputs(query, key, value, segments, coverage, router=router)
+  return sparse_attention(inputs, options)
 
 
 def test_scores_are_sums_over_heads():
@@ -88,23 +94,23 @@ def test_masses_are_those_of_dense_attention():
   (query, key, value), _ = draw(24)
   segments = jnp.ones((B, 24), jnp.int32)
   first_row, kept = 16, 3
-  pages = to_pages(key, value, segments, GRID.block)
+  pages = to_pages(key, value, segments, OPTIONS.block)
   shape = (B, K, 1, kept)
   selection = Selection(
     jnp.broadcast_to(jnp.array([2, 0, 1]), shape),
     jnp.ones(shape),
     jnp.ones(shape, bool),
   )
-  rows = slice(first_row, first_row + GRID.tile)
+  rows = slice(first_row, first_row + OPTIONS.tile)
   *_, masses = attend_tiles(
-    query[:, rows].reshape(B, 1, GRID.tile, K, N // K, H),
-    jnp.ones((B, 1, GRID.tile, K, N // K, 3)),
+    query[:, rows].reshape(B, 1, OPTIONS.tile, K, N // K, H),
+    jnp.ones((B, 1, OPTIONS.tile, K, N // K, 3)),
     jnp.array([first_row]),
-    segments[:, rows].reshape(B, 1, GRID.tile),
+    segments[:, rows].reshape(B, 1, OPTIONS.tile),
     pages,
-    None,
+    summarize(*pages),
     selection,
-    GRID,
+    OPTIONS,
   )
   # All rows of blocks 0, 1 and 2 are before the window of block 4.
   for b, k in np.ndindex(B, K):
@@ -163,12 +169,12 @@ def test_attention_and_router_learn_apart():
 def test_it_learns_what_attention_reads():
   heads, router = draw(32)
   # All blocks are kept, as in a warm-up.
-  grid = Grid(block=4, tile=2, window_blocks=1, slots=8)
+  options = SparseOptions(block=4, tile=2, window_blocks=1, max_blocks=8)
 
   @jax.jit
   def step(router):
     loss, slope = jax.value_and_grad(
-      lambda router: run(heads, router, ALL, grid)[1]['router_loss'].mean()
+      lambda router: run(heads, router, ALL, options)[1]['router_loss'].mean()
     )(router)
     return loss, jax.tree.map(lambda x, g: x - 30.0 * g, router, slope)
 
@@ -189,7 +195,7 @@ def test_choice_does_not_depend_on_the_length(is_tied):
   for length in (22, 31):
     part = jax.tree.map(lambda x, n=length: x[:, :n], (heads, router))
     _, stats = run(*part)
-    tiles = length // GRID.tile
+    tiles = length // OPTIONS.tile
     for name in ('block', 'is_kept'):
       slots = min(stats[name].shape[-1], whole[name].shape[-1])
       is_kept = np.asarray(whole['is_kept'])[:, :, :tiles, :slots]

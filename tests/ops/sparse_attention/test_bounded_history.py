@@ -1,5 +1,6 @@
 """A history of bounded size, beside one that is kept as a plain list."""
 
+import dataclasses
 import functools
 
 import jax
@@ -8,7 +9,6 @@ import numpy as np
 import pytest
 
 from jaxsparse.ops.attention.rope import rotate
-from jaxsparse.ops.sparse_attention.block_selection import Grid
 from jaxsparse.ops.sparse_attention.bounded_history import (
   bounded_attention,
   init_bounded_cache,
@@ -17,13 +17,17 @@ from jaxsparse.ops.sparse_attention.sparse_cache import (
   cached_sparse_attention,
   init_sparse_cache,
 )
+from jaxsparse.ops.sparse_attention.sparse_inputs import (
+  SparseInputs,
+  SparseOptions,
+)
 
 B, N, K, H = 2, 4, 2, 8
-GRID = Grid(block=4, tile=2, window_blocks=1, slots=3, sinks=1)
+OPTIONS = SparseOptions(block=4, tile=2, window_blocks=1, max_blocks=3, sinks=1)
 # All that is eligible has a slot.
-WIDE = Grid(block=4, tile=2, window_blocks=1, slots=16, sinks=1)
+WIDE = dataclasses.replace(OPTIONS, max_blocks=16)
 HISTORY = 3
-ROWS = (GRID.sinks + HISTORY + GRID.window_blocks + 1) * GRID.block
+ROWS = (OPTIONS.sinks + HISTORY + OPTIONS.window_blocks + 1) * OPTIONS.block
 
 
 @pytest.fixture(autouse=True)
@@ -42,23 +46,23 @@ def make_inputs(length, coverage=0.7):
   gates = jax.random.uniform(keys[3], (B, length, N, 3), float, 0.5, 1.5)
   segments = jnp.ones((B, length), jnp.int32)
   shares = jnp.full((B, length, K), coverage)
-  return *heads, segments, shares, gates
+  return SparseInputs(*heads, segments, shares, gates)
 
 
-@functools.partial(jax.jit, static_argnames=('grid', 'turn'))
-def step(*inputs, grid, turn):
-  return bounded_attention(*inputs, grid=grid, turn=turn)
+step = jax.jit(bounded_attention, static_argnames=('options', 'rotate'))
 
 
-def in_parts(inputs, lengths, grid, history, turn=rotate, num_summaries=2):
-  cache = init_bounded_cache(B, K, H, grid, history, num_summaries, jnp.float64)
+def in_parts(inputs, lengths, options, history, rotate=rotate):
+  cache = init_bounded_cache(B, K, H, options, history, jnp.float64)
   outputs, begin = [], 0
   for length in lengths:
-    part = [x[:, begin : begin + length] for x in inputs]
-    y, cache, _ = step(*part, cache, jnp.int32(begin), grid=grid, turn=turn)
+    part = jax.tree.map(lambda x, b=begin, e=begin + length: x[:, b:e], inputs)
+    y, cache, _ = step(
+      part, cache, jnp.int32(begin), options=options, rotate=rotate
+    )
     outputs.append(y)
     begin += length
-  assert begin == inputs[0].shape[1]
+  assert begin == inputs.query.shape[1]
   return np.concatenate(outputs, axis=1), cache
 
 
@@ -68,11 +72,11 @@ def unrotated(x, rows):
 
 def test_with_room_for_all_it_is_the_unbounded_cache():
   inputs = make_inputs(31)
-  cache = init_sparse_cache(B, K, 40, H, GRID, jnp.float64)
+  cache = init_sparse_cache(B, K, 40, H, OPTIONS, jnp.float64)
   expected, _, _ = jax.jit(
-    functools.partial(cached_sparse_attention, grid=GRID)
-  )(*inputs, cache, jnp.int32(0))
-  y, _ = in_parts(inputs, (31,), GRID, history=6, turn=unrotated)
+    functools.partial(cached_sparse_attention, options=OPTIONS)
+  )(inputs, cache, jnp.int32(0))
+  y, _ = in_parts(inputs, (31,), OPTIONS, history=6, rotate=unrotated)
   np.testing.assert_array_equal(y, expected)
 
 
@@ -86,18 +90,18 @@ def test_with_room_for_all_it_is_the_unbounded_cache():
 )
 def test_parts_change_nothing(lengths):
   inputs = make_inputs(75)
-  assert inputs[0].shape[1] > 3 * ROWS
-  expected, cache = in_parts(inputs, (75,), GRID, HISTORY)
-  y, other = in_parts(inputs, lengths, GRID, HISTORY)
+  assert inputs.query.shape[1] > 3 * ROWS
+  expected, cache = in_parts(inputs, (75,), OPTIONS, HISTORY)
+  y, other = in_parts(inputs, lengths, OPTIONS, HISTORY)
   np.testing.assert_allclose(y, expected, rtol=0, atol=1e-14)
   np.testing.assert_allclose(cache.worth, other.worth, rtol=0, atol=1e-14)
-  np.testing.assert_array_equal(cache.forgotten.count, other.forgotten.count)
+  np.testing.assert_array_equal(cache.seen, other.seen)
 
 
-def oracle(inputs, row, grid, history, num_summaries):
+def oracle(inputs, row, grid, history):
   """One sequence, a list of blocks and dense attention to all of them."""
-  q, k, v, _, _, gates = (np.asarray(x[row]) for x in inputs)
-  blocks, gone, outputs = [], [], []
+  q, k, v, _, _, gates = (np.asarray(x[row]) for x in inputs[:6])
+  blocks, outputs = [], []
   capacity = grid.sinks + history + grid.window_blocks + 1
 
   def turned(x, place):
@@ -117,9 +121,6 @@ def oracle(inputs, row, grid, history, num_summaries):
         old = blocks[grid.sinks : capacity - grid.window_blocks - 1]
         block = min(old, key=lambda b: b['worth'] / (1 - 0.9 ** b['seen']))
         blocks = [b for b in blocks if b is not block]
-        gone.append(block['rows'])
-        if len(gone) > num_summaries:
-          gone = [gone[0] + gone[1], *gone[2:]]
       blocks.append(dict(rows=[], worth=0.0, seen=0))
     blocks[-1]['rows'].append(t)
     place = (len(blocks) - 1) * grid.block + t % grid.block
@@ -142,30 +143,18 @@ def oracle(inputs, row, grid, history, num_summaries):
         logits = turned(k[rows, n // group], places) @ query[n]
         gate = gates[t, n, 1 if j < len(eligible) else 0]
         parts.append((gate * np.exp(logits), v[rows, n // group]))
-      for rows in gone:
-        key = mean_of_forgotten(k, rows, grid, turned)[n // group]
-        weight = gates[t, n, 2] * len(rows) * np.exp(key @ query[n])
-        parts.append(([weight], v[rows, n // group].mean(0)[None]))
       total = sum(np.sum(w) for w, _ in parts)
       y[n] = sum(np.asarray(w) @ values for w, values in parts) / total
     outputs.append(y)
   return np.stack(outputs)
 
 
-def mean_of_forgotten(k, rows, grid, turned):
-  rows = np.array(rows)
-  mean = turned(k[rows], (rows % grid.block)[:, None]).mean(0)
-  return turned(mean, np.full(K, grid.sinks * grid.block))
-
-
 def test_it_is_a_list_of_blocks():
   inputs = make_inputs(70, coverage=np.inf)
-  y, cache = in_parts(inputs, (64, 6), WIDE, HISTORY)
+  y, _ = in_parts(inputs, (64, 6), WIDE, HISTORY)
   for row in range(B):
-    expected = oracle(inputs, row, WIDE, HISTORY, num_summaries=2)
+    expected = oracle(inputs, row, WIDE, HISTORY)
     np.testing.assert_allclose(y[row], expected, rtol=0, atol=2e-5)
-  # 18 blocks, of which the cache has 6: the older summary is of 11.
-  np.testing.assert_array_equal(cache.forgotten.count, [[44, 4]] * B)
 
 
 def test_what_is_read_stays():
@@ -179,7 +168,7 @@ def test_what_is_read_stays():
     jnp.arange(length, dtype=float)[None, :, None, None], v.shape
   )
   _, cache = in_parts(
-    (q, k, v, *rest), (length,), WIDE, HISTORY, turn=unrotated
+    SparseInputs(q, k, v, *rest), (length,), WIDE, HISTORY, rotate=unrotated
   )
   rows = np.unique(cache.pages.value[..., 0])
   assert set(range(wanted, wanted + 4)) <= set(rows)
@@ -191,8 +180,8 @@ def test_another_document_is_forgotten_first():
   """Blocks that no tile may read are worth nothing."""
   inputs = make_inputs(72)
   segments = jnp.ones((B, 72), jnp.int32).at[:, 24:].set(2)
-  inputs = (*inputs[:3], segments, *inputs[4:])
-  y, cache = in_parts(inputs, (72,), GRID, HISTORY, turn=unrotated)
+  inputs = inputs._replace(segments=segments)
+  y, cache = in_parts(inputs, (72,), OPTIONS, HISTORY, rotate=unrotated)
   assert np.isfinite(y).all()
-  kept = np.asarray(cache.pages.segments).reshape(B, -1, GRID.block)[:, 1:]
+  kept = np.asarray(cache.pages.segments).reshape(B, -1, OPTIONS.block)[:, 1:]
   assert (kept == 2).all()

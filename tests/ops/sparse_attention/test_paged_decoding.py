@@ -7,10 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsparse.ops.sparse_attention.block_selection import Grid
 from jaxsparse.ops.sparse_attention.sparse_cache import (
   cached_sparse_attention,
   init_sparse_cache,
+)
+from jaxsparse.ops.sparse_attention.sparse_inputs import (
+  SparseInputs,
+  SparseOptions,
 )
 
 # Deprecated by JAX 0.12.
@@ -19,12 +22,12 @@ paged_attention = pytest.importorskip(
 )
 
 B, N, K, H = 2, 4, 2, 16
-GRID = Grid(block=8, tile=1, window_blocks=1, slots=3)
-
-
-run = jax.jit(
-  functools.partial(cached_sparse_attention, grid=GRID, use_summaries=False)
+OPTIONS = SparseOptions(
+  block=8, tile=1, window_blocks=1, max_blocks=3, use_summaries=False
 )
+
+
+run = jax.jit(functools.partial(cached_sparse_attention, options=OPTIONS))
 
 
 # The last row of a block, the first of one, and one between.
@@ -38,31 +41,30 @@ def test_kept_blocks_are_a_page_table(last):
   coverage = np.broadcast_to([0.1, 0.95], (B, last + 1, K))
   inputs = [jnp.asarray(x, jnp.float32) for x in (query, key, value, coverage)]
   segments = jnp.ones((B, last + 1), jnp.int32)
-  gates = jnp.ones((B, last + 1, N, 3))
-  cache = init_sparse_cache(B, K, 64, H, GRID)
+  cache = init_sparse_cache(B, K, 64, H, OPTIONS)
   # A prompt, and single tokens after it.
   for begin, end in [(0, 44), *((i, i + 1) for i in range(44, last + 1))]:
     query, key, value, coverage = (x[:, begin:end] for x in inputs)
-    y, cache, stats = run(
-      query, key, value, segments[:, begin:end], coverage, gates[:, begin:end],
-      cache, jnp.int32(begin),
-    )  # fmt: skip
+    arrays = SparseInputs(query, key, value, segments[:, begin:end], coverage)
+    y, cache, stats = run(arrays, cache, jnp.int32(begin))
   num_kept = np.asarray(stats['kept'][..., 0], int)
   assert num_kept.min() < num_kept.max()
 
-  pages = cache.pages(GRID.block)
-  num_blocks, own = pages.key.shape[2], last // GRID.block
-  tables = np.zeros((B, K, GRID.slots + GRID.window_blocks + 1), np.int32)
+  pages = cache.pages(OPTIONS.block)
+  num_blocks, own = pages.key.shape[2], last // OPTIONS.block
+  tables = np.zeros(
+    (B, K, OPTIONS.max_blocks + OPTIONS.window_blocks + 1), np.int32
+  )
   for b, k in np.ndindex(B, K):
     is_kept = np.asarray(cache.is_kept[b, k])
     blocks = [*np.asarray(cache.kept_block[b, k])[is_kept]]
     # The open page comes last: kernels mask by the length.
-    blocks += range(own - GRID.window_blocks, own + 1)
+    blocks += range(own - OPTIONS.window_blocks, own + 1)
     tables[b, k, : len(blocks)] = blocks
     tables[b, k] += (b * K + k) * num_blocks
-  num_rows = (num_kept + GRID.window_blocks) * GRID.block
-  num_rows += last % GRID.block + 1
-  pool_shape = (1, B * K * num_blocks, GRID.block, H)
+  num_rows = (num_kept + OPTIONS.window_blocks) * OPTIONS.block
+  num_rows += last % OPTIONS.block + 1
+  pool_shape = (1, B * K * num_blocks, OPTIONS.block, H)
   paged = paged_attention.paged_attention(
     (query * H**-0.5).reshape(B * K, N // K, H),
     pages.key.reshape(pool_shape),

@@ -16,11 +16,14 @@ import numpy as np
 import pytest
 
 from jaxsparse.ops.attention.dense import attention
-from jaxsparse.ops.sparse_attention.block_selection import Grid
 from jaxsparse.ops.sparse_attention.sparse_attention import sparse_attention
 from jaxsparse.ops.sparse_attention.sparse_cache import (
   cached_sparse_attention,
   init_sparse_cache,
+)
+from jaxsparse.ops.sparse_attention.sparse_inputs import (
+  SparseInputs,
+  SparseOptions,
 )
 
 FIXTURE = pathlib.Path(__file__).parents[2] / 'fixtures/sparse_attention.npz'
@@ -54,25 +57,26 @@ def test_equals_the_prototype(case):
       if name.startswith(f'{case}/')
     }
   sizes = ast.literal_eval(str(fixture.pop('config')))
-  grid = Grid(
+  assert sizes['kmax'] == sizes['K']
+  options = SparseOptions(
     block=sizes['b'],
     tile=sizes['r'],
     window_blocks=sizes['Wb'],
-    slots=sizes['K'],
+    max_blocks=sizes['K'],
     sinks=sizes['sink'],
-    least=sizes['kmin'],
-    most=sizes['kmax'],
+    min_blocks=sizes['kmin'],
     temperature=sizes['tau'],
+    use_summaries=sizes['use_sum'],
+    chunk=48,
   )
   *inputs, cotangent = draw_inputs(case, sizes, *fixture['o'].shape[:2])
   segments = jnp.ones(cotangent.shape[:2], jnp.int32)
 
   def loss(q, k, v, theta):
-    coverage = jnp.repeat(jnp.moveaxis(theta, 1, 2), grid.tile, axis=1)
+    coverage = jnp.repeat(jnp.moveaxis(theta, 1, 2), options.tile, axis=1)
     y, stats = sparse_attention(
-      q, k, v, segments, segments, coverage,
-      grid=grid, use_summaries=sizes['use_sum'], chunk=48,
-    )  # fmt: skip
+      SparseInputs(q, k, v, segments, coverage), options
+    )
     return (y * cotangent).sum(), (y, stats)
 
   run = jax.jit(jax.grad(loss, (0, 1, 2, 3), has_aux=True))
@@ -87,7 +91,7 @@ def test_equals_the_prototype(case):
   np.testing.assert_array_equal(found.pop('kept'), fixture.pop('kept'))
   want = fixture.pop('idx')
   eligible = np.asarray(stats['eligible'][:, : want.shape[1]])
-  has_block = np.arange(grid.slots) < eligible[..., None]
+  has_block = np.arange(options.max_blocks) < eligible[..., None]
   np.testing.assert_array_equal(found.pop('idx')[has_block], want[has_block])
   assert found.keys() == fixture.keys()
   for name, want in fixture.items():
@@ -96,7 +100,7 @@ def test_equals_the_prototype(case):
 
 
 B, N, K, H = 2, 4, 2, 4
-GRID = Grid(block=4, tile=2, window_blocks=1, slots=3)
+OPTIONS = SparseOptions(block=4, tile=2, window_blocks=1, max_blocks=3, chunk=8)
 ALL = jnp.inf
 
 
@@ -106,16 +110,14 @@ def make_inputs(length=30, seed=0, num_kv_heads=K):
   return [jnp.asarray(rng.normal(size=shape)) for shape in heads]
 
 
-@functools.partial(
-  jax.jit, static_argnames=('grid', 'combine', 'use_summaries')
-)
-def run(q, k, v, *, grid=GRID, coverage=0.8, segments=None, gates=None, **how):
+@functools.partial(jax.jit, static_argnames='options')
+def run(q, k, v, *, options=OPTIONS, coverage=0.8, segments=None, gates=None):
   if segments is None:
     segments = jnp.ones(q.shape[:2], jnp.int32)
   if jnp.ndim(coverage) == 0:
     coverage = jnp.full((*q.shape[:2], k.shape[2]), coverage)
   return sparse_attention(
-    q, k, v, segments, segments, coverage, gates, grid=grid, chunk=8, **how
+    SparseInputs(q, k, v, segments, coverage, gates), options
   )
 
 
@@ -139,35 +141,41 @@ def value_and_gradients(function, inputs):
 @pytest.mark.parametrize('window_blocks', [0, 1, 2])
 @pytest.mark.parametrize('tile', [1, 4, 16])
 def test_keeping_every_block_is_dense_attention(tile, window_blocks):
-  grid = Grid(block=16, tile=tile, window_blocks=window_blocks, slots=5)
+  options = SparseOptions(
+    block=16, tile=tile, window_blocks=window_blocks, max_blocks=5
+  )
   inputs = make_inputs(70)
-  y, _ = run(*inputs, grid=grid, coverage=ALL)
+  y, _ = run(*inputs, options=options, coverage=ALL)
   np.testing.assert_allclose(y, dense(*inputs), rtol=0, atol=2e-15)
 
 
 def test_keeping_every_block_is_dense_attention_in_single_precision():
   with jax.enable_x64(False):
     inputs = make_inputs(70)
-    grid = Grid(block=16, tile=4, window_blocks=1, slots=5)
-    y, _ = run(*inputs, grid=grid, coverage=ALL)
+    options = SparseOptions(block=16, tile=4, window_blocks=1, max_blocks=5)
+    y, _ = run(*inputs, options=options, coverage=ALL)
     assert y.dtype == jnp.float32
     np.testing.assert_allclose(y, dense(*inputs), rtol=0, atol=4e-7)
 
 
 @pytest.mark.parametrize('num_kv_heads', [1, 2, 4])
 def test_keeping_every_block_has_the_gradients_of_dense_attention(num_kv_heads):
-  grid = dataclasses.replace(GRID, slots=8)
+  options = dataclasses.replace(OPTIONS, max_blocks=8)
   inputs = make_inputs(num_kv_heads=num_kv_heads)
-  got = value_and_gradients(lambda *x: run(*x, grid=grid, coverage=ALL), inputs)
+  got = value_and_gradients(
+    lambda *x: run(*x, options=options, coverage=ALL), inputs
+  )
   want = value_and_gradients(dense, inputs)
   for x, y in zip(got, want, strict=True):
     np.testing.assert_allclose(x, y, rtol=0, atol=1e-14)
 
 
 def test_nothing_but_the_window_is_a_banded_mask():
-  grid = dataclasses.replace(GRID, slots=1, sinks=0, least=0)
+  options = dataclasses.replace(
+    OPTIONS, max_blocks=1, sinks=0, min_blocks=0, use_summaries=False
+  )
   q, k, v = make_inputs()
-  y, stats = run(q, k, v, grid=grid, coverage=-ALL, use_summaries=False)
+  y, stats = run(q, k, v, options=options, coverage=-ALL)
   rows = np.arange(q.shape[1])
   is_near = rows[:, None] // 4 - rows[None] // 4 <= 1
   mask = is_near & (rows[None] <= rows[:, None])
@@ -216,8 +224,8 @@ def test_blocks_of_equal_keys_need_not_be_kept():
   q, k, v = make_inputs(32)
   k = jnp.repeat(k[:, ::4], 4, axis=1)
   for slots in (1, 3):
-    grid = dataclasses.replace(GRID, slots=slots)
-    y, _ = run(q, k, v, grid=grid, coverage=0.3)
+    options = dataclasses.replace(OPTIONS, max_blocks=slots)
+    y, _ = run(q, k, v, options=options, coverage=0.3)
     np.testing.assert_allclose(y, dense(q, k, v), rtol=0, atol=1e-14)
 
 
@@ -249,8 +257,8 @@ def test_documents_anywhere_are_dense_attention_if_all_is_kept():
   segments[0, :3] = 0
   segments[1, 30:] = 0
   segments = jnp.asarray(segments)
-  grid = dataclasses.replace(GRID, slots=8)
-  y, _ = run(*inputs, grid=grid, coverage=ALL, segments=segments)
+  options = dataclasses.replace(OPTIONS, max_blocks=8)
+  y, _ = run(*inputs, options=options, coverage=ALL, segments=segments)
   np.testing.assert_allclose(y, dense(*inputs, segments), rtol=0, atol=1e-14)
   np.testing.assert_array_equal(y[0, :3], 0.0)
 
@@ -258,10 +266,12 @@ def test_documents_anywhere_are_dense_attention_if_all_is_kept():
 @pytest.mark.parametrize(
   'how',
   [
-    dict(coverage=-ALL, grid=dataclasses.replace(GRID, sinks=0, least=0)),
-    dict(coverage=0.5, grid=dataclasses.replace(GRID, slots=8)),
-    dict(coverage=0.5, grid=dataclasses.replace(GRID, window_blocks=9)),
-    dict(combine='gated', grid=dataclasses.replace(GRID, is_overlapping=True)),
+    dict(
+      coverage=-ALL, options=dataclasses.replace(OPTIONS, sinks=0, min_blocks=0)
+    ),
+    dict(coverage=0.5, options=dataclasses.replace(OPTIONS, max_blocks=8)),
+    dict(coverage=0.5, options=dataclasses.replace(OPTIONS, window_blocks=9)),
+    dict(options=dataclasses.replace(OPTIONS, combine='gated')),
   ],
   ids=['all dropped', 'more slots than blocks', 'none eligible', 'gated'],
 )
@@ -291,15 +301,15 @@ def test_coverage_has_a_gradient_where_it_can_change_the_choice():
 @pytest.mark.parametrize('coverage', [0.0, 0.7, ALL])
 def test_kept_blocks_are_within_bounds(coverage):
   inputs = make_inputs(64)
-  counted = dataclasses.replace(GRID, slots=8, least=2, most=5)
+  counted = dataclasses.replace(OPTIONS, max_blocks=5, min_blocks=2)
   fraction = dataclasses.replace(
-    GRID, slots=16, sinks=1, least_fraction=0.2, most_fraction=0.5
+    OPTIONS, max_blocks=16, sinks=1, min_fraction=0.2, max_fraction=0.5
   )
-  for grid in (counted, fraction):
-    _, stats = run(*inputs, grid=grid, coverage=coverage)
+  for options in (counted, fraction):
+    _, stats = run(*inputs, options=options, coverage=coverage)
     kept = np.round(np.asarray(stats['kept']), 12)
     eligible = np.asarray(stats['eligible'])
-    if grid is counted:
+    if options is counted:
       least, most = np.minimum(eligible, 2), np.minimum(eligible, 5)
     else:
       least = np.ceil(0.2 * eligible)
@@ -318,14 +328,18 @@ def test_queries_may_come_in_parts(chunk):
     part = slice(begin, begin + chunk)
     past = [x.at[:, begin + chunk :].set(1e3) for x in (k, v)]
     y, _ = sparse_attention(
-      q[:, part], *past, segments[:, part], segments, coverage[:, part],
-      grid=GRID, first_row=begin,
-    )  # fmt: skip
+      SparseInputs(q[:, part], *past, segments[:, part], coverage[:, part]),
+      dataclasses.replace(OPTIONS, chunk=512),
+      key_segments=segments,
+      first_row=begin,
+    )
     np.testing.assert_allclose(y, expected[:, part], rtol=0, atol=1e-14)
 
 
 def test_memory_grows_with_the_length_and_not_its_square():
-  grid = dataclasses.replace(GRID, block=16, tile=16, slots=4)
+  options = dataclasses.replace(
+    OPTIONS, block=16, tile=16, max_blocks=4, chunk=256
+  )
 
   def temporaries(length):
     x = jax.ShapeDtypeStruct((1, length, 2, 8), jnp.float32)
@@ -334,7 +348,7 @@ def test_memory_grows_with_the_length_and_not_its_square():
       coverage = jnp.full((1, length, 2), 0.8, jnp.float32)
       segments = jnp.ones((1, length), jnp.int32)
       y, _ = sparse_attention(
-        q, k, v, segments, segments, coverage, grid=grid, chunk=256
+        SparseInputs(q, k, v, segments, coverage), options
       )
       return jnp.sin(y).sum()
 
@@ -351,10 +365,10 @@ def test_gated_is_three_softmaxes():
 
   All complete blocks have a summary, those of the window and kept ones too.
   """
-  grid = dataclasses.replace(GRID, tile=1, is_overlapping=True)
+  options = dataclasses.replace(OPTIONS, tile=1, combine='gated')
   q, k, v = inputs = make_inputs(22)
   gates = jax.random.uniform(jax.random.key(3), (B, 22, N, 3), float, 0.2, 1.0)
-  y, stats = run(*inputs, grid=grid, gates=gates, combine='gated')
+  y, stats = run(*inputs, options=options, gates=gates)
 
   def softmax(query, keys, values, counts=1.0):
     weights = counts * np.exp(keys @ query / np.sqrt(H))
@@ -362,19 +376,19 @@ def test_gated_is_three_softmaxes():
 
   q, k, v, g = (np.asarray(x) for x in (*inputs, gates))
   for b, t, n in np.ndindex(B, 22, N):
-    head, own = n // (N // K), t // grid.block
+    head, own = n // (N // K), t // options.block
     key, value = k[b, :, head], v[b, :, head]
-    begin = max(own - grid.window_blocks, 0) * grid.block
+    begin = max(own - options.window_blocks, 0) * options.block
     want = g[b, t, n, 0] * softmax(
       q[b, t, n], key[begin : t + 1], value[begin : t + 1]
     )
     kept = stats['block'][b, head, t][stats['is_kept'][b, head, t]]
-    rows = [grid.block * z + i for z in kept.tolist() for i in range(4)]
+    rows = [options.block * z + i for z in kept.tolist() for i in range(4)]
     if rows:
       want = want + g[b, t, n, 1] * softmax(q[b, t, n], key[rows], value[rows])
     if own:
       keys, values = (
-        x[: own * grid.block].reshape(own, grid.block, H).mean(1)
+        x[: own * options.block].reshape(own, options.block, H).mean(1)
         for x in (key, value)
       )
       want = want + g[b, t, n, 2] * softmax(q[b, t, n], keys, values)
@@ -399,7 +413,7 @@ def test_a_cache_gives_the_same_at_every_row(tile, parts):
 
   What is in the cache at first is of another sequence, and large.
   """
-  grid = dataclasses.replace(GRID, tile=tile)
+  options = dataclasses.replace(OPTIONS, tile=tile)
   inputs = make_inputs(30)
   segments = np.ones((B, 30), np.int32)
   segments[0, 18:] = 2
@@ -408,17 +422,19 @@ def test_a_cache_gives_the_same_at_every_row(tile, parts):
   coverage = jax.random.uniform(jax.random.key(1), (B, 30, K), float)
   gates = jax.random.uniform(jax.random.key(2), (B, 30, N, 3), float, 0.5, 1.5)
   expected, _ = run(
-    *inputs, grid=grid, coverage=coverage, segments=segments, gates=gates
+    *inputs, options=options, coverage=coverage, segments=segments, gates=gates
   )
   cache = jax.tree.map(
     lambda x: jnp.full_like(x, 1 if x.dtype.kind in 'ib' else 1e30),
-    init_sparse_cache(B, K, 37, H, grid, jnp.float64),
+    init_sparse_cache(B, K, 37, H, options, jnp.float64),
   )
-  step = jax.jit(cached_sparse_attention, static_argnames='grid')
+  step = jax.jit(cached_sparse_attention, static_argnames='options')
   begin = 0
   for length in PARTS[parts]:
     part = slice(begin, begin + length)
     arrays = [x[:, part] for x in (*inputs, segments, coverage, gates)]
-    y, cache, _ = step(*arrays, cache, jnp.int32(begin), grid=grid)
+    y, cache, _ = step(
+      SparseInputs(*arrays), cache, jnp.int32(begin), options=options
+    )
     np.testing.assert_allclose(y, expected[:, part], rtol=0, atol=1e-13)
     begin += length

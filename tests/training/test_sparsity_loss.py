@@ -1,4 +1,4 @@
-"""The price of the blocks that sparse attention keeps, and when it is asked."""
+"""The loss of the blocks that sparse attention keeps, and when it counts."""
 
 import dataclasses
 import functools
@@ -17,15 +17,15 @@ from jaxsparse.training.step import init_state, train_step
 NUM_STEPS = CONFIG.train.num_steps
 
 
-def _config(weight, ramp):
+def _config(weight, warmup):
   sparse = SparseAttentionConfig(
     block=2,
     tile=2,
     window_blocks=0,
     max_blocks=3,
     coverage_logit=0.5,
-    budget_weight=weight,
-    budget_ramp=ramp,
+    sparsity_loss_weight=weight,
+    sparsity_loss_warmup=warmup,
   )
   model = dataclasses.replace(
     CONFIG.model,
@@ -39,17 +39,17 @@ def _config(weight, ramp):
 
 
 @pytest.mark.parametrize(
-  ('ramp', 'shares'),
+  ('warmup', 'shares'),
   [
     (0.0, [1.0] * 10),
     (0.4, [0.0] * 6 + [0.25, 0.5, 0.75, 1.0]),
     (1.0, np.linspace(0.1, 1.0, 10)),
   ],
 )
-def test_it_rises_over_the_last_steps(ramp, shares):
-  metrics = dict(aux_loss=jnp.float32(2.0), block_price=jnp.float32(8.0))
+def test_it_rises_over_the_last_steps(warmup, shares):
+  metrics = dict(aux_loss=jnp.float32(2.0), sparsity_loss=jnp.float32(8.0))
   asked = [
-    objective(_config(1.0, ramp), jnp.float32(1.0), metrics, jnp.int32(step))
+    objective(_config(1.0, warmup), jnp.float32(1.0), metrics, jnp.int32(step))
     for step in range(NUM_STEPS)
   ]
   np.testing.assert_allclose(asked, 3 + 8 * np.asarray(shares), rtol=1e-6)
@@ -58,12 +58,12 @@ def test_it_rises_over_the_last_steps(ramp, shares):
 def test_training_pays_it_from_the_step_on_where_it_begins():
   with jax.set_mesh(make_mesh((1, 1, 1))):
     first = jax.jit(functools.partial(init_state, _config(5.0, 0.4)))()
-  ramped = jax.jit(functools.partial(train_step, _config(5.0, 0.4)))
+  warmed_up = jax.jit(functools.partial(train_step, _config(5.0, 0.4)))
 
   def after(step):
     with jax.set_mesh(make_mesh((1, 1, 1))):
       state = dataclasses.replace(first, step=jnp.int32(step))
-      state, metrics = ramped(state, make_batch(0))
+      state, metrics = warmed_up(state, make_batch(0))
     bias = state.params['block_00']['attention']['sparse']['coverage_bias']
     return bias, metrics
 
@@ -73,9 +73,11 @@ def test_training_pays_it_from_the_step_on_where_it_begins():
   assert not (free < 0.5).all()
   assert (paid < 0.5).all()
   kept = metrics['block_00/attention/kept_share']
-  np.testing.assert_allclose(metrics['block_price'], 5 * kept, rtol=1e-6)
+  np.testing.assert_allclose(metrics['sparsity_loss'], 5 * kept, rtol=1e-6)
 
 
-def test_a_ramp_is_a_share_of_the_steps():
-  with pytest.raises(UserError, match='budget_ramp must be within 0 and 1'):
-    SparseAttentionConfig(budget_ramp=40.0)
+def test_a_warmup_is_a_share_of_the_steps():
+  with pytest.raises(
+    UserError, match='sparsity_loss_warmup must be within 0 and 1'
+  ):
+    SparseAttentionConfig(sparsity_loss_warmup=40.0)

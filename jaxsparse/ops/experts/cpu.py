@@ -1,0 +1,88 @@
+"""Products of few rows for XLA's CPU, where dots take whole buffers.
+
+A dot with a matrix that is cut out of all experts' costs a copy of it there.
+The sum of scaled matrix rows is written out instead, which XLA fuses with the
+cut.
+
+Letters as in `grouped_matmul`.
+"""
+
+import math
+
+import jax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxsparse.ops import chunking
+from jaxsparse.ops.experts.loops import item, write_products
+
+# Experts with up to so many rows are multiplied without a copy, so many rows at
+# once.
+_FEW_ROWS = {1: 1, 8: 4}
+
+# Elements of a matrix that one fused kernel adds up.
+_FUSED_ELEMENTS = 2**13
+
+
+def few_rows(
+  rows: Float[Array, 'S D'],
+  experts: Float[Array, 'X D F'],
+  sizes: Int[Array, 'X'],
+) -> tuple[Float[Array, 'S F'], Bool[Array, 'X']]:
+  """Products of the experts with few rows, and which experts are left."""
+  out = chunking.zeros((len(rows), experts.shape[2]), rows.dtype, rows, experts)
+
+  def in_place(expert: Int[Array, '']):
+    return lambda part: _product_in_place(part, experts, expert)
+
+  done = 0
+  for most, tile in _FEW_ROWS.items():
+    is_chosen = (sizes > done) & (sizes <= most)
+    tile = min(tile, len(rows))
+    out = write_products(in_place, rows, sizes, tile, is_chosen, out)
+    done = most
+  return out, sizes > done
+
+
+def one_by_one(
+  rows: Float[Array, 'S D'],
+  experts: Float[Array, 'X D F'],
+  expert: Int[Array, 'S'],
+) -> Float[Array, 'S F']:
+  """`assigned_matmul` row by row."""
+
+  def add(i: Int[Array, ''], out: Float[Array, 'S F']):
+    row = jax.lax.dynamic_slice_in_dim(rows, i, 1)
+    product = _product_in_place(row, experts, expert[i])
+    return jax.lax.dynamic_update_slice_in_dim(
+      out, product.astype(rows.dtype), i, 0
+    )
+
+  shape = (len(rows), experts.shape[2])
+  out = chunking.zeros(shape, rows.dtype, rows, experts)
+  return jax.lax.fori_loop(0, len(rows), add, out)
+
+
+def _product_in_place(
+  rows: Float[Array, 's D'],
+  experts: Float[Array, 'X D F'],
+  expert: Int[Array, ''],
+):
+  """rows @ experts[expert] for a few rows, the matrix read where it lies."""
+  dtype = chunking.accumulator(rows)
+  depth, width = experts.shape[1:]
+  at_once = _FUSED_ELEMENTS // width
+  at_once = math.gcd(depth, max(8, min(32, at_once)))
+  flat = experts.reshape(-1, width)
+  scales = rows.T.reshape(-1, at_once, len(rows)).astype(dtype)
+
+  def add(i: Int[Array, ''], total: Float[Array, 's F']):
+    scale = item(scales, i)
+    for j in range(at_once):
+      place = expert * depth + i * at_once + j
+      line = item(*chunking.read_in_place(flat, place))
+      line = line.astype(rows.dtype).astype(dtype)
+      total += scale[j][:, None] * line[None]
+    return total
+
+  total = chunking.zeros((len(rows), width), dtype, rows, experts, expert)
+  return jax.lax.fori_loop(0, depth // at_once, add, total)
