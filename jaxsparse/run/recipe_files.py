@@ -9,13 +9,20 @@ from jaxsparse.config.errors import UserError, did_you_mean, require, shown
 
 T = TypeVar('T')
 
-# Where the files are that come with jaxsparse; an installation may lack them.
-_SHIPPED = pathlib.Path(__file__).parents[2]
+_PACKAGE = pathlib.Path(__file__).parents[1]
+
+
+def _shipped(folder: str) -> pathlib.Path:
+  """Where the files are that come with jaxsparse: installed, or a checkout."""
+  installed = _PACKAGE / 'recipes'
+  if installed.is_dir():
+    return installed / folder.removeprefix('configs').lstrip('/')
+  return _PACKAGE.parent / folder
 
 
 def names(folder: str) -> list[str]:
   """The files of a folder such as 'configs', without their endings."""
-  folders = (pathlib.Path(folder), _SHIPPED / folder)
+  folders = (pathlib.Path(folder), _shipped(folder))
   return sorted({path.stem for one in folders for path in one.glob('*.py')})
 
 
@@ -55,8 +62,7 @@ def _find(flag: str, path: str, folder: str) -> pathlib.Path:
     '\0' not in path,
     f'{flag} must not hold the NUL character, got {shown(path)}.',
   )
-  named = f'{folder}/{path}.py'
-  candidates = [path, named, _SHIPPED / named]
+  candidates = [path, f'{folder}/{path}.py', _shipped(folder) / f'{path}.py']
   # Where the system refuses a name, such as one that is too long.
   with contextlib.suppress(OSError, RuntimeError):
     for candidate in candidates:
