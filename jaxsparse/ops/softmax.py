@@ -32,12 +32,12 @@ def softmax(scores: Float[Array, '*B S']) -> Float[Array, '*B S']:
   return jax.nn.softmax(scores, axis=-1)
 
 
-def _save(scores):
+def _save(scores: Float[Array, '*B S']):
   shares = softmax(scores)
   return shares, shares
 
 
-def _restore(shares, cotangent):
+def _restore(shares: Float[Array, '*B S'], cotangent: Float[Array, '*B S']):
   total = row_sums(shares * cotangent)
   return (shares * (cotangent - total[..., None]),)
 

@@ -12,6 +12,7 @@ Three habits decide the speed (letters: Q candidates, m kept):
 
 import functools
 import inspect
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -46,7 +47,7 @@ def top_m(
   # Only the flat form is sure to reach the specialised kernels.
   rows = scores.reshape(-1, num_candidates)
 
-  def best(rows):
+  def best(rows: Float[Array, 'n Q']):
     return tuple(jax.lax.top_k(rows, num_selected, **options))
 
   if (
@@ -63,10 +64,10 @@ def top_m(
   return values.reshape(shape), indices.reshape(shape)
 
 
-def _by_counting(rows, num_selected):
+def _by_counting(rows: Float[Array, 'n Q'], num_selected: int):
   """`top_k`, whose order is stable: a rank is how many others come before."""
 
-  def count(carry, tile):
+  def count(carry: None, tile: Float[Array, 't Q']):
     return carry, _counted_tile(tile, num_selected)
 
   _, indices = chunking.over_tokens(
@@ -75,22 +76,22 @@ def _by_counting(rows, num_selected):
   return jnp.take_along_axis(rows, indices, axis=-1), indices
 
 
-def _counted_tile(rows, num_selected):
+def _counted_tile(rows: Float[Array, 'n Q'], num_selected: int):
   # Rows last: every step is then a whole vector of them.
   columns = rows.T
   index = jnp.arange(len(columns), dtype=jnp.int32)[:, None]
   place = jnp.arange(num_selected, dtype=jnp.int32)[:, None]
 
-  def count(i, ranks):
+  def count(i: Int[Array, ''], ranks: Int[Array, 'Q t']):
     other = jax.lax.dynamic_slice_in_dim(columns, i, 1)
     is_before = (other > columns) | ((other == columns) & (i < index))
     return ranks + is_before.astype(jnp.int32)
 
-  def put(i, found):
+  def put(i: Int[Array, ''], found: Int[Array, 'm t']):
     rank = jax.lax.dynamic_slice_in_dim(ranks, i, 1)
     return found + jnp.where(rank == place, i, 0).astype(jnp.int32)
 
-  def over_candidates(body, num_rows):
+  def over_candidates(body: Callable, num_rows: int):
     start = chunking.zeros((num_rows, len(rows)), jnp.int32, rows)
     return jax.lax.fori_loop(0, len(columns), body, start, unroll=4)
 

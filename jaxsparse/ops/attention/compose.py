@@ -124,12 +124,14 @@ def compose(
   return out.reshape(score.shape)
 
 
-def _grouped(factors, mix, dtype):
+def _grouped(
+  factors: Float[Array, 'B T F N'], mix: HeadMix, dtype: jax.typing.DTypeLike
+):
   """[B, T, F, G, M]."""
   return factors.astype(dtype).reshape(*factors.shape[:3], mix.num_groups, -1)
 
 
-def _by_matrices(a, mix):
+def _by_matrices(a: Float[Array, 'B T G M S'], mix: HeadMix):
   # What is the same for all pairs joins the queries' matrices [B, T, G, M, M].
   matrix = jnp.eye(a.shape[3], dtype=a.dtype)[None, None, None]
   if mix.base is not None:
@@ -144,7 +146,7 @@ def _by_matrices(a, mix):
   return out
 
 
-def _but_one_group(x):
+def _but_one_group(x: Float[Array, 'B T G ...']):
   """Without G of [B, T, G, ...]: with it XLA's CPU products are slower."""
   return x[:, :, 0] if x.shape[2] == 1 else x
 
@@ -155,15 +157,21 @@ def _but_one_group(x):
 
 
 @jax.custom_vjp
-def _by_queries(matrix, heads):
+def _by_queries(
+  matrix: Float[Array, 'B T ... M N'], heads: Float[Array, 'B T ... M S']
+):
   return jnp.einsum('bt...mn,bt...ms->bt...ns', matrix, heads)
 
 
-def _save_by_queries(matrix, heads):
+def _save_by_queries(
+  matrix: Float[Array, 'B T ... M N'], heads: Float[Array, 'B T ... M S']
+):
   return _by_queries(matrix, heads), (matrix, heads)
 
 
-def _restore_by_queries(inputs, cotangent):
+def _restore_by_queries(
+  inputs: tuple[jax.Array, jax.Array], cotangent: Float[Array, 'B T ... N S']
+):
   matrix, heads = inputs
   return (
     jnp.einsum('bt...ms,bt...ns->bt...mn', heads, cotangent),
@@ -175,18 +183,24 @@ _by_queries.defvjp(_save_by_queries, _restore_by_queries)
 
 
 @jax.custom_vjp
-def _by_keys(factors, heads):
+def _by_keys(
+  factors: Float[Array, 'B S F G M'], heads: Float[Array, 'B T ... M S']
+):
   # Turned over once, [B, S, (G,) M, T], as the gradient needs it again.
   heads = jnp.swapaxes(heads, 1, -1)
   out = _batched_matmul(_turned_matrices(factors), heads)
   return jnp.swapaxes(out, 1, -1)
 
 
-def _save_by_keys(factors, heads):
+def _save_by_keys(
+  factors: Float[Array, 'B S F G M'], heads: Float[Array, 'B T ... M S']
+):
   return _by_keys(factors, heads), (factors, heads)
 
 
-def _restore_by_keys(inputs, cotangent):
+def _restore_by_keys(
+  inputs: tuple[jax.Array, jax.Array], cotangent: Float[Array, 'B T ... N S']
+):
   factors, heads = inputs
   heads = jnp.swapaxes(heads, 1, -1)
   # Once for both products, [B, S, (G,) T, N].
@@ -213,33 +227,39 @@ def _restore_by_keys(inputs, cotangent):
 _by_keys.defvjp(_save_by_keys, _restore_by_keys)
 
 
-def _batched_matmul(left, right):
+def _batched_matmul(
+  left: Float[Array, '*batch l m'], right: Float[Array, '*batch m n']
+):
   """By the order that XLA's CPU has: an einsum may exchange the sides."""
   batch = tuple(range(left.ndim - 2))
   dims = (((left.ndim - 1,), (left.ndim - 2,)), (batch, batch))
   return jax.lax.dot_general(left, right, dims)
 
 
-def _parts(factors):
+def _parts(factors: Float[Array, 'B T F G M']):
   """[B, T, F, G, M]: what reads and what writes [B, T, R, G, M], the gates."""
   rank = factors.shape[2] // 2
   return factors[:, :, :rank], factors[:, :, rank:-1], factors[:, :, -1]
 
 
-def _matrices(read, write, gate):
+def _matrices(
+  read: Float[Array, 'B T R G M'],
+  write: Float[Array, 'B T R G M'],
+  gate: Float[Array, 'B T G M'],
+):
   """[B, T, G, M, N] from the parts of factors."""
   products = jnp.einsum('btrgm,btrgn->btgmn', read, write)
   diagonal = jnp.eye(gate.shape[-1], dtype=gate.dtype)
   return products + gate[..., None] * diagonal[None, None, None]
 
 
-def _turned_matrices(factors):
+def _turned_matrices(factors: Float[Array, 'B S F G M']):
   """[B, S, (G,) N, M]."""
   read, write, gate = _parts(factors)
   return _but_one_group(_matrices(write, read, gate))
 
 
-def _by_factors(a, mix):
+def _by_factors(a: Float[Array, 'B T G M S'], mix: HeadMix):
   # [B, T, F, G, M, 1] and [B, 1, F, G, M, S].
   sides = []
   if mix.query is not None:
@@ -266,7 +286,7 @@ def compose_reference(
   group = num_heads // mix.num_groups
   is_same_group = jnp.kron(jnp.eye(mix.num_groups), jnp.ones((group, group)))
 
-  def matrix(factors):
+  def matrix(factors: Float[Array, 'B T F N']):
     rank = factors.shape[2] // 2
     read, write = factors[:, :, :rank], factors[:, :, rank:-1]
     products = jnp.einsum('btrm,btrn->btmn', read, write)

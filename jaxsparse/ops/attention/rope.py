@@ -50,7 +50,11 @@ def rotate(
   return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def apply_rope_reference(x, positions, max_wavelength=10_000.0):
+def apply_rope_reference(
+  x: Float[Array, 'B T N H'],
+  positions: Int[Array, 'B T'],
+  max_wavelength: float = 10_000.0,
+):
   """The same as a product of complex numbers."""
   half = x.shape[-1] // 2
   frequency = max_wavelength ** (-jnp.arange(half) / half)

@@ -24,13 +24,14 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from jaxsparse.config.errors import UserError
 from jaxsparse.ops import chunking
 from jaxsparse.ops.experts import grouped_matmul_libraries as libraries
+from jaxsparse.ops.experts.loops import over_experts, over_tiles, tile_rows
 from jaxsparse.ops.kernels import grouped_matmul as kernel
-from jaxsparse.ops.shard_map_vma import argsort, to_same_varying
+from jaxsparse.ops.shard_map_vma import to_same_varying
 
 IMPLEMENTATIONS = ('auto', 'loop', 'triton', 'megablox', 'ragged_dot')
 
@@ -43,8 +44,12 @@ _FEW_ROWS_CPU = {1: 1, 8: 4}
 # Elements of a matrix that one fused kernel of a CPU adds up.
 _FUSED_ELEMENTS_CPU = 2**13
 
-# Rows of a tile.
-_TILES = (16, 256)
+_Rows = Float[Array, 'S D']
+_Experts = Float[Array, 'X D F']
+_Sizes = Int[Array, 'X']
+_Products = Float[Array, 'S F']
+_Index = Int[Array, '']
+_Inputs = tuple[jax.Array, jax.Array, jax.Array]
 
 
 def grouped_matmul(
@@ -138,11 +143,11 @@ def assigned_matmul_reference(
 
 
 @jax.custom_vjp
-def _loop(rows, experts, sizes):
+def _loop(rows: _Rows, experts: _Experts, sizes: _Sizes):
   return _products(rows, experts, sizes)
 
 
-def _loop_backward(inputs, cotangent):
+def _loop_backward(inputs: _Inputs, cotangent: _Products):
   rows, experts, sizes = inputs
   # Two programs, so that one that nobody asks for is dead code.
   d_rows = _products(cotangent, experts, sizes, is_transposed=True)
@@ -153,11 +158,11 @@ _loop.defvjp(lambda *inputs: (_loop(*inputs), inputs), _loop_backward)
 
 
 @jax.custom_vjp
-def _ragged(rows, experts, sizes):
+def _ragged(rows: _Rows, experts: _Experts, sizes: _Sizes):
   return libraries.ragged_dot(rows, experts, sizes)
 
 
-def _ragged_backward(inputs, cotangent):
+def _ragged_backward(inputs: _Inputs, cotangent: _Products):
   rows, experts, sizes = inputs
   d_rows = libraries.ragged_dot(cotangent, experts, sizes, is_transposed=True)
   return d_rows, _outer_products(rows, cotangent, sizes, experts.dtype), None
@@ -168,12 +173,17 @@ _ragged.defvjp(lambda *inputs: (_ragged(*inputs), inputs), _ragged_backward)
 
 # Compiled as functions of their own, so that layers of one size share a trace.
 @functools.partial(jax.jit, static_argnames='is_transposed')
-def _products(rows, experts, sizes, is_transposed=False):
+def _products(
+  rows: Float[Array, 'S _'],
+  experts: _Experts,
+  sizes: _Sizes,
+  is_transposed: bool = False,
+):
   if rows.size == 0 or experts.size == 0:
     width = experts.shape[1 if is_transposed else 2]
     return chunking.zeros((len(rows), width), rows.dtype, rows)
 
-  def with_few(few):
+  def with_few(few: dict[int, int]):
     return functools.partial(
       _products_with_few, few=few, is_transposed=is_transposed
     )
@@ -186,12 +196,18 @@ def _products(rows, experts, sizes, is_transposed=False):
   )  # fmt: skip
 
 
-def _products_with_few(rows, experts, sizes, few, is_transposed):
+def _products_with_few(
+  rows: Float[Array, 'S _'],
+  experts: _Experts,
+  sizes: _Sizes,
+  few: dict[int, int],
+  is_transposed: bool,
+):
   """A loop over experts with many rows, and one for each way to take `few`."""
   dtype = chunking.accumulator(rows)
   ends = jnp.cumsum(sizes)
 
-  def dot(expert):
+  def dot(expert: _Index):
     matrix = _item(*chunking.read_in_place(experts, expert))
     matrix = matrix.astype(rows.dtype)
     dims = ((1,), (1 if is_transposed else 0,)), ((), ())
@@ -199,14 +215,16 @@ def _products_with_few(rows, experts, sizes, few, is_transposed):
       part, matrix, dims, preferred_element_type=dtype
     )
 
-  def in_place(expert):
+  def in_place(expert: _Index):
     return lambda part: _product_in_place(part, experts, expert)
 
-  def multiply(product, tile, is_chosen, out):
-    def on_expert(expert, out):
+  def multiply(
+    product: Callable, tile: int, is_chosen: Bool[Array, 'X'], out: _Products
+  ):
+    def on_expert(expert: _Index, out: _Products):
       product_of = product(expert)
 
-      def on_tile(at, is_own, out):
+      def on_tile(at: _Index, is_own: Bool[Array, 't'], out: _Products):
         part = product_of(jax.lax.dynamic_slice_in_dim(rows, at, tile))
         before = jax.lax.dynamic_slice_in_dim(out, at, tile)
         return jax.lax.dynamic_update_slice_in_dim(
@@ -216,9 +234,9 @@ def _products_with_few(rows, experts, sizes, few, is_transposed):
           axis=0,
         )
 
-      return _over_tiles(on_tile, expert, ends, sizes, tile, len(rows), out)
+      return over_tiles(on_tile, expert, ends, sizes, tile, len(rows), out)
 
-    return _over_experts(on_expert, is_chosen, out)
+    return over_experts(on_expert, is_chosen, out)
 
   width = experts.shape[1 if is_transposed else 2]
   out = chunking.zeros((len(rows), width), rows.dtype, rows, experts)
@@ -232,7 +250,12 @@ def _products_with_few(rows, experts, sizes, few, is_transposed):
 
 
 @functools.partial(jax.jit, static_argnames='out_dtype')
-def _outer_products(rows, cotangent, sizes, out_dtype):
+def _outer_products(
+  rows: _Rows,
+  cotangent: _Products,
+  sizes: _Sizes,
+  out_dtype: jax.typing.DTypeLike,
+):
   """The sum over each expert's rows of row^T @ cotangent: [X, D, F]."""
   shape = (len(sizes), rows.shape[1], cotangent.shape[1])
   dtype = chunking.accumulator(rows)
@@ -241,8 +264,10 @@ def _outer_products(rows, cotangent, sizes, out_dtype):
     return out
   tile, ends = tile_rows(len(rows), len(sizes)), jnp.cumsum(sizes)
 
-  def add(expert, out):
-    def add_tile(at, is_own, total):
+  def add(expert: _Index, out: _Experts):
+    def add_tile(
+      at: _Index, is_own: Bool[Array, 't'], total: Float[Array, 'D F']
+    ):
       part = jax.lax.dynamic_slice_in_dim(rows, at, tile)
       return total + jax.lax.dot_general(
         # Rows of other experts may hold anything, and so may their cotangents.
@@ -257,54 +282,19 @@ def _outer_products(rows, cotangent, sizes, out_dtype):
       )
 
     total = chunking.zeros(shape[1:], dtype, rows, cotangent)
-    total = _over_tiles(add_tile, expert, ends, sizes, tile, len(rows), total)
+    total = over_tiles(add_tile, expert, ends, sizes, tile, len(rows), total)
     return jax.lax.dynamic_update_index_in_dim(
       out, total.astype(out_dtype), expert, 0
     )
 
-  return _over_experts(add, sizes > 0, out)
+  return over_experts(add, sizes > 0, out)
 
 
-def tile_rows(num_rows: int, num_experts: int) -> int:
-  """Rows of a tile: half of an expert's mean, as last tiles are part empty."""
-  mean = max(1, num_rows // num_experts)
-  least, most = _TILES
-  tile = 1 << (mean.bit_length() - 1) >> 1
-  return min(num_rows, max(least, min(most, tile)))
-
-
-def _over_experts(body: Callable, is_chosen, carry):
-  """`body(expert, carry)` for the chosen experts only."""
-  order = argsort(~is_chosen).astype(jnp.int32)
-  return jax.lax.fori_loop(
-    0,
-    is_chosen.sum(dtype=jnp.int32),
-    lambda i, carry: body(order[i], carry),
-    carry,
-  )
-
-
-def _over_tiles(body, expert, ends, sizes, tile, num_rows, carry):
-  """`body(first row, which are the expert's own, carry)` for its tiles.
-
-  A tile that would reach beyond the last row is moved back.
-  """
-  end, size = ends[expert], sizes[expert]
-
-  def on_tile(i, carry):
-    begin = end - size + i * tile
-    at = jnp.minimum(begin, num_rows - tile)
-    place = at + jnp.arange(tile, dtype=at.dtype)
-    return body(at, (place >= begin) & (place < end), carry)
-
-  return jax.lax.fori_loop(0, (size + tile - 1) // tile, on_tile, carry)
-
-
-def _item(x, i):
+def _item(x: Shaped[Array, 'N ...'], i: _Index):
   return jax.lax.dynamic_index_in_dim(x, i, keepdims=False)
 
 
-def _product_in_place(rows, experts, expert):
+def _product_in_place(rows: _Rows, experts: _Experts, expert: _Index):
   """rows @ experts[expert] for a few rows, the matrix read where it lies."""
   dtype = chunking.accumulator(rows)
   depth, width = experts.shape[1:]
@@ -313,7 +303,7 @@ def _product_in_place(rows, experts, expert):
   flat = experts.reshape(-1, width)
   scales = rows.T.reshape(-1, at_once, len(rows)).astype(dtype)
 
-  def add(i, total):
+  def add(i: _Index, total: _Products):
     scale = _item(scales, i)
     for j in range(at_once):
       place = expert * depth + i * at_once + j
@@ -327,16 +317,16 @@ def _product_in_place(rows, experts, expert):
 
 
 @jax.custom_vjp
-def _assigned(rows, experts, expert):
+def _assigned(rows: _Rows, experts: _Experts, expert: Int[Array, 'S']):
   return _assigned_products(rows, experts, expert)
 
 
 @jax.jit
-def _assigned_products(rows, experts, expert):
+def _assigned_products(rows: _Rows, experts: _Experts, expert: Int[Array, 'S']):
   dtype = chunking.accumulator(rows)
 
-  def one_by_one(rows, experts, expert):
-    def add(i, out):
+  def one_by_one(rows: _Rows, experts: _Experts, expert: Int[Array, 'S']):
+    def add(i: _Index, out: _Products):
       row = jax.lax.dynamic_slice_in_dim(rows, i, 1)
       product = _product_in_place(row, experts, expert[i])
       return jax.lax.dynamic_update_slice_in_dim(
@@ -347,7 +337,7 @@ def _assigned_products(rows, experts, expert):
     out = chunking.zeros(shape, rows.dtype, rows, experts)
     return jax.lax.fori_loop(0, len(rows), add, out)
 
-  def fused(rows, experts, expert):
+  def fused(rows: _Rows, experts: _Experts, expert: Int[Array, 'S']):
     # A sum of products fuses with the gather; a dot would need its result.
     matrices = chunking.rows(experts, expert).astype(rows.dtype)
     products = rows[..., None].astype(dtype) * matrices.astype(dtype)
@@ -362,7 +352,7 @@ def _assigned_products(rows, experts, expert):
   )
 
 
-def _assigned_backward(inputs, cotangent):
+def _assigned_backward(inputs: _Inputs, cotangent: _Products):
   rows, experts, expert = inputs
   dtype = chunking.accumulator(rows)
   d_rows = jnp.einsum(
