@@ -191,7 +191,8 @@ def _best_cells(
     left_THgmr[..., :, None, a] * right_THgmr[..., None, :, a]
     for a in range(shape[-1])
   )
-  _, cell = top_m(grid_THgmm.reshape(*shape[:2], -1), num_selected)
+  grid_THn = jnp.reshape(grid_THgmm, (*shape[:2], -1))
+  _, cell = top_m(grid_THn, num_selected)
   quadrant, cell = cell // side**2, cell % side**2
   return quadrant * side + cell // side, quadrant * side + cell % side
 

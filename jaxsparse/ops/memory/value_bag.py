@@ -195,10 +195,14 @@ def _forward(
     return jnp.zeros(shape, chunking.accumulator(table, weight))
 
   def unrolled(at_once: int):
-    return lambda *args: _forward_unrolled(*args, num_groups, at_once)
+    return functools.partial(
+      _forward_unrolled, num_groups=num_groups, at_once=at_once
+    )
 
   def chunked(chunk_bytes: int):
-    return lambda *args: _forward_chunked(*args, num_groups, chunk_bytes)
+    return functools.partial(
+      _forward_chunked, num_groups=num_groups, chunk_bytes=chunk_bytes
+    )
 
   def fused(
     table: Table, slot: Slots, weight: Weights, group: Groups, _: NumUsed
