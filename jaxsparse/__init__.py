@@ -54,12 +54,15 @@ _HOMES = {
 __all__ = [*_HOMES, '__version__']  # pyright: ignore[reportUnsupportedDunderAll]
 
 
-def __getattr__(name: str) -> Any:
-  if name not in _HOMES:
-    raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
-  value = getattr(importlib.import_module(f'{__name__}.{_HOMES[name]}'), name)
-  globals()[name] = value
-  return value
+# A type checker that saw it would take any name for one of ours.
+if not TYPE_CHECKING:
+
+  def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+      raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    value = getattr(importlib.import_module(f'{__name__}.{_HOMES[name]}'), name)
+    globals()[name] = value
+    return value
 
 
 def __dir__() -> list[str]:

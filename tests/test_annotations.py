@@ -1,4 +1,4 @@
-"""How much of the signatures is annotated, which `conftest` checks at run time."""
+"""How many parameters are annotated; `conftest` checks that they are so."""
 
 import ast
 import importlib

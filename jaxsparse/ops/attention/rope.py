@@ -1,5 +1,6 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 34)."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Real
 
@@ -53,7 +54,7 @@ def rotate(
 def apply_rope_reference(
   x: Float[Array, 'B T N H'],
   positions: Int[Array, 'B T'],
-  max_wavelength: float = 10_000.0,
+  max_wavelength: jax.typing.ArrayLike = 10_000.0,
 ):
   """The same as a product of complex numbers."""
   half = x.shape[-1] // 2

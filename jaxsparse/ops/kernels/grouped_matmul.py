@@ -29,8 +29,11 @@ _LEAST_COLUMNS, _PROGRAMS = 32, 256
 # Positions are 32 bits wide.
 _MOST_ELEMENTS = 2**31 - 1
 
+# What has a shape and a type.
+_Shaped = jax.Array | jax.ShapeDtypeStruct
 
-def why_not(rows: jax.Array, experts: jax.Array) -> str | None:
+
+def why_not(rows: _Shaped, experts: _Shaped) -> str | None:
   """What keeps the kernels from serving arrays of such shapes, in words."""
   if experts.size > _MOST_ELEMENTS:
     return f'{experts.size} elements of matrices are not below 2^31'
