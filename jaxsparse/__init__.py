@@ -1,1 +1,69 @@
-"""Sparse language models in JAX."""
+"""Sparse language models in JAX: what a guest may use.
+
+Each name is imported when it is first asked for, so that one layer brings no
+more than it needs.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+  from jaxsparse.config import DCMHAConfig as DCMHAConfig
+  from jaxsparse.config import MemoryConfig as MemoryConfig
+  from jaxsparse.config import ModelConfig as ModelConfig
+  from jaxsparse.config import MoEConfig as MoEConfig
+  from jaxsparse.config import SparseAttentionConfig as SparseAttentionConfig
+  from jaxsparse.nn.attention.dcmha import DCMHA as DCMHA
+  from jaxsparse.nn.attention.sparse import SparseAttention as SparseAttention
+  from jaxsparse.nn.experts import MoE as MoE
+  from jaxsparse.nn.memory.layer import MemoryLayer as MemoryLayer
+  from jaxsparse.nn.transformer import Transformer as Transformer
+  from jaxsparse.ops.memory.product_key import (
+    product_key_top_m as product_key_top_m,
+  )
+  from jaxsparse.ops.memory.tucker import tucker_top_m as tucker_top_m
+  from jaxsparse.ops.memory.value_bag import value_bag as value_bag
+  from jaxsparse.run.trained import load as load
+  from jaxsparse.training.optimizers.row_optimizers import (
+    row_adagrad as row_adagrad,
+  )
+  from jaxsparse.training.optimizers.row_optimizers import row_adam as row_adam
+
+__version__ = '0.1.0'
+
+# Where each name is from.
+_HOMES = {
+  'DCMHA': 'nn.attention.dcmha',
+  'DCMHAConfig': 'config',
+  'MemoryConfig': 'config',
+  'MemoryLayer': 'nn.memory.layer',
+  'MoE': 'nn.experts',
+  'MoEConfig': 'config',
+  'ModelConfig': 'config',
+  'SparseAttention': 'nn.attention.sparse',
+  'SparseAttentionConfig': 'config',
+  'Transformer': 'nn.transformer',
+  'load': 'run.trained',
+  'product_key_top_m': 'ops.memory.product_key',
+  'row_adagrad': 'training.optimizers.row_optimizers',
+  'row_adam': 'training.optimizers.row_optimizers',
+  'tucker_top_m': 'ops.memory.tucker',
+  'value_bag': 'ops.memory.value_bag',
+}
+
+__all__ = [*_HOMES, '__version__']  # pyright: ignore[reportUnsupportedDunderAll]
+
+
+# A type checker that saw it would take any name for one of ours.
+if not TYPE_CHECKING:
+
+  def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+      raise AttributeError(f'module {__name__!r} has no attribute {name!r}')
+    value = getattr(importlib.import_module(f'{__name__}.{_HOMES[name]}'), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+  return sorted(__all__)

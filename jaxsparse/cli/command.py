@@ -2,6 +2,7 @@
 
 import importlib
 import sys
+import types
 from collections.abc import Sequence
 
 from jaxsparse.config.errors import UserError, did_you_mean, shown
@@ -34,8 +35,21 @@ def main(argv: Sequence[str] | None = None) -> None:
         f'there is no command {shown(name)}{did_you_mean(name, COMMANDS)}; '
         f'there are {", ".join(COMMANDS)}.'
       )
-    # Only what the command needs: `cost` has no use for the data's readers.
-    importlib.import_module(f'jaxsparse.{COMMANDS[name][0]}').main(rest)
+    _module(name).main(rest)
+
+
+def _module(name: str) -> types.ModuleType:
+  """Only what the command needs: `cost` has no use for the data's readers."""
+  try:
+    return importlib.import_module(f'jaxsparse.{COMMANDS[name][0]}')
+  except ModuleNotFoundError as error:
+    missing = (error.name or '').partition('.')[0]
+    if missing == 'jaxsparse':
+      raise
+    raise UserError(
+      f'jaxsparse {name} needs {missing}, which is not installed: pip install '
+      "'jaxsparse[train]'."
+    ) from error
 
 
 def _page() -> str:

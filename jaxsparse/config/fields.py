@@ -43,7 +43,7 @@ def hints(cls: type) -> dict[str, Any]:
 def part_of(hint: Any) -> type | None:
   """The class of a field that is a part itself, present or not."""
   for option in _options(hint):
-    if dataclasses.is_dataclass(option):
+    if isinstance(option, type) and dataclasses.is_dataclass(option):
       return option
   return None
 
@@ -87,7 +87,7 @@ def parse(text: str, hint: Any) -> Any:
       except ValueError:
         continue
     raise ValueError(text)
-  (option,) = options
+  option = next(iter(options))
   if option is str:
     return text
   if option is bool:

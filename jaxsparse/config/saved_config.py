@@ -66,7 +66,8 @@ def _from_dict(cls: type, fields: dict[str, Any]) -> Any:
 def _from_value(hint: Any, value: Any) -> Any:
   if isinstance(hint, types.UnionType):
     hint = next(t for t in typing.get_args(hint) if t is not type(None))
-  if dataclasses.is_dataclass(hint) and value is not None:
+  is_part = isinstance(hint, type) and dataclasses.is_dataclass(hint)
+  if is_part and value is not None:
     return _from_dict(hint, value)
   if isinstance(value, list):
     return tuple(_from_value(None, item) for item in value)

@@ -46,15 +46,19 @@ def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
     for i in range(config.num_layers)
   }
   for read, _ in placements(config):
-    if config.memory.query_conv_taps > 1:
-      blocks[block_name(read)]['memory'] = _init_context(config, batch_size)
+    if config.memory and config.memory.query_conv_taps > 1:
+      num_inputs = config.memory.query_conv_taps - 1
+      context = _init_context(config, batch_size, num_inputs)
+      blocks[block_name(read)]['memory'] = context
   shared = attention_cache.init_shared(config, batch_size, length)
   return dict(shared=shared, blocks=blocks)
 
 
-def _init_context(config: ModelConfig, batch_size: int) -> Cache:
+def _init_context(
+  config: ModelConfig, batch_size: int, num_inputs: int
+) -> Cache:
   """The inputs that a memory layer's query convolution still looks back to."""
-  shape = (batch_size, config.memory.query_conv_taps - 1, config.model_dim)
+  shape = (batch_size, num_inputs, config.model_dim)
   inputs = jnp.zeros(shape, config.dtype)
   segment_ids = jnp.zeros(shape[:2], jnp.int32)
   return dict(
@@ -140,7 +144,7 @@ class Transformer(nn.Module):
     block_type = nn.remat(Block) if config.use_remat else Block
     # Memory outputs on their way, by the block after which they are added.
     pending = {}
-    metrics = dict(aux_loss=jnp.zeros((), jnp.float32))
+    metrics: Metrics = dict(aux_loss=jnp.zeros((), jnp.float32))
     new_cache = None
     if cache is not None:
       new_cache = dict(shared=dict(cache['shared']), blocks={})
@@ -167,7 +171,7 @@ class Transformer(nn.Module):
         write = write_of[i]
         pending[write] = (*pending.get(write, ()), memory_y)
       metrics = merged(metrics, prefixed(block_name(i), block_metrics))
-      if new_cache is not None:
+      if new_cache and cache and block_cache:
         new_cache['blocks'][block_name(i)] = block_cache
         extended = _split_shared(block_cache, cache['shared'])
         names = attention_cache.shared_names(config, i)

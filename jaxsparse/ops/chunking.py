@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Int, PyTree, Shaped
 
 from jaxsparse.ops.shard_map_vma import to_same_varying
 
@@ -23,12 +24,12 @@ CHUNK_BYTES_CPU = 2**21
 _ENTRIES = 8
 
 
-def accumulator(*arrays):
+def accumulator(*arrays: jax.Array):
   """The type in which sums are kept: f32, or f64 where any array is."""
   return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
 
 
-def read_in_place(table, index):
+def read_in_place(table: Shaped[Array, 'M ...'], index: Int[Array, '...']):
   """Both as they are, but such that a loop reads `table` where it lies.
 
   A CPU computes in f32, and XLA takes whatever a loop does to all of a narrow
@@ -45,7 +46,7 @@ def read_in_place(table, index):
   )
 
 
-def rows(table, slot):
+def rows(table: Shaped[Array, 'M ...'], slot: Int[Array, '...']):
   table, slot = read_in_place(table, slot)
   # Negative slots would be taken to count from the end, at a cost.
   return table.at[slot].get(
@@ -53,24 +54,30 @@ def rows(table, slot):
   )
 
 
-def zeros(shape, dtype, *like):
+def zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *like: PyTree):
   """Zeros that vary over the mesh axes over which any of `like` does."""
   return to_same_varying(jnp.zeros(shape, dtype), *like)[0]
 
 
-def pad(x, size, axis):
+def pad(x: jax.Array, size: int, axis: int):
   padding = [(0, 0)] * x.ndim
   padding[axis] = (0, size - x.shape[axis])
   return jnp.pad(x, padding) if size > x.shape[axis] else x
 
 
-def entries_at_once(slot, num_used):
+def entries_at_once(slot: Int[Array, 'T k'], num_used: Int[Array, 'T'] | None):
   """Entries per piece: all, or few if the loop can end before the last."""
   num_entries = slot.shape[1]
   return num_entries if num_used is None else min(num_entries, _ENTRIES)
 
 
-def over_entries(step: Callable, carry, entries, num_used, at_once: int):
+def over_entries(
+  step: Callable,
+  carry: PyTree,
+  entries: PyTree,
+  num_used: Int[Array, 'T'] | None,
+  at_once: int,
+):
   """Runs `step(carry, piece) -> carry, result` over pieces of the entries.
 
   Args:
@@ -90,7 +97,7 @@ def over_entries(step: Callable, carry, entries, num_used, at_once: int):
     return step(carry, entries)
   entries = jax.tree.map(lambda x: pad(x, num_pieces * at_once, 1), entries)
 
-  def piece(i):
+  def piece(i: Int[Array, ''] | int):
     return jax.tree.map(
       lambda x: jax.lax.dynamic_slice_in_dim(x, i * at_once, at_once, 1),
       entries,
@@ -104,7 +111,7 @@ def over_entries(step: Callable, carry, entries, num_used, at_once: int):
     shape,
   )
 
-  def body(i, state):
+  def body(i: Int[Array, ''] | int, state: tuple):
     carry, results = state
     carry, result = step(carry, piece(i))
     return carry, jax.tree.map(
@@ -126,7 +133,7 @@ def over_entries(step: Callable, carry, entries, num_used, at_once: int):
   return carry, jax.tree.map(lambda x: x[:, :num_entries], results)
 
 
-def over_tokens(pool: Callable, carry, arrays, max_tokens: int):
+def over_tokens(pool: Callable, carry: PyTree, arrays: PyTree, max_tokens: int):
   """Runs `pool(carry, chunk) -> carry, result` over chunks of the tokens.
 
   Args:
@@ -142,7 +149,7 @@ def over_tokens(pool: Callable, carry, arrays, max_tokens: int):
   num_chunks = math.ceil(num_tokens / size)
   size = math.ceil(num_tokens / num_chunks)
 
-  def cut(x):
+  def cut(x: jax.Array):
     x = pad(x, num_chunks * size, axis=0)
     return x.reshape(num_chunks, size, *x.shape[1:])
 

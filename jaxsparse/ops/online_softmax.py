@@ -99,7 +99,7 @@ def combined(
   return _divided(values, total), _divided(jnp.stack(masses, -1), total)
 
 
-def _divided(values, total):
+def _divided(values: Float[Array, '*B n'], total: Float[Array, '*B']):
   """values / total, and 0 with no gradient where that is 0."""
   is_empty = total == 0
   safe = jnp.where(is_empty, 1.0, total)

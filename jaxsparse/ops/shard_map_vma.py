@@ -28,7 +28,7 @@ def to_same_varying(*arrays: Any) -> tuple:
   """
   axes = frozenset().union(*map(varying_axes, jax.tree.leaves(arrays)))
 
-  def mark(x):
+  def mark(x: Array):
     missing = tuple(sorted(axes - varying_axes(x)))
     return jax.lax.pcast(x, missing, to='varying') if missing else x
 

@@ -9,7 +9,6 @@ import pathlib
 import jax
 from etils import epath
 
-import jaxsparse
 from jaxsparse.config import Config, saved_config
 from jaxsparse.config.errors import UserError
 from jaxsparse.data.pieces import Corpus
@@ -87,7 +86,7 @@ def _refuse(index: int, what: str) -> None:
 
 def _code() -> str:
   """Of all that this process may import of jaxsparse."""
-  folder = pathlib.Path(jaxsparse.__file__).parent
+  folder = pathlib.Path(__file__).parents[1]
   files = sorted(folder.rglob('*.py'))
   return _digest(b'\0'.join(path.read_bytes() for path in files))
 

@@ -91,7 +91,9 @@ def head_mix(
   if config is None or place not in config.places:
     return None
   cached = [where for where, side in config.streams if side == 'key']
-  key = keys[:, :, cached.index(place)] if place in cached else None
+  key = None
+  if keys is not None and place in cached:
+    key = keys[:, :, cached.index(place)]
   return HeadMix(
     query=factors.get((place, 'query')),
     key=key,

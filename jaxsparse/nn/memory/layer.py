@@ -17,6 +17,9 @@ logical keys per axis, P heads, r ranks, c cores, m kept cells per head, E
 virtual blocks or pools, M slots, W value width, U pre-value width.
 """
 
+from collections.abc import Callable
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -26,7 +29,7 @@ from jaxsparse import mesh
 from jaxsparse.config import MemoryConfig
 from jaxsparse.nn.leading import Leading
 from jaxsparse.nn.memory.init import parameters
-from jaxsparse.nn.memory.retrieval import Context, retrieve
+from jaxsparse.nn.memory.retrieval import Context, Read, retrieve
 from jaxsparse.nn.memory.tables import ENTRIES, TAPS, Tables, table_scheme
 from jaxsparse.ops.memory import usage
 from jaxsparse.ops.memory.sharded_bag import (
@@ -109,7 +112,8 @@ class MemoryLayer(nn.Module):
       before = Leading(context[1].shape)
       # Without taps there is nothing to look back to.
       is_none = lead.is_empty or before.is_empty
-      context = None if is_none else tuple(map(before.flat, context))
+      inputs, ids = map(before.flat, context)
+      context = None if is_none else (inputs, ids)
     config = self.config.for_width(x.shape[-1])
     scheme = table_scheme(config, self.dtype)
     declared = parameters(
@@ -164,7 +168,7 @@ def memory_forward(
   first_row: int = 0,
   taps: dict[str, jax.Array] | None = None,
   is_partial: bool = False,
-) -> tuple[Float[Array, 'B T D'], dict[str, jax.Array]]:
+) -> tuple[Float[Array, 'B T D'], Read]:
   """The layer as a function of its parameters; `MemoryLayer` explains the rest.
 
   Returns:
@@ -190,7 +194,7 @@ def memory_forward(
     first_row=first_row,
   )
   taps = taps or {}
-  options = dict(
+  options: dict[str, Any] = dict(
     scheme=table_scheme(config, x.dtype),
     dtype=x.dtype,
     table_gradient=config.table.gradient,
@@ -227,7 +231,9 @@ _COMPUTE_DIMS = dict(
   query_conv='.D', output='.WD', gate='D.W', pre_value_map='DW'
 )
 
-_ACTIVATIONS = dict(identity=lambda x: x, relu=jax.nn.relu, gelu=jax.nn.gelu)
+_ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = dict(
+  identity=lambda x: x, relu=jax.nn.relu, gelu=jax.nn.gelu
+)
 
 
 def _vectors(weights, x):
@@ -259,7 +265,7 @@ def _output(weights, x, pooled, is_partial):
 
 def memory_metrics(
   params: dict[str, jax.Array],
-  read: dict[str, jax.Array],
+  read: Read,
   config: MemoryConfig,
   segment_ids: Int[Array, 'B T'] | None = None,
 ) -> Metrics:

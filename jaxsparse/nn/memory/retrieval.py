@@ -9,6 +9,7 @@ head, E virtual blocks, M slots.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ from jaxsparse.ops.memory.tucker import Directions, tucker_top_m
 
 # The inputs before the first position, and their segment ids.
 Context = tuple[Float[Array, '*C S D'], Int[Array, '*C S']]
+
+# Arrays by name; None for 'blocks' if there is only one.
+Read = dict[str, Any]
 
 _NORM_EPSILON = 1e-5
 
@@ -37,7 +41,7 @@ def retrieve(
   permutation: Int[Array, 'V'] | None = None,
   salt: int = 0,
   first_row: int = 0,
-) -> dict[str, jax.Array | None]:
+) -> Read:
   """Reads nothing yet, but tells what to read.
 
   Args:

@@ -27,6 +27,11 @@ from jaxsparse.ops.attention import cpu, libraries
 from jaxsparse.ops.attention.compose import HeadMix, compose, compose_reference
 from jaxsparse.ops.softmax import softmax
 
+# Arrays of the queries or of the keys: their heads, positions and segments, and
+# factors of the heads' composition.
+_Side = dict[str, jax.Array | None]
+_Mixes = dict[str, HeadMix]
+
 # How many times the chunks that see all before them are told apart by how much
 # that is: with 4 stages, a quarter more scores are made than are seen.
 _STAGES = 4
@@ -115,7 +120,7 @@ def attention(
     )
   letter = _head_letter(mixes)
 
-  def placed(x, dims):
+  def placed(x: jax.Array | None, dims: str):
     return None if x is None else mesh.reshard(x, mesh.act(dims))
 
   queries = dict(
@@ -142,7 +147,7 @@ def attention(
   return mesh.reshard(out, mesh.act('BTNH'))
 
 
-def _head_letter(mixes):
+def _head_letter(mixes: _Mixes):
   """Heads are split over the mesh unless those of several devices meet.
 
   An axis of length 1 would go to the heads of a group, which are contracted.
@@ -154,7 +159,9 @@ def _head_letter(mixes):
   return 'N' if is_split else '.'
 
 
-def _in_chunks(queries, keys, mixes, window, chunk):
+def _in_chunks(
+  queries: _Side, keys: _Side, mixes: _Mixes, window: int, chunk: int
+):
   batch, length = queries['positions'].shape
   num_chunks = -(-length // chunk)
   padding = num_chunks * chunk - length
@@ -171,7 +178,9 @@ def _in_chunks(queries, keys, mixes, window, chunk):
   return out.reshape(batch, -1, *out.shape[3:])[:, :length]
 
 
-def _over_window(parts, keys, mixes, window, first):
+def _over_window(
+  parts: _Side, keys: _Side, mixes: _Mixes, window: int, first: int
+):
   """Each chunk with the keys that its queries can reach."""
   num_chunks, _, chunk = parts['positions'].shape
   reach = window - 1 + chunk
@@ -179,7 +188,7 @@ def _over_window(parts, keys, mixes, window, first):
   keys = jax.tree.map(lambda x: _pad(x, window - 1, missing), keys)
 
   @jax.checkpoint
-  def attend(part):
+  def attend(part: tuple[jax.Array, _Side]):
     index, queries = part
     near = jax.tree.map(
       lambda x: jax.lax.dynamic_slice_in_dim(
@@ -192,7 +201,9 @@ def _over_window(parts, keys, mixes, window, first):
   return jax.lax.map(attend, (jnp.arange(num_chunks), parts))
 
 
-def _over_all(parts, keys, mixes, window, first):
+def _over_all(
+  parts: _Side, keys: _Side, mixes: _Mixes, window: int, first: int
+):
   """Each chunk with all keys, or in stages with those that are not later."""
   num_chunks, _, chunk = parts['positions'].shape
   # Where keys are a cache, its end is not the queries'.
@@ -213,12 +224,12 @@ def _over_all(parts, keys, mixes, window, first):
   return jnp.concatenate(outs)
 
 
-def _pad(x, before, after):
+def _pad(x: jax.Array, before: int, after: int):
   widths = [(0, 0), (before, after)] + [(0, 0)] * (x.ndim - 2)
   return jnp.pad(x, widths)
 
 
-def _attend(queries, keys, mixes, window):
+def _attend(queries: _Side, keys: _Side, mixes: _Mixes, window: int):
   """All queries with all keys at once."""
   query, key, value = queries['heads'], keys['key'], keys['value']
   B, T, N, H = query.shape
@@ -255,7 +266,12 @@ def _attend(queries, keys, mixes, window):
 # other way around is the better one, as keys are then the left side.
 
 
-def _scores(query, key, is_composed, dtype):
+def _scores(
+  query: Float[Array, 'B T K G H'],
+  key: Float[Array, 'B S K H'],
+  is_composed: bool,
+  dtype: jax.typing.DTypeLike,
+):
   """[B, K, G, T, S], or [B, T, K, G, S]: composition wants a query's heads."""
   order = 'btkgs' if is_composed else 'bkgts'
   if query.shape[1] == 1:
@@ -268,14 +284,24 @@ def _scores(query, key, is_composed, dtype):
   return jnp.moveaxis(score, 1, 2) if letters.endswith('bktgs') else score
 
 
-def _sums(weight, value, is_composed):
+def _sums(
+  weight: Float[Array, 'B _ _ _ S'],
+  value: Float[Array, 'B S K H'],
+  is_composed: bool,
+):
   """Weights in the order of `_scores` to sums [B, T, K, G, H]."""
   if is_composed:
     return jnp.moveaxis(jnp.einsum('btkgs,bskh->bktgh', weight, value), 2, 1)
   return jnp.moveaxis(jnp.einsum('bkgts,bskh->bkgth', weight, value), 3, 1)
 
 
-def _composed(score, name, queries, keys, mixes):
+def _composed(
+  score: Float[Array, 'B _ _ _ S'],
+  name: str,
+  queries: _Side,
+  keys: _Side,
+  mixes: _Mixes,
+):
   if name not in mixes:
     return score
   mix = dataclasses.replace(mixes[name], query=queries[name], key=keys[name])
@@ -286,17 +312,17 @@ def _composed(score, name, queries, keys, mixes):
 
 
 def attention_reference(
-  query,
-  key,
-  value,
-  query_positions,
-  key_positions,
-  query_segments,
-  key_segments,
+  query: Float[Array, 'B T N H'],
+  key: Float[Array, 'B S K H'],
+  value: Float[Array, 'B S K H'],
+  query_positions: Int[Array, 'B T'],
+  key_positions: Int[Array, 'B S'],
+  query_segments: Int[Array, 'B T'],
+  key_segments: Int[Array, 'B S'],
   *,
-  window=0,
-  pre=None,
-  post=None,
+  window: int = 0,
+  pre: HeadMix | None = None,
+  post: HeadMix | None = None,
 ):
   """The definition, with every head's keys written out; tests only."""
   num_groups = query.shape[2] // key.shape[2]

@@ -9,6 +9,7 @@ For one query with a cache 'pallas' is our own kernel for GPUs.
 import dataclasses
 import functools
 import importlib
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -102,11 +103,16 @@ def why_not(name: str, call: Call) -> str | None:
 
 @functools.cache
 def _why_not_compiled(name: str, call: Call) -> str | None:
-  def loss(query, key, value, segments):
+  def loss(
+    query: Float[Array, 'B T N H'],
+    key: Float[Array, 'B T K H'],
+    value: Float[Array, 'B T K H'],
+    segments: Int[Array, 'B T'],
+  ):
     y = _KERNELS[name](query, key, value, segments, window=call.window)
     return y.astype(jnp.float32).sum()
 
-  def heads(number):
+  def heads(number: int):
     shape = (1, call.length, number, call.width)
     return jax.ShapeDtypeStruct(shape, call.dtype)
 
@@ -130,7 +136,9 @@ def _why_not_decoding(call: Call) -> str | None:
   return _trouble(kernel, *heads, *rows, *rows)
 
 
-def _trouble(function, *arguments) -> str | None:
+def _trouble(
+  function: Callable, *arguments: jax.ShapeDtypeStruct
+) -> str | None:
   """The first line of what compiling raises, on one device, whatever is set."""
   try:
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
@@ -152,7 +160,12 @@ def decoding_attention(
 ) -> Float[Array, 'B 1 N H']:
   """Attention of one query for each sequence, where `choose` gave 'pallas'."""
 
-  def run(query, key, value, *rows):
+  def run(
+    query: Float[Array, 'B 1 N H'],
+    key: Float[Array, 'B S K H'],
+    value: Float[Array, 'B S K H'],
+    *rows: Int[Array, 'B ...'],
+  ):
     batch, _, num_heads, width = query.shape
     num_kv_heads = key.shape[2]
     y = decode_attention(
@@ -209,14 +222,30 @@ def library_attention(
   return jnp.where((segments > 0)[:, :, None, None], y, jnp.zeros_like(y))
 
 
-def pallas(query, key, value, segments, *, window=0, interpret=False):
+def pallas(
+  query: Float[Array, 'B T N H'],
+  key: Float[Array, 'B T K H'],
+  value: Float[Array, 'B T K H'],
+  segments: Int[Array, 'B T'],
+  *,
+  window: int = 0,
+  interpret: bool = False,
+):
   """Splash attention or Triton's, by the backend; `interpret` is for tests."""
   if jax.default_backend() == 'gpu':
     return triton(query, key, value, segments, interpret=interpret)
   return splash(query, key, value, segments, window=window, interpret=interpret)
 
 
-def splash(query, key, value, segments, *, window=0, interpret=False):
+def splash(
+  query: Float[Array, 'B T N H'],
+  key: Float[Array, 'B T K H'],
+  value: Float[Array, 'B T K H'],
+  segments: Int[Array, 'B T'],
+  *,
+  window: int = 0,
+  interpret: bool = False,
+):
   """JAX's kernel for TPU, one key/value head at a time."""
   module = 'jax.experimental.pallas.ops.tpu.splash_attention.splash_attention_'
   kernels = importlib.import_module(f'{module}kernel')
@@ -241,7 +270,12 @@ def splash(query, key, value, segments, *, window=0, interpret=False):
   query = query.reshape(batch, length, num_kv_heads, group, width)
   query *= jnp.asarray(width**-0.5, query.dtype)
 
-  def one_sequence(query, key, value, segments):
+  def one_sequence(
+    query: Float[Array, 'T K G H'],
+    key: Float[Array, 'T K H'],
+    value: Float[Array, 'T K H'],
+    segments: Int[Array, 'T'],
+  ):
     ids = kernels.SegmentIds(segments, segments)
     one_head = jax.vmap(lambda q, k, v: kernel(q, k, v, segment_ids=ids))
     return one_head(
@@ -255,7 +289,14 @@ def splash(query, key, value, segments, *, window=0, interpret=False):
   return jnp.moveaxis(y, 3, 1).reshape(batch, length, num_heads, width)
 
 
-def triton(query, key, value, segments, *, interpret=False):
+def triton(
+  query: Float[Array, 'B T N H'],
+  key: Float[Array, 'B T K H'],
+  value: Float[Array, 'B T K H'],
+  segments: Int[Array, 'B T'],
+  *,
+  interpret: bool = False,
+):
   """JAX's Pallas kernel for GPUs, which repeats grouped heads."""
   kernels = importlib.import_module('jax.experimental.pallas.ops.gpu.attention')
   group = query.shape[2] // key.shape[2]
@@ -272,11 +313,18 @@ def triton(query, key, value, segments, *, interpret=False):
   )
 
 
-def _block_rows(length, platform):
+def _block_rows(length: int, platform: str):
   return min(_MOST_ROWS[platform], length & -length)
 
 
-def cudnn(query, key, value, segments, *, window=0):
+def cudnn(
+  query: Float[Array, 'B T N H'],
+  key: Float[Array, 'B T K H'],
+  value: Float[Array, 'B T K H'],
+  segments: Int[Array, 'B T'],
+  *,
+  window: int = 0,
+):
   is_same = segments[:, :, None] == segments[:, None, :]
   shape = (len(segments), query.shape[2], *is_same.shape[1:])
   return jax.nn.dot_product_attention(

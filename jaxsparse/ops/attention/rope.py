@@ -1,5 +1,6 @@
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 34)."""
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Real
 
@@ -50,7 +51,11 @@ def rotate(
   return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def apply_rope_reference(x, positions, max_wavelength=10_000.0):
+def apply_rope_reference(
+  x: Float[Array, 'B T N H'],
+  positions: Int[Array, 'B T'],
+  max_wavelength: jax.typing.ArrayLike = 10_000.0,
+):
   """The same as a product of complex numbers."""
   half = x.shape[-1] // 2
   frequency = max_wavelength ** (-jnp.arange(half) / half)

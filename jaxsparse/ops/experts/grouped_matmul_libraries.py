@@ -10,6 +10,7 @@ import math
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from jaxsparse.ops import chunking
 from jaxsparse.ops.kernels import grouped_matmul as kernel
@@ -19,7 +20,12 @@ from jaxsparse.ops.shard_map_vma import to_same_varying
 _MEGABLOX_TILE = 128
 
 
-def ragged_dot(rows, experts, sizes, is_transposed=False):
+def ragged_dot(
+  rows: Float[Array, 'S _'],
+  experts: Float[Array, 'X D F'],
+  sizes: Int[Array, 'X'],
+  is_transposed: bool = False,
+):
   dtype = chunking.accumulator(rows)
   in_use = _in_use(rows, sizes)
   dims = jax.lax.RaggedDotDimensionNumbers(
@@ -37,7 +43,12 @@ def ragged_dot(rows, experts, sizes, is_transposed=False):
   return jnp.where(in_use, out, 0).astype(rows.dtype)
 
 
-def megablox(rows, experts, sizes, interpret=False):
+def megablox(
+  rows: Float[Array, 'S D'],
+  experts: Float[Array, 'X D F'],
+  sizes: Int[Array, 'X'],
+  interpret: bool = False,
+):
   num_rows, in_use = len(rows), _in_use(rows, sizes)
   # Whole tiles of rows; what the kernel leaves unwritten is masked.
   padded = math.ceil(num_rows / _MEGABLOX_TILE) * _MEGABLOX_TILE
@@ -52,7 +63,7 @@ def megablox(rows, experts, sizes, interpret=False):
   return jnp.where(in_use, out[:num_rows], 0)
 
 
-def _in_use(rows, sizes):
+def _in_use(rows: Float[Array, 'S _'], sizes: Int[Array, 'X']):
   return jnp.arange(len(rows))[:, None] < sizes.sum()
 
 
@@ -60,11 +71,16 @@ def _megablox_module():
   return importlib.import_module('jax.experimental.pallas.ops.tpu.megablox.ops')
 
 
-def triton(rows, experts, sizes, interpret=False):
+def triton(
+  rows: Float[Array, 'S D'],
+  experts: Float[Array, 'X D F'],
+  sizes: Int[Array, 'X'],
+  interpret: bool = False,
+):
   return kernel.grouped_matmul(rows, experts, sizes, interpret)
 
 
-def why_not(name: str, rows, experts) -> str | None:
+def why_not(name: str, rows: jax.Array, experts: jax.Array) -> str | None:
   """What keeps 'megablox' or 'triton' from running here, in words."""
   platform = dict(megablox='tpu', triton='gpu')[name]
   if jax.default_backend() != platform:
@@ -85,7 +101,13 @@ _FUNCTIONS = dict(megablox=megablox, triton=triton)
 
 
 @functools.cache
-def _compile(name, rows_shape, rows_dtype, shape, dtype):
+def _compile(
+  name: str,
+  rows_shape: tuple[int, ...],
+  rows_dtype: jax.typing.DTypeLike,
+  shape: tuple[int, ...],
+  dtype: jax.typing.DTypeLike,
+):
   # On one device, whatever mesh is set.
   with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
     jax.jit(_FUNCTIONS[name]).lower(

@@ -196,11 +196,13 @@ def to_experts(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _to_experts(x, dispatch, num_used):
+def _to_experts(x: Float[Array, 'T D'], dispatch: Dispatch, num_used: int):
   return x[dispatch.order // num_used]
 
 
-def _gradient_of_tokens(num_used, dispatch, cotangent):
+def _gradient_of_tokens(
+  num_used: int, dispatch: Dispatch, cotangent: Float[Array, 'S D']
+):
   # A gather and a sum: the transposed gather would add rows one by one.
   by_token = cotangent[dispatch.inverse].reshape(
     -1, num_used, cotangent.shape[1]
@@ -216,7 +218,7 @@ _to_experts.defvjp(
 
 
 @jax.custom_vjp
-def _in_token_order(rows, dispatch):
+def _in_token_order(rows: Float[Array, 'S D'], dispatch: Dispatch):
   return rows[dispatch.inverse]
 
 
@@ -243,5 +245,5 @@ def weighted_sum(
   return (by_token * weights[..., None]).sum(1)
 
 
-def _tiny(x):
+def _tiny(x: jax.Array):
   return jnp.finfo(x.dtype).tiny

@@ -62,9 +62,17 @@ def decode_attention(
   num_parts = pl.cdiv(num_blocks, per_part)
 
   def kernel(
-    query_ref, key_ref, value_ref, own_position, positions, own_segment,
-    segments, out, maximum_ref, total_ref,
-  ):  # fmt: skip
+    query_ref: jax.Ref,
+    key_ref: jax.Ref,
+    value_ref: jax.Ref,
+    own_position: jax.Ref,
+    positions: jax.Ref,
+    own_segment: jax.Ref,
+    segments: jax.Ref,
+    out: jax.Ref,
+    maximum_ref: jax.Ref,
+    total_ref: jax.Ref,
+  ):
     b, head, part = (pl.program_id(i) for i in range(3))
     # Not as slices, which JAX refuses where they reach beyond the end.
     queries, columns = (
@@ -77,13 +85,13 @@ def decode_attention(
     )
     position, segment = own_position[b], own_segment[b]
 
-    def add(i, carry):
+    def add(i: Int[Array, ''], carry: tuple[jax.Array, jax.Array, jax.Array]):
       maximum, total, sums = carry
       first = (part * per_part + i) * _ROWS
       rows = first + jnp.arange(_ROWS)
       is_row = rows < num_rows
 
-      def load(ref):
+      def load(ref: jax.Ref):
         return triton.load(
           ref.at[b, head, rows[:, None], columns],
           mask=is_row[:, None] & in_width,

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse.ops.kernels.tile_product import dot
 
@@ -29,8 +29,11 @@ _LEAST_COLUMNS, _PROGRAMS = 32, 256
 # Positions are 32 bits wide.
 _MOST_ELEMENTS = 2**31 - 1
 
+# What has a shape and a type.
+_Shaped = jax.Array | jax.ShapeDtypeStruct
 
-def why_not(rows, experts) -> str | None:
+
+def why_not(rows: _Shaped, experts: _Shaped) -> str | None:
   """What keeps the kernels from serving arrays of such shapes, in words."""
   if experts.size > _MOST_ELEMENTS:
     return f'{experts.size} elements of matrices are not below 2^31'
@@ -59,11 +62,20 @@ def grouped_matmul(
   return _products(rows, experts, sizes, interpret, is_transposed=False)
 
 
-def _forward(rows, experts, sizes, interpret):
+def _forward(
+  rows: Float[Array, 'S D'],
+  experts: Float[Array, 'X D F'],
+  sizes: Int[Array, 'X'],
+  interpret: bool,
+):
   return grouped_matmul(rows, experts, sizes, interpret), (rows, experts, sizes)
 
 
-def _backward(interpret, inputs, cotangent):
+def _backward(
+  interpret: bool,
+  inputs: tuple[jax.Array, jax.Array, jax.Array],
+  cotangent: Float[Array, 'S F'],
+):
   rows, experts, sizes = inputs
   d_rows = _products(cotangent, experts, sizes, interpret, is_transposed=True)
   d_experts = _outer_products(rows, cotangent, sizes, experts.dtype, interpret)
@@ -85,7 +97,13 @@ def assigned_matmul(
   return _tiled_products(rows, experts, tiles, _ROWS[0], interpret, False)
 
 
-def _products(rows, experts, sizes, interpret, is_transposed):
+def _products(
+  rows: Float[Array, 'S _'],
+  experts: Float[Array, 'X D F'],
+  sizes: Int[Array, 'X'],
+  interpret: bool,
+  is_transposed: bool,
+):
   num_rows, num_experts = len(rows), len(experts)
   tile = _tile_rows(num_rows, num_experts)
   num_tiles = num_rows // tile + min(num_experts, num_rows)
@@ -95,14 +113,28 @@ def _products(rows, experts, sizes, interpret, is_transposed):
   return jnp.where(jnp.arange(num_rows)[:, None] < sizes.sum(), out, 0)
 
 
-def _tiled_products(rows, experts, tiles, tile, interpret, is_transposed):
+def _tiled_products(
+  rows: Float[Array, 'S _'],
+  experts: Float[Array, 'X D F'],
+  tiles: tuple[jax.Array, jax.Array, jax.Array],
+  tile: int,
+  interpret: bool,
+  is_transposed: bool,
+):
   depth, width = experts.shape[1:]
   if is_transposed:
     depth, width = width, depth
   num_tiles = len(tiles[0])
   columns = _most_columns(num_tiles, width)
 
-  def kernel(rows_ref, experts_ref, expert_ref, first_ref, count_ref, out):
+  def kernel(
+    rows_ref: jax.Ref,
+    experts_ref: jax.Ref,
+    expert_ref: jax.Ref,
+    first_ref: jax.Ref,
+    count_ref: jax.Ref,
+    out: jax.Ref,
+  ):
     at, column = pl.program_id(0), pl.program_id(1) * columns
     count = count_ref[at]
 
@@ -112,7 +144,7 @@ def _tiled_products(rows, experts, tiles, tile, interpret, is_transposed):
       is_own = jnp.arange(tile) < count
       in_width = column + jnp.arange(columns) < width
 
-      def add(i, total):
+      def add(i: Int[Array, ''], total: Float[Array, 't f']):
         in_depth = i * _DEPTH + jnp.arange(_DEPTH) < depth
         depths = pl.ds(i * _DEPTH, _DEPTH)
         part = triton.load(
@@ -148,25 +180,42 @@ def _tiled_products(rows, experts, tiles, tile, interpret, is_transposed):
   )(rows, experts, *tiles)
 
 
-def _outer_products(rows, cotangent, sizes, dtype, interpret):
+def _outer_products(
+  rows: Float[Array, 'S D'],
+  cotangent: Float[Array, 'S F'],
+  sizes: Int[Array, 'X'],
+  dtype: jax.typing.DTypeLike,
+  interpret: bool,
+):
   """The sum over each expert's rows of row^T @ cotangent: [X, D, F]."""
   depth, width = rows.shape[1], cotangent.shape[1]
   shape = (len(sizes), depth, width)
   tile = max(32, _tile_rows(len(rows), len(sizes)))
   first = jnp.cumsum(sizes) - sizes
 
-  def kernel(rows_ref, cotangent_ref, first_ref, size_ref, out):
+  def kernel(
+    rows_ref: jax.Ref,
+    cotangent_ref: jax.Ref,
+    first_ref: jax.Ref,
+    size_ref: jax.Ref,
+    out: jax.Ref,
+  ):
     x = pl.program_id(0)
     row, column = pl.program_id(1) * _DEPTH, pl.program_id(2) * _COLUMNS
     in_depth = row + jnp.arange(_DEPTH) < depth
     in_width = column + jnp.arange(_COLUMNS) < width
     size = size_ref[x]
 
-    def add(i, total):
+    def add(i: Int[Array, ''], total: Float[Array, 't f']):
       places = pl.ds(first_ref[x] + i * tile, tile)
       is_own = i * tile + jnp.arange(tile) < size
 
-      def load(ref, begin, length, inside):
+      def load(
+        ref: jax.Ref,
+        begin: Int[Array, ''],
+        length: int,
+        inside: Bool[Array, 'n'],
+      ):
         return triton.load(
           ref.at[places, pl.ds(begin, length)],
           mask=is_own[:, None] & inside[None],
@@ -195,14 +244,14 @@ def _outer_products(rows, cotangent, sizes, dtype, interpret):
   )(rows, cotangent, first, sizes)
 
 
-def _tile_rows(num_rows, num_experts):
+def _tile_rows(num_rows: int, num_experts: int):
   """Rows of a tile: an expert's mean, up to a power of two."""
   mean = pl.cdiv(num_rows, num_experts)
   least, most = _ROWS
   return max(least, min(most, pl.next_power_of_2(mean)))
 
 
-def _most_columns(num_tiles, width):
+def _most_columns(num_tiles: int, width: int):
   """Columns of a tile, fewer where programs would not fill a GPU."""
   columns = _COLUMNS
   while columns > _LEAST_COLUMNS and (
@@ -212,7 +261,7 @@ def _most_columns(num_tiles, width):
   return columns
 
 
-def _tiles(sizes, tile, num_tiles):
+def _tiles(sizes: Int[Array, 'X'], tile: int, num_tiles: int):
   """Each tile's expert, first row and number of rows, 0 for unused tiles."""
   tiles_of = (sizes + tile - 1) // tile
   ends = jnp.cumsum(tiles_of)
@@ -226,7 +275,7 @@ def _tiles(sizes, tile, num_tiles):
   return expert, first, count
 
 
-def _like(x, shape, dtype):
+def _like(x: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike):
   """A result that varies over the mesh axes over which `x` does."""
   return jax.ShapeDtypeStruct(
     shape, dtype, manual_axis_type=jax.typeof(x).manual_axis_type

@@ -42,7 +42,7 @@ def shuffle(address: AddressArray, num_keys: int, salt: int) -> AddressArray:
   return (i * side + j).astype(address.dtype)
 
 
-def _hash(x, key):
+def _hash(x: UInt[Array, '*B'], key: int):
   """Mixes every bit of x and key into every bit of the result."""
   x = x * jnp.uint32(0x9E3779B1) + jnp.uint32(key)
   for multiplier in (0x85EBCA6B, 0xC2B2AE35):

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from jaxsparse.ops import chunking
 from jaxsparse.ops.memory import value_bag_gradient as gradient
 from jaxsparse.ops.memory.value_bag import value_bag
+from jaxsparse.ops.memory.value_bag_gradient import NumUsed, Slots, Table
 from jaxsparse.ops.shard_map_vma import to_same_varying
 
 
@@ -62,7 +63,13 @@ def row_products_reference(
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _row_products(table, slot, vector, num_used, table_gradient):
+def _row_products(
+  table: Table,
+  slot: Slots,
+  vector: Float[Array, 'T W'],
+  num_used: NumUsed,
+  table_gradient: str,
+):
   dtype = chunking.accumulator(table, vector)
   # Only shape and type matter of the weights whose gradient this would be.
   weight = jnp.zeros((*slot.shape, 1), dtype)
@@ -73,12 +80,20 @@ def _row_products(table, slot, vector, num_used, table_gradient):
   return products[..., 0]
 
 
-def _save(table, slot, vector, num_used, table_gradient):
+def _save(
+  table: Table,
+  slot: Slots,
+  vector: Float[Array, 'T W'],
+  num_used: NumUsed,
+  table_gradient: str,
+):
   products = _row_products(table, slot, vector, num_used, table_gradient)
   return products, (table, slot, vector, num_used)
 
 
-def _restore(table_gradient, inputs, cotangent):
+def _restore(
+  table_gradient: str, inputs: tuple, cotangent: Float[Array, 'T k']
+):
   table, slot, vector, num_used = inputs
   weight = cotangent[..., None]
   d_vector = value_bag(table, slot, weight, num_used=num_used)[:, 0]

@@ -17,6 +17,7 @@ c cores, G groups, U rows of a window.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -169,7 +170,9 @@ def row_gradient_reference(
   return jnp.zeros((num_rows, width), update_TkW.dtype).at[slot].add(update_TkW)
 
 
-def _window_rows(references, budget, first_rank):
+def _window_rows(
+  references: References, budget: int, first_rank: Int[Array, ''] | int
+):
   """Rows of the window's ranks; beyond the last one, rows past the table."""
   rank = first_rank + jnp.arange(budget, dtype=jnp.int32)
   # Past int32 only if the ranks are, which are bounded by the references.
@@ -182,17 +185,32 @@ def _window_rows(references, budget, first_rank):
   return jnp.where(rank < references.num_distinct, row, unused)
 
 
-def _add_equal_rows(value, target, update):
+def _add_equal_rows(
+  value: Float[Array, 'U W'],
+  target: Int[Array, 'n'],
+  update: Float[Array, 'n W'],
+):
   return value.at[target].add(update, mode='drop', indices_are_sorted=True)
 
 
-def _add_once_per_row(value, target, update):
+def _add_once_per_row(
+  value: Float[Array, 'U W'],
+  target: Int[Array, 'n'],
+  update: Float[Array, 'n W'],
+):
   target, update = sum_equal_rows(target, update, len(value))
   return value.at[target].add(update, mode='drop', unique_indices=True)
 
 
 def _add_window(
-  references, weight, cotangent, group, first_rank, add, block_bytes, value
+  references: References,
+  weight: Float[Array, 'T k c'],
+  cotangent: Float[Array, 'T G W'],
+  group: Int[Array, 'T k'] | None,
+  first_rank: Int[Array, ''] | int,
+  add: Callable,
+  block_bytes: int,
+  value: Float[Array, 'U W'],
 ):
   """Adds the window's references to `value`, a block at a time."""
   budget, width = value.shape
@@ -204,7 +222,7 @@ def _add_window(
     references.rank, jnp.stack([jnp.minimum(first_rank, end_rank), end_rank])
   )
 
-  def add_block(i, value):
+  def add_block(i: Int[Array, ''], value: Float[Array, 'U W']):
     at = start + i * size + jnp.arange(size)
     is_in = at < end
     position = references.position.at[at].get(mode='clip')

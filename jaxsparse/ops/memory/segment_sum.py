@@ -8,7 +8,9 @@ Letters: T tokens, k entries, c cores, G pools, W row width, n references.
 
 import math
 
+import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from jaxsparse.ops.chunking import rows
 
@@ -16,7 +18,13 @@ from jaxsparse.ops.chunking import rows
 REFERENCES_GPU = 2**14
 
 
-def updates_at(position, weight, group, cotangent_TGW, dtype):
+def updates_at(
+  position: Int[Array, 'n'],
+  weight: Float[Array, 'T k c'],
+  group: Int[Array, 'T k'] | None,
+  cotangent_TGW: Float[Array, 'T G W'],
+  dtype: jax.typing.DTypeLike,
+):
   """Outer products [n, W] of the references at `position`."""
   num_entries, num_cores = weight.shape[1:]
   token = position // num_entries
@@ -30,7 +38,9 @@ def updates_at(position, weight, group, cotangent_TGW, dtype):
   return update.reshape(-1, width)
 
 
-def sum_equal_rows(row, update, num_rows):
+def sum_equal_rows(
+  row: Int[Array, 'n'], update: Float[Array, 'n W'], num_rows: int
+):
   """Sorted references with those of one row summed up: rows are distinct.
 
   The sum is a tree over each run of equal rows: in pass i a reference takes

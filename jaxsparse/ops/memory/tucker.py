@@ -79,7 +79,11 @@ def tucker_top_m(
   return scores_THkc, address_THk + j_THk.astype(dtype)
 
 
-def _cell_scores(row, column, cores):
+def _cell_scores(
+  row: Float[Array, 'T H k r'],
+  column: Float[Array, 'T H k r'],
+  cores: Float[Array, 'c H r r'],
+):
   """row[T, H, k] @ C[c, H] @ column[T, H, k], [T, H, k, c].
 
   Unrolled over ranks and cores: sums that short, and those of their gradients,
@@ -102,13 +106,20 @@ def _cell_scores(row, column, cores):
 def _take(
   scores: Float[Array, 'T H Q r'], index: Int[Array, 'T H k']
 ) -> Float[Array, 'T H k r']:
-  def take(rows, i):
+  def take(rows: Float[Array, 'Q r'], i: Int[Array, 'k']):
     return rows.at[i].get(mode='promise_in_bounds')
 
   return jax.vmap(jax.vmap(take))(scores, index)
 
 
-def _select(row, column, core_sum, directions, num_selected, num_quadrants):
+def _select(
+  row: Float[Array, 'T H Q r'],
+  column: Float[Array, 'T H Q r'],
+  core_sum: Float[Array, 'H r r'],
+  directions: Directions,
+  num_selected: int,
+  num_quadrants: int,
+):
   """Rows and columns [T, H, k] of the kept cells, tile by tile of tokens."""
   u_Hr, t_Hr = directions
   # Unrolled over r: a contraction that short is no matter for a matmul.
@@ -129,7 +140,7 @@ def _select(row, column, core_sum, directions, num_selected, num_quadrants):
   )
   right_THmr = _take(column, j_THm)
 
-  def best_cells(carry, pair):
+  def best_cells(carry: None, pair: tuple[jax.Array, jax.Array]):
     return carry, _best_cells(*pair, num_selected, num_quadrants)
 
   cells = row.shape[1] * num_selected**2 // num_quadrants
@@ -143,7 +154,9 @@ def _select(row, column, core_sum, directions, num_selected, num_quadrants):
   return take(i_THm, p_THk), take(j_THm, q_THk)
 
 
-def _candidates(merged, num_selected, num_quadrants):
+def _candidates(
+  merged: Float[Array, 'T H Q'], num_selected: int, num_quadrants: int
+):
   """Keys with the largest merged scores; then those with the smallest."""
   if num_quadrants == 1:
     return top_m(merged, num_selected)[1]
@@ -152,7 +165,9 @@ def _candidates(merged, num_selected, num_quadrants):
   return jnp.concatenate([best, worst], axis=-1)
 
 
-def _candidates_together(axes, num_selected, num_quadrants):
+def _candidates_together(
+  axes: tuple[jax.Array, jax.Array], num_selected: int, num_quadrants: int
+):
   """Of both axes, by as many kernels as for one.
 
   A CPU would sort all scores: XLA makes top_k of a sort whose first part is
@@ -162,7 +177,12 @@ def _candidates_together(axes, num_selected, num_quadrants):
   return tuple(jnp.split(found, 2))
 
 
-def _best_cells(left, right, num_selected, num_quadrants):
+def _best_cells(
+  left: Float[Array, 'T H m r'],
+  right: Float[Array, 'T H m r'],
+  num_selected: int,
+  num_quadrants: int,
+):
   """Positions (p, q) of the best cells among the candidates' grids."""
   side = num_selected // num_quadrants
   shape = (*left.shape[:2], num_quadrants, side, left.shape[-1])
@@ -171,7 +191,8 @@ def _best_cells(left, right, num_selected, num_quadrants):
     left_THgmr[..., :, None, a] * right_THgmr[..., None, :, a]
     for a in range(shape[-1])
   )
-  _, cell = top_m(grid_THgmm.reshape(*shape[:2], -1), num_selected)
+  grid_THn = jnp.reshape(grid_THgmm, (*shape[:2], -1))
+  _, cell = top_m(grid_THn, num_selected)
   quadrant, cell = cell // side**2, cell % side**2
   return quadrant * side + cell // side, quadrant * side + cell % side
 
@@ -237,13 +258,13 @@ def leading_directions(core_sum: Float[Array, 'H r r']) -> Directions:
   return sign * u, sign * t
 
 
-def _halves(core):
+def _halves(core: Float[Array, '*H 2 2']):
   """C as a scaled rotation (e, h) plus a scaled reflection (f, g)."""
   a, b, c, d = (core[..., i, j] for i in range(2) for j in range(2))
   return (a + d) / 2, (c - b) / 2, (a - d) / 2, (b + c) / 2
 
 
-def _leading_directions_of_2x2(core):
+def _leading_directions_of_2x2(core: Float[Array, '*H 2 2']):
   e, h, f, g = _halves(core)
   rotation, reflection = jnp.arctan2(h, e), jnp.arctan2(g, f)
   phi, theta = (reflection + rotation) / 2, (reflection - rotation) / 2
@@ -263,7 +284,7 @@ def singular_values(core_sum: Float[Array, 'H r r']) -> Float[Array, 'H r']:
   )
 
 
-def _hypot(x, y):
+def _hypot(x: Float[Array, '*H'], y: Float[Array, '*H']):
   """sqrt(x^2 + y^2) whose gradient at zero is zero instead of NaN."""
   square = x * x + y * y
   is_zero = square == 0

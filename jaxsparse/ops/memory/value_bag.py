@@ -36,6 +36,14 @@ from jaxtyping import Array, Float, Int
 from jaxsparse.config.errors import UserError
 from jaxsparse.ops import chunking
 from jaxsparse.ops.memory import value_bag_gradient as gradient
+from jaxsparse.ops.memory.value_bag_gradient import (
+  Groups,
+  NumUsed,
+  Pools,
+  Slots,
+  Table,
+  Weights,
+)
 from jaxsparse.ops.shard_map_vma import to_same_varying
 
 # Entries of a piece, where not all are fused. On a CPU the sums should stay in
@@ -136,17 +144,33 @@ def value_bag_reference(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _value_bag(
-  table, slot, weight, group, num_used, num_groups, table_gradient
+  table: Table,
+  slot: Slots,
+  weight: Weights,
+  group: Groups,
+  num_used: NumUsed,
+  num_groups: int,
+  table_gradient: str,
 ):
   return _forward(table, slot, weight, group, num_used, num_groups)
 
 
-def _save(table, slot, weight, group, num_used, num_groups, table_gradient):
+def _save(
+  table: Table,
+  slot: Slots,
+  weight: Weights,
+  group: Groups,
+  num_used: NumUsed,
+  num_groups: int,
+  table_gradient: str,
+):
   inputs = (table, slot, weight, group, num_used)
   return _forward(*inputs, num_groups), inputs
 
 
-def _restore(num_groups, table_gradient, inputs, cotangent):
+def _restore(
+  num_groups: int, table_gradient: str, inputs: tuple, cotangent: Pools
+):
   # Two programs, not one, so that the table's is dead code if nobody asks.
   d_table = gradient.of_table(*inputs, cotangent, table_gradient)
   d_weight = gradient.of_weight(*inputs, cotangent)
@@ -158,21 +182,36 @@ _value_bag.defvjp(_save, _restore)
 
 # Compiled as a function of its own, so that layers of one size share a trace.
 @functools.partial(jax.jit, static_argnames=('num_groups',))
-def _forward(table, slot, weight, group, num_used, num_groups):
+def _forward(
+  table: Table,
+  slot: Slots,
+  weight: Weights,
+  group: Groups,
+  num_used: NumUsed,
+  num_groups: int,
+):
   if slot.size == 0:
     shape = (slot.shape[0], num_groups, table.shape[1])
     return jnp.zeros(shape, chunking.accumulator(table, weight))
 
-  def unrolled(at_once):
-    return lambda *args: _forward_unrolled(*args, num_groups, at_once)
+  def unrolled(at_once: int):
+    return functools.partial(
+      _forward_unrolled, num_groups=num_groups, at_once=at_once
+    )
 
-  def chunked(chunk_bytes):
-    return lambda *args: _forward_chunked(*args, num_groups, chunk_bytes)
+  def chunked(chunk_bytes: int):
+    return functools.partial(
+      _forward_chunked, num_groups=num_groups, chunk_bytes=chunk_bytes
+    )
 
-  def fused(table, slot, weight, group, _):
+  def fused(
+    table: Table, slot: Slots, weight: Weights, group: Groups, _: NumUsed
+  ):
     return _forward_fused(table, slot, weight, group, num_groups)
 
-  def gathered(table, slot, weight, group, _):
+  def gathered(
+    table: Table, slot: Slots, weight: Weights, group: Groups, _: NumUsed
+  ):
     return _forward_gathered(table, slot, weight, group, num_groups)
 
   by_matmul = table.dtype.itemsize < 4 or group is not None
@@ -194,7 +233,9 @@ def _forward(table, slot, weight, group, num_used, num_groups):
   )  # fmt: skip
 
 
-def _with_groups(weight, group, num_groups):
+def _with_groups(
+  weight: Float[Array, '*T c'], group: Int[Array, '*T'] | None, num_groups: int
+):
   """Weights [..., G, c]: an entry's own in its group, zero in the others."""
   if group is None:
     return weight[..., None, :]
@@ -203,12 +244,18 @@ def _with_groups(weight, group, num_groups):
 
 
 def _forward_unrolled(
-  table, slot, weight, group, num_used, num_groups, at_once
-):  # fmt: skip
+  table: Table,
+  slot: Slots,
+  weight: Weights,
+  group: Groups,
+  num_used: NumUsed,
+  num_groups: int,
+  at_once: int,
+):
   dtype = chunking.accumulator(table, weight)
   num_tokens, num_cores, width = len(slot), weight.shape[2], table.shape[1]
 
-  def add(pooled_TGW, entries):
+  def add(pooled_TGW: Pools, entries: tuple):
     slot, weight_TkGc = entries
     for j in range(slot.shape[1]):
       # Weights are spread over the columns, and the table is not split by
@@ -230,7 +277,9 @@ def _forward_unrolled(
   return pooled_TGW
 
 
-def _forward_gathered(table, slot, weight, group, num_groups):
+def _forward_gathered(
+  table: Table, slot: Slots, weight: Weights, group: Groups, num_groups: int
+):
   dtype = chunking.accumulator(table, weight)
   pooled_TGcW = jnp.einsum(
     'tkgc,tkw->tgcw',
@@ -246,12 +295,14 @@ def _forward_gathered(table, slot, weight, group, num_groups):
   return jnp.stack(own, axis=2).reshape(*shape, width)
 
 
-def _forward_fused(table, slot, weight, group, num_groups):
+def _forward_fused(
+  table: Table, slot: Slots, weight: Weights, group: Groups, num_groups: int
+):
   dtype = chunking.accumulator(table, weight)
   (num_tokens, num_entries), width = slot.shape, table.shape[1]
   num_cores = weight.shape[2]
 
-  def pool(slot, weight, group):
+  def pool(slot: Slots, weight: Weights, group: Groups):
     shape = (len(slot), num_groups, width)
     pooled_tGW = chunking.zeros(shape, dtype, table, slot)
     for j in range(num_entries):
@@ -271,7 +322,7 @@ def _forward_fused(table, slot, weight, group, num_groups):
   if num_tokens <= at_once:
     return pool(slot, weight, group)
 
-  def pool_some(i, pooled_TGW):
+  def pool_some(i: Int[Array, ''], pooled_TGW: Pools):
     # Cuts that reach beyond the end are moved back: the last tokens are pooled
     # twice where at_once does not divide them, to the same sums.
     some = jax.tree.map(
@@ -289,13 +340,19 @@ def _forward_fused(table, slot, weight, group, num_groups):
 
 
 def _forward_chunked(
-  table, slot, weight, group, num_used, num_groups, chunk_bytes
-):  # fmt: skip
+  table: Table,
+  slot: Slots,
+  weight: Weights,
+  group: Groups,
+  num_used: NumUsed,
+  num_groups: int,
+  chunk_bytes: int,
+):
   dtype = chunking.accumulator(table, weight)
   num_cores, width = weight.shape[2], table.shape[1]
   at_once = chunking.entries_at_once(slot, num_used)
 
-  def add(pooled_tGcw, entries):
+  def add(pooled_tGcw: Float[Array, 't G c w'], entries: tuple):
     slot, weight, group = entries
     rows_tkW = chunking.rows(table, slot).astype(dtype)
     pooled_tGcw += jnp.einsum(
@@ -306,7 +363,7 @@ def _forward_chunked(
     )
     return pooled_tGcw, None
 
-  def pool(_, chunk):
+  def pool(_: None, chunk: tuple):
     *entries, num_used = chunk
     shape = (len(entries[0]), num_groups, num_cores, width // num_cores)
     nothing = chunking.zeros(shape, dtype, table, slot)

@@ -13,9 +13,11 @@ Letters as in `value_bag`; R = T * k references to rows.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
 
 from jaxsparse.ops import chunking
 from jaxsparse.ops.memory.segment_sum import (
@@ -25,6 +27,14 @@ from jaxsparse.ops.memory.segment_sum import (
 )
 from jaxsparse.ops.shard_map_vma import sort_key_val
 
+# What a bag is made of.
+Table = Float[Array, 'M W']
+Slots = Int[Array, 'T k']
+Weights = Float[Array, 'T k c']
+Groups = Int[Array, 'T k'] | None
+NumUsed = Int[Array, 'T'] | None
+Pools = Float[Array, 'T G W']
+
 WAYS = ('scatter', 'sorted', 'deterministic')
 
 # Entries of a piece on a GPU where not all can be fused.
@@ -32,7 +42,14 @@ _ENTRIES_GPU = 8
 
 
 @jax.jit
-def of_weight(table, slot, weight, group, num_used, cotangent):
+def of_weight(
+  table: Table,
+  slot: Slots,
+  weight: Weights,
+  group: Groups,
+  num_used: NumUsed,
+  cotangent: Pools,
+):
   """Gradient [T, k, c] with respect to the weights."""
   if slot.size == 0:
     return jnp.zeros_like(weight)
@@ -45,7 +62,15 @@ def of_weight(table, slot, weight, group, num_used, cotangent):
 
 
 @functools.partial(jax.jit, static_argnames=('way',))
-def of_table(table, slot, weight, group, num_used, cotangent, way):
+def of_table(
+  table: Table,
+  slot: Slots,
+  weight: Weights,
+  group: Groups,
+  num_used: NumUsed,
+  cotangent: Pools,
+  way: str,
+):
   """Gradient [M, W] with respect to the table, added up as `way` says."""
   if slot.size == 0:
     return jnp.zeros_like(table)
@@ -63,22 +88,29 @@ def of_table(table, slot, weight, group, num_used, cotangent, way):
   ).astype(table.dtype)  # fmt: skip
 
 
-def _of_pool(cotangent_TGW, group):
+def _of_pool(cotangent_TGW: Pools, group: Groups):
   """The cotangent of each entry's pool: [T, k, W], or [T, 1, W] for all."""
   if group is None:
     return cotangent_TGW
   return jax.vmap(chunking.rows)(cotangent_TGW, group)
 
 
-def _split(x, num_cores):
+def _split(x: Float[Array, '*S W'], num_cores: int):
   return x.reshape(*x.shape[:-1], num_cores, -1)
 
 
-def _of_weight_whole(table, slot, weight, group, num_used, cotangent):
+def _of_weight_whole(
+  table: Table,
+  slot: Slots,
+  weight: Weights,
+  group: Groups,
+  num_used: NumUsed,
+  cotangent: Pools,
+):
   """By a sum of products, which a GPU fuses with the gather of the rows."""
   dtype = chunking.accumulator(table, cotangent)
 
-  def step(_, entries):
+  def step(_: None, entries: tuple):
     slot, group = entries
     rows_TkW = chunking.rows(table, slot).astype(dtype)
     pooled_TkW = _of_pool(cotangent.astype(dtype), group)
@@ -91,21 +123,28 @@ def _of_weight_whole(table, slot, weight, group, num_used, cotangent):
   return d_weight.astype(weight.dtype)
 
 
-def _of_weight_chunked(chunk_bytes):
+def _of_weight_chunked(chunk_bytes: int):
   """By a matmul of gathered rows with all of a token's pools.
 
   A CPU adds up a sum of products one by one.
   """
 
-  def of_weight(table, slot, weight, group, num_used, cotangent):
+  def of_weight(
+    table: Table,
+    slot: Slots,
+    weight: Weights,
+    group: Groups,
+    num_used: NumUsed,
+    cotangent: Pools,
+  ):
     dtype = chunking.accumulator(table, cotangent)
     at_once = chunking.entries_at_once(slot, num_used)
     num_cores = weight.shape[-1]
 
-    def on_chunk(_, chunk):
+    def on_chunk(_: None, chunk: tuple):
       cotangent_tGW, num_used, *entries = chunk
 
-      def step(_, entries):
+      def step(_: None, entries: tuple):
         slot, group = entries
         d_weight_tkGc = jnp.einsum(
           'tkcw,tgcw->tkgc',
@@ -133,12 +172,12 @@ def _of_weight_chunked(chunk_bytes):
   return of_weight
 
 
-def _nothing(table, weight, slot):
+def _nothing(table: Table, weight: Weights, slot: Slots):
   dtype = chunking.accumulator(table, weight)
   return chunking.zeros(table.shape, dtype, table, slot)
 
 
-def _scatter(d_table, cotangent_TGW, entries):
+def _scatter(d_table: Table, cotangent_TGW: Pools, entries: tuple):
   """Adds the entries' outer products to `d_table`.
 
   Whole rows in f32: scalar and bf16 updates would each cost an order of
@@ -155,7 +194,7 @@ def _scatter(d_table, cotangent_TGW, entries):
   )
 
 
-def _without_unused(slot, num_used, num_rows):
+def _without_unused(slot: Slots, num_used: NumUsed, num_rows: int):
   """Slots, M where not in use: else row 0 would take an add for each."""
   if num_used is None:
     return slot
@@ -163,8 +202,15 @@ def _without_unused(slot, num_used, num_rows):
   return jnp.where(in_use, slot, num_rows)
 
 
-def _scatter_whole(table, slot, weight, group, num_used, cotangent):
-  def step(d_table, entries):
+def _scatter_whole(
+  table: Table,
+  slot: Slots,
+  weight: Weights,
+  group: Groups,
+  num_used: NumUsed,
+  cotangent: Pools,
+):
+  def step(d_table: Table, entries: tuple):
     return _scatter(d_table, cotangent, entries), None
 
   slot = _without_unused(slot, num_used, len(table))
@@ -179,14 +225,21 @@ def _scatter_whole(table, slot, weight, group, num_used, cotangent):
   return d_table
 
 
-def _scatter_chunked(chunk_bytes):
-  def of_table(table, slot, weight, group, num_used, cotangent):
+def _scatter_chunked(chunk_bytes: int):
+  def of_table(
+    table: Table,
+    slot: Slots,
+    weight: Weights,
+    group: Groups,
+    num_used: NumUsed,
+    cotangent: Pools,
+  ):
     at_once = chunking.entries_at_once(slot, num_used)
 
-    def on_chunk(d_table, chunk):
+    def on_chunk(d_table: Table, chunk: tuple):
       cotangent, num_used, *entries = chunk
 
-      def step(d_table, entries):
+      def step(d_table: Table, entries: tuple):
         return _scatter(d_table, cotangent, entries), None
 
       return chunking.over_entries(
@@ -208,7 +261,7 @@ def _scatter_chunked(chunk_bytes):
 # Sorted by row. The sort is stable, so the order of adds is fixed.
 
 
-def _sort(slot, num_used, num_rows):
+def _sort(slot: Slots, num_used: NumUsed, num_rows: int):
   """References by row: their rows and positions in [T * k], and how many."""
   slot = _without_unused(slot, num_used, num_rows).reshape(-1)
   position = jnp.arange(len(slot), dtype=slot.dtype)
@@ -217,8 +270,15 @@ def _sort(slot, num_used, num_rows):
 
 
 def _add_sorted(
-  add, table, slot, weight, group, num_used, cotangent, at_once
-):  # fmt: skip
+  add: Callable,
+  table: Table,
+  slot: Slots,
+  weight: Weights,
+  group: Groups,
+  num_used: NumUsed,
+  cotangent: Pools,
+  at_once: int,
+):
   """Runs add(d_table, row, update) over blocks of the sorted references."""
   row, position, num_references = _sort(slot, num_used, len(table))
   at_once = min(at_once, len(row))
@@ -226,7 +286,7 @@ def _add_sorted(
   row = jnp.pad(row, (0, size - len(row)), constant_values=len(table))
   position = chunking.pad(position, size, axis=0)
 
-  def step(d_table, block):
+  def step(d_table: Table, block: tuple):
     row, position = block
     update = updates_at(position[0], weight, group, cotangent, d_table.dtype)
     return add(d_table, row[0], update), None
@@ -241,29 +301,40 @@ def _add_sorted(
   return d_table
 
 
-def _add_equal_after_equal(d_table, row, update):
+def _add_equal_after_equal(
+  d_table: Table, row: Int[Array, 'n'], update: Float[Array, 'n W']
+):
   return d_table.at[row].add(update, mode='drop', indices_are_sorted=True)
 
 
-def _sorted_blocks(chunk_bytes):
-  def of_table(table, *args):
+def _sorted_blocks(chunk_bytes: int):
+  def of_table(table: Table, *args: jax.Array | None):
     at_once = max(1, chunk_bytes // table[0].nbytes)
     return _add_sorted(_add_equal_after_equal, table, *args, at_once)
 
   return of_table
 
 
-def _sorted_whole(table, slot, weight, group, num_used, *args):
+def _sorted_whole(
+  table: Table,
+  slot: Slots,
+  weight: Weights,
+  group: Groups,
+  num_used: NumUsed,
+  *args: jax.Array | None,
+):
   at_once = slot.size if num_used is None else REFERENCES_GPU
   return _add_sorted(
     _add_equal_after_equal, table, slot, weight, group, num_used, *args, at_once
   )
 
 
-def _add_once_per_row(d_table, row, update):
+def _add_once_per_row(
+  d_table: Table, row: Int[Array, 'n'], update: Float[Array, 'n W']
+):
   row, update = sum_equal_rows(row, update, len(d_table))
   return d_table.at[row].add(update, mode='drop', unique_indices=True)
 
 
-def _distinct_rows(*args):
+def _distinct_rows(*args: jax.Array | None):
   return _add_sorted(_add_once_per_row, *args, REFERENCES_GPU)
