@@ -14,6 +14,12 @@ import optax
 from jaxsparse import mesh
 from jaxsparse.config import OptimizerConfig
 from jaxsparse.config.errors import require
+from jaxsparse.training.optimizers.each_device import on_each_device, specs_of
+from jaxsparse.training.optimizers.finalizing import (
+  Optimizer,
+  partition,
+  unchanged,
+)
 from jaxsparse.training.optimizers.row_optimizers import row_adagrad, row_adam
 from jaxsparse.training.optimizers.row_updates import (
   in_float32,
@@ -33,14 +39,15 @@ def make_optimizer(
   num_steps: int,
   scheme: str = 'columns',
   bias_update_rate: float = 0.0,
-) -> optax.GradientTransformation:
+) -> Optimizer:
   """AdamW, each group with its decay and rate.
 
   Gradients come clipped. The state of value tables is in f32 and split over
   all devices, those that hold copies of a table included; a bf16 table has an
   f32 master there with `value_master`. Where there are copies, each device
   takes the step for its rows, and the updates are gathered (ZeRO, stage 1,
-  arXiv:1910.02054).
+  arXiv:1910.02054). With a row optimizer, the state of value tables is made and
+  finalized here, but stepped by `table_step.update_tables`.
 
   Args:
     config: rates and decays.
@@ -61,9 +68,12 @@ def make_optimizer(
 
   wide = with_float32_master if config.value_master else in_float32
   values = wide(group(config.value_weight_decay, value_rate))
-  return optax.partition(
+  values = _split_over_copies(values, scheme)
+  if is_by_rows(config):
+    values = _stepped_apart(make_row_optimizer(config, num_steps))
+  return partition(
     {
-      VALUES: _split_over_copies(values, scheme),
+      VALUES: values,
       DECAYED: group(config.weight_decay, rate),
       UNDECAYED: group(0.0, rate),
       BALANCE: optax.chain(
@@ -74,9 +84,14 @@ def make_optimizer(
   )
 
 
+def is_by_rows(config: OptimizerConfig) -> bool:
+  """Whether value tables have an optimizer of their own, by rows."""
+  return config.value_optimizer != 'adamw'
+
+
 def make_row_optimizer(
   config: OptimizerConfig, num_steps: int, column_axes: tuple[str, ...] = ()
-) -> optax.GradientTransformationExtraArgs:
+) -> Optimizer:
   """The optimizer of value tables whose gradient is kept row by row.
 
   Args:
@@ -120,6 +135,25 @@ def _split_over_copies(
     return jax.tree.map(lambda x: mesh.reshard(x, table), updates), state
 
   return optax.GradientTransformation(lambda p: inner.init(split(p)), update)
+
+
+def _stepped_apart(inner: Optimizer) -> Optimizer:
+  """`inner`, whose steps are none of the optimizer's that it is part of.
+
+  Each device finalizes its part of the tables.
+  """
+
+  def update(updates, state, params=None, **extra):
+    del params, extra
+    return updates, state
+
+  def finalize(params, state):
+    specs = specs_of((params, state))
+    return on_each_device(inner.finalize, specs)(params, state)
+
+  return Optimizer(
+    inner.init, update, unchanged if inner.is_final else finalize
+  )
 
 
 def squared_norm(gradients: dict) -> jax.Array:
