@@ -50,7 +50,7 @@ def init_state(config: Config) -> TrainState:
   model = Transformer(config.model)
   key = jax.random.key(config.train.seed)
   params = model.init(key, tokens, tokens, tokens)['params']
-  opt_state = _optimizer(config).init(params)
+  opt_state = optimizer_of(config).init(params)
   return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
 
@@ -131,7 +131,7 @@ def train_step(
     opt_state = with_state(opt_state, optimizer_lib.VALUES, row_state)
   scale = optimizer_lib.clip_scale(norm, config.optimizer.clip_norm)
   scaled = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
-  updates, opt_state = _optimizer(config).update(scaled, opt_state, rest)
+  updates, opt_state = optimizer_of(config).update(scaled, opt_state, rest)
   # Without their decay, too.
   updates = optimizer_lib.only_trained(config.optimizer, updates)
   rest = apply_updates(rest, updates, rounding_key)
@@ -145,7 +145,9 @@ def finalize(config: Config, state: TrainState) -> TrainState:
 
   To validate and to export.
   """
-  params, opt_state = _optimizer(config).finalize(state.params, state.opt_state)
+  params, opt_state = optimizer_of(config).finalize(
+    state.params, state.opt_state
+  )
   return TrainState(state.step, params, opt_state)
 
 
@@ -190,7 +192,8 @@ def _count_reads(slots: jax.Array, num_slots: int, batch: Batch) -> jax.Array:
   return jnp.sum(count(slots), axis=0)[:num_slots]
 
 
-def _optimizer(config: Config) -> Optimizer:
+def optimizer_of(config: Config) -> Optimizer:
+  """The optimizer of a run."""
   memory = config.model.memory
   scheme = table_scheme(memory, config.model.dtype) if memory else 'columns'
   moe = config.model.moe
