@@ -10,6 +10,7 @@ import re
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers
 
 from jaxsparse import mesh
 from jaxsparse.config import OptimizerConfig
@@ -20,16 +21,33 @@ from jaxsparse.training.optimizers.finalizing import (
   partition,
   unchanged,
 )
+from jaxsparse.training.optimizers.muon import muon
 from jaxsparse.training.optimizers.row_optimizers import row_adagrad, row_adam
 from jaxsparse.training.optimizers.row_updates import (
   in_float32,
   with_float32_master,
 )
 
+# Names of the maps that read the residual stream, [D, ...], and of those that
+# write to it, [..., D]; by the module that has them.
+_READING = dict(
+  attention=('query', 'key', 'value'),
+  mlp=('up', 'gate'),
+  shared=('up', 'gate'),
+  memory=('query', 'gate', 'pre_value_map'),
+)
+_WRITING = dict(
+  attention=('output',), mlp=('down',), shared=('down',), memory=('output',)
+)
+# Those of all experts at once, [X, D, F] or [X, F, D].
+_EXPERTS = ('up', 'gate', 'down')
+
 # The release's warm-up starts from this share of the peak.
 WARMUP_START = 0.1
 
 VALUES, DECAYED, UNDECAYED = 'values', 'decayed', 'undecayed'
+# Of the decayed leaves those that Muon takes: the maps of activations.
+MATRICES = 'matrices'
 # Biases of the experts' selection, which follow the load and not the loss.
 BALANCE = 'balance'
 
@@ -40,7 +58,7 @@ def make_optimizer(
   scheme: str = 'columns',
   bias_update_rate: float = 0.0,
 ) -> Optimizer:
-  """AdamW, each group with its decay and rate.
+  """AdamW, each group with its decay and rate; or Muon for matrices.
 
   Gradients come clipped. The state of value tables is in f32 and split over
   all devices, those that hold copies of a table included; a bf16 table has an
@@ -71,17 +89,18 @@ def make_optimizer(
   values = _split_over_copies(values, scheme)
   if is_by_rows(config):
     values = _stepped_apart(make_row_optimizer(config, num_steps))
-  return partition(
-    {
-      VALUES: values,
-      DECAYED: group(config.weight_decay, rate),
-      UNDECAYED: group(0.0, rate),
-      BALANCE: optax.chain(
-        optax.scale_by_sign(), optax.scale(-bias_update_rate)
-      ),
-    },
-    labels,
+  groups = {
+    VALUES: values,
+    DECAYED: group(config.weight_decay, rate),
+    UNDECAYED: group(0.0, rate),
+    BALANCE: optax.chain(optax.scale_by_sign(), optax.scale(-bias_update_rate)),
+  }
+  if config.name == 'adamw':
+    return partition(groups, labels)
+  groups[MATRICES] = muon(
+    rate, config.muon_momentum, config.weight_decay, matrix_dimensions
   )
+  return partition(groups, labels_with_matrices)
 
 
 def is_by_rows(config: OptimizerConfig) -> bool:
@@ -206,6 +225,36 @@ def labels(params: dict) -> dict:
     return DECAYED if is_matrix else UNDECAYED
 
   return jax.tree_util.tree_map_with_path(label, params)
+
+
+def labels_with_matrices(params: dict) -> dict:
+  """`labels`, where the maps of activations are a group of their own.
+
+  Embeddings, head, routers, keys and whatever an attention variant adds are
+  not among them.
+  """
+  return jax.tree.map_with_path(
+    lambda path, label: MATRICES if _dimensions(path, 2) else label,
+    labels(params),
+  )
+
+
+def matrix_dimensions(matrices: dict) -> dict:
+  """Of each map of activations, which dimensions are input and output."""
+  return jax.tree.map_with_path(
+    lambda path, leaf: _dimensions(path, leaf.ndim), matrices
+  )
+
+
+def _dimensions(path: tuple, ndim: int) -> MuonDimensionNumbers | None:
+  *_, module, name = ('', *(part.key for part in path))
+  if module == 'moe' and name in _EXPERTS:
+    return MuonDimensionNumbers(1, 2)
+  if name in _READING.get(module, ()):
+    return MuonDimensionNumbers((0,), tuple(range(1, ndim)))
+  if name in _WRITING.get(module, ()):
+    return MuonDimensionNumbers(tuple(range(ndim - 1)), (ndim - 1,))
+  return None
 
 
 def learning_rate_schedule(
