@@ -52,13 +52,14 @@ def as_optimizer(inner: optax.GradientTransformation) -> Optimizer:
 
 def partition(
   transforms: Mapping[Hashable, optax.GradientTransformation],
-  labels: Callable[[optax.Params], Any],
+  labels: Callable[[optax.Params], Any] | Any,
 ) -> Optimizer:
   """`optax.partition` that finalizes each group as its transformation does.
 
   Args:
     transforms: by label.
-    labels: from parameters, or what has their structure, to the labels.
+    labels: of all parameters, a tree; or a function that makes it of them, or
+      of what has their structure.
   """
   inner = optax.partition(transforms, labels)
   finalizing = {
@@ -69,7 +70,8 @@ def partition(
 
   def finalize(params, state):
     for label, finalize_group in finalizing.items():
-      group, rest = split(params, labels(params), label)
+      of = labels(params) if callable(labels) else labels
+      group, rest = split(params, of, label)
       group, group_state = finalize_group(group, state_of(state, label))
       params = merged(group, rest)
       state = with_state(state, label, group_state)
