@@ -116,5 +116,7 @@ def test_a_momentum_without_muon_is_refused():
   sentence = "muon_momentum = 0.8 does nothing with name = 'adamw': set it to"
   with pytest.raises(UserError, match=re.escape(sentence)):
     OptimizerConfig(muon_momentum=0.8)
-  with pytest.raises(UserError, match=r"name must be .*'muon'.*, got 'lion'"):
+  with pytest.raises(
+    UserError, match="name must be one of adamw, muon; got 'lion'"
+  ):
     OptimizerConfig(name='lion')
