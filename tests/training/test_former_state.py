@@ -45,7 +45,7 @@ def test_a_state_is_restored(archive, is_by_rows, tmp_path):
       )
       for state in (now.opt_state, former)
     ]
-    arrays, _ = stored.read(tmp_path / 'w/checkpoints', 3, *layouts)
+    arrays, _ = stored.read(stored.folder_of(tmp_path / 'w'), 3, *layouts)
     saved = arrays['optimizer']['opt_state']
     found = former_state.converted(saved, former, now.opt_state)
   assert jax.tree.structure(found) == jax.tree.structure(now.opt_state)
