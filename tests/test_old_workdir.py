@@ -3,7 +3,9 @@
 `fixtures/workdir_0_1_0.tar.gz` holds a run of six steps with a text of four
 files, killed after the checkpoint of step 3 but with the metrics of all steps.
 Its recipe sets a Tucker rank with additive scores, which did nothing then and
-is refused in a new recipe.
+is refused in a new recipe. Its value tables have `row_adam`; those of
+`workdir_0_1_0_adamw.tar.gz`, of a later day but before the optimizer's state
+had one shape, have AdamW.
 """
 
 import json
@@ -16,12 +18,17 @@ import tarfile
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-ARCHIVE = pathlib.Path(__file__).parent / 'fixtures' / 'workdir_0_1_0.tar.gz'
+FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
 
 
-@pytest.fixture
-def folder(tmp_path):
-  with tarfile.open(ARCHIVE) as archive:
+@pytest.fixture(
+  params=[
+    'workdir_0_1_0',
+    pytest.param('workdir_0_1_0_adamw', marks=pytest.mark.slow),
+  ]
+)
+def folder(request, tmp_path):
+  with tarfile.open(FIXTURES / f'{request.param}.tar.gz') as archive:
     archive.extractall(tmp_path, filter='data')
   return tmp_path
 

@@ -142,6 +142,11 @@ class DataConfig:
 class OptimizerConfig:
   """AdamW with warm-up and cosine decay, and a labelled group for values."""
 
+  # Optimizer of the matrices of attention, MLPs, experts and memory layers:
+  # 'adamw', or 'muon', whose steps are as large as AdamW's and so take the same
+  # learning_rate and weight_decay. Embeddings, head, norms, biases, routers,
+  # keys and cores stay with AdamW.
+  name: str = 'adamw'
   # Peak of the learning rate.
   learning_rate: float = 3e-3
   # Steps of linear warm-up; a run of no more steps has a tenth of them.
@@ -152,6 +157,8 @@ class OptimizerConfig:
   b1: float = 0.9
   b2: float = 0.95
   epsilon: float = 1e-8
+  # Decay of Muon's momentum.
+  muon_momentum: float = 0.95
   # Decoupled decay of matrices; norms, biases, cores and values are left out.
   weight_decay: float = 0.1
   # Decoupled decay of the value tables.
@@ -188,6 +195,7 @@ class OptimizerConfig:
     require_positive(self, 'learning_rate', 'epsilon', 'value_lr_multiplier')
     require_positive(self, 'value_lr_decay_fraction', 'grad_accumulation')
     require_fraction(self, 'final_lr_fraction', 'value_lr_decay_fraction')
+    require_choice(self, 'name', ('adamw', 'muon'))
     require_choice(
       self,
       'value_optimizer',
@@ -204,7 +212,7 @@ class OptimizerConfig:
       f'b1 must be below the square root of b2 = {self.b2} with row_adam, got '
       f'{self.b1}.',
     )
-    for name in ('b1', 'b2'):
+    for name in ('b1', 'b2', 'muon_momentum'):
       value = getattr(self, name)
       require(0 <= value < 1, f'{name} must be within 0 and 1, got {value}.')
     require_not_negative(
@@ -223,6 +231,7 @@ class OptimizerConfig:
       f'{self.value_optimizer!r}.',
     )
     unset = functools.partial(require_unset, self)
+    unset(self.name == 'adamw', "name = 'adamw'", 'muon_momentum')
     unset(
       self.value_learning_rate > 0,
       f'value_learning_rate = {self.value_learning_rate}',

@@ -186,7 +186,11 @@ class Checkpoints:
       ) from error
 
   def restore(
-    self, params: Any, optimizer: Any, say: Callable[[str], None]
+    self,
+    params: Any,
+    optimizer: Any,
+    say: Callable[[str], None],
+    former_optimizer: Any = None,
   ) -> tuple[int, Any, Any, Any] | None:
     """The newest checkpoint that is whole.
 
@@ -197,6 +201,8 @@ class Checkpoints:
       params: abstract parameters with the shardings to restore to.
       optimizer: likewise, of what was saved as `optimizer`.
       say: gets a sentence about each checkpoint that could not be read.
+      former_optimizer: `optimizer` as earlier versions had it; a checkpoint of
+        theirs is restored to it.
 
     Returns:
       step, params, optimizer, record; None if there is no checkpoint.
@@ -207,9 +213,10 @@ class Checkpoints:
     """
     steps = self.steps()
     abstract = {PARAMS: params, OPTIMIZER: optimizer}
+    former = former_optimizer and {PARAMS: params, OPTIMIZER: former_optimizer}
     for step in reversed(steps):
       try:
-        arrays, record = stored.read(self._directory, step, abstract)
+        arrays, record = stored.read(self._directory, step, abstract, former)
       except stored.DamageError as damage:
         say(
           f'The checkpoint of step {step} is damaged ({damage}); it was moved '

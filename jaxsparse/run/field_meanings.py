@@ -99,14 +99,14 @@ MEANINGS = {
     ('optimizer', _RATE, 'learning_rate warmup_steps final_lr_fraction'),
     ('optimizer', _RATE, 'value_lr_multiplier value_lr_decay_fraction'),
     ('optimizer', _RATE, 'value_learning_rate'),
-    ('optimizer', _MOMENTS, 'b1 b2 epsilon'),
+    ('optimizer', _MOMENTS, 'b1 b2 epsilon muon_momentum'),
     ('optimizer', _FREE, 'weight_decay clip_norm trained'),
     (
       'optimizer',
       _fixed('rows may wait for the decay of steps that they missed'),
       'value_weight_decay',
     ),
-    ('optimizer', _STATE, 'value_optimizer value_master'),
+    ('optimizer', _STATE, 'name value_optimizer value_master'),
     ('optimizer', _FREE, 'value_row_budget grad_accumulation'),
     # The rest.
     ('train', Meaning('schedules spread over all steps'), 'num_steps'),

@@ -46,7 +46,10 @@ def steps_in(workdir: epath.PathLike) -> list[int]:
 
 
 def read(
-  folder: epath.Path, step: int, abstract: dict[str, Any] | None
+  folder: epath.Path,
+  step: int,
+  abstract: dict[str, Any] | None,
+  former: dict[str, Any] | None = None,
 ) -> tuple[dict[str, Any], Any]:
   """The arrays and the record of a checkpoint, as they were saved.
 
@@ -57,6 +60,7 @@ def read(
     step: of one of them.
     abstract: trees to restore to, by item; None stands for the parameters
       alone, whole, on the default device.
+    former: `abstract` as earlier versions had it, to restore theirs to.
 
   Returns:
     The trees by item, and the record.
@@ -73,6 +77,8 @@ def read(
     if abstract is None:
       abstract = {PARAMS: _on_one_device(found.metadata)}
     else:
+      if former and _fits(saved['fingerprints'], former):
+        abstract = former
       _check_structure(path, saved['fingerprints'], abstract)
     arrays = ocp.load_checkpointables(path, abstract)
   except UserError:
@@ -108,19 +114,13 @@ def _check_structure(
   path: epath.Path, expected: dict | list, abstract: dict[str, Any]
 ) -> None:
   """Tells another optimizer's state from a damaged one."""
+  if _fits(expected, abstract):
+    return
   here = fingerprints.of_types(abstract)
   if isinstance(expected, list):
-    if len(expected) == len(here):
-      return
     num_saved, which = len(expected), ''
   else:
-    there = {
-      f'{item}/{name}': of[0]
-      for item, leaves in expected.items()
-      for name, of in leaves.items()
-    }
-    if there == here:
-      return
+    there = _types(expected)
     name = min(k for k in there | here if there.get(k) != here.get(k))
     num_saved = len(there)
     which = (
@@ -132,6 +132,22 @@ def _check_structure(
     f'{len(here)}{which}: it is of another optimizer or of an older jaxsparse, '
     'so go on with that or give another --workdir.'
   )
+
+
+def _fits(expected: dict | list, abstract: dict[str, Any]) -> bool:
+  """Whether these are the types and shapes that were saved."""
+  here = fingerprints.of_types(abstract)
+  if isinstance(expected, list):
+    return len(expected) == len(here)
+  return _types(expected) == here
+
+
+def _types(expected: dict) -> dict[str, str]:
+  return {
+    f'{item}/{name}': of[0]
+    for item, leaves in expected.items()
+    for name, of in leaves.items()
+  }
 
 
 def first_line(error: BaseException) -> str:

@@ -3,7 +3,6 @@
 import dataclasses
 import functools
 import math
-import time
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -17,15 +16,16 @@ from jaxsparse.config.errors import UserError
 from jaxsparse.data.pipeline import merge_states
 from jaxsparse.run import checkpoint, hosts, peers, provenance
 from jaxsparse.run.interrupt import Agreement, StopRequest, stop_on_signals
-from jaxsparse.run.metrics import MetricsWriter, validation_losses
+from jaxsparse.run.metrics import validation_losses
 from jaxsparse.run.progress import Reporter
-from jaxsparse.training import evaluation, resume
+from jaxsparse.training import evaluation, former_state, resume
 from jaxsparse.training.step import (
   TrainState,
+  finalize,
   init_state,
   train_step,
-  up_to_date,
 )
+from jaxsparse.training.step_reports import StepReports
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,29 +53,6 @@ class Outcome:
   validation: evaluation.Validation | None
 
 
-class _Clock:
-  """Tokens per second since the last reading, without the pauses."""
-
-  def __init__(self, tokens_per_step: int):
-    self.tokens_per_step = tokens_per_step
-    self._steps, self._start = 0, None
-
-  def restart(self) -> None:
-    self._steps, self._start = 0, time.perf_counter()
-
-  def tick(self) -> float | None:
-    """Tokens per second over the steps since `restart`.
-
-    None for the first step of all, which compiles.
-    """
-    if self._start is None:
-      self.restart()
-      return None
-    self._steps += 1
-    elapsed = time.perf_counter() - self._start
-    return self._steps * self.tokens_per_step / max(elapsed, 1e-9)
-
-
 def fit(
   config: Config,
   workdir: epath.PathLike,
@@ -100,19 +77,77 @@ def fit(
   """
   _check_batch(config)
   tell_of_warmup(config, reporter)
+  total = config.train.num_steps
   checkpoints = checkpoint.Checkpoints(
     workdir, config.train.keep_checkpoints, config.train.keep_best
   )
+  train = jax.jit(functools.partial(train_step, config), donate_argnums=0)
+  finalized = jax.jit(functools.partial(finalize, config))
   with stop_on_signals(config.train.stop_signals) as stop:
     state = _restore_or_init(config, workdir, checkpoints, data, reporter)
-    run = _Run(config, workdir, data, checkpoints, reporter, utilization, stop)
+    # Of what is in use, which may no longer be what the workdir holds.
+    origin = provenance.record(config, workdir)
+    reports = None
     try:
       # Before what follows waits for others that no longer come.
       with peers.all_end_together():
-        return run.to_the_end(state)
+        step = int(state.step)
+        reports = StepReports(
+          config, workdir, step, data.bytes_per_target, reporter, utilization
+        )
+        report = functools.partial(_report, reports, checkpoints)
+        save = functools.partial(_save, reports, checkpoints, data, origin)
+        validate = functools.partial(
+          _validate, config, reports, checkpoints, data, reporter, stop
+        )
+        is_to_stop = Agreement(stop)
+        pending, stopped = None, False
+        losses = _recall_losses(workdir, checkpoints)
+        if _is_to_validate(config, step) and step not in losses:
+          # A kill or a stop came between the checkpoint and the pass.
+          stopped = validate(step, finalized(state).params) is None
+        with reporter.steps(step, total, 'training'):
+          while step < total and not stopped:
+            batch = evaluation.to_global(next(data.batches))
+            state, metrics = train(state, batch)
+            step += 1
+            if step == total:
+              state = finalized(state)
+            if pending is not None:
+              # The next step runs while the host waits for the one before it.
+              report(*pending)
+            pending = (step, metrics)
+            is_to_save = step % config.train.save_every == 0 or step == total
+            is_to_validate = _is_to_validate(config, step)
+            if is_to_save or is_to_validate:
+              report(*pending)
+              pending = None
+            if is_to_save:
+              save(step, state)
+            if is_to_validate:
+              result = validate(step, finalized(state).params)
+              stopped = result is None
+              if result and checkpoints.is_among_best(step):
+                save(step, state)
+            stopped = stopped or is_to_stop()
+          if pending is not None:
+            report(*pending)
+        validation = (
+          None if stopped else validate(step, finalized(state).params)
+        )
+        if validation is None:
+          save(step, state)
+          checkpoints.wait()
+          reporter.say(
+            f'{stop.signal_name or "A signal"}: saved step {step} of {total}; '
+            'the same command goes on from there.'
+          )
+        return Outcome(step, state.params, validation)
     finally:
       data.batches.close()
-      run.close()
+      if reports is not None:
+        reports.close()
+      checkpoints.close()
 
 
 def _restore_or_init(
@@ -128,8 +163,13 @@ def _restore_or_init(
   # One more than are kept: the oldest goes when the newest is complete.
   num_kept = config.train.keep_checkpoints + config.train.keep_best
   room = num_bytes * (num_kept + 1)
-  optimizer = {'step': abstract.step, 'opt_state': abstract.opt_state}
-  restored = checkpoints.restore(abstract.params, optimizer, reporter.say)
+  former = former_state.layout(config, abstract.params)
+  restored = checkpoints.restore(
+    abstract.params,
+    {'step': abstract.step, 'opt_state': abstract.opt_state},
+    reporter.say,
+    former and {'step': abstract.step, 'opt_state': former},
+  )
   if restored is None:
     checkpoint.check_disk_space(workdir, room)
     reporter.say('Compiling the first parameters ...')
@@ -139,7 +179,10 @@ def _restore_or_init(
   reporter.say(f'Going on from the checkpoint of step {step}.')
   for change in resume.rate_changes(record, config, step):
     reporter.say(f'Changed since then: {change}.')
-  return TrainState(optimizer['step'], params, optimizer['opt_state'])
+  opt_state = former_state.converted(
+    optimizer['opt_state'], former, abstract.opt_state
+  )
+  return TrainState(optimizer['step'], params, opt_state)
 
 
 def tell_of_warmup(config: Config, reporter: Reporter) -> None:
@@ -162,171 +205,82 @@ def _check_batch(config: Config) -> None:
     )
 
 
-class _Run:
-  """One start of the loop, from the restored state to the end or a signal."""
+def _recall_losses(
+  workdir: epath.PathLike, checkpoints: checkpoint.Checkpoints
+) -> dict[int, float]:
+  """The validation losses of the starts before this one."""
+  found = list(validation_losses(workdir).items())
+  # All processes must keep the same checkpoints.
+  losses = dict(hosts.gather(found)[0])
+  for step in checkpoints.steps():
+    if step in losses:
+      checkpoints.note_loss(step, losses[step])
+  return losses
 
-  def __init__(
-    self,
-    config: Config,
-    workdir: epath.PathLike,
-    data: TrainingData,
-    checkpoints: checkpoint.Checkpoints,
-    reporter: Reporter,
-    utilization: Callable[[float], float | None],
-    stop: StopRequest,
-  ):
-    self.config, self.workdir, self.data = config, workdir, data
-    self.checkpoints, self.reporter = checkpoints, reporter
-    self.utilization, self.stop = utilization, stop
-    self.clock = _Clock(config.data.batch_size * config.data.seq_len)
-    self.up_to_date = jax.jit(functools.partial(up_to_date, config))
-    self.writer: MetricsWriter | None = None
-    self.told_of_budget = False
-    # Of what is in use, which may no longer be what the workdir holds.
-    self.provenance = provenance.record(config, workdir)
-    self.has_validated = False
 
-  def close(self) -> None:
-    if self.writer is not None:
-      self.writer.close()
-    self.checkpoints.close()
+def _is_to_validate(config: Config, step: int) -> bool:
+  train = config.train
+  is_due = bool(train.eval_every) and step % train.eval_every == 0
+  return is_due and 0 < step < train.num_steps
 
-  def to_the_end(self, state: TrainState) -> Outcome:
-    total = self.config.train.num_steps
-    step = int(state.step)
-    self.writer = MetricsWriter(
-      self.config, self.workdir, step, self.reporter.say
+
+def _report(
+  reports: StepReports,
+  checkpoints: checkpoint.Checkpoints,
+  step: int,
+  metrics: dict[str, jax.Array],
+) -> None:
+  scalars = {k: float(v) for k, v in jax.device_get(metrics).items()}
+  loss, norm = scalars['loss'], scalars['grad_norm']
+  if not (math.isfinite(loss) and math.isfinite(norm)):
+    checkpoints.wait()
+    kept = checkpoints.steps()
+    raise UserError(
+      f'the loss is {loss} and the gradient norm {norm} at step {step}: the '
+      f'last good state kept is {f"step {kept[-1]}" if kept else "none yet"}; '
+      'lower optimizer.learning_rate or set optimizer.clip_norm.'
     )
-    train = jax.jit(
-      functools.partial(train_step, self.config), donate_argnums=0
-    )
-    pending, stopped = None, False
-    is_to_stop = Agreement(self.stop)
-    losses = self._recall_losses()
-    if self._is_to_validate(step) and step not in losses:
-      # A kill or a stop came between the checkpoint and the pass.
-      stopped = self._validate(step, state) is None
-    with self.reporter.steps(step, total, 'training'):
-      while step < total and not stopped:
-        batch = evaluation.to_global(next(self.data.batches))
-        state, metrics = train(state, batch)
-        step += 1
-        if step == total:
-          state = self.up_to_date(state)
-        if pending is not None:
-          # The next step runs while the host waits for the one before it.
-          self._report(*pending)
-        pending = (step, metrics)
-        is_to_save = step % self.config.train.save_every == 0 or step == total
-        is_to_validate = self._is_to_validate(step)
-        if is_to_save or is_to_validate:
-          self._report(*pending)
-          pending = None
-        if is_to_save:
-          self._save(step, state)
-        if is_to_validate:
-          result = self._validate(step, state)
-          stopped = result is None
-          if result and self.checkpoints.is_among_best(step):
-            self._save(step, state)
-        stopped = stopped or is_to_stop()
-      if pending is not None:
-        self._report(*pending)
-    validation = None if stopped else self._validate(step, state)
-    if validation is None:
-      self._save(step, state)
-      self.checkpoints.wait()
-      self.reporter.say(
-        f'{self.stop.signal_name or "A signal"}: saved step {step} of {total}; '
-        'the same command goes on from there.'
-      )
-    return Outcome(step, state.params, validation)
+  reports.show_step(step, scalars)
 
-  def _recall_losses(self) -> dict[int, float]:
-    """The validation losses of the starts before this one."""
-    found = list(validation_losses(self.workdir).items())
-    # All processes must keep the same checkpoints.
-    losses = dict(hosts.gather(found)[0])
-    for step in self.checkpoints.steps():
-      if step in losses:
-        self.checkpoints.note_loss(step, losses[step])
-    return losses
 
-  def _is_to_validate(self, step: int) -> bool:
-    train = self.config.train
-    is_due = bool(train.eval_every) and step % train.eval_every == 0
-    return is_due and 0 < step < train.num_steps
+def _save(
+  reports: StepReports,
+  checkpoints: checkpoint.Checkpoints,
+  data: TrainingData,
+  origin: dict,
+  step: int,
+  state: TrainState,
+) -> None:
+  checkpoints.save(
+    step,
+    state.params,
+    {'step': state.step, 'opt_state': state.opt_state},
+    {'data': merge_states(hosts.gather(data.batches.get_state())), **origin},
+  )
+  reports.sync()
 
-  def _report(self, step: int, metrics: dict[str, jax.Array]) -> None:
-    scalars = {k: float(v) for k, v in jax.device_get(metrics).items()}
-    loss = scalars['loss']
-    if not (math.isfinite(loss) and math.isfinite(scalars['grad_norm'])):
-      self.checkpoints.wait()
-      kept = self.checkpoints.steps()
-      raise UserError(
-        f'the loss is {loss} and the gradient norm {scalars["grad_norm"]} at '
-        f'step {step}: the last good state kept is '
-        f'{f"step {kept[-1]}" if kept else "none yet"}; lower '
-        'optimizer.learning_rate or set optimizer.clip_norm.'
-      )
-    over_budget = int(scalars.get('value_rows_over_budget', 0))
-    if over_budget and not self.told_of_budget:
-      self.told_of_budget = True
-      self.reporter.say(
-        f'Step {step} read {over_budget:,} rows of value tables beyond '
-        'optimizer.value_row_budget: they take further passes, no gradient is '
-        'lost. value_rows_over_budget in the metrics has all steps.'
-      )
-    scalars['bits_per_byte'] = loss / math.log(2) / self.data.bytes_per_target
-    speed = self.clock.tick()
-    total = self.config.train.num_steps
-    seconds_left = None
-    if speed is not None:
-      scalars['tokens_per_second'] = speed
-      utilization = self.utilization(speed)
-      if utilization is not None:
-        scalars['model_flop_utilization'] = utilization
-      seconds_left = (total - step) * self.clock.tokens_per_step / speed
-    is_logged = step % self.config.train.log_every == 0 or step in (1, total)
-    self.reporter.show(step, total, scalars, seconds_left, is_logged)
-    if is_logged:
-      self.writer.write(step, scalars)
-      self.clock.restart()
 
-  def _save(self, step: int, state: TrainState) -> None:
-    self.checkpoints.save(
-      step,
-      state.params,
-      {'step': state.step, 'opt_state': state.opt_state},
-      {
-        'data': merge_states(hosts.gather(self.data.batches.get_state())),
-        **self.provenance,
-      },
-    )
-    self.writer.sync()
-    self.clock.restart()
-
-  def _validate(
-    self, step: int, state: TrainState
-  ) -> evaluation.Validation | None:
-    result = evaluation.validate(
-      self.config,
-      self.up_to_date(state).params,
-      self.data.validation(),
-      self.data.validation_bytes,
-      self.reporter,
-      Agreement(self.stop),
-      compiles=not self.has_validated,
-    )
-    self.has_validated = True
-    self.clock.restart()
-    if result is None:
-      return None
-    self.checkpoints.note_loss(step, result.loss)
-    if step not in validation_losses(self.workdir):
-      self.writer.write(step, result.scalars())
-    self.reporter.say(
-      f'step {step}  validation loss {result.loss:.4f} nats/token  '
-      f'{result.bits_per_byte:.4f} bits/byte'
-    )
-    return result
+def _validate(
+  config: Config,
+  reports: StepReports,
+  checkpoints: checkpoint.Checkpoints,
+  data: TrainingData,
+  reporter: Reporter,
+  stop: StopRequest,
+  step: int,
+  params: dict,
+) -> evaluation.Validation | None:
+  """The pass over the validation text; None if a signal stopped it."""
+  result = evaluation.validate(
+    config,
+    params,
+    data.validation(),
+    data.validation_bytes,
+    reporter,
+    Agreement(stop),
+    compiles=not reports.has_validated,
+  )
+  if result is not None:
+    checkpoints.note_loss(step, result.loss)
+    reports.show_validation(step, result)
+  return result

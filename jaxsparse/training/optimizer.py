@@ -10,20 +10,44 @@ import re
 import jax
 import jax.numpy as jnp
 import optax
+from optax.contrib import MuonDimensionNumbers
 
 from jaxsparse import mesh
 from jaxsparse.config import OptimizerConfig
 from jaxsparse.config.errors import require
+from jaxsparse.training.optimizers.each_device import on_each_device, specs_of
+from jaxsparse.training.optimizers.finalizing import (
+  Optimizer,
+  partition,
+  unchanged,
+)
+from jaxsparse.training.optimizers.muon import muon
 from jaxsparse.training.optimizers.row_optimizers import row_adagrad, row_adam
 from jaxsparse.training.optimizers.row_updates import (
   in_float32,
   with_float32_master,
 )
 
+# Names of the maps that read the residual stream, [D, ...], and of those that
+# write to it, [..., D]; by the module that has them.
+_READING = dict(
+  attention=('query', 'key', 'value'),
+  mlp=('up', 'gate'),
+  shared=('up', 'gate'),
+  memory=('query', 'gate', 'pre_value_map'),
+)
+_WRITING = dict(
+  attention=('output',), mlp=('down',), shared=('down',), memory=('output',)
+)
+# Those of all experts at once, [X, D, F] or [X, F, D].
+_EXPERTS = ('up', 'gate', 'down')
+
 # The release's warm-up starts from this share of the peak.
 WARMUP_START = 0.1
 
 VALUES, DECAYED, UNDECAYED = 'values', 'decayed', 'undecayed'
+# Of the decayed leaves those that Muon takes: the maps of activations.
+MATRICES = 'matrices'
 # Biases of the experts' selection, which follow the load and not the loss.
 BALANCE = 'balance'
 
@@ -33,14 +57,15 @@ def make_optimizer(
   num_steps: int,
   scheme: str = 'columns',
   bias_update_rate: float = 0.0,
-) -> optax.GradientTransformation:
-  """AdamW, each group with its decay and rate.
+) -> Optimizer:
+  """AdamW, each group with its decay and rate; or Muon for matrices.
 
   Gradients come clipped. The state of value tables is in f32 and split over
   all devices, those that hold copies of a table included; a bf16 table has an
   f32 master there with `value_master`. Where there are copies, each device
   takes the step for its rows, and the updates are gathered (ZeRO, stage 1,
-  arXiv:1910.02054).
+  arXiv:1910.02054). With a row optimizer, the state of value tables is made and
+  finalized here, but stepped by `table_step.update_tables`.
 
   Args:
     config: rates and decays.
@@ -61,22 +86,31 @@ def make_optimizer(
 
   wide = with_float32_master if config.value_master else in_float32
   values = wide(group(config.value_weight_decay, value_rate))
-  return optax.partition(
-    {
-      VALUES: _split_over_copies(values, scheme),
-      DECAYED: group(config.weight_decay, rate),
-      UNDECAYED: group(0.0, rate),
-      BALANCE: optax.chain(
-        optax.scale_by_sign(), optax.scale(-bias_update_rate)
-      ),
-    },
-    labels,
+  values = _split_over_copies(values, scheme)
+  if is_by_rows(config):
+    values = _stepped_apart(make_row_optimizer(config, num_steps))
+  groups = {
+    VALUES: values,
+    DECAYED: group(config.weight_decay, rate),
+    UNDECAYED: group(0.0, rate),
+    BALANCE: optax.chain(optax.scale_by_sign(), optax.scale(-bias_update_rate)),
+  }
+  if config.name == 'adamw':
+    return partition(groups, labels)
+  groups[MATRICES] = muon(
+    rate, config.muon_momentum, config.weight_decay, matrix_dimensions
   )
+  return partition(groups, labels_with_matrices)
+
+
+def is_by_rows(config: OptimizerConfig) -> bool:
+  """Whether value tables have an optimizer of their own, by rows."""
+  return config.value_optimizer != 'adamw'
 
 
 def make_row_optimizer(
   config: OptimizerConfig, num_steps: int, column_axes: tuple[str, ...] = ()
-) -> optax.GradientTransformationExtraArgs:
+) -> Optimizer:
   """The optimizer of value tables whose gradient is kept row by row.
 
   Args:
@@ -120,6 +154,25 @@ def _split_over_copies(
     return jax.tree.map(lambda x: mesh.reshard(x, table), updates), state
 
   return optax.GradientTransformation(lambda p: inner.init(split(p)), update)
+
+
+def _stepped_apart(inner: Optimizer) -> Optimizer:
+  """`inner`, whose steps are none of the optimizer's that it is part of.
+
+  Each device finalizes its part of the tables.
+  """
+
+  def update(updates, state, params=None, **extra):
+    del params, extra
+    return updates, state
+
+  def finalize(params, state):
+    specs = specs_of((params, state))
+    return on_each_device(inner.finalize, specs)(params, state)
+
+  return Optimizer(
+    inner.init, update, unchanged if inner.is_final else finalize
+  )
 
 
 def squared_norm(gradients: dict) -> jax.Array:
@@ -172,6 +225,36 @@ def labels(params: dict) -> dict:
     return DECAYED if is_matrix else UNDECAYED
 
   return jax.tree_util.tree_map_with_path(label, params)
+
+
+def labels_with_matrices(params: dict) -> dict:
+  """`labels`, where the maps of activations are a group of their own.
+
+  Embeddings, head, routers, keys and whatever an attention variant adds are
+  not among them.
+  """
+  return jax.tree.map_with_path(
+    lambda path, label: MATRICES if _dimensions(path, 2) else label,
+    labels(params),
+  )
+
+
+def matrix_dimensions(matrices: dict) -> dict:
+  """Of each map of activations, which dimensions are input and output."""
+  return jax.tree.map_with_path(
+    lambda path, leaf: _dimensions(path, leaf.ndim), matrices
+  )
+
+
+def _dimensions(path: tuple, ndim: int) -> MuonDimensionNumbers | None:
+  *_, module, name = ('', *(part.key for part in path))
+  if module == 'moe' and name in _EXPERTS:
+    return MuonDimensionNumbers(1, 2)
+  if name in _READING.get(module, ()):
+    return MuonDimensionNumbers((0,), tuple(range(1, ndim)))
+  if name in _WRITING.get(module, ()):
+    return MuonDimensionNumbers(tuple(range(ndim - 1)), (ndim - 1,))
+  return None
 
 
 def learning_rate_schedule(

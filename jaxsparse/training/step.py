@@ -1,7 +1,6 @@
 """TrainState and the two pure functions of training: train and eval step."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,12 @@ from jaxsparse.training.micro_batches import (
   over_micro_batches,
   weighed,
 )
-from jaxsparse.training.optimizer import clip_scale
+from jaxsparse.training.optimizers.finalizing import (
+  Optimizer,
+  merged,
+  state_of,
+  with_state,
+)
 from jaxsparse.training.optimizers.row_updates import apply_updates
 
 
@@ -46,14 +50,7 @@ def init_state(config: Config) -> TrainState:
   model = Transformer(config.model)
   key = jax.random.key(config.train.seed)
   params = model.init(key, tokens, tokens, tokens)['params']
-  if not has_row_optimizer(config):
-    opt_state = _optimizer(config).init(params)
-  else:
-    rest, tables = table_step.split_tables(params)
-    opt_state = {
-      'rest': _optimizer(config).init(rest),
-      'tables': table_step.init_row_state(config, tables),
-    }
+  opt_state = optimizer_of(config).init(params)
   return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
 
 
@@ -78,15 +75,17 @@ def train_step(
   total_weight = jnp.maximum(jnp.sum(batch['loss_weight']), 1.0)
   num_micro = config.optimizer.grad_accumulation
   key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-  params, tables, taps = state.params, {}, {}
-  if has_row_optimizer(config):
-    params, tables = table_step.split_tables(params)
+  # By rows, tables get no gradient but the taps do.
+  rest, tables, taps = state.params, None, {}
+  if optimizer_lib.is_by_rows(config.optimizer):
+    rest, tables = table_step.split_tables(state.params)
     num_rows, length = batch['tokens'].shape
     taps = table_step.make_taps(config.model, num_rows // num_micro, length)
 
-  def loss_fn(params, taps, micro, share, key):
+  def loss_fn(rest, taps, micro, share, key):
+    params = rest if tables is None else merged(rest, tables)
     (logits, _, metrics), sown = Transformer(config.model).apply(
-      {'params': table_step.with_tables(params, tables), **taps},
+      {'params': params, **taps},
       micro['tokens'],
       micro['positions'],
       micro['segment_ids'],
@@ -100,85 +99,56 @@ def train_step(
     total = objective(config, loss, metrics, state.step)
     return total, ({'loss': loss, **metrics}, sown)
 
+  value_and_grad = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)
+
   def gradient(micro, share, key):
-    gradients, (metrics, sown) = jax.grad(loss_fn, (0, 1), has_aux=True)(
-      params, taps, micro, share, key
+    (_, (metrics, sown)), (grads, of_taps) = value_and_grad(
+      rest, taps, micro, share, key
     )
-    read = table_step.table_gradients(config.model, gradients[1], sown)
-    return gradients[0], metrics, read
+    reads = table_step.table_gradients(config.model, of_taps, sown)
+    return grads, metrics, reads
 
-  grads, metrics, read = over_micro_batches(gradient, batch, num_micro, key)
-  metrics |= _rates(config, state.step)
-  params, opt_state, more = _update(config, state, grads, read, key)
-  return TrainState(state.step + 1, params, opt_state), metrics | more
+  grads, metrics, reads = over_micro_batches(gradient, batch, num_micro, key)
+  grads = optimizer_lib.only_trained(config.optimizer, grads)
+  square = optimizer_lib.squared_norm(grads)
+  norm = jnp.sqrt(square)
+  # Numbers below this are those of the micro-batches.
+  rounding_key = jax.random.fold_in(key, num_micro)
+  if config.optimizer.value_master:
+    rounding_key = None
+
+  opt_state, more = state.opt_state, {}
+  if tables is not None:
+    tables, row_state, norm, more = table_step.update_tables(
+      config,
+      tables,
+      state_of(opt_state, optimizer_lib.VALUES),
+      reads,
+      square,
+      state.step,
+      rounding_key,
+    )
+    opt_state = with_state(opt_state, optimizer_lib.VALUES, row_state)
+  scale = optimizer_lib.clip_scale(norm, config.optimizer.clip_norm)
+  scaled = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
+  updates, opt_state = optimizer_of(config).update(scaled, opt_state, rest)
+  # Without their decay, too.
+  updates = optimizer_lib.only_trained(config.optimizer, updates)
+  rest = apply_updates(rest, updates, rounding_key)
+  params = rest if tables is None else merged(rest, tables)
+  metrics |= _rates(config, state.step) | more | {'grad_norm': norm}
+  return TrainState(state.step + 1, params, opt_state), metrics
 
 
-def up_to_date(config: Config, state: TrainState) -> TrainState:
-  """The state with all rows of value tables where dense AdamW has them.
+def finalize(config: Config, state: TrainState) -> TrainState:
+  """The state with what its optimizer has left for later.
 
-  To validate and to export: `row_adam` brings absent rows up to date only when
-  they return.
+  To validate and to export.
   """
-  is_behind = config.optimizer.value_optimizer == 'row_adam'
-  if not (is_behind and has_row_optimizer(config)):
-    return state
-  rest, tables = table_step.split_tables(state.params)
-  tables, row_state = table_step.caught_up_tables(
-    config, tables, state.opt_state['tables']
+  params, opt_state = optimizer_of(config).finalize(
+    state.params, state.opt_state
   )
-  return TrainState(
-    state.step,
-    table_step.with_tables(rest, tables),
-    state.opt_state | {'tables': row_state},
-  )
-
-
-def has_row_optimizer(config: Config) -> bool:
-  """Whether value tables have an optimizer of their own, by rows."""
-  has_tables = config.model.memory is not None
-  return has_tables and config.optimizer.value_optimizer != 'adamw'
-
-
-def _update(
-  config: Config, state: TrainState, grads: dict, read: dict, key: jax.Array
-) -> tuple[dict, optax.OptState, Metrics]:
-  """Parameters and optimizer state after the step, and scalars."""
-  optimizer = _optimizer(config)
-  only_trained = functools.partial(optimizer_lib.only_trained, config.optimizer)
-  grads = only_trained(grads)
-  rounding_key = None
-  if not config.optimizer.value_master:
-    # Numbers below this are those of the micro-batches.
-    num_micro = config.optimizer.grad_accumulation
-    rounding_key = jax.random.fold_in(key, num_micro)
-
-  def update(params, opt_state, norm):
-    scale = clip_scale(norm, config.optimizer.clip_norm)
-    scaled = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
-    updates, opt_state = optimizer.update(scaled, opt_state, params)
-    # Without their decay, too.
-    updates = only_trained(updates)
-    return apply_updates(params, updates, rounding_key), opt_state
-
-  if not has_row_optimizer(config):
-    norm = jnp.sqrt(optimizer_lib.squared_norm(grads))
-    params, opt_state = update(state.params, state.opt_state, norm)
-    return params, opt_state, {'grad_norm': norm}
-  params, tables = table_step.split_tables(state.params)
-  opt_state = state.opt_state
-  tables, row_state, norm, rows = table_step.update_tables(
-    config,
-    tables,
-    opt_state['tables'],
-    read,
-    optimizer_lib.squared_norm(grads),
-    state.step,
-    rounding_key,
-  )
-  params, rest_state = update(params, opt_state['rest'], norm)
-  opt_state = {'rest': rest_state, 'tables': row_state}
-  params = table_step.with_tables(params, tables)
-  return params, opt_state, rows | {'grad_norm': norm}
+  return TrainState(state.step, params, opt_state)
 
 
 def eval_step(config: Config, params: dict, batch: Batch) -> dict:
@@ -222,8 +192,9 @@ def _count_reads(slots: jax.Array, num_slots: int, batch: Batch) -> jax.Array:
   return jnp.sum(count(slots), axis=0)[:num_slots]
 
 
-def _optimizer(config: Config) -> optax.GradientTransformation:
-  memory = config.model.memory
+def optimizer_of(config: Config) -> Optimizer:
+  """The optimizer of a run."""
+  memory = config.model.sized_memory
   scheme = table_scheme(memory, config.model.dtype) if memory else 'columns'
   moe = config.model.moe
   return optimizer_lib.make_optimizer(

@@ -11,9 +11,6 @@ gradient once more, and, where copies of a table are kept along `data`, to all
 of these, which take the same step.
 """
 
-from collections.abc import Callable
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import optax
@@ -28,46 +25,31 @@ from jaxsparse.ops.memory.row_gradient import (
 )
 from jaxsparse.ops.memory.table_exchange import TableExchange
 from jaxsparse.training.optimizer import (
+  VALUES,
   clip_scale,
+  labels,
   make_row_optimizer,
-  value_learning_rate_schedule,
 )
-from jaxsparse.training.optimizers import row_optimizers
+from jaxsparse.training.optimizers import finalizing
+from jaxsparse.training.optimizers.each_device import on_each_device, specs_of
 from jaxsparse.training.optimizers.row_updates import (
   apply_updates,
+  is_row_gradient,
   squared_norm,
 )
-
-# By the place in the parameters, as 'block_01/memory/value_table'.
-Tables = dict[str, jax.Array]
 
 # Under what name a tap stands, and the table whose rows its entries are.
 _TABLE_OF = dict(pooled='value_table', products='pre_value_table')
 
 
-def split_tables(params: dict, prefix: str = '') -> tuple[dict, Tables]:
-  """The parameters without the tables of memory layers, and these."""
-  rest, tables = {}, {}
-  for name, leaf in params.items():
-    path = prefix + name
-    if isinstance(leaf, dict):
-      rest[name], more = split_tables(leaf, path + '/')
-      tables |= more
-    elif name in _TABLE_OF.values():
-      tables[path] = leaf
-    else:
-      rest[name] = leaf
+def split_tables(params: optax.Params) -> tuple[optax.Params, optax.Params]:
+  """The parameters without the tables of memory layers, and these.
+
+  Both are trees like the parameters, as `finalizing.split` gives them;
+  `finalizing.merged` undoes it.
+  """
+  tables, rest = finalizing.split(params, labels(params), VALUES)
   return rest, tables
-
-
-def with_tables(rest: dict, tables: Tables) -> dict:
-  """What `split_tables` has split."""
-  params = dict(rest)
-  for path, table in tables.items():
-    name, _, inner = path.partition('/')
-    below = with_tables(params[name], {inner: table}) if inner else table
-    params[name] = below
-  return params
 
 
 def make_taps(config: ModelConfig, batch_size: int, length: int) -> dict:
@@ -120,26 +102,21 @@ def table_gradients(
   }
 
 
-def init_row_state(config: Config, tables: Tables) -> optax.OptState:
-  """The row optimizer's state, split over devices as the tables are."""
-  init = make_row_optimizer(config.optimizer, config.train.num_steps).init
-  return _on_each_device(init, _state_specs(config, tables))(tables)
-
-
 def update_tables(
   config: Config,
-  tables: Tables,
+  tables: optax.Params,
   state: optax.OptState,
   gradients: dict[str, tuple],
   other_square: jax.Array,
   step: jax.Array,
   key: jax.Array | None,
-) -> tuple[Tables, optax.OptState, jax.Array, dict[str, jax.Array]]:
+) -> tuple[optax.Params, optax.OptState, jax.Array, dict[str, jax.Array]]:
   """One optimizer step on the rows that were read.
 
   Args:
     config: of the run.
-    tables: by place; like `state` changed in place where donated.
+    tables: what `split_tables` returns; like `state` changed in place where
+      donated.
     state: of the row optimizer.
     gradients: what `table_gradients` returns.
     other_square: squared norm of the gradient of all other parameters.
@@ -154,56 +131,23 @@ def update_tables(
   exchange = _exchange(config)
 
   def on_device(tables, state, gradients, other_square, step, key):
-    windows = {
-      name: _Windows(exchange, config, tables[name], *gradient)
-      for name, gradient in gradients.items()
-    }
+    def windows_of(path, table):
+      place = jax.tree_util.keystr(path, simple=True, separator='/')
+      return _Windows(exchange, config, table, *gradients[place])
+
+    windows = jax.tree.map_with_path(windows_of, tables)
     return _step(
       config, exchange, windows, tables, state, other_square, step, key
     )
 
   rows = dict.fromkeys(_ROW_COUNTS, jax.P())
-  table_specs = dict.fromkeys(tables, mesh.table(_scheme(config)))
-  specs = (table_specs, _state_specs(config, tables), jax.P(), rows)
-  return _on_each_device(on_device, specs)(
+  specs = (*specs_of((tables, state)), jax.P(), rows)
+  return on_each_device(on_device, specs)(
     tables, state, gradients, other_square, step, key
   )
 
 
-def caught_up_tables(
-  config: Config, tables: Tables, state: optax.OptState
-) -> tuple[Tables, optax.OptState]:
-  """Tables and state where dense AdamW would have them, of `row_adam`."""
-  settings = config.optimizer
-
-  def catch_up(tables, state):
-    return row_optimizers.caught_up(
-      tables,
-      state,
-      value_learning_rate_schedule(settings, config.train.num_steps),
-      settings.b1,
-      settings.b2,
-      settings.epsilon,
-      settings.value_weight_decay,
-    )
-
-  def on_device(tables, state):
-    if not settings.value_master:
-      return catch_up(tables, state)
-    master, inner = catch_up(*state)
-    tables = jax.tree.map(lambda t, m: m.astype(t.dtype), tables, master)
-    return tables, type(state)(master, inner)
-
-  specs = dict.fromkeys(tables, mesh.table(_scheme(config)))
-  specs = (specs, _state_specs(config, tables))
-  return _on_each_device(on_device, specs)(tables, state)
-
-
 _ROW_COUNTS = ('value_rows_touched', 'value_rows_over_budget')
-
-
-def _scheme(config: Config) -> str:
-  return table_scheme(config.model.sized_memory, config.model.dtype)
 
 
 def _exchange(config: Config) -> TableExchange:
@@ -211,31 +155,9 @@ def _exchange(config: Config) -> TableExchange:
   if axes is None:
     layout, axes = mesh.TABLE_LAYOUTS['columns'], dict.fromkeys(mesh.AXES, 1)
   else:
-    layout = mesh.table_layout(_scheme(config))
+    model = config.model
+    layout = mesh.table_layout(table_scheme(model.sized_memory, model.dtype))
   return TableExchange(layout, axes, config.model.memory.table_rows)
-
-
-def _state_specs(config: Config, tables: Tables) -> Any:
-  """Shardings of the row optimizer's state: by the table or by its rows."""
-  if mesh.axis_sizes() is None:
-    return None
-  layout = mesh.table_layout(_scheme(config))
-  optimizer = make_row_optimizer(config.optimizer, config.train.num_steps)
-  whole = {
-    name: jax.ShapeDtypeStruct(table.shape, table.dtype)
-    for name, table in tables.items()
-  }
-  specs = {2: layout.spec, 1: jax.P(layout.rows or None), 0: jax.P()}
-  return jax.tree.map(
-    lambda x: specs[len(x.shape)], jax.eval_shape(optimizer.init, whole)
-  )
-
-
-def _on_each_device(function: Callable, out_specs: Any) -> Callable:
-  if mesh.axis_sizes() is None:
-    return function
-  # What devices with copies of a table compute alike is not seen to be alike.
-  return jax.shard_map(function, out_specs=out_specs, check_vma=False)
 
 
 class _Windows:
@@ -289,18 +211,17 @@ def _step(config, exchange, windows, tables, state, other_square, step, key):
   optimizer = make_row_optimizer(
     config.optimizer, config.train.num_steps, exchange.column_axes
   )
-  is_one_pass = all(w.is_one for w in windows.values())
+  leaves = jax.tree.leaves(windows)
+  is_one_pass = all(w.is_one for w in leaves)
   if is_one_pass:
-    gradients = {name: window(0) for name, window in windows.items()}
+    gradients = _rows_of(windows, 0)
     square = _square(gradients)
   else:
     # Rows beyond the budget wait for another pass; the norm needs them first.
-    num_passes = exchange.most(
-      jnp.stack([w.num_passes for w in windows.values()]).max()
-    )
+    num_passes = exchange.most(jnp.stack([w.num_passes for w in leaves]).max())
 
     def add_square(i, square):
-      return square + _square({n: window(i) for n, window in windows.items()})
+      return square + _square(_rows_of(windows, i))
 
     square = jax.lax.fori_loop(0, num_passes, add_square, jnp.float32(0))
   norm = jnp.sqrt(other_square + exchange.total(square))
@@ -308,10 +229,11 @@ def _step(config, exchange, windows, tables, state, other_square, step, key):
   origin = (exchange.first_row(), exchange.column_part())
 
   def one_pass(gradients, tables, state):
-    gradients = {
-      name: RowGradient(g.slot, g.value * scale)
-      for name, g in gradients.items()
-    }
+    gradients = jax.tree.map(
+      lambda g: RowGradient(g.slot, g.value * scale),
+      gradients,
+      is_leaf=is_row_gradient,
+    )
     updates, state = optimizer.update(gradients, state, tables, step=step)
     return apply_updates(tables, updates, key, origin), state
 
@@ -321,18 +243,20 @@ def _step(config, exchange, windows, tables, state, other_square, step, key):
     tables, state = jax.lax.fori_loop(
       0,
       num_passes,
-      lambda i, carry: one_pass(
-        {name: window(i) for name, window in windows.items()}, *carry
-      ),
+      lambda i, carry: one_pass(_rows_of(windows, i), *carry),
       (tables, state),
     )
-  touched = sum(w.num_distinct for w in windows.values())
-  over = sum(
-    jnp.maximum(w.num_distinct - w.budget, 0) for w in windows.values()
-  )
+  touched = sum(w.num_distinct for w in leaves)
+  over = sum(jnp.maximum(w.num_distinct - w.budget, 0) for w in leaves)
   counts = (exchange.total_rows(x) for x in (touched, over))
   return tables, state, norm, dict(zip(_ROW_COUNTS, counts, strict=True))
 
 
+def _rows_of(windows, index):
+  """The gradient of one window of each table."""
+  return jax.tree.map(lambda window: window(index), windows)
+
+
 def _square(gradients):
-  return sum(squared_norm(g) for g in gradients.values())
+  leaves = jax.tree.leaves(gradients, is_leaf=is_row_gradient)
+  return sum(squared_norm(g) for g in leaves)

@@ -1,5 +1,7 @@
 """Schedules, groups and masks of the optimizer."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -12,6 +14,7 @@ from jaxsparse.config import (
   DCMHAConfig,
   MemoryConfig,
   ModelConfig,
+  MoEConfig,
   OptimizerConfig,
   SparseAttentionConfig,
   TrainConfig,
@@ -109,6 +112,29 @@ def test_no_bias_decays_whatever_its_rank():
   }
   assert biases.keys() >= {'bias', 'query_bias', 'value_bias', 'coverage_bias'}
   assert max(biases.values()) > 1
+
+
+def test_muon_takes_the_maps_of_activations_only():
+  one = jnp.zeros((1, 4), jnp.int32)
+  moe = MoEConfig(num_experts=2, num_used=1, expert_dim=4, num_shared=1)
+  model = dataclasses.replace(BIASED, moe=moe, use_bias=False)
+  init = Transformer(model).init
+  params = jax.eval_shape(init, jax.random.key(0), one, one, one)['params']
+  groups = optimizer_lib.labels_with_matrices(params)
+  names = {
+    '/'.join(part.key for part in path[-2:])
+    for path, group in jax.tree.leaves_with_path(groups)
+    if group == 'matrices'
+  }
+  assert names == {
+    *(f'attention/{name}' for name in ('query', 'key', 'value', 'output')),
+    *(f'{part}/{n}' for part in ('moe', 'shared') for n in ('up', 'down')),
+    *('moe/gate', 'shared/gate', 'memory/query', 'memory/output'),
+  }
+  for group, plain in zip(
+    *map(jax.tree.leaves, (groups, optimizer_lib.labels(params))), strict=True
+  ):
+    assert group == plain or (group, plain) == ('matrices', 'decayed')
 
 
 def test_decay_and_rate_reach_only_their_group():

@@ -170,6 +170,32 @@ def test_nothing_to_train_is_said_in_a_sentence():
     dataclasses.replace(optimizer, value_optimizer='row_adam')
 
 
+def with_muon():
+  optimizer = dataclasses.replace(
+    CONFIG.optimizer, name='muon', learning_rate=1e-2
+  )
+  return dataclasses.replace(CONFIG, optimizer=optimizer)
+
+
+def test_muon_trains():
+  config = with_muon()
+  with jax.set_mesh(make_mesh((1, 1, 1))):
+    state = jax.jit(functools.partial(init_state, config))()
+    step = jax.jit(functools.partial(train_step, config))
+    losses = []
+    for _ in range(6):
+      state, metrics = step(state, make_batch(0))
+      losses.append(float(metrics['loss']))
+  assert losses == sorted(losses, reverse=True)
+  assert losses[-1] < 0.75 * losses[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('shape', [(8, 1, 1), (2, 2, 2)])
+def test_muon_gives_the_same_losses_on_every_mesh(shape):
+  equal_losses(run(with_muon(), shape)[0], run(with_muon(), (1, 1, 1))[0])
+
+
 @pytest.mark.slow
 def test_dropout_remat_and_bfloat16_train():
   model = dataclasses.replace(

@@ -183,7 +183,7 @@ def count_table_bytes(state: TrainState) -> tuple[int, int]:
 
   tables = table_leaves(state.params, 'value_table')
   # Optimizers by rows keep what they know of tables apart.
-  kept = table_leaves(state.opt_state, 'value_table', "['tables']")
+  kept = table_leaves(state.opt_state, 'value_table')
   num_bytes = sum(x.nbytes for x in tables + kept)
   return num_bytes, sum(x.size for x in tables)
 

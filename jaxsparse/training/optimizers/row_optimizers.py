@@ -1,7 +1,7 @@
 """Optimizers whose cost follows the rows touched and not the rows held.
 
 They are optax transformations whose gradients are `RowGradient`s, one for each
-table, and whose updates are too:
+table, and whose updates are too, with the `finalize` of `finalizing`:
 
   optimizer = row_optimizers.row_adam(1e-3)
   state = optimizer.init({'table': table})
@@ -17,11 +17,13 @@ The rows of one step may come in several calls, each with other rows, if every
 one is given `step`, the number of optimizer steps before this one; each step
 then needs a call at least, be it without rows.
 
-With `optax.partition`, give the labels as a tree: a function of the gradients
-would meet `RowGradient`s where the parameters are arrays. Optax's own
+They stand in `optax.partition` beside any others. Give it the labels as a tree:
+a function of the gradients would meet `RowGradient`s where the parameters are
+arrays. Optax's own
 transformations do not understand a `RowGradient` and change its slots.
 """
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -32,6 +34,7 @@ from jaxtyping import Array, Int
 
 from jaxsparse.config.errors import require
 from jaxsparse.ops.memory.row_gradient import RowGradient
+from jaxsparse.training.optimizers.finalizing import Optimizer, unchanged
 from jaxsparse.training.optimizers.lazy_adam_catchup import MissedSteps
 from jaxsparse.training.optimizers.row_updates import (
   is_row_gradient,
@@ -69,7 +72,7 @@ def row_adam(
   epsilon: float = 1e-8,
   weight_decay: float = 0.0,
   catch_up: bool = True,
-) -> optax.GradientTransformationExtraArgs:
+) -> Optimizer:
   """AdamW on the touched rows of tables.
 
   With `catch_up` the semantics are those of dense AdamW (`optax.adamw`, with
@@ -78,7 +81,7 @@ def row_adam(
   its new gradient counts: both moments decay, so do the parameters, and they
   take the steps that the old momentum still causes. So a row is only brought
   up to date after the forward pass that returns to it has read it, and that
-  pass reads it as its last step left it. `caught_up` gives all rows as they
+  pass reads it as its last step left it. `finalize` gives all rows as they
   should be: validate and export with it.
 
   How close it comes: rounding aside, moments and decay are exact, and the
@@ -189,10 +192,20 @@ def row_adam(
       step + 1, mu, nu, touched, log_decay, row_log_decay
     )
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  if not catch_up:
+    return Optimizer(init, update, unchanged)
+  finalize = functools.partial(
+    materialize,
+    learning_rate=learning_rate,
+    b1=b1,
+    b2=b2,
+    epsilon=epsilon,
+    weight_decay=weight_decay,
+  )
+  return Optimizer(init, update, finalize)
 
 
-def caught_up(
+def materialize(
   params: optax.Params,
   state: RowAdamState,
   learning_rate: optax.ScalarOrSchedule,
@@ -203,12 +216,11 @@ def caught_up(
 ) -> tuple[optax.Params, RowAdamState]:
   """Parameters and state where dense AdamW would have them, all rows included.
 
-  One pass over the tables, for validation and export. Training goes on from
-  either pair, the given or the returned, to the same rows but for rounding.
+  The `finalize` of `row_adam`: one pass over the tables, for validation and
+  export.
 
   Args:
-    params: the tables; under `with_float32_master` its master. Leaves that the
-      state masks are returned as they are.
+    params: the tables. Leaves that the state masks are returned as they are.
     state: of `row_adam` with catch-up.
     learning_rate: this and the others as they were given to `row_adam`.
   """
@@ -267,7 +279,7 @@ def row_adagrad(
   learning_rate: optax.ScalarOrSchedule,
   epsilon: float = 1e-8,
   column_axes: Sequence[str] = (),
-) -> optax.GradientTransformationExtraArgs:
+) -> Optimizer:
   """Adagrad with one rate for each row of tables.
 
   A row's accumulator grows by the mean of its gradient's squares, and its step
@@ -312,7 +324,7 @@ def row_adagrad(
     updates, sums = _map_rows(update_rows, grads, state.sum_of_squares)
     return updates, RowAdagradState(step + 1, sums)
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  return Optimizer(init, update)
 
 
 def _map_rows(function, grads, *trees):

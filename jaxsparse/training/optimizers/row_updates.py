@@ -15,6 +15,11 @@ from jaxtyping import Array, Float
 
 from jaxsparse import mesh
 from jaxsparse.ops.memory.row_gradient import RowGradient
+from jaxsparse.training.optimizers.finalizing import (
+  Optimizer,
+  as_optimizer,
+  unchanged,
+)
 
 # Whether XLA's scatter on a CPU takes a whole narrow array to f32 and back.
 _WIDENS_SCATTERS = jax.__version_info__ < (0, 12)
@@ -123,14 +128,14 @@ class MasterState(NamedTuple):
 
 def with_float32_master(
   inner: optax.GradientTransformation,
-) -> optax.GradientTransformationExtraArgs:
+) -> Optimizer:
   """Lets `inner` work on an f32 copy of bf16 parameters, and f32 gradients.
 
   The copy is kept in the state, like the parameters in shape. The updates
   bring the parameters to the copy, rounded to the nearest: apply them without
   a rounding key.
   """
-  inner = optax.with_extra_args_support(inner)
+  inner = as_optimizer(inner)
 
   def init(params):
     # Without a barrier XLA may skip the rounding to bf16 and back, or not.
@@ -155,7 +160,12 @@ def with_float32_master(
     )
     return updates, MasterState(master, inner_state)
 
-  return optax.GradientTransformationExtraArgs(init, update)
+  def finalize(params, state):
+    master, inner_state = inner.finalize(state.master, state.inner)
+    params = jax.tree.map(lambda p, m: m.astype(p.dtype), params, master)
+    return params, MasterState(master, inner_state)
+
+  return Optimizer(init, update, unchanged if inner.is_final else finalize)
 
 
 def in_float32(

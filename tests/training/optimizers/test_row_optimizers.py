@@ -16,7 +16,7 @@ from jaxsparse.ops.memory.row_gradient import (
 )
 from jaxsparse.training.optimizers.lazy_adam_catchup import HORIZON
 from jaxsparse.training.optimizers.row_optimizers import (
-  caught_up,
+  materialize,
   row_adagrad,
   row_adam,
 )
@@ -110,7 +110,7 @@ def test_catch_up_ends_where_dense_adamw_does(weight_decay, rate):
   )
   # Rows are still on their way to where their return will find them.
   assert np.abs(actual - expected).max() > 1e-3
-  actual, _ = caught_up(actual, state, rate, **hyper)
+  actual, _ = materialize(actual, state, rate, **hyper)
   np.testing.assert_allclose(actual, expected, rtol=0, atol=5e-6)
 
 
@@ -125,10 +125,10 @@ def test_training_goes_on_from_what_was_caught_up():
   ends = []
   for start in (
     (params, state),
-    caught_up(params, state, WARMUP, weight_decay=0.1),
+    materialize(params, state, WARMUP, weight_decay=0.1),
   ):
     end = _train(optimizer, start[0], second, start[1])
-    ends.append(caught_up(*end, WARMUP, weight_decay=0.1)[0])
+    ends.append(materialize(*end, WARMUP, weight_decay=0.1)[0])
   np.testing.assert_allclose(*ends, rtol=0, atol=2e-6)
 
 
@@ -174,7 +174,7 @@ def test_catch_up_beyond_the_horizon():
   )
   moved = np.abs(expected - _table())[: M - 1].mean()
   assert moved > 0.05
-  for params in (actual, caught_up(actual, state, rate, **hyper)[0]):
+  for params in (actual, materialize(actual, state, rate, **hyper)[0]):
     is_up_to_date = params is not actual
     error = np.abs(params - expected).max()
     assert (error < 1e-4) == is_up_to_date
@@ -185,7 +185,7 @@ def test_epsilon_near_the_gradients_is_caught_up_closely():
   expected, actual, state = _train_both(
     optax.adamw(1e-2, weight_decay=0.0), row_adam(1e-2), 120, _every_7th, 1e-7
   )
-  actual, _ = caught_up(actual, state, 1e-2)
+  actual, _ = materialize(actual, state, 1e-2)
   moved = np.abs(expected - _table()).max()
   np.testing.assert_allclose(actual, expected, rtol=0, atol=5e-3 * moved)
 
@@ -300,7 +300,7 @@ def test_beside_dense_leaves_in_partition_and_chain():
   expected, _ = _train(reference, _table(), dense)
   assert np.all(np.asarray(actual['dense']) < 0.99)
   inner = state[1].inner_states['rows'].inner_state
-  brought, _ = caught_up(actual, inner, 1e-2)
+  brought, _ = materialize(actual, inner, 1e-2)
   np.testing.assert_allclose(brought['table'], expected, rtol=0, atol=1e-6)
   np.testing.assert_array_equal(brought['dense'], actual['dense'])
 
