@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Num
 from jaxsparse import mesh
 from jaxsparse.config.errors import UserError
 from jaxsparse.config.model import MoEConfig
+from jaxsparse.nn.door import portable
 from jaxsparse.nn.layers import MLP, Metrics, weight
 from jaxsparse.nn.leading import Leading
 from jaxsparse.ops.experts import routing
@@ -28,18 +29,23 @@ class MoE(nn.Module):
     config: sizes and variants.
     kind: of each expert's MLP, as `MLP` has it.
     num_layers: blocks of the model, for the initial values.
-    dtype: type of the activations; the router computes in f32.
+    dtype: type of the activations, by default that of the input; the router
+      computes in f32.
     is_partial: leave the output's sum over the mesh axis `model` to the caller,
       see `mesh.partial`.
+    axes: names of the mesh axes of a program of your own, see `mesh.Axes`;
+      experts are rows, and their width is columns.
   """
 
   config: MoEConfig
   kind: str = 'swiglu'
   num_layers: int = 1
-  dtype: jax.typing.DTypeLike = jnp.float32
+  dtype: jax.typing.DTypeLike | None = None
   is_partial: bool = False
+  axes: mesh.Axes = mesh.DEFAULT_AXES
 
   @nn.compact
+  @portable(mixes_positions=lambda layer: False)
   def __call__(
     self,
     x: Num[Array, '*S D'],
@@ -88,7 +94,7 @@ class MoE(nn.Module):
     is_token = None if segment_ids is None else segment_ids > 0
     weights, experts, load = _route(logits, bias, is_token, config)
     self.sow('intermediates', 'experts', lead.restored(experts))
-    x = x.astype(self.dtype)
+    x = x if self.dtype is None else x.astype(self.dtype)
     y = sharded_expert_mlp(
       x,
       weights,
@@ -112,7 +118,8 @@ class MoE(nn.Module):
     def declare(name, dims, shape, variance):
       init = nn.initializers.normal(variance**0.5)
       init = mesh.sharded(init, mesh.param(dims))
-      return mesh.gather(self.param(name, init, (num_experts, *shape)), dims)
+      shape = mesh.part(dims, (num_experts, *shape))
+      return mesh.gather(self.param(name, init, shape), dims)
 
     variance = 1 / (2 * self.num_layers * width)
     matrices = dict(
@@ -154,7 +161,7 @@ def _route(logits, bias, is_token, config):
   weights, experts, load = mesh.over_tokens(on_device, (1,))(
     logits, bias, is_token
   )
-  return weights, experts, load.sum(0)
+  return weights, experts, mesh.total(load.sum(0))
 
 
 def _metrics(logits, bias, load, is_token, config):

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num
 
 from jaxsparse import mesh
+from jaxsparse.nn.door import portable
 from jaxsparse.nn.leading import Leading, require_floats
 
 Metrics = dict[str, jax.typing.ArrayLike]
@@ -69,25 +70,25 @@ def dropout(
 class RMSNorm(nn.Module):
   """Division by the root mean square (Zhang and Sennrich, arXiv:1910.07467).
 
-  Over the last dimension, statistics and gain in float32. `dim` is the letter
-  of that dimension: the gain is stored as other parameters with this letter.
+  Over the last dimension, statistics and gain in float32; the output is of type
+  `dtype`, by default that of the input. `dim` is the letter of that dimension:
+  the gain is stored as other parameters with this letter.
   """
 
   epsilon: float = 1e-5
   dim: str = 'D'
-  dtype: jax.typing.DTypeLike = jnp.float32
+  dtype: jax.typing.DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: Num[Array, '*B D']) -> Float[Array, '*B D']:
     require_floats(x)
     init = mesh.sharded(nn.initializers.ones, mesh.param(self.dim))
     scale = mesh.gather(self.param('scale', init, x.shape[-1:]), self.dim)
+    dtype = x.dtype if self.dtype is None else self.dtype
     x = x.astype(jnp.float32)
     mean_square = jnp.square(x).mean(axis=-1, keepdims=True)
     scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
-    return (x * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(
-      self.dtype
-    )
+    return (x * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(dtype)
 
 
 class LayerNorm(nn.Module):
@@ -98,16 +99,17 @@ class LayerNorm(nn.Module):
 
   epsilon: float = 1e-5
   dim: str = 'D'
-  dtype: jax.typing.DTypeLike = jnp.float32
+  dtype: jax.typing.DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: Num[Array, '*B D']) -> Float[Array, '*B D']:
     require_floats(x)
+    dtype = x.dtype if self.dtype is None else self.dtype
     x = x.astype(jnp.float32)
     x = x - x.mean(axis=-1, keepdims=True)
     x = RMSNorm(self.epsilon, self.dim, name='gain')(x)
     return (x + bias(self, 'bias', self.dim, x.shape[-1:], x.ndim)).astype(
-      self.dtype
+      dtype
     )
 
 
@@ -179,31 +181,34 @@ class MLP(nn.Module):
   width: int
   kind: str = 'swiglu'
   num_layers: int = 1
-  dtype: jax.typing.DTypeLike = jnp.float32
+  dtype: jax.typing.DTypeLike | None = None
   is_partial: bool = False
   use_bias: bool = False
   deviations: tuple[float, float] = (0.0, 0.0)
+  axes: mesh.Axes = mesh.DEFAULT_AXES
 
   @nn.compact
+  @portable(mixes_positions=lambda layer: False)
   def __call__(
     self, x: Num[Array, '*S D']
   ) -> tuple[Float[Array, '*S D'], Metrics]:
     lead = Leading.of(x)
     model_dim, width = x.shape[-1], self.width
-    x = lead.flat(x).astype(self.dtype)
+    x = lead.flat(x)
+    x = x if self.dtype is None else x.astype(self.dtype)
     reading, writing = init_variances(
       self.deviations, model_dim, width, self.num_layers
     )
 
     def project(name: str) -> jax.Array:
-      matrix = weight(self, name, 'DF', (model_dim, width), reading, self.dtype)
+      matrix = weight(self, name, 'DF', (model_dim, width), reading, x.dtype)
       return self._biased(jnp.einsum('btd,df->btf', x, matrix), name, 'F')
 
     if self.kind == 'swiglu':
       hidden = nn.silu(project('gate')) * project('up')
     else:
       hidden = nn.gelu(project('up'), approximate=self.kind == 'gelu')
-    down = weight(self, 'down', 'FD', (width, model_dim), writing, self.dtype)
+    down = weight(self, 'down', 'FD', (width, model_dim), writing, x.dtype)
     spec = mesh.partial('BTD') if self.is_partial else mesh.act('BTD')
     y = jnp.einsum('btf,fd->btd', hidden, down, out_sharding=spec)
     return lead.restored(self._biased(y, 'down', 'D')), {}

@@ -102,6 +102,18 @@ class Leading:
     new = (math.prod(shape[:-1]), length, *rest)
     return jax.lax.reshape(x, new, out_sharding=spec)
 
+  def places(
+    self, positions: Any, segment_ids: Any
+  ) -> tuple[jax.Array, jax.Array]:
+    """Positions and documents of the tokens, where they are not given."""
+    length = self.shape[-1] if self.shape else 1
+    if positions is None:
+      at = jnp.arange(length, dtype=jnp.int32).reshape(self.shape[-1:])
+      positions = jnp.broadcast_to(at, self.shape)
+    if segment_ids is None:
+      segment_ids = jnp.ones(self.shape, jnp.int32)
+    return positions, segment_ids
+
   def restored(self, y: jax.Array) -> jax.Array:
     """What is [B, T, ...] with these leading dimensions."""
     if self._are_sequences:

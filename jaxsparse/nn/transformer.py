@@ -16,6 +16,7 @@ from jaxsparse.nn.block import (
   placements,
   prefixed,
 )
+from jaxsparse.nn.door import portable
 from jaxsparse.nn.layers import (
   NORMS,
   Embed,
@@ -68,16 +69,29 @@ def _init_context(
 
 
 class Transformer(nn.Module):
-  """Decoder-only language model; its blocks are `block_00`, `block_01`, ..."""
+  """Decoder-only language model; its blocks are `block_00`, `block_01`, ...
+
+  Attributes:
+    config: of the model.
+    axes: names of the mesh axes of a program of your own, see `mesh.Axes`. On
+      such a mesh tables and experts are split, and all else is whole on each
+      device: tensor parallelism is for our own mesh (`mesh.make_mesh`).
+  """
 
   config: ModelConfig
+  axes: mesh.Axes = mesh.DEFAULT_AXES
 
   @nn.compact
+  @portable(
+    returns=('tokens', 'cache', 'alike'),
+    has_width=False,
+    checks_varying=False,
+  )
   def __call__(
     self,
     tokens: Num[Array, '*S'],
-    positions: Int[Array, '*S'],
-    segment_ids: Int[Array, '*S'],
+    positions: Int[Array, '*S'] | None = None,
+    segment_ids: Int[Array, '*S'] | None = None,
     cache: Cache | None = None,
     deterministic: bool = True,
   ) -> tuple[Float[Array, '*S V'], Cache | None, Metrics]:
@@ -86,8 +100,9 @@ class Transformer(nn.Module):
     Args:
       tokens: the new tokens; the last dimension is that of positions, and the
         cache has one batch of all before it.
-      positions: position of each in its document.
-      segment_ids: 0 for padding, 1, 2, ... for the documents of a row.
+      positions: position of each in its document, by default that in its row.
+      segment_ids: 0 for padding, 1, 2, ... for the documents of a row, of which
+        there is one by default.
       cache: what `init_cache` made and earlier calls returned; None when
         nothing comes before `tokens`.
       deterministic: False for dropout, which needs the rng 'dropout'.
@@ -102,6 +117,7 @@ class Transformer(nn.Module):
         `tokens` are no integers.
     """
     lead = Leading.of_tokens(tokens)
+    positions, segment_ids = lead.places(positions, segment_ids)
     logits, new_cache, metrics = self._run(
       lead.flat(tokens, 'tokens'),
       lead.flat(positions, 'positions'),

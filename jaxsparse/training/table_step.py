@@ -179,8 +179,10 @@ class _Windows:
     group = None if group is None else group.reshape(slot.shape)
     cotangent = cotangent.reshape(len(slot), *cotangent.shape[-2:])
     entries = exchange.gather(slot, weight.astype(cotangent.dtype), group)
-    cotangent = exchange.send_out(cotangent)
-    entries, self._cotangent = exchange.to_copies((entries, cotangent))
+    cotangent = exchange.all_gather_vectors(cotangent)
+    entries, self._cotangent = exchange.all_gather_replicas(
+      (entries, cotangent)
+    )
     slot, weight, self._group = entries
     # Else copies of a table would drift apart.
     is_fixed = config.model.memory.table.gradient == 'deterministic'
@@ -218,7 +220,7 @@ def _step(config, exchange, windows, tables, state, other_square, step, key):
     square = _square(gradients)
   else:
     # Rows beyond the budget wait for another pass; the norm needs them first.
-    num_passes = exchange.most(jnp.stack([w.num_passes for w in leaves]).max())
+    num_passes = exchange.pmax(jnp.stack([w.num_passes for w in leaves]).max())
 
     def add_square(i, square):
       return square + _square(_rows_of(windows, i))

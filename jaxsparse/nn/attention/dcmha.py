@@ -5,7 +5,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Num
 
+from jaxsparse import mesh
 from jaxsparse.config.attention import DCMHAConfig
+from jaxsparse.nn.door import portable
 from jaxsparse.nn.layers import weight
 from jaxsparse.nn.leading import Leading
 from jaxsparse.ops.attention.compose import HeadMix, generate_factors
@@ -25,20 +27,23 @@ class DCMHA(nn.Module):
 
   config: DCMHAConfig
   num_heads: int
-  dtype: jax.typing.DTypeLike = jnp.float32
+  dtype: jax.typing.DTypeLike | None = None
+  axes: mesh.Axes = mesh.DEFAULT_AXES
 
   @nn.compact
+  @portable(mixes_positions=lambda layer: False)
   def __call__(self, x: Num[Array, '*S D']) -> tuple[Factors, dict]:
     """Factors [*S, F, N] of each stream, and the base of each place."""
     lead = Leading.of(x)
     x = lead.flat(x)
+    x = x if self.dtype is None else x.astype(self.dtype)
     config, model_dim = self.config, x.shape[-1]
     num_groups, num_streams = config.num_groups, len(config.streams)
     group, twice_rank = self.num_heads // num_groups, 2 * config.rank
     width = twice_rank * group
 
     def draw(name, dims, shape, deviation):
-      return weight(self, name, dims, shape, deviation**2, self.dtype)
+      return weight(self, name, dims, shape, deviation**2, x.dtype)
 
     bases = {}
     if config.base:
@@ -65,9 +70,7 @@ class DCMHA(nn.Module):
       (model_dim, num_groups, num_streams * group),
       0.005 * (2 / (model_dim + group)) ** 0.5,
     )
-    factors = generate_factors(
-      x.astype(self.dtype), hidden, low_rank, gate, config.gelu
-    )
+    factors = generate_factors(x, hidden, low_rank, gate, config.gelu)
     streams = map(lead.restored, jnp.unstack(factors, axis=2))
     return dict(zip(config.streams, streams, strict=True)), bases
 

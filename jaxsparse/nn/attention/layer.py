@@ -18,6 +18,7 @@ from jaxsparse.nn.attention.cache import Cache
 from jaxsparse.nn.attention.dcmha import DCMHA, cached_factors, head_mix
 from jaxsparse.nn.attention.maps import probed, show
 from jaxsparse.nn.attention.sparse import SparseAttention, reads_unrotated
+from jaxsparse.nn.door import portable
 from jaxsparse.nn.layers import Metrics, RMSNorm, bias, init_variances, weight
 from jaxsparse.nn.leading import Leading
 from jaxsparse.ops.attention.dense import attention
@@ -35,17 +36,20 @@ class Attention(nn.Module):
   Attributes:
     config: of the model.
     layer: number of the block, whose place in the pattern counts.
+    axes: names of the mesh axes of a program of your own, see `mesh.Axes`.
   """
 
   config: ModelConfig
   layer: int = 0
+  axes: mesh.Axes = mesh.DEFAULT_AXES
 
   @nn.compact
+  @portable(returns=('tokens', 'cache', 'alike'), checks_varying=False)
   def __call__(
     self,
     x: Num[Array, '*S D'],
-    positions: Int[Array, '*S'],
-    segment_ids: Int[Array, '*S'],
+    positions: Int[Array, '*S'] | None = None,
+    segment_ids: Int[Array, '*S'] | None = None,
     cache: Cache | None = None,
   ) -> tuple[Float[Array, '*S D'], Cache | None, Metrics]:
     """Reads the new tokens, and with a cache everything before them too.
@@ -53,8 +57,10 @@ class Attention(nn.Module):
     Args:
       x: the normalised residual stream; the last leading dimension is that of
         positions, and the cache has one batch of all before it.
-      positions: position of each token in its document.
-      segment_ids: document of each token; 0 for padding.
+      positions: position of each token in its document, by default that in its
+        sequence.
+      segment_ids: document of each token; 0 for padding. By default a sequence
+        is one document.
       cache: what `init_shared` and `init_rows` of `attention_cache` made, and
         this layer extended; None when all tokens are in `x`.
 
@@ -63,6 +69,7 @@ class Attention(nn.Module):
       of `SparseAttention` if it is one or warms one up.
     """
     lead = Leading.of(x)
+    positions, segment_ids = lead.places(positions, segment_ids)
     y, new_cache, metrics = self._attend(
       lead.flat(x),
       lead.flat(positions, 'positions'),

@@ -254,7 +254,8 @@ def table_parameters(
 
   def table(scale: float, width: int):
     init = nn.initializers.normal(scale, config.table.dtype)
-    return init, mesh.table(scheme), (config.table_rows, width)
+    shape = mesh.part('MW', (config.table_rows, width))
+    return init, mesh.table(scheme), shape
 
   tables = {'value_table': table(scales.values, config.value_dim)}
   if config.pre_value_dim:

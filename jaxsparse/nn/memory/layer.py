@@ -27,6 +27,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from jaxsparse import mesh
 from jaxsparse.config import MemoryConfig
+from jaxsparse.nn.door import portable
 from jaxsparse.nn.leading import Leading
 from jaxsparse.nn.memory.init import parameters
 from jaxsparse.nn.memory.retrieval import Context, Read, retrieve
@@ -51,23 +52,29 @@ class MemoryLayer(nn.Module):
   Attributes:
     config: sizes and variants.
     num_layers: blocks of the model, for the scale of the values.
-    dtype: type of the activations; parameters are f32, and so are scores,
-      norms and sums of values.
+    dtype: type of the activations and the output, by default that of the input;
+      parameters are f32, and so are scores, norms and sums of values.
     salt: picks the bijection of this layer's addresses. A trained layer needs
       the salt it was trained with.
     first_row: of this layer's window in a shared table.
     is_partial: leave the output's sum over the mesh axis `model` to the caller,
       see `mesh.partial`; needs an output map.
+    axes: names of the mesh axes of a program of your own, see `mesh.Axes`.
   """
 
   config: MemoryConfig
   num_layers: int = 1
-  dtype: jax.typing.DTypeLike = jnp.float32
+  dtype: jax.typing.DTypeLike | None = None
   salt: int = 0
   first_row: int = 0
   is_partial: bool = False
+  axes: mesh.Axes = mesh.DEFAULT_AXES
 
   @nn.compact
+  @portable(
+    whole=('directions', 'permutation'),
+    mixes_positions=lambda layer: layer.config.query_conv_taps > 1,
+  )
   def __call__(
     self,
     x: Num[Array, '*S D'],
@@ -115,7 +122,8 @@ class MemoryLayer(nn.Module):
       inputs, ids = map(before.flat, context)
       context = None if is_none else (inputs, ids)
     config = self.config.for_width(x.shape[-1])
-    scheme = table_scheme(config, self.dtype)
+    dtype = x.dtype if self.dtype is None else self.dtype
+    scheme = table_scheme(config, dtype)
     declared = parameters(
       config,
       x.shape[-1],
@@ -133,7 +141,7 @@ class MemoryLayer(nn.Module):
     }
     y, read = memory_forward(
       params | (tables or {}),
-      x.astype(self.dtype),
+      x.astype(dtype),
       config,
       segment_ids=segment_ids,
       context=context,

@@ -91,7 +91,7 @@ def retrieve(
     is_token, query, keys, weights.get('cores'), directions, permutation
   )
   read = dict(zip(names, found, strict=True))
-  return read | dict(hits=read['hits'].sum(0))
+  return read | dict(hits=mesh.total(read['hits'].sum(0)))
 
 
 def _best_slots(

@@ -124,6 +124,9 @@ def sharded_expert_mlp(
 ) -> Float[Array, '*T D']:
   """`expert_mlp` of global arrays; with no mesh set it is that very function.
 
+  Behind a guest's door (`mesh.inside`) the same runs on what one device holds,
+  whatever axes split the experts and their width.
+
   Args:
     x: inputs, split over tokens along the first dimension like the weights and
       experts of each.
@@ -137,7 +140,6 @@ def sharded_expert_mlp(
   Returns:
     The sums in the type of `x`, in which parts of several devices are added.
   """
-  axes = mesh.axis_sizes()
   batch, width, dtype = x.shape[:-1], x.shape[-1], x.dtype
 
   def flat(x):
@@ -149,26 +151,38 @@ def sharded_expert_mlp(
       first_expert=first_expert, gelu=gelu, implementation=implementation,
     ).astype(dtype)  # fmt: skip
 
-  if axes is None:
+  axes, view = mesh.axis_sizes(), mesh.inside()
+  layout = mesh.EXPERT_LAYOUT if axes is not None else mesh.WHOLE
+  if view is not None and not view.is_initializing:
+    layout, axes = view.experts, view.sizes
+  if not layout.rows + layout.columns:
     y = run(flat(x), flat(weights), flat(experts), matrices)
     return y.reshape(*batch, width)
-  is_split = axes['sparse'] > 1
+
+  def split(names):
+    return tuple(a for a in names if axes[a] > 1)
+
+  rows, group = split(layout.rows), split(layout.group)
+  alike = layout.alike_rows + layout.alike_columns
 
   def on_device(x, weights, experts, matrices):
     local, tokens = x.shape, [flat(x), flat(weights), flat(experts)]
     first_expert = None
-    if is_split:
-      tokens = [jax.lax.all_gather(a, 'sparse', tiled=True) for a in tokens]
-      first_expert = jax.lax.axis_index('sparse') * len(matrices['up'])
+    if group:
+      tokens = [jax.lax.all_gather(a, group, tiled=True) for a in tokens]
+    if rows:
+      first_expert = jax.lax.axis_index(rows) * len(matrices['up'])
     y = run(*tokens, matrices, first_expert)
-    if is_split:
-      y = jax.lax.psum_scatter(y, 'sparse', tiled=True)
-    if is_partial and axes['model'] > 1:
-      y = jax.lax.pcast(y, 'model', to='unreduced')
-    else:
-      y = jax.lax.psum(y, 'model')
+    if group:
+      y = jax.lax.psum_scatter(y, group, tiled=True)
+    if is_partial and split(alike):
+      y = jax.lax.pcast(y, alike, to='unreduced')
+    elif alike:
+      y = jax.lax.psum(y, alike)
     return y.reshape(local)
 
+  if view is not None:
+    return on_device(x, weights, experts, matrices)
   tokens = jax.P(mesh.TOKENS)
   inner = dict(gate='XDF', up='XDF', down='XFD')
   dims = 'B' + 'T' * (len(batch) - 1) + 'D'

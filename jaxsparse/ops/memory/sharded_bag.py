@@ -10,6 +10,9 @@ parts of one copy of the table form a group; within it
            tokens of the group, and a reduce-scatter adds up each token's parts.
   grid     rows over `data` and columns over `sparse`: both in turn.
 
+Behind a guest's door (`mesh.inside`) the same runs on what one device holds,
+whatever axes split the table; the pools then have all columns.
+
 Only row numbers, weights and pools cross the wire, never rows. XLA's automatic
 partitioning would send all T * k of them (and has had wrong gradients here).
 Columns are split over `model` as well, where tokens are replicated; the pools
@@ -46,7 +49,8 @@ def sharded_value_bag(
   """`value_bag` of global arrays; with no mesh set it is that very function.
 
   Args:
-    table: sharded as `mesh.table(scheme)`, or it will be.
+    table: sharded as `mesh.table(scheme)`, or it will be; behind a guest's door
+      this device's part.
     slot: row of each entry. Like the other arguments it is split over tokens
       along its first dimension.
     weight: c weights of each entry, one for each of c blocks of columns.
@@ -58,16 +62,14 @@ def sharded_value_bag(
     table_gradient: how the table's gradient is added up, see `value_bag`.
 
   Returns:
-    The bags, columns split over `model`.
+    The bags, columns split over `model`; all columns behind a guest's door.
   """
   pool = functools.partial(
     value_bag, num_groups=num_groups, table_gradient=table_gradient
   )
-  axes = mesh.axis_sizes()
-  if axes is None:
+  exchange = _exchange(scheme, len(table))
+  if exchange is None:
     return _over_flat_tokens(pool)(table, slot, weight, group).astype(dtype)
-  layout = mesh.table_layout(scheme)
-  exchange = TableExchange(layout, axes, table.shape[0])
 
   def on_device(table, slot, weight, group):
     num_rows, width = table.shape
@@ -78,8 +80,14 @@ def sharded_value_bag(
     slot, weight, group = entries
     weight = exchange.own_cores(weight, width)
     pooled = pool(table, slot, weight, group, num_used=num_used)
-    return exchange.bring_home(pooled.astype(dtype))
+    return exchange.reduce_scatter_pools(pooled.astype(dtype))
 
+  if mesh.inside():
+    pooled = _over_flat_tokens(
+      lambda *args: exchange.all_columns(on_device(*args))
+    )
+    return pooled(table, slot, weight, group)
+  layout = exchange.layout
   tokens = jax.P(mesh.TOKENS)
   pools = jax.P(mesh.TOKENS, *[None] * (slot.ndim - 1), 'model')
   return jax.shard_map(
@@ -106,7 +114,8 @@ def sharded_row_products(
   Args:
     table: sharded as `mesh.table(scheme)`.
     slot: row of each entry, split over tokens along the first dimension.
-    vector: of each token, columns split over `model`.
+    vector: of each token, columns split over `model`; whole behind a guest's
+      door.
     scheme: 'columns', 'rows' or 'grid'.
     dtype: of the result and on the wire, where parts are added up in it.
     table_gradient: how the table's gradient is added up, see `value_bag`.
@@ -121,21 +130,25 @@ def sharded_row_products(
       table_gradient=table_gradient,
     )
 
-  axes = mesh.axis_sizes()
-  if axes is None:
+  exchange = _exchange(scheme, len(table))
+  if exchange is None:
     return _over_flat_tokens(products)(table, slot, vector, None).astype(dtype)
-  layout = mesh.table_layout(scheme)
-  exchange = TableExchange(layout, axes, table.shape[0])
 
   def on_device(table, slot, vector, _):
     entries = exchange.gather(slot, None, None)
     entries, num_used, place = exchange.own_rows(entries, len(table))
-    vector = exchange.send_out(vector[:, None].astype(dtype))[:, 0]
+    vector = vector[:, None].astype(dtype)
+    if mesh.inside():
+      vector = exchange.own_columns(vector)
+    vector = exchange.all_gather_vectors(vector)[:, 0]
     parts = products(table, entries[0], vector, num_used)
     if place is not None:
       parts = put_back(parts, place)
-    return exchange.add_up(parts.astype(dtype))
+    return exchange.psum_products(parts.astype(dtype))
 
+  if mesh.inside():
+    return _over_flat_tokens(on_device)(table, slot, vector, None)
+  layout = exchange.layout
   tokens = jax.P(mesh.TOKENS)
   vectors = jax.P(mesh.TOKENS, *[None] * (slot.ndim - 2), 'model')
   return jax.shard_map(
@@ -143,6 +156,19 @@ def sharded_row_products(
     in_specs=(layout.spec, tokens, vectors, None),
     out_specs=tokens,
   )(mesh.reshard(table, layout.spec), slot, vector, None)
+
+
+def _exchange(scheme: str, num_rows: int) -> TableExchange | None:
+  """That of a table of which an array has `num_rows`; None for a whole one."""
+  axes, view = mesh.axis_sizes(), mesh.inside()
+  if axes is not None:
+    return TableExchange(mesh.table_layout(scheme), axes, num_rows)
+  if view is None or not view.tables.rows + view.tables.columns:
+    return None
+  if view.is_initializing:
+    return None
+  num_rows *= view.pieces(view.tables.rows)
+  return TableExchange(view.tables, view.sizes, num_rows)
 
 
 def _over_flat_tokens(function: Callable) -> Callable:

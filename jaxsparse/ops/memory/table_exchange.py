@@ -70,31 +70,60 @@ class TableExchange:
     group, slot = jnp.divmod(virtual, jnp.uint32(self.num_rows))
     return slot.astype(jnp.int32), weight, group.astype(jnp.int32)
 
-  def bring_home(self, pooled: Float[Array, 'T G w']) -> Float[Array, 't G W']:
+  def reduce_scatter_pools(
+    self, pooled: Float[Array, 'T G w']
+  ) -> Float[Array, 't G W']:
     """Adds up the parts of each pool and sends them to their tokens."""
-    for axis in self._split(self.layout.rows):
-      pooled = _as_matrix(jax.lax.psum_scatter, pooled, axis)
-    for axis in self._split(self.layout.exchanged):
-      pooled = jax.lax.all_to_all(pooled, axis, 0, 2, tiled=True)
+    if over := self._split(self.layout.reduced):
+      pooled = _as_matrix(jax.lax.psum_scatter, pooled, over)
+    if over := self._split(self.layout.alike_rows):
+      pooled = jax.lax.psum(pooled, over)
+    if over := self._split(self.layout.exchanged):
+      pooled = jax.lax.all_to_all(pooled, over, 0, 2, tiled=True)
     return pooled
 
-  def send_out(self, pooled: Float[Array, 't G W']) -> Float[Array, 'T G w']:
+  def all_columns(self, pooled: Float[Array, 't G w']) -> Float[Array, 't G W']:
+    """Brings the columns of devices with the same tokens together.
+
+    A sum of parts among zeros: unlike that of an all-gather, its type says that
+    the result is alike on all of them.
+    """
+    over = self._split(self.layout.alike_columns)
+    if not over:
+      return pooled
+    num_pieces = math.prod(self.axes[a] for a in over)
+    is_own = jnp.arange(num_pieces) == jax.lax.axis_index(over)
+    parts = jnp.where(is_own[None, None, :, None], pooled[:, :, None], 0)
+    return jax.lax.psum(parts, over).reshape(*pooled.shape[:-1], -1)
+
+  def all_gather_vectors(
+    self, vectors: Float[Array, 't G W']
+  ) -> Float[Array, 'T G w']:
     """Brings every token's own columns to the devices that hold them."""
-    for axis in self._split(self.layout.exchanged):
-      pooled = jax.lax.all_to_all(pooled, axis, 2, 0, tiled=True)
-    for axis in self._split(self.layout.rows):
-      pooled = jax.lax.all_gather(pooled, axis, tiled=True)
-    return pooled
+    if over := self._split(self.layout.exchanged):
+      vectors = jax.lax.all_to_all(vectors, over, 2, 0, tiled=True)
+    if over := self._split(self.layout.reduced):
+      vectors = jax.lax.all_gather(vectors, over, tiled=True)
+    return vectors
 
-  def add_up(self, parts: Float[Array, 'T k']) -> Float[Array, 't k']:
+  def own_columns(self, x: Float[Array, 't G W']) -> Float[Array, 't G w']:
+    """This device's of columns that others with the same tokens have as well."""
+    over = self._split(self.layout.alike_columns)
+    if not over:
+      return x
+    width = x.shape[-1] // math.prod(self.axes[a] for a in over)
+    start = jax.lax.axis_index(over) * width
+    return jax.lax.dynamic_slice_in_dim(x, start, width, axis=-1)
+
+  def psum_products(self, parts: Float[Array, 'T k']) -> Float[Array, 't k']:
     """Sums of the group's parts, each token's at its home."""
-    over = self._split(self.layout.group)
-    if over:
+    if over := self._split(self.layout.group):
       parts = jax.lax.psum_scatter(parts, over, tiled=True)
-    # Of length 1 too: the parts are marked as varying over it.
-    return jax.lax.psum(parts, 'model')
+    # Axes of length 1 too: the parts are marked as varying over them.
+    over = self.layout.alike_rows + self.layout.alike_columns
+    return jax.lax.psum(parts, over) if over else parts
 
-  def to_copies(self, tree: Any) -> Any:
+  def all_gather_replicas(self, tree: Any) -> Any:
     """What all devices hold that have the same part of the table, gathered.
 
     Arrays of tokens; every copy gets those of all, in the same order.
@@ -114,7 +143,7 @@ class TableExchange:
     over = self._split(self.layout.rows)
     return jax.lax.psum(x, over) if over else x
 
-  def most(self, x: Array) -> Array:
+  def pmax(self, x: Array) -> Array:
     """The largest over the parts of one table."""
     over = self._split(self.layout.rows)
     return jax.lax.pmax(x, over) if over else x

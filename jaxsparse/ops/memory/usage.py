@@ -7,6 +7,8 @@ use, and the unevenness, the divergence of the hits from a uniform spread.
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsparse import mesh
+
 
 def count_hits(
   slot: Int[Array, '*B'],
@@ -30,6 +32,8 @@ def mean_over_tokens(
 ) -> Float[Array, 'F']:
   """Means over the tokens that are no padding, 0 where there is none.
 
+  Behind a guest's door (`mesh.inside`) over those of all devices.
+
   Args:
     x: figures of each token.
     is_token: False for padding, whose figures have no gradient; None if there
@@ -37,9 +41,10 @@ def mean_over_tokens(
   """
   axes = tuple(range(x.ndim - 1))
   if is_token is None:
-    return x.mean(axes)
-  count = jnp.maximum(is_token.sum(dtype=jnp.int32), 1)
-  return jnp.where(is_token[..., None], x, 0).sum(axes) / count.astype(x.dtype)
+    return mesh.mean(x.mean(axes))
+  count = jnp.maximum(mesh.total(is_token.sum(dtype=jnp.int32)), 1)
+  total = mesh.total(jnp.where(is_token[..., None], x, 0).sum(axes))
+  return total / count.astype(x.dtype)
 
 
 def share_used(hits: Int[Array, 'M']) -> Float[Array, '']:

@@ -1,12 +1,13 @@
-"""The mesh and its axes: the only file that names them.
+"""Our own mesh and its axes: the only file that names them.
 
 Every array's sharding is looked up letter by letter from the alphabet of
 dimensions (B batch, T positions, D model width, N query heads, K key/value
 heads, H head width, F feed-forward width, X experts, V vocabulary, M slots, W
 value width, Q sub-keys, P memory heads). A value table's rows and columns are
 split as its scheme says, see `TABLE_LAYOUTS`. The mesh always has all of its
-axes, of length 1 when unused, so that no rule is conditional. With no mesh set
-every lookup gives None, and the same code runs on one device.
+axes, of length 1 when unused, so that no rule is conditional. With no mesh set,
+and on the mesh of somebody else (`jaxsparse.mesh.guest`), every lookup gives
+None, and the same code runs on what one device holds.
 """
 
 import dataclasses
@@ -16,55 +17,15 @@ from collections.abc import Callable, Sequence
 import jax
 
 from jaxsparse.config.errors import UserError
+from jaxsparse.mesh import guest
+from jaxsparse.mesh.layout import TABLE_LAYOUTS, TOKENS, TableLayout
 
 AXES = ('data', 'sparse', 'model')
-
-# The axes over which tokens are split.
-TOKENS = ('data', 'sparse')
+_EXPLICIT = jax.sharding.AxisType.Explicit
 
 ACTIVATION = dict(B=TOKENS, N='model', K='model', F='model', W='model')
 PARAMETER = dict(
   D='data', N='model', K='model', F='model', W='model', X='sparse'
-)
-
-
-@dataclasses.dataclass(frozen=True)
-class TableLayout:
-  """How a value table [M, W] lies on the mesh under one sharding scheme.
-
-  Columns are split over `model` first: the devices along `sparse` then hold
-  together one contiguous block of columns for each piece of `model`.
-  """
-
-  # Axes that split the rows, and those that split the columns.
-  rows: tuple[str, ...]
-  columns: tuple[str, ...]
-
-  @property
-  def spec(self) -> jax.P:
-    """Sharding of the table and of whatever has its shape."""
-    return jax.P(self.rows or None, self.columns)
-
-  @property
-  def group(self) -> tuple[str, ...]:
-    """Token axes along which devices hold parts of one table."""
-    return tuple(a for a in TOKENS if a in self.rows + self.columns)
-
-  @property
-  def copies(self) -> tuple[str, ...]:
-    """Token axes along which devices hold the same part."""
-    return tuple(a for a in TOKENS if a not in self.group)
-
-  @property
-  def exchanged(self) -> tuple[str, ...]:
-    """Token axes that split the columns: pools cross them to their tokens."""
-    return tuple(a for a in self.columns if a in TOKENS)
-
-
-TABLE_LAYOUTS = dict(
-  columns=TableLayout(rows=(), columns=('model', 'sparse')),
-  rows=TableLayout(rows=('sparse',), columns=('model',)),
-  grid=TableLayout(rows=('data',), columns=('model', 'sparse')),
 )
 
 
@@ -92,7 +53,7 @@ def make_mesh(
 
 
 def _spec(rules: dict, dims: str) -> jax.P | None:
-  if jax.sharding.get_abstract_mesh().empty:
+  if axis_sizes() is None:
     return None
   return jax.P(*(rules.get(dim) for dim in dims))
 
@@ -128,8 +89,10 @@ def table_layout(scheme: str) -> TableLayout:
 
 
 def table(scheme: str) -> jax.P | None:
-  """Sharding of a value table [M, W]."""
-  return None if axis_sizes() is None else table_layout(scheme).spec
+  """Sharding of a value table [M, W]; a guest's as its axes say."""
+  if axis_sizes() is None:
+    return guest.placement('MW')
+  return table_layout(scheme).spec
 
 
 def split_copies(x: jax.Array, scheme: str) -> jax.Array:
@@ -147,13 +110,17 @@ def split_copies(x: jax.Array, scheme: str) -> jax.Array:
 
 
 def axis_sizes() -> dict[str, int] | None:
-  """Length of every axis of the mesh in use; None with no mesh set."""
-  mesh = jax.sharding.get_abstract_mesh()
-  return None if mesh.empty else dict(mesh.shape)
+  """Length of every axis of our own mesh; None where it is not in use."""
+  types = guest.axis_types()
+  if set(types) != set(AXES) or set(types.values()) != {_EXPLICIT}:
+    return None
+  return dict(jax.sharding.get_abstract_mesh().shape)
 
 
 def param(dims: str) -> jax.P | None:
   """Sharding of a parameter: param('DF') is P('data', 'model')."""
+  if 'X' in dims and axis_sizes() is None:
+    return guest.placement(dims)
   return _spec(PARAMETER, dims)
 
 
@@ -179,8 +146,7 @@ def over_tokens(function: Callable, replicated: Sequence[int] = ()) -> Callable:
   marked as varying, such that their gradients are summed over the devices.
   With no mesh set it is `function` itself.
   """
-  mesh = jax.sharding.get_abstract_mesh()
-  if mesh.empty:
+  if axis_sizes() is None:
     return function
 
   def on_device(*args):
@@ -233,16 +199,20 @@ def sharded(init: Callable, spec: jax.P | None) -> Callable:
 
 def shards(dim: str) -> tuple[str, int]:
   """The mesh axes that split dimension `dim`, and into how many pieces."""
-  mesh = jax.sharding.get_abstract_mesh()
+  lengths = axis_sizes()
   axes = ACTIVATION.get(dim) or PARAMETER.get(dim) or ()
   axes = (axes,) if isinstance(axes, str) else axes
-  size = 1 if mesh.empty else math.prod(mesh.shape[axis] for axis in axes)
+  size = 1 if lengths is None else math.prod(lengths[axis] for axis in axes)
   return ' x '.join(axes), size
 
 
 def reshard(x: jax.Array, spec: jax.P | None) -> jax.Array:
-  """`x` under another sharding; `x` itself with no mesh set."""
-  return x if spec is None else jax.sharding.reshard(x, spec)
+  """`x` under another sharding; `x` itself without one."""
+  if spec is None:
+    return x
+  if axis_sizes() is None:
+    return guest.lay(x, spec)
+  return jax.sharding.reshard(x, spec)
 
 
 def spec_of(x: jax.Array) -> jax.P | None:
