@@ -3,10 +3,12 @@
 from jaxsparse.mesh.guest import DEFAULT_AXES as DEFAULT_AXES
 from jaxsparse.mesh.guest import Axes as Axes
 from jaxsparse.mesh.guest import Inside as Inside
+from jaxsparse.mesh.guest import entries as entries
 from jaxsparse.mesh.guest import inside as inside
 from jaxsparse.mesh.guest import mean as mean
 from jaxsparse.mesh.guest import part as part
 from jaxsparse.mesh.guest import total as total
+from jaxsparse.mesh.guest import whole as whole
 from jaxsparse.mesh.layout import EXPERT_LAYOUT as EXPERT_LAYOUT
 from jaxsparse.mesh.layout import TABLE_LAYOUTS as TABLE_LAYOUTS
 from jaxsparse.mesh.layout import TOKENS as TOKENS

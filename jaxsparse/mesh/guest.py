@@ -213,6 +213,12 @@ def placement(dims: str) -> jax.P | None:
   return jax.P(*(cuts.get(dim) or None for dim in dims))
 
 
+def whole(x: jax.Array) -> jax.Array:
+  """A parameter that has just been placed, for the code that drew it."""
+  view = inside()
+  return lay(x, jax.P()) if view and view.is_initializing else x
+
+
 def _cuts(view: Inside) -> dict[str, Names]:
   return dict(
     M=view.tables.rows,

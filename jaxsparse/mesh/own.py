@@ -130,7 +130,7 @@ def gather(x: jax.Array, dims: str) -> jax.Array:
   Parameters are stored spread over `data`; here that axis is gathered, and
   what `model` splits stays split. The gradient is reduce-scattered back.
   """
-  return reshard(x, gathered(dims))
+  return guest.whole(reshard(x, gathered(dims)))
 
 
 def gathered(dims: str) -> jax.P | None:

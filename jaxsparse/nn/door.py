@@ -50,8 +50,9 @@ def portable(
 
   Args:
     returns: what the method's results are, one by one: 'tokens', arrays that
-      begin with the leading dimensions of its first argument; 'alike', a
-      tree that is the same for all tokens, as metrics over all of them are; 'cache', a tree like the argument `cache`.
+      begin with the leading dimensions of its first argument; 'alike', a tree
+      that is the same for all tokens, as metrics over all of them are; 'cache',
+      a tree like the argument `cache`.
     whole: arguments that are the same for all tokens. The others are trees of
       arrays that begin with the leading dimensions of the first; in `cache`
       with its batch, and `tables` are known by their names.
@@ -200,11 +201,9 @@ class _Door:
 
     def on_device(variables, arrays, keys):
       with guest.behind_the_door(view):
-        for axis in home:
-          index = jax.lax.axis_index(axis)
-          keys = jax.tree.map(lambda k: jax.random.fold_in(k, index), keys)
+        own_keys = {name: _own_key(key, home) for name, key in keys.items()}
         results, changed = inner.apply(
-          variables, **arrays, **static, rngs=keys, mutable=mutable
+          variables, **arrays, **static, rngs=own_keys, mutable=mutable
         )
       return results, dict(changed)
 
@@ -285,6 +284,12 @@ class _Door:
       return jax.tree.map(laid, result) if kind == 'tokens' else result
 
     return tuple(map(each, self.returns, results))
+
+
+def _own_key(key: jax.Array, home: Names) -> jax.Array:
+  for axis in home:
+    key = jax.random.fold_in(key, jax.lax.axis_index(axis))
+  return key
 
 
 def _is_static(value: Any) -> bool:

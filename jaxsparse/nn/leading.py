@@ -35,10 +35,13 @@ class Leading:
   """The leading dimensions of a layer's inputs.
 
   Where they hold no token at all, one of zeros stands in for each device, such
-  that the layer declares its parameters and its results have their types.
+  that the layer declares its parameters and its results have their types. On
+  our own mesh tokens are split as its rules say, and results laid as they lay.
   """
 
   shape: tuple[int, ...]
+  # Axes that split each dimension, on our own mesh.
+  split: tuple[tuple[str, ...], ...] | None = None
 
   @classmethod
   def of(cls, x: Any, name: str = 'x') -> 'Leading':
@@ -49,7 +52,7 @@ class Leading:
     """
     require_floats(x, name)
     require(x.ndim > 0, f'{name} must have a last dimension, got a scalar.')
-    return cls(x.shape[:-1])
+    return cls(x.shape[:-1], _split(x, x.ndim - 1))
 
   @classmethod
   def of_tokens(cls, tokens: Any) -> 'Leading':
@@ -59,7 +62,7 @@ class Leading:
       UserError: they are no integers.
     """
     require_integers(tokens, 'tokens')
-    return cls(tokens.shape)
+    return cls(tokens.shape, _split(tokens, tokens.ndim))
 
   @property
   def is_empty(self) -> bool:
@@ -84,7 +87,8 @@ class Leading:
       f'{list(x.shape)}.',
     )
     if self._are_sequences:
-      return x
+      is_so = _split(x, 2) in (None, (mesh.TOKENS, ()))
+      return x if is_so else mesh.reshard(x, mesh.act('BT' + '.' * len(rest)))
     spec = mesh.act('BT' + '.' * len(rest))
     num_shards = mesh.num_token_shards()
     if self.is_empty:
@@ -117,7 +121,7 @@ class Leading:
   def restored(self, y: jax.Array) -> jax.Array:
     """What is [B, T, ...] with these leading dimensions."""
     if self._are_sequences:
-      return y
+      return self._laid(y)
     shape = (*self.shape, *y.shape[2:])
     if self.is_empty:
       return jnp.zeros(shape, y.dtype)
@@ -127,8 +131,25 @@ class Leading:
       first = of_y[:1] if len(self.shape) > 1 else ()
       others = (None,) * (len(self.shape) - len(first))
       spec = jax.P(*first, *others, *of_y[2:], unreduced=of_y.unreduced)
-    return jax.lax.reshape(y, shape, out_sharding=spec)
+    return self._laid(jax.lax.reshape(y, shape, out_sharding=spec))
+
+  def _laid(self, y: jax.Array) -> jax.Array:
+    """Laid as the tokens lay that came in."""
+    n = len(self.shape)
+    if self.split is None or _split(y, n) == self.split:
+      return y
+    of_y = jax.typeof(y).sharding.spec
+    first = (names or None for names in self.split)
+    spec = jax.P(*first, *of_y[n:], unreduced=of_y.unreduced)
+    return mesh.reshard(y, spec)
 
   def metrics(self, metrics: dict) -> dict:
     """The metrics; all 0 where there is no token."""
     return jax.tree.map(jnp.zeros_like, metrics) if self.is_empty else metrics
+
+
+def _split(x: Any, num_dims: int) -> tuple[tuple[str, ...], ...] | None:
+  """Axes that split the first dimensions of `x`, on our own mesh."""
+  if mesh.axis_sizes() is None:
+    return None
+  return mesh.entries(x)[:num_dims]

@@ -131,7 +131,7 @@ class MemoryLayer(nn.Module):
       scheme if tables is None else None,
     )
     params = {
-      name: self.param(name, mesh.sharded(init, spec), shape)
+      name: mesh.whole(self.param(name, mesh.sharded(init, spec), shape))
       for name, (init, spec, shape) in declared.items()
     }
     taps = {

@@ -40,7 +40,7 @@ class SharedTables(nn.Module):
       table_scheme(config, self.dtype),
     )
     return {
-      name: self.param(name, mesh.sharded(init, spec), shape)
+      name: mesh.whole(self.param(name, mesh.sharded(init, spec), shape))
       for name, (init, spec, shape) in declared.items()
     }
 

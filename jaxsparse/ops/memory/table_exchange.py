@@ -107,7 +107,7 @@ class TableExchange:
     return vectors
 
   def own_columns(self, x: Float[Array, 't G W']) -> Float[Array, 't G w']:
-    """This device's of columns that others with the same tokens have as well."""
+    """Own columns of what devices with the same tokens have alike."""
     over = self._split(self.layout.alike_columns)
     if not over:
       return x
