@@ -118,7 +118,7 @@ def manual_axes() -> dict[str, int]:
 
 def entries(x: Any) -> tuple[Names, ...]:
   """The axes over which each dimension of `x` is known to be split."""
-  return tuple(map(_names, jax.typeof(x).sharding.spec[:]))
+  return tuple(map(_names, jax.typeof(x).sharding.spec.partitions))
 
 
 def _names(entry: str | Names | None) -> Names:

@@ -128,9 +128,9 @@ class Leading:
     spec = None
     if mesh.axis_sizes() is not None:
       of_y = jax.typeof(y).sharding.spec
-      first = of_y[:1] if len(self.shape) > 1 else ()
+      first = of_y.partitions[:1] if len(self.shape) > 1 else ()
       others = (None,) * (len(self.shape) - len(first))
-      spec = jax.P(*first, *others, *of_y[2:], unreduced=of_y.unreduced)
+      spec = jax.P(*first, *others, *of_y.partitions[2:], unreduced=of_y.unreduced)
     return self._laid(jax.lax.reshape(y, shape, out_sharding=spec))
 
   def _laid(self, y: jax.Array) -> jax.Array:
@@ -140,7 +140,7 @@ class Leading:
       return y
     of_y = jax.typeof(y).sharding.spec
     first = (names or None for names in self.split)
-    spec = jax.P(*first, *of_y[n:], unreduced=of_y.unreduced)
+    spec = jax.P(*first, *of_y.partitions[n:], unreduced=of_y.unreduced)
     return mesh.reshard(y, spec)
 
   def metrics(self, metrics: dict) -> dict:
