@@ -18,7 +18,7 @@ import dataclasses
 import functools
 import inspect
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -30,10 +30,9 @@ from jaxsparse.mesh import guest
 from jaxsparse.mesh.guest import Inside, Names
 from jaxsparse.mesh.layout import TableLayout
 
-# Parameters that may be cut, by name and rank: which of their dimensions are
-# rows (or experts) and columns.
-_TABLES = {('value_table', 2): (0, 1), ('pre_value_table', 2): (0, 1)}
-_EXPERTS = {('up', 3): (0, 2), ('gate', 3): (0, 2), ('down', 3): (0, 1)}
+# Which dimensions of a parameter are rows (or experts) and columns.
+_TABLES = dict(value_table=(0, 1), pre_value_table=(0, 1))
+_EXPERTS = dict(up=(0, 2), gate=(0, 2), down=(0, 1))
 
 
 def portable(
@@ -300,24 +299,32 @@ def _first(by_token: jax.P, x: jax.Array) -> jax.P:
   return jax.P(*by_token[: x.ndim])
 
 
-def _dims(path: tuple, x: Any, kinds: Mapping) -> tuple[int, int] | None:
-  return kinds.get((path[-1].key, x.ndim))
+def _dims(layer: Mapping, name: str, kinds: Mapping) -> tuple[int, int] | None:
+  """Which dimensions of a layer's parameter may be cut."""
+  if kinds is _EXPERTS and not (layer.keys() >= {'up', 'down', 'router'}):
+    return None  # An MLP, or another layer with a gate.
+  return kinds.get(name)
+
+
+def _layers(params: Mapping) -> Iterator[Mapping]:
+  """The modules that have parameters of their own."""
+  yield params
+  for below in params.values():
+    if isinstance(below, Mapping):
+      yield from _layers(below)
 
 
 def _split_of_tables(
-  params: Any, kinds: Mapping, axes: mesh.Axes
+  params: Mapping, kinds: Mapping, axes: mesh.Axes
 ) -> tuple[Names, Names]:
   """The free axes that split rows and columns of all parameters of `kinds`."""
   seen, sizes = None, [0, 0]
-  for path, x in jax.tree.leaves_with_path(params):
-    dims = _dims(path, x, kinds)
-    if dims is None:
-      continue
-    split = guest.entries(x)
-    seen = [split[d] for d in dims] if seen is None else seen
-    sizes = [
-      math.gcd(size, x.shape[d]) for size, d in zip(sizes, dims, strict=True)
-    ]
+  for layer in _layers(params):
+    for name, x in layer.items():
+      if dims := _dims(layer, name, kinds):
+        split = guest.entries(x)
+        seen = [split[d] for d in dims] if seen is None else seen
+        sizes = [math.gcd(sizes[i], x.shape[d]) for i, d in enumerate(dims)]
   if seen is None:
     return (), ()
   found = guest.split(seen, {0: axes.rows, 1: axes.columns}, sizes)
@@ -327,11 +334,16 @@ def _split_of_tables(
 def _specs_of_parameters(params: Any, *, tables: tuple, experts: tuple) -> Any:
   """Sharding of each parameter behind the door."""
 
-  def spec(path, x):
+  def spec(name: str, x: jax.Array) -> jax.P:
     for kinds, split in ((_TABLES, tables), (_EXPERTS, experts)):
-      if dims := _dims(path, x, kinds):
+      if dims := _dims(params, name, kinds):
         of_dim = dict(zip(dims, split, strict=True))
         return jax.P(*(of_dim.get(i) or None for i in range(x.ndim)))
     return jax.P()
 
-  return jax.tree.map_with_path(spec, params)
+  return {
+    name: _specs_of_parameters(x, tables=tables, experts=experts)
+    if isinstance(x, Mapping)
+    else spec(name, x)
+    for name, x in params.items()
+  }

@@ -130,7 +130,9 @@ class Leading:
       of_y = jax.typeof(y).sharding.spec
       first = of_y.partitions[:1] if len(self.shape) > 1 else ()
       others = (None,) * (len(self.shape) - len(first))
-      spec = jax.P(*first, *others, *of_y.partitions[2:], unreduced=of_y.unreduced)
+      spec = jax.P(
+        *first, *others, *of_y.partitions[2:], unreduced=of_y.unreduced
+      )
     return self._laid(jax.lax.reshape(y, shape, out_sharding=spec))
 
   def _laid(self, y: jax.Array) -> jax.Array:

@@ -85,7 +85,6 @@ class Transformer(nn.Module):
   @portable(
     returns=('tokens', 'cache', 'alike'),
     has_width=False,
-    checks_varying=False,
   )
   def __call__(
     self,

@@ -44,7 +44,7 @@ class Attention(nn.Module):
   axes: mesh.Axes = mesh.DEFAULT_AXES
 
   @nn.compact
-  @portable(returns=('tokens', 'cache', 'alike'), checks_varying=False)
+  @portable(returns=('tokens', 'cache', 'alike'))
   def __call__(
     self,
     x: Num[Array, '*S D'],
