@@ -134,6 +134,9 @@ def lay(x: jax.Array, spec: jax.P) -> jax.Array:
   for the axes that `spec` names only.
   """
   types = axis_types()
+  if not isinstance(x, jax.core.Tracer) and _MANUAL not in types.values():
+    # Outside of jit it may lie on one device still.
+    return jax.device_put(x, spec)
 
   def only(is_kept: Callable[[str], bool]) -> jax.P:
     kept = (tuple(a for a in _names(e) if is_kept(a)) for e in spec)

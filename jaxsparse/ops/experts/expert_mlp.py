@@ -175,7 +175,7 @@ def sharded_expert_mlp(
     y = run(*tokens, matrices, first_expert)
     if group:
       y = jax.lax.psum_scatter(y, group, tiled=True)
-    if is_partial and split(alike):
+    if is_partial and view is None and split(alike):
       y = jax.lax.pcast(y, alike, to='unreduced')
     elif alike:
       y = jax.lax.psum(y, alike)

@@ -45,7 +45,7 @@ def sharded_value_bag(
   scheme: str = 'columns',
   dtype: jax.typing.DTypeLike = jnp.float32,
   table_gradient: str = 'scatter',
-) -> Float[Array, '*T {num_groups} W']:
+) -> Float[Array, '*T {num_groups} _']:
   """`value_bag` of global arrays; with no mesh set it is that very function.
 
   Args:
@@ -100,7 +100,7 @@ def sharded_value_bag(
 def sharded_row_products(
   table: Float[Array, 'M W'],
   slot: Int[Array, '*T k'],
-  vector: Float[Array, '*T W'],
+  vector: Float[Array, '*T _'],
   *,
   scheme: str = 'columns',
   dtype: jax.typing.DTypeLike = jnp.float32,
