@@ -85,7 +85,7 @@ def test_an_old_flag_names_the_new_one(path):
   assert new in fields.paths(Config)
   flags = [f'--config.{path}=1']
   with pytest.raises(UserError, match=rf'^--config.{path} is --config.{new} '):
-    command_line.read_recipe(str(CONFIGS / 'joined_tiny.py'), flags)
+    command_line.read_recipe(str(CONFIGS / 'joined.py:tiny'), flags)
 
 
 @pytest.mark.parametrize('path', [*renamed.REMOVED, *renamed.UNNEEDED])
@@ -93,7 +93,7 @@ def test_a_flag_of_what_is_gone_says_so(path):
   assert path not in fields.paths(Config)
   flags = [f'--config.{path}=1']
   with pytest.raises(UserError, match=rf'^--config.{path} is gone: '):
-    command_line.read_recipe(str(CONFIGS / 'joined_tiny.py'), flags)
+    command_line.read_recipe(str(CONFIGS / 'joined.py:tiny'), flags)
 
 
 def test_results_of_before_are_those_of_the_same_config():
