@@ -169,9 +169,7 @@ class _Door:
       _specs_of_parameters, tables=tables, experts=experts
     )
     specs = {
-      name: specs_of(tree)
-      if name == 'params'
-      else jax.tree.map(lambda a: _first(by_token, a), tree)
+      name: specs_of(tree) if name == 'params' else by_token
       for name, tree in variables.items()
     }
     static, arrays, array_specs = {}, {}, {}
@@ -224,7 +222,7 @@ class _Door:
       check_vma=self.checks_varying,
       # Under `jax.vmap` an axis may be gone that the mesh still lists.
       **(dict(axis_names=set(lengths)) if is_nested else {}),
-    )(*jax.tree.map(guest.lay, inputs, in_specs))
+    )(*_laid(inputs, in_specs))
     for collection, tree in changed.items():
       for name, value in tree.items():
         module.scope.put_variable(collection, name, value)
@@ -283,6 +281,16 @@ class _Door:
       return jax.tree.map(laid, result) if kind == 'tokens' else result
 
     return tuple(map(each, self.returns, results))
+
+
+def _laid(arrays: Any, specs: Any) -> Any:
+  """Arrays of a tree that may go on where that of their specs ends."""
+  return jax.tree.map(
+    lambda spec, below: jax.tree.map(lambda x: guest.lay(x, spec), below),
+    specs,
+    arrays,
+    is_leaf=lambda x: isinstance(x, jax.P),
+  )
 
 
 def _own_key(key: jax.Array, home: Names) -> jax.Array:

@@ -17,7 +17,12 @@ import optax
 
 from jaxsparse import mesh
 from jaxsparse.config import Config, ModelConfig
-from jaxsparse.nn.memory.tables import ENTRIES, TAPS, table_scheme
+from jaxsparse.nn.memory.tables import (
+  ENTRIES,
+  TABLE_OF,
+  TAPS,
+  table_scheme,
+)
 from jaxsparse.ops.memory.row_gradient import (
   RowGradient,
   row_gradient,
@@ -37,9 +42,6 @@ from jaxsparse.training.optimizers.row_updates import (
   is_row_gradient,
   squared_norm,
 )
-
-# Under what name a tap stands, and the table whose rows its entries are.
-_TABLE_OF = dict(pooled='value_table', products='pre_value_table')
 
 
 def split_tables(params: optax.Params) -> tuple[optax.Params, optax.Params]:
@@ -75,9 +77,7 @@ def table_gradients(
 ) -> dict[str, tuple]:
   """By table what makes up its gradient: rows, weights, groups, cotangents.
 
-  The gradient of the sum of weight * row is weight * cotangent for the row;
-  that of a product, row * vector, is cotangent * vector: the same with other
-  names. Where layers share a table, their entries stand one after another along
+  Where layers share a table, their entries stand one after another along
   the positions.
 
   Args:
@@ -87,15 +87,11 @@ def table_gradients(
   """
   found = {}
   for block, leaves in sown.get(ENTRIES, {}).items():
-    for name, (entries,) in leaves['memory'].items():
+    for name, (reads,) in leaves['memory'].items():
       cotangent = taps[TAPS][block]['memory'][name]
-      if name == 'products':
-        rows, vectors = entries
-        entries = rows, cotangent[..., None], None
-        cotangent = vectors[..., None, :]
       prefix = '' if config.memory.shared_rows else f'{block}/'
-      table = f'{prefix}memory/{_TABLE_OF[name]}'
-      found.setdefault(table, []).append((*entries, cotangent))
+      table = f'{prefix}memory/{TABLE_OF[name]}'
+      found.setdefault(table, []).append(reads.terms(cotangent))
   return {
     table: jax.tree.map(lambda *xs: jnp.concatenate(xs, axis=1), *gradients)
     for table, gradients in found.items()

@@ -23,6 +23,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core.scope import DenyList
 from jaxtyping import Array, Float, Int, Num
 
 from jaxsparse import mesh
@@ -37,6 +38,7 @@ from jaxsparse.ops.memory.sharded_bag import (
   sharded_row_products,
   sharded_value_bag,
 )
+from jaxsparse.ops.memory.table_reads import TableReads
 from jaxsparse.ops.memory.tucker import (
   Directions,
   lower_singular_loss,
@@ -99,10 +101,12 @@ class MemoryLayer(nn.Module):
       directions: pre-filter vectors of an imported checkpoint.
       permutation: table of virtual addresses of an imported checkpoint.
 
-    Given a variable 'pooled' in the collection `TAPS`, zeros in the shape of
-    the pools [B, T, E, W], and with pre-values 'products' [B, T, P * m], the
-    tables get no gradient: that of the taps and the entries sown in `ENTRIES`
-    are the tables' gradients row by row.
+    With `ENTRIES` and `TAPS` among the collections, the tables get no gradient
+    (`row_value_and_grad`): that of the taps, zeros that are added to the pools
+    [*S, E, W] under the name 'pooled' and with pre-values to the 'products'
+    [*S, P * m], and the `TableReads` sown in `ENTRIES` are the tables'
+    gradients row by row. Where `TAPS` is mutable, taps that are missing are
+    made. A layer that is called again has 'pooled_1' and so on.
 
     Returns:
       The output, and scalars: 'aux_loss', already weighted; 'slots_used' and
@@ -134,11 +138,7 @@ class MemoryLayer(nn.Module):
       name: mesh.whole(self.param(name, mesh.sharded(init, spec), shape))
       for name, (init, spec, shape) in declared.items()
     }
-    taps = {
-      name: self.get_variable(TAPS, name)
-      for name in ('pooled', 'products')
-      if self.has_variable(TAPS, name)
-    }
+    taps = self._taps(config, lead, dtype)
     y, read = memory_forward(
       params | (tables or {}),
       x.astype(dtype),
@@ -153,14 +153,59 @@ class MemoryLayer(nn.Module):
       is_partial=self.is_partial,
     )
     self.sow('intermediates', 'slots', lead.restored(read['slots']))
-    if taps:
-      self.sow(
-        ENTRIES, 'pooled', (read['rows'], read['weights'], read['blocks'])
-      )
-    if 'products' in taps:
-      self.sow(ENTRIES, 'products', (read['rows'], read['vectors']))
+    for name in taps:
+      self._sow_reads(name, read, config, scheme, lead)
     metrics = memory_metrics(params, read, config, segment_ids)
     return lead.restored(y), lead.metrics(metrics)
+
+  def _taps(self, config, lead, dtype):
+    """Zeros of this call by name [B, T, ...]; none where nobody asks."""
+    shapes = dict(pooled=(config.num_pools, config.value_dim))
+    if config.pre_value_dim:
+      shapes['products'] = (config.num_heads * config.num_selected,)
+    # Asked for by its name: with all collections mutable nobody wants it.
+    asked = self.scope.mutable
+    makes = not isinstance(asked, bool | DenyList) and (
+      self.is_mutable_collection(TAPS)
+    )
+    calls, taps = self._num_calls(), {}
+    for name, shape in shapes.items():
+      stored = f'{name}_{calls}' if calls else name
+      if self.has_variable(TAPS, stored):
+        tap = self.get_variable(TAPS, stored)
+      elif makes:
+        tap = jnp.zeros((*lead.shape, *shape), dtype)
+        self.put_variable(TAPS, stored, tap)
+      else:
+        continue
+      dims = 'BT.W' if name == 'pooled' else 'BT.'
+      taps[name] = mesh.reshard(lead.flat(tap), mesh.act(dims))
+    return taps
+
+  def _num_calls(self):
+    """Calls before this one in the same pass."""
+    if not self.has_variable(ENTRIES, 'pooled'):
+      return 0
+    return len(self.get_variable(ENTRIES, 'pooled'))
+
+  def _sow_reads(self, name, read, config, scheme, lead):
+    view = mesh.inside()
+    if mesh.axis_sizes() is not None:
+      layout = mesh.table_layout(scheme)
+    else:
+      layout = view.tables if view else mesh.WHOLE
+    is_bag = name == 'pooled'
+    factor = read['weights'] if is_bag else read['vectors']
+    group = read['blocks'] if is_bag else None
+    reads = TableReads(
+      lead.restored(read['rows']),
+      lead.restored(factor),
+      None if group is None else lead.restored(group),
+      layout,
+      config.table_rows,
+      config.table.gradient == 'deterministic',
+    )
+    self.sow(ENTRIES, name, reads)
 
 
 def memory_forward(

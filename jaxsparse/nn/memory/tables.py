@@ -16,8 +16,11 @@ from jaxsparse.ops.memory.table_scheme import (
   describe_scheme,
 )
 
-# Collections of variables for the row-sparse gradient of the tables.
+# Collections of variables for the row-sparse gradient of the tables: zeros that
+# are added to what is made of their rows, and `TableReads`.
 TAPS, ENTRIES = 'taps', 'entries'
+# The table of whose rows each is.
+TABLE_OF = dict(pooled='value_table', products='pre_value_table')
 
 Tables = dict[str, jax.Array]
 

@@ -24,6 +24,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxsparse.config.errors import require
+from jaxsparse.mesh import TableLayout
 from jaxsparse.ops.memory.segment_sum import (
   REFERENCES_GPU,
   sum_equal_rows,
@@ -47,12 +48,18 @@ class RowGradient:
       the table, so scatters take `mode='drop', unique_indices=True,
       indices_are_sorted=True`.
     value: of each row; zero in unused entries.
+    layout: how the table lies, if it is cut and the gradient is that of the
+      whole. The parts of each piece of the rows then stand one after another,
+      each counted from its piece's first row, and columns lie as the table's.
 
   Leading dimensions S are for stacks of them, as `jax.lax.scan` takes apart.
   """
 
   slot: Int[Array, '*S U']
   value: Float[Array, '*S U W']
+  layout: TableLayout | None = dataclasses.field(
+    default=None, metadata=dict(static=True)
+  )
 
 
 @jax.tree_util.register_dataclass

@@ -153,6 +153,12 @@ class TableExchange:
     """Mesh axes that split the columns."""
     return self._split(self.layout.columns)
 
+  @property
+  def num_own_rows(self) -> int:
+    """Rows of the table that this device has, or its columns of them."""
+    over = self._split(self.layout.rows)
+    return self.num_rows // math.prod(self.axes[a] for a in over)
+
   def first_row(self) -> Int[Array, ''] | int:
     """Number of this device's first row."""
     over = self._split(self.layout.rows)

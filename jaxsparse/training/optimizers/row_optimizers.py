@@ -10,8 +10,9 @@ table, and whose updates are too, with the `finalize` of `finalizing`:
 
 State arrays are [M, W] or [M] for a table [M, W], to be split over devices as
 the table and its rows are, and scalars. They are changed in place by scatters
-of the rows, so donate them. Inside `jax.shard_map` every device works on its
-part of the table; nothing is communicated, but by `row_adagrad`.
+of the rows, so donate them. Every device works on its part of the table, inside
+a `jax.shard_map` of the caller or, where a gradient says how a mesh cuts its
+table, inside one of their own; nothing is communicated, but by `row_adagrad`.
 
 The rows of one step may come in several calls, each with other rows, if every
 one is given `step`, the number of optimizer steps before this one; each step
@@ -23,6 +24,7 @@ arrays. Optax's own
 transformations do not understand a `RowGradient` and change its slots.
 """
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -33,7 +35,11 @@ import optax
 from jaxtyping import Array, Int
 
 from jaxsparse.config.errors import require
-from jaxsparse.ops.memory.row_gradient import RowGradient
+from jaxsparse.training.optimizers.each_device import (
+  by_parts,
+  on_each_device,
+  specs_of,
+)
 from jaxsparse.training.optimizers.finalizing import Optimizer, unchanged
 from jaxsparse.training.optimizers.lazy_adam_catchup import MissedSteps
 from jaxsparse.training.optimizers.row_updates import (
@@ -129,6 +135,7 @@ def row_adam(
       row_log_decay=jax.tree.map(_row_zeros, params) if keeps_decay else None,
     )
 
+  @by_parts
   def update(grads, state, params=None, *, step=None, **extra):
     del extra
     require(params is not None, 'params must be given to row_adam, got None.')
@@ -174,7 +181,7 @@ def row_adam(
         (delta, mu_rows, nu_rows)
       )
       return (
-        RowGradient(grad.slot, delta),
+        dataclasses.replace(grad, value=delta),
         set_rows(mu, grad, mu_rows),
         set_rows(nu, grad, nu_rows),
         set_rows(touched, grad, now),
@@ -194,7 +201,7 @@ def row_adam(
 
   if not catch_up:
     return Optimizer(init, update, unchanged)
-  finalize = functools.partial(
+  bring = functools.partial(
     materialize,
     learning_rate=learning_rate,
     b1=b1,
@@ -202,6 +209,10 @@ def row_adam(
     epsilon=epsilon,
     weight_decay=weight_decay,
   )
+
+  def finalize(params, state):
+    return on_each_device(bring, specs_of((params, state)))(params, state)
+
   return Optimizer(init, update, finalize)
 
 
@@ -304,6 +315,7 @@ def row_adagrad(
       jnp.zeros((), jnp.int32), jax.tree.map(_row_zeros, params)
     )
 
+  @by_parts
   def update(grads, state, params=None, *, step=None, **extra):
     del params, extra
     step = state.count if step is None else jnp.asarray(step, jnp.int32)
@@ -314,12 +326,14 @@ def row_adagrad(
       value = grad.value.astype(jnp.float32)
       squares = jnp.sum(jnp.square(value), axis=1)
       width = value.shape[1]
-      if column_axes:
-        squares = jax.lax.psum(squares, column_axes)
-        width *= jax.lax.axis_size(column_axes)
+      axes = grad.layout.columns if grad.layout else column_axes
+      if axes:
+        squares = jax.lax.psum(squares, axes)
+        width *= jax.lax.axis_size(axes)
       sum_rows = take_rows(sums, grad) + squares / width
       delta = -rate * value / (jnp.sqrt(sum_rows)[:, None] + epsilon)
-      return RowGradient(grad.slot, delta), set_rows(sums, grad, sum_rows)
+      sums = set_rows(sums, grad, sum_rows)
+      return dataclasses.replace(grad, value=delta), sums
 
     updates, sums = _map_rows(update_rows, grads, state.sum_of_squares)
     return updates, RowAdagradState(step + 1, sums)

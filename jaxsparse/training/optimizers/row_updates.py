@@ -5,8 +5,9 @@ An optimizer step on a table whose gradient is a `RowGradient` ends in a
 to narrow tables without losing what is too small for them, and measured.
 """
 
+import dataclasses
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,10 @@ import optax
 from jaxtyping import Array, Float
 
 from jaxsparse import mesh
+from jaxsparse.mesh import guest
 from jaxsparse.ops.memory.row_gradient import RowGradient
+from jaxsparse.ops.memory.table_exchange import TableExchange
+from jaxsparse.training.optimizers.each_device import by_parts, is_row_gradient
 from jaxsparse.training.optimizers.finalizing import (
   Optimizer,
   as_optimizer,
@@ -26,11 +30,6 @@ _WIDENS_SCATTERS = jax.__version_info__ < (0, 12)
 
 # Rows are distinct and ascending, and the unused entries past the table.
 _SCATTER = dict(mode='drop', unique_indices=True, indices_are_sorted=True)
-
-
-def is_row_gradient(x: Any) -> bool:
-  """For `is_leaf` of tree functions."""
-  return isinstance(x, RowGradient)
 
 
 def take_rows(array: Array, rows: RowGradient) -> Array:
@@ -75,6 +74,33 @@ def squared_norm(gradient: RowGradient) -> Float[Array, '']:
   return jnp.sum(jnp.square(gradient.value.astype(jnp.float32)))
 
 
+def global_norm(gradients: optax.Updates) -> Float[Array, '']:
+  """The norm of all, of arrays and `RowGradient`s, in f32."""
+  leaves = jax.tree.leaves(gradients, is_leaf=is_row_gradient)
+  arrays = (x.value if is_row_gradient(x) else x for x in leaves)
+  squares = (jnp.sum(jnp.square(x.astype(jnp.float32))) for x in arrays)
+  return jnp.sqrt(sum(squares, start=jnp.float32(0)))
+
+
+def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
+  """`optax.clip_by_global_norm` that also takes `RowGradient`s."""
+
+  def update(gradients, state, params=None):
+    del params
+    scale = jnp.minimum(
+      1.0, max_norm / jnp.maximum(global_norm(gradients), max_norm)
+    )
+
+    def scaled(x):
+      if is_row_gradient(x):
+        return dataclasses.replace(x, value=x.value * scale)
+      return (x * scale).astype(x.dtype)
+
+    return jax.tree.map(scaled, gradients, is_leaf=is_row_gradient), state
+
+  return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
+
+
 def apply_updates(
   params: optax.Params,
   updates: optax.Updates,
@@ -114,9 +140,28 @@ def _apply(param, update, key, origin):
     total = jnp.asarray(param + update)
     row = jnp.arange(param.shape[0] if param.ndim else 1)
     return _round(total, param.dtype, key, row, origin)
+  if update.layout and guest.free_axes():
+    return _apply_to_parts(param, update, key)
   total = take_rows(param, update).astype(update.value.dtype) + update.value
   rounded = _round(total, param.dtype, key, update.slot, origin)
   return set_rows(param, update, rounded)
+
+
+def _apply_to_parts(param, update, key):
+  """`_apply` of a table that a mesh cuts, by each device for its part."""
+  layout = update.layout
+  exchange = TableExchange(layout, guest.free_axes(), len(param))
+
+  def on_device(param, slot, value, key):
+    origin = (exchange.first_row(), exchange.column_part())
+    return _apply(param, RowGradient(slot, value), key, origin)
+
+  inputs = (param, update.slot, update.value, key)
+  specs = (layout.spec, jax.P(layout.rows or None), layout.spec)
+  specs += (None if key is None else jax.P(),)
+  return jax.shard_map(
+    on_device, in_specs=specs, out_specs=layout.spec, check_vma=False
+  )(*jax.tree.map(guest.lay, inputs, specs))
 
 
 class MasterState(NamedTuple):
@@ -142,6 +187,7 @@ def with_float32_master(
     master = _to_float32(jax.lax.optimization_barrier(params))
     return MasterState(master, inner.init(master))
 
+  @by_parts
   def update(grads, state, params=None, **extra):
     updates, inner_state = inner.update(
       _to_float32(grads), state.inner, state.master, **extra
@@ -153,7 +199,7 @@ def with_float32_master(
         return _rounded_difference(new, param)
       rows = take_rows(param, update)
       value = _rounded_difference(take_rows(new, update), rows)
-      return RowGradient(update.slot, value)
+      return dataclasses.replace(update, value=value)
 
     updates = jax.tree.map(
       difference, updates, master, params, is_leaf=is_row_gradient
