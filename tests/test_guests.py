@@ -22,6 +22,7 @@ from jaxsparse.config import (
   MemoryConfig,
   ModelConfig,
   MoEConfig,
+  SparseAttentionConfig,
 )
 from jaxsparse.nn.attention.dcmha import DCMHA
 from jaxsparse.nn.attention.layer import Attention
@@ -52,6 +53,16 @@ LAYERS = dict(
   attention=functools.partial(Attention, MODEL),
   composed=functools.partial(
     Attention, dataclasses.replace(MODEL, dcmha=DCMHAConfig(), query_chunk=4)
+  ),
+  sparse=functools.partial(
+    Attention,
+    dataclasses.replace(
+      MODEL,
+      attention_pattern=('sparse',),
+      sparse=SparseAttentionConfig(
+        block=2, tile=2, window_blocks=0, max_blocks=2
+      ),
+    ),
   ),
   dcmha=functools.partial(DCMHA, DCMHAConfig(), 4),
   transformer=functools.partial(Transformer, MODEL),

@@ -5,7 +5,9 @@ from jaxsparse.mesh.guest import Axes as Axes
 from jaxsparse.mesh.guest import Inside as Inside
 from jaxsparse.mesh.guest import entries as entries
 from jaxsparse.mesh.guest import inside as inside
+from jaxsparse.mesh.guest import least as least
 from jaxsparse.mesh.guest import mean as mean
+from jaxsparse.mesh.guest import most as most
 from jaxsparse.mesh.guest import part as part
 from jaxsparse.mesh.guest import total as total
 from jaxsparse.mesh.guest import whole as whole

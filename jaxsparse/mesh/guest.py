@@ -237,6 +237,19 @@ def total(x: jax.Array) -> jax.Array:
   return jax.lax.psum(x, view.tokens) if view and view.tokens else x
 
 
+def least(x: jax.Array) -> jax.Array:
+  """The least of one device's tokens, as that of all."""
+  return -most(-x)
+
+
+def most(x: jax.Array) -> jax.Array:
+  """The most of one device's tokens, as that of all; without a gradient."""
+  view = inside()
+  if not (view and view.tokens):
+    return x
+  return jax.lax.pmax(jax.lax.stop_gradient(x), view.tokens)
+
+
 def mean(x: jax.Array) -> jax.Array:
   """A mean over tokens of one device, as that over the tokens of all."""
   view = inside()

@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Num
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig, SparseAttentionConfig
 from jaxsparse.nn.attention.maps import show, show_arrays
+from jaxsparse.nn.door import portable
 from jaxsparse.nn.layers import Metrics, weight
 from jaxsparse.nn.leading import Leading
 from jaxsparse.ops.attention.rope import rotate
@@ -128,8 +129,10 @@ class SparseAttention(nn.Module):
   # To train an indexer by all blocks: none is left out, and what it learns is
   # the only metric.
   keeps_all: bool = False
+  axes: mesh.Axes = mesh.DEFAULT_AXES
 
   @nn.compact
+  @portable(returns=('tokens', 'cache', 'alike'))
   def __call__(
     self,
     x: Num[Array, '*S D'],
@@ -290,7 +293,7 @@ class SparseAttention(nn.Module):
   def _metrics(self, stats, coverage, is_token):
     eligible = stats['eligible'].astype(jnp.float32)
     counts = (eligible > 0).astype(jnp.float32)
-    total = jnp.maximum(counts.sum(), 1.0)
+    total = jnp.maximum(mesh.total(counts.sum()), 1.0)
     mean = functools.partial(_mean, counts, total)
     sparse, metrics = self.config.sparse, {}
     if 'entropy' in stats:
@@ -300,14 +303,15 @@ class SparseAttention(nn.Module):
       metrics['aux_loss'] = metrics['router_loss']
     if self.keeps_all:
       return metrics
+    is_token = is_token[..., None]
     kept_share = mean(stats['kept'] / jnp.maximum(eligible, 1.0))
     metrics |= dict(
       kept_share=kept_share,
       kept_blocks=mean(stats['kept']),
-      coverage=usage.mean_over_tokens(coverage, is_token).mean(),
+      coverage=usage.mean_over_tokens(coverage, is_token[..., 0]).mean(),
       # A coverage is between 0 and 1.
-      coverage_least=coverage.min(where=is_token[..., None], initial=1.0),
-      coverage_most=coverage.max(where=is_token[..., None], initial=0.0),
+      coverage_least=mesh.least(coverage.min(where=is_token, initial=1.0)),
+      coverage_most=mesh.most(coverage.max(where=is_token, initial=0.0)),
       sparsity_loss=sparse.sparsity_loss_weight * kept_share,
     )
     for i, name in enumerate(_SETS):
@@ -316,4 +320,4 @@ class SparseAttention(nn.Module):
 
 
 def _mean(counts, total, x):
-  return (counts * x).sum() / total
+  return mesh.total((counts * x).sum()) / total
