@@ -13,26 +13,39 @@ if TYPE_CHECKING:
   from jaxsparse.config import ModelConfig as ModelConfig
   from jaxsparse.config import MoEConfig as MoEConfig
   from jaxsparse.config import SparseAttentionConfig as SparseAttentionConfig
+  from jaxsparse.mesh import Axes as Axes
   from jaxsparse.nn.attention.dcmha import DCMHA as DCMHA
   from jaxsparse.nn.attention.sparse import SparseAttention as SparseAttention
   from jaxsparse.nn.experts import MoE as MoE
   from jaxsparse.nn.memory.layer import MemoryLayer as MemoryLayer
+  from jaxsparse.nn.memory.row_gradients import (
+    row_value_and_grad as row_value_and_grad,
+  )
   from jaxsparse.nn.transformer import Transformer as Transformer
   from jaxsparse.ops.memory.product_key import (
     product_key_top_m as product_key_top_m,
   )
+  from jaxsparse.ops.memory.row_gradient import RowGradient as RowGradient
   from jaxsparse.ops.memory.tucker import tucker_top_m as tucker_top_m
   from jaxsparse.ops.memory.value_bag import value_bag as value_bag
   from jaxsparse.run.trained import load as load
+  from jaxsparse.training.optimizers.finalizing import partition as partition
   from jaxsparse.training.optimizers.row_optimizers import (
     row_adagrad as row_adagrad,
   )
   from jaxsparse.training.optimizers.row_optimizers import row_adam as row_adam
+  from jaxsparse.training.optimizers.row_updates import (
+    apply_updates as apply_updates,
+  )
+  from jaxsparse.training.optimizers.row_updates import (
+    clip_by_global_norm as clip_by_global_norm,
+  )
 
 __version__ = '0.1.0'
 
 # Where each name is from.
 _HOMES = {
+  'Axes': 'mesh',
   'DCMHA': 'nn.attention.dcmha',
   'DCMHAConfig': 'config',
   'MemoryConfig': 'config',
@@ -40,13 +53,18 @@ _HOMES = {
   'MoE': 'nn.experts',
   'MoEConfig': 'config',
   'ModelConfig': 'config',
+  'RowGradient': 'ops.memory.row_gradient',
   'SparseAttention': 'nn.attention.sparse',
   'SparseAttentionConfig': 'config',
   'Transformer': 'nn.transformer',
+  'apply_updates': 'training.optimizers.row_updates',
+  'clip_by_global_norm': 'training.optimizers.row_updates',
   'load': 'run.trained',
+  'partition': 'training.optimizers.finalizing',
   'product_key_top_m': 'ops.memory.product_key',
   'row_adagrad': 'training.optimizers.row_optimizers',
   'row_adam': 'training.optimizers.row_optimizers',
+  'row_value_and_grad': 'nn.memory.row_gradients',
   'tucker_top_m': 'ops.memory.tucker',
   'value_bag': 'ops.memory.value_bag',
 }
