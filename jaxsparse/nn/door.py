@@ -41,7 +41,7 @@ def portable(
   whole: tuple[str, ...] = (),
   has_width: bool = True,
   mixes_positions: Callable[[nn.Module], bool] = lambda module: True,
-  checks_varying: bool = True,
+  takes_any_batch: bool = True,
 ) -> Callable:
   """Makes a compact method of tokens one that runs on any mesh.
 
@@ -58,8 +58,8 @@ def portable(
     has_width: whether the first argument's last dimension leads no tokens.
     mixes_positions: whether a position reads others: then a device has whole
       sequences.
-    checks_varying: whether JAX is to check what is alike on all devices, for
-      which the loops inside must mark what they carry.
+    takes_any_batch: whether, on our own mesh, sequences that it can't split
+      are computed by every device instead of refused.
   """
 
   def decorate(method: Callable) -> Callable:
@@ -78,7 +78,7 @@ def portable(
         returns=returns,
         whole=whole,
         mixes_positions=mixes_positions(module),
-        checks_varying=checks_varying,
+        takes_any_batch=takes_any_batch,
       )
       with door.mesh():
         if not door.is_needed():
@@ -104,7 +104,7 @@ class _Door:
   returns: tuple[str, ...]
   whole: tuple[str, ...]
   mixes_positions: bool
-  checks_varying: bool
+  takes_any_batch: bool
 
   @property
   def axes(self) -> mesh.Axes:
@@ -122,6 +122,8 @@ class _Door:
       return False
     if mesh.axis_sizes() is not None:
       # Our own mesh, unless it can't split the sequences.
+      if not self.takes_any_batch:
+        return False
       num_sequences = self.x.shape[0] if self.num_leading > 1 else 1
       is_split = num_sequences % mesh.num_token_shards() == 0
       return not (is_split or 0 in self.x.shape[: self.num_leading])
@@ -219,7 +221,6 @@ class _Door:
       jax.checkpoint(on_device) if is_nested else on_device,
       in_specs=in_specs,
       out_specs=(results_specs, by_token),
-      check_vma=self.checks_varying,
       # Under `jax.vmap` an axis may be gone that the mesh still lists.
       **(dict(axis_names=set(lengths)) if is_nested else {}),
     )(*_laid(inputs, in_specs))

@@ -1,5 +1,7 @@
 """The language model: pre-norm blocks, unrolled, some with a memory layer."""
 
+import math
+
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
@@ -85,6 +87,7 @@ class Transformer(nn.Module):
   @portable(
     returns=('tokens', 'cache', 'alike'),
     has_width=False,
+    takes_any_batch=False,
   )
   def __call__(
     self,
@@ -116,6 +119,8 @@ class Transformer(nn.Module):
         `tokens` are no integers.
     """
     lead = Leading.of_tokens(tokens)
+    num_sequences = 0 if lead.is_empty else math.prod(lead.shape[:-1])
+    _check_sizes(self.config, num_sequences)
     positions, segment_ids = lead.places(positions, segment_ids)
     logits, new_cache, metrics = self._run(
       lead.flat(tokens, 'tokens'),
@@ -130,7 +135,6 @@ class Transformer(nn.Module):
   def _run(self, tokens, positions, segment_ids, cache, deterministic):
     """`__call__` of sequences [B, T]."""
     config = self.config
-    _check_sizes(config, tokens.shape[0])
     tokens, positions, segment_ids = (
       mesh.reshard(array, mesh.act('BT'))
       for array in (tokens, positions, segment_ids)

@@ -140,7 +140,7 @@ def _split(**kwargs):
     key_dim=500,
     num_selected=42,
     value_dim=512,
-    split_key_dim=True,
+    split_key_dim=kwargs.get('tucker_rank', 2) > 1,
     placements=((2, 4), (5, 7), (8, 10)),
     **kwargs,
   )
@@ -222,7 +222,7 @@ def test_published_token_budgets():
   )
 
 
-TINY = [name for name in RECIPES if name.endswith('_tiny')]
+TINY = [name for name in RECIPES if name.endswith(':tiny')]
 # Their sizes are their own.
 OF_ATTENTION = ('dcformer:tiny', 'sparse_attention:tiny', 'joined:tiny')
 

@@ -1,7 +1,6 @@
 """Processes that were started differently are told so."""
 
 import json
-import types
 
 import pytest
 
@@ -68,8 +67,8 @@ def test_all_code_counts(tmp_path, monkeypatch):
   (tmp_path / 'nn').mkdir()
   (tmp_path / '__init__.py').write_text('')
   (tmp_path / 'nn' / 'layer.py').write_text('x = 1')
-  package = types.SimpleNamespace(__file__=str(tmp_path / '__init__.py'))
-  monkeypatch.setattr(same_start, 'jaxsparse', package)
+  here = tmp_path / 'training' / 'same_start.py'
+  monkeypatch.setattr(same_start, '__file__', str(here))
   before = same_start._code()
   (tmp_path / 'nn' / 'layer.py').write_text('x = 2')
   assert same_start._code() != before

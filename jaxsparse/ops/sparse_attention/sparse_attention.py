@@ -134,7 +134,8 @@ def _tiles(
 ) -> _Tiles:
   batch, length, num_heads, width = inputs.query.shape
   tile, router = options.tile, inputs.router
-  per_chunk = max(1, options.chunk // tile)
+  # A chunk that is longer than the sequence would be filled with padding.
+  per_chunk = max(1, min(options.chunk // tile, -(-length // tile)))
   num_chunks = -(-length // (per_chunk * tile))
   missing = num_chunks * per_chunk * tile - length
   num_kv_heads = inputs.key.shape[2]
