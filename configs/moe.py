@@ -44,7 +44,9 @@ def get_config(size: str) -> c.Config:
     num_heads=num_heads,
     num_kv_heads=num_heads,
     head_dim=model_dim // num_heads,
-    moe=c.MoEConfig(num_experts=experts, num_used=2, expert_dim=width),
+    moe=c.MoEConfig(
+      num_experts=experts, num_experts_per_token=2, expert_dim=width
+    ),
   )
   if size == 'tiny':
     return c.Config(

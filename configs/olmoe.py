@@ -44,7 +44,10 @@ def get_config(size: str) -> c.Config:
     mlp_dim=mlp_dim,
     mlp='swiglu',
     moe=c.MoEConfig(
-      num_experts=experts, num_used=8, expert_dim=width, normalize_weights=False
+      num_experts=experts,
+      num_experts_per_token=8,
+      expert_dim=width,
+      normalize_weights=False,
     ),
   )
   if size == 'tiny':

@@ -37,7 +37,7 @@ SEED, WIDTH, VOCABULARY = 3, 32, 32
 MEMORY = MemoryConfig(
   num_keys=16, key_dim=8, num_selected=4, value_dim=8, placements=((0, 1),)
 )
-EXPERTS = MoEConfig(num_experts=8, expert_dim=16, num_used=2)
+EXPERTS = MoEConfig(num_experts=8, expert_dim=16, num_experts_per_token=2)
 MODEL = ModelConfig(
   num_layers=2, model_dim=WIDTH, num_heads=4, num_kv_heads=2, head_dim=8,
   mlp_dim=32, vocab_size=VOCABULARY, memory=MEMORY, moe=EXPERTS,

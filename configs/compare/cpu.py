@@ -52,7 +52,7 @@ def get_suite() -> Suite:
     total_parameters=1_850_000,
     architectures=dict(
       dense=Architecture(),
-      moe=Architecture(moe=c.MoEConfig(num_experts=8, num_used=2)),
+      moe=Architecture(moe=c.MoEConfig(num_experts=8, num_experts_per_token=2)),
       pkm=Architecture(
         memory=c.MemoryConfig.pkm(value_dim=WIDTH, placements=BESIDE, **small),
         optimizer=fast,

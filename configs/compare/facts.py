@@ -58,7 +58,7 @@ from jaxsparse.experiments.compare.suite import Architecture, Suite
 WIDTH = 32
 # The last block, whose attention has put name and attribute together.
 LAST = ((1, 1),)
-RATE_TIMES_PEOPLE = 5.0
+LR_PER_PERSON = 5.0
 
 
 def get_suite() -> Suite:
@@ -91,9 +91,9 @@ def get_suite() -> Suite:
     architectures=dict(
       dense=Architecture(),
       moe=Architecture(
-        moe=c.MoEConfig(num_experts=32, num_used=2),
+        moe=c.MoEConfig(num_experts=32, num_experts_per_token=2),
         optimizer=dict(b2=0.95),
-        rate_times_people=RATE_TIMES_PEOPLE,
+        lr_per_person=LR_PER_PERSON,
       ),
       pkm=Architecture(
         memory=c.MemoryConfig.pkm(value_dim=WIDTH, placements=LAST, **small),
@@ -108,7 +108,7 @@ def get_suite() -> Suite:
         memory=c.MemoryConfig.memory_plus(
           value_dim=WIDTH, shared_rows=64**2, placements=LAST, **small
         ),
-        rate_times_people=RATE_TIMES_PEOPLE,
+        lr_per_person=LR_PER_PERSON,
       ),
       ultramem=Architecture(
         memory=c.MemoryConfig.ultramem(
@@ -118,7 +118,7 @@ def get_suite() -> Suite:
           placements=LAST,
           **small,
         ),
-        rate_times_people=RATE_TIMES_PEOPLE,
+        lr_per_person=LR_PER_PERSON,
       ),
       ultramem_v2=Architecture(
         memory=c.MemoryConfig.ultramem_v2(

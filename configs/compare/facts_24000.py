@@ -56,7 +56,7 @@ def get_suite() -> Suite:
     name: dataclasses.replace(
       architecture,
       optimizer=dict(learning_rate=LEARNING_RATES[name], b2=0.99),
-      rate_times_people=0.0,
+      lr_per_person=0.0,
     )
     for name, architecture in suite.architectures.items()
   }

@@ -47,7 +47,9 @@ def get_suite() -> Suite:
     width_multiple=16,
     architectures=dict(
       dense=Architecture(),
-      moe=Architecture(moe=c.MoEConfig(num_experts=64, num_used=8)),
+      moe=Architecture(
+        moe=c.MoEConfig(num_experts=64, num_experts_per_token=8)
+      ),
       pkm=Architecture(
         memory=c.MemoryConfig.pkm(
           value_dim=WIDTH, key_dim=128, placements=((5, 5),), num_selected=32

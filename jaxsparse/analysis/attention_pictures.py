@@ -32,7 +32,7 @@ class Layer(Protocol):
 
   kind: str
   weights: np.ndarray
-  plain: np.ndarray | None
+  uncomposed: np.ndarray | None
   choice: dict[str, np.ndarray]
 
 
@@ -142,10 +142,10 @@ def _kept(choice, head):
 
 def _draw_weights(layer, title, texts, path):
   moved = None
-  if layer.plain is not None:
+  if layer.uncomposed is not None:
     # Half the sum of changes: the share of a query's weight that went
     # elsewhere, if both have the sum 1.
-    moved = 0.5 * np.abs(layer.weights - layer.plain).sum(-1)
+    moved = 0.5 * np.abs(layer.weights - layer.uncomposed).sum(-1)
   length = layer.weights.shape[-1]
   height = 6.0 + (moved is not None) * 2.5
   with plots.new_figure(path, height=height) as figure:

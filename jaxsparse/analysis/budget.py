@@ -42,7 +42,7 @@ class Architecture:
   # Fields of the `OptimizerConfig` that differ from the base's.
   optimizer: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   # With people, unless 0: the learning rate is at most this over their number.
-  rate_times_people: float = 0.0
+  lr_per_person: float = 0.0
   # In a walk: what the step to this architecture changed in a publication, in
   # nats of training and validation loss.
   published: tuple[float, float] | None = None
@@ -161,7 +161,7 @@ def _with_width(model: ModelConfig, width: int) -> ModelConfig:
 
 def _least_count(template: ModelConfig) -> int:
   if template.moe:
-    return template.moe.num_used
+    return template.moe.num_experts_per_token
   memory = template.memory
   return -(-memory.num_selected // math.isqrt(memory.expansion))
 

@@ -66,7 +66,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
     router = memory_cost.router_parameters(moe, config.model_dim)
     dense += config.num_layers * (router + moe.num_shared * one)
     experts = config.num_layers * moe.num_experts * one
-    active_experts = config.num_layers * moe.num_used * one
+    active_experts = config.num_layers * moe.num_experts_per_token * one
     gains += config.num_layers * memory_cost.router_biases(moe)
   else:
     dense += _num_mlps(config) * _mlp(config)
@@ -168,7 +168,9 @@ def decode_bytes(
 
   experts = values = 0.0
   if moe:
-    share = distinct(moe.num_experts, moe.num_used) / moe.num_experts
+    share = (
+      distinct(moe.num_experts, moe.num_experts_per_token) / moe.num_experts
+    )
     experts = share * parameters.experts
   if memory:
     reads = min(memory.num_heads * memory.num_selected, memory.num_slots)

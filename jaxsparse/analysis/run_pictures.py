@@ -15,7 +15,7 @@ from jaxsparse.analysis import plots, usage_pictures
 from jaxsparse.config.model import block_name
 from jaxsparse.run import workdir
 
-PASS = 'validation_pass.npz'
+VALIDATION_STATS = 'validation_pass.npz'
 
 # What distinguishes the two kinds of arrays in the file.
 _COUNTS, _BASELINES = 'counts/', 'baselines/'
@@ -43,7 +43,7 @@ def save_pass(
   arrays |= {_BASELINES + name: np.array(b) for name, b in baselines.items()}
   file = io.BytesIO()
   np.savez_compressed(file, **arrays)
-  workdir.write_whole(folder / PASS, file.getvalue())
+  workdir.write_whole(folder / VALIDATION_STATS, file.getvalue())
 
 
 def draw(
@@ -69,7 +69,9 @@ def draw(
     UserError: the pictures can't be written.
   """
   with workdir.write_errors(folder):
-    return _draw(_read_pass(folder / PASS, say), rows, into, placements)
+    return _draw(
+      _read_pass(folder / VALIDATION_STATS, say), rows, into, placements
+    )
 
 
 def _read_pass(
@@ -107,13 +109,13 @@ def _draw(
   workdir.make_folder(into)
   drawn = [into / 'training.png']
   plots.plot_training(rows, drawn[0], baselines)
-  if slots or plots.curves(rows, '/memory/slots_used'):
+  if slots or plots.curves(rows, '/memory/usage_fraction'):
     drawn.append(into / 'slot_usage.png')
     names = {
       block_name(read): _place(read, write) for read, write in placements
     }
     usage_pictures.plot_slot_usage(slots, drawn[-1], rows, names)
-  if experts or plots.curves(rows, '/moe/load_max'):
+  if experts or plots.curves(rows, '/moe/usage_max'):
     drawn.append(into / 'expert_load.png')
     plot_expert_load(experts, drawn[-1], rows)
   if plots.curves(rows, '/attention/kept_share'):
@@ -138,11 +140,11 @@ def plot_expert_load(
     counts: tokens [X] of each layer's experts over a pass, by its name.
     path: of the PNG.
     rows: of `metrics.jsonl`; where they have routing metrics, the largest load
-      and the unevenness are drawn over training below.
+      and the KL divergence from uniform loads are drawn over training below.
   """
   histories = {
-    'Largest load in a step (mean: 1)': plots.curves(rows, '/moe/load_max'),
-    'Unevenness in a step (nats)': plots.curves(rows, '/moe/unevenness'),
+    'Largest load in a step (mean: 1)': plots.curves(rows, '/moe/usage_max'),
+    'KL from uniform in a step (nats)': plots.curves(rows, '/moe/usage_kl'),
   }
   has_loads = bool(counts)
   height = 3.0 + has_loads * (1.5 + 0.25 * len(counts))
@@ -155,7 +157,7 @@ def plot_expert_load(
     uneven.set_ylim(bottom=0)
     plots.explain(
       figure,
-      'unevenness: log of the number of experts minus entropy of their load; '
+      'KL: log of the number of experts minus entropy of their load; '
       '0: all loads are equal',
     )
 

@@ -10,31 +10,31 @@ from jaxsparse.ops.memory import usage
 
 @dataclasses.dataclass(frozen=True)
 class SlotUsage:
-  """What the hits of one layer's slots add up to."""
+  """What the reads of one layer's slots add up to."""
 
-  # Share of slots with at least one hit.
-  share_used: float
-  # Divergence from equal hits in nats: 0 for equal slots, log M for one slot.
-  unevenness: float
-  # Gini coefficient of the hits: 0 for equal slots, 1 - 1 / M for one slot.
+  # Fraction of the slots that are read at least once.
+  usage_fraction: float
+  # KL divergence from uniform reads, in nats: 0 for equal slots, log M for one.
+  usage_kl: float
+  # Gini coefficient of the reads: 0 for equal slots, 1 - 1 / M for one slot.
   gini: float
 
 
 def measure(hits: np.ndarray) -> SlotUsage:
-  """Usage of M slots from their `hits` [M]; zeros where there was no hit."""
+  """Usage of M slots from their reads [M]; zeros where there was none."""
   if not hits.any():
     return SlotUsage(0.0, 0.0, 0.0)
   hits_M = jnp.asarray(hits, jnp.int32)
   return SlotUsage(
-    share_used=float(usage.share_used(hits_M)),
-    unevenness=float(usage.unevenness(hits_M)),
+    usage_fraction=float(usage.usage_fraction(hits_M)),
+    usage_kl=float(usage.usage_kl(hits_M)),
     gini=_gini(hits),
   )
 
 
 def _gini(hits: np.ndarray) -> float:
   num_slots = len(hits)
-  rank = np.arange(1, num_slots + 1)
-  weighted = np.sum(rank * np.sort(hits).astype(np.float64))
+  position = np.arange(1, num_slots + 1)
+  weighted = np.sum(position * np.sort(hits).astype(np.float64))
   share = weighted / (num_slots * hits.sum(dtype=np.float64))
   return float(2 * share - (num_slots + 1) / num_slots)

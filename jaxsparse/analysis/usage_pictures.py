@@ -21,11 +21,11 @@ def plot_slot_usage(
     counts: hits [M] of each memory layer over a pass, by its block.
     path: of the PNG.
     rows: of `metrics.jsonl`; where they have usage metrics, the share of slots
-      used and the unevenness are drawn over training below.
+      used and the KL divergence from uniform use are drawn over training below.
     names: what to call the memory layer of a block, if not by the block.
   """
-  used = plots.curves(rows, '/memory/slots_used')
-  uneven = plots.curves(rows, '/memory/unevenness')
+  used = plots.curves(rows, '/memory/usage_fraction')
+  uneven = plots.curves(rows, '/memory/usage_kl')
   has_history = bool(used or uneven)
   layers = sorted({*counts, *used, *uneven})
   colours = plots.layer_colours(layers)
@@ -42,12 +42,12 @@ def plot_slot_usage(
       share.set_ylim(0, 1.02)
       share.yaxis.set_major_formatter('{x:.0%}')
       divergence = figure.add_subplot(grid[1, 1])
-      divergence.set_title('Unevenness in a step (nats)')
+      divergence.set_title('KL from uniform in a step (nats)')
       plots.plot_history(divergence, uneven, colours)
       divergence.set_ylim(bottom=0)
     plots.explain(
       figure,
-      'unevenness u: log of the number of slots minus entropy of their reads\n'
+      'KL: log of the number of slots minus entropy of their reads (nats)\n'
       '0: all slots are read alike; u: as if only a share exp(-u) were, alike',
     )
 
@@ -62,14 +62,14 @@ def _plot_hits(
   for layer, hits in sorted(counts.items()):
     measured = usage.measure(hits)
     labels[layer] = (
-      f'{names[layer]}: {measured.share_used:.1%} used, '
-      f'unevenness {measured.unevenness:.2f}'
+      f'{names[layer]}: {measured.usage_fraction:.1%} used, '
+      f'KL {measured.usage_kl:.2f}'
     )
     if hits.any():
       # Most used first; slots that were never read end the curve.
-      ranked = np.sort(hits[hits > 0])[::-1]
-      rank = _log_spaced(len(ranked))
-      axes.plot(rank + 1, ranked[rank], color=colours[layer])
+      ordered = np.sort(hits[hits > 0])[::-1]
+      position = _log_spaced(len(ordered))
+      axes.plot(position + 1, ordered[position], color=colours[layer])
   means = {hits.sum() / len(hits) for hits in counts.values() if hits.any()}
   for mean in means:
     axes.axhline(mean, color='#666666', linestyle=':', linewidth=1)

@@ -1,8 +1,9 @@
 """Pictures of a run: `python -m jaxsparse report WORKDIR`.
 
-Loss, rates and speed; for memory layers the use of slots and its unevenness
-over training; for mixtures the load of the experts. Works while the run goes
-on, and after it; where the workdir is for reading only, with --output=FOLDER.
+Loss, rates and speed; for memory layers the use of slots and its
+divergence from uniform over training; for mixtures the load of the experts.
+Works while the run goes on, and after it; where the workdir is for reading
+only, with --output=FOLDER.
 With --attention="some text" also what the newest checkpoint looks at in that
 text: a picture of each layer, rollout, relevance and Grad-CAM++, and
 attention.html with all of it.
@@ -62,7 +63,9 @@ def main(arguments: Sequence[str]) -> None:
     drawn = []
     if options.attention is not None:
       drawn = draw_attention(options.workdir, config, options.attention, output)
-    workdir_lib.fetch(options.workdir, files.folder / run_pictures.PASS)
+    workdir_lib.fetch(
+      options.workdir, files.folder / run_pictures.VALIDATION_STATS
+    )
     placements = block.placements(config.model)
     drawn = [
       *run_pictures.draw(files.folder, rows, output, placements, _say),
@@ -115,7 +118,7 @@ def draw_attention(
     )
   _, params = checkpoint.load_params(workdir, None)
   model = inputs.with_vocabulary(config, tokenizer.vocab_size).model
-  maps = attention_maps.look(model, params, tokens)
+  maps = attention_maps.extract_maps(model, params, tokens)
   texts = [_text(tokenizer, token) for token in tokens.tolist()]
   next_text = _text(tokenizer, maps.next_token)
   workdir_lib.make_folder(folder)

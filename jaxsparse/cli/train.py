@@ -45,7 +45,7 @@ SAMPLING = sampling.Sampling(temperature=0.8)
 def main(argv: Sequence[str]) -> None:
   config, workdir = command_line.parse_recipe(__doc__, argv)
   same_start.require_same_program(config, workdir)
-  reporter = Reporter(is_silent=not hosts.is_lead())
+  reporter = Reporter(is_silent=not hosts.is_process_zero())
   with workdir_lock.held(workdir, reporter.say):
     train(config, workdir, reporter)
 
@@ -53,8 +53,8 @@ def main(argv: Sequence[str]) -> None:
 def train(config: Config, workdir: str, reporter: Reporter) -> None:
   """Trains in a workdir that no other start has."""
   say = reporter.say
-  with hosts.lead_first():
-    config, changes = resume.claim_workdir(config, workdir, say)
+  with hosts.process_zero_first():
+    config, changes = resume.open_workdir(config, workdir, say)
     for change in changes:
       say(f'Changed since the last start: {change}.')
     compiled_programs.keep(config.data.cache_dir, say)
@@ -62,7 +62,7 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
     resume.require_same_data(config, corpus, workdir)
     tokens = tokenizer.make_tokenizer(config.data, corpus, workdir)
     config = with_vocabulary(config, tokens.vocab_size)
-    if hosts.is_lead():
+    if hosts.is_process_zero():
       resume.save_config(config, workdir)
   same_start.require_same_data(corpus, tokens, workdir)
   describe_run(config, corpus, say)
@@ -90,7 +90,7 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
         write_sample(config, workdir, outcome.params, tokens, say)
       except UserError as error:  # All that counts has been kept before.
         say(f'The sample is missing: {error}')
-  if not hosts.is_lead():
+  if not hosts.is_process_zero():
     return
   compressed = compression.bits_per_byte(corpus)
   for name, bits in compressed.items():
@@ -156,7 +156,7 @@ def write_sample(
     text.stream_text((int(row[0]) for row in drawn), tokens, ids)
   )
   say(f'A sample:\n{prompt}{written}')
-  if not hosts.is_lead():
+  if not hosts.is_process_zero():
     return
   try:
     workdir_lib.append_sample(workdir, {'prompt': prompt, 'text': written})

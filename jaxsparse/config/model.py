@@ -28,7 +28,7 @@ class MoEConfig:
   # Experts X.
   num_experts: int = 8
   # Experts k that a token passes.
-  num_used: int = 2
+  num_experts_per_token: int = 2
   # Inner width F of one expert.
   expert_dim: int = 256
   # Experts of the same width that every token passes besides.
@@ -48,21 +48,21 @@ class MoEConfig:
 
   def __post_init__(self):
     fields.check(self)
-    require_positive(self, 'num_experts', 'num_used', 'expert_dim')
+    require_positive(self, 'num_experts', 'num_experts_per_token', 'expert_dim')
     require_choice(self, 'router', ('softmax', 'sigmoid'))
     require_not_negative(
       self, 'num_shared', 'balance_loss_weight', 'router_z_loss_weight'
     )
     require_not_negative(self, 'bias_update_rate')
     require(
-      self.num_used <= self.num_experts,
-      f'num_used must be at most num_experts = {self.num_experts}, '
-      f'got {self.num_used}.',
+      self.num_experts_per_token <= self.num_experts,
+      f'num_experts_per_token must be at most num_experts = '
+      f'{self.num_experts}, got {self.num_experts_per_token}.',
     )
     require_unset(
       self,
-      self.num_used == self.num_experts,
-      'num_used = num_experts, all of them',
+      self.num_experts_per_token == self.num_experts,
+      'num_experts_per_token = num_experts, all of them',
       'balance_loss_weight',
       'bias_update_rate',
     )

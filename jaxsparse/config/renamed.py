@@ -12,6 +12,7 @@ RENAMED = {
   'model.memory.value_dtype': 'model.memory.table.dtype',
   'model.memory.scheme': 'model.memory.table.scheme',
   'model.memory.table_gradient': 'model.memory.table.gradient',
+  'model.moe.num_used': 'model.moe.num_experts_per_token',
   'model.dcmha.pre': 'model.dcmha.compose_scores',
   'model.dcmha.post': 'model.dcmha.compose_probs',
   'model.sparse.budget_weight': 'model.sparse.sparsity_loss_weight',

@@ -26,7 +26,7 @@ from jaxsparse.data import pieces, splits
 from jaxsparse.data.equal_documents import EqualDocuments
 from jaxsparse.data.percent import Percent
 
-FACTS = 'corpus.json'
+MANIFEST = 'corpus.json'
 
 # Raised when the same documents would be stored in another way.
 _FORMAT = 1
@@ -101,7 +101,7 @@ def content_key(
 
 def is_built(directory: pathlib.Path) -> bool:
   with user_errors(directory):
-    return (directory / FACTS).exists()
+    return (directory / MANIFEST).exists()
 
 
 def build(
@@ -139,7 +139,7 @@ def build(
       )
     )
     facts = dict(num_bytes=num_bytes, equal_documents=equal.found)
-    (partial / FACTS).write_text(json.dumps(facts))
+    (partial / MANIFEST).write_text(json.dumps(facts))
     partial.rename(directory)
 
 
@@ -155,7 +155,7 @@ def read(directory: pathlib.Path) -> tuple[dict[str, pieces.Pieces], dict]:
     UserError: files are damaged or missing.
   """
   try:
-    facts = json.loads((directory / FACTS).read_text())
+    facts = json.loads((directory / MANIFEST).read_text())
     builder = tfds.builder_from_directory(
       directory / TextCorpus.name / str(TextCorpus.VERSION)
     )

@@ -62,7 +62,7 @@ def _from_documents(
 ) -> Corpus:
   texts = _documents(config)
   identities = survey.identities(texts, say)
-  with builder.user_errors(corpora / builder.FACTS):
+  with builder.user_errors(corpora / builder.MANIFEST):
     found = survey.survey(texts, identities, corpora, say)
   if found.like_json:
     first, *more = found.like_json

@@ -1,4 +1,4 @@
-"""What a model looks at in a text: weights, their gradients, and rollouts."""
+"""Attention maps of a text: weights, their gradients, and rollouts."""
 
 import dataclasses
 import functools
@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.model import block_name
-from jaxsparse.nn.attention.maps import MAPS, PROBES
+from jaxsparse.nn.attention.maps import ATTENTION_PROBES, MAPS
 from jaxsparse.nn.transformer import Transformer
 
 
@@ -24,8 +24,8 @@ class LayerMaps:
   # next token's logit with respect to them.
   weights: np.ndarray
   gradient: np.ndarray
-  # Of composed heads: the weights that they would have without.
-  plain: np.ndarray | None
+  # Of composed heads: the weights before composition.
+  uncomposed: np.ndarray | None
   # Of a sparse layer, for each key/value head and tile: the 'block' of each
   # slot, whether it 'is_kept', the number 'kept' and 'eligible', the 'shares'
   # of window, kept blocks and summaries; and the 'coverage' [T, K].
@@ -41,8 +41,8 @@ class Maps:
   next_probability: float
 
 
-def look(config: ModelConfig, params: dict, tokens: np.ndarray) -> Maps:
-  """Reads a text and remembers how.
+def extract_maps(config: ModelConfig, params: dict, tokens: np.ndarray) -> Maps:
+  """The attention maps of one forward pass over a text.
 
   Args:
     config: of the model, with its vocabulary.
@@ -50,7 +50,7 @@ def look(config: ModelConfig, params: dict, tokens: np.ndarray) -> Maps:
     tokens: int [T], one document; memory grows with its square.
   """
   names = [block_name(i) for i in range(config.num_layers)]
-  maps, gradients, logits = _look(config, params, jnp.asarray(tokens)[None])
+  maps, gradients, logits = _read(config, params, jnp.asarray(tokens)[None])
   layers = []
   for i, name in enumerate(names):
     kind = config.attention_kinds[i]
@@ -61,14 +61,14 @@ def look(config: ModelConfig, params: dict, tokens: np.ndarray) -> Maps:
       found.pop('value'), config.num_heads // config.num_kv_heads, axis=1
     )
     of_read = np.asarray(gradients[name]['attention']['read'][0])
-    weights, plain = found.pop('weights'), found.pop('plain', None)
+    weights, uncomposed = found.pop('weights'), found.pop('uncomposed', None)
     layers.append(
       LayerMaps(
         kind=kind,
         weights=weights.swapaxes(0, 1),
         # What is read is the sum of weights times values.
         gradient=np.einsum('tnh,snh->nts', of_read, value),
-        plain=None if plain is None else plain.swapaxes(0, 1),
+        uncomposed=None if uncomposed is None else uncomposed.swapaxes(0, 1),
         choice=found,
       )
     )
@@ -82,7 +82,7 @@ def look(config: ModelConfig, params: dict, tokens: np.ndarray) -> Maps:
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _look(config: ModelConfig, params: dict, tokens: jax.Array) -> Any:
+def _read(config: ModelConfig, params: dict, tokens: jax.Array) -> Any:
   length = tokens.shape[1]
   inputs = (tokens, jnp.arange(length)[None], jnp.ones_like(tokens))
   shape = (1, length, config.num_heads, config.head_dim)
@@ -93,7 +93,7 @@ def _look(config: ModelConfig, params: dict, tokens: jax.Array) -> Any:
 
   def likeliest(probes):
     (logits, _, _), shown = Transformer(config).apply(
-      {'params': params, PROBES: probes}, *inputs, mutable=[MAPS]
+      {'params': params, ATTENTION_PROBES: probes}, *inputs, mutable=[MAPS]
     )
     return logits[0, -1].max(), (shown[MAPS], logits[0, -1])
 

@@ -9,8 +9,10 @@ from jaxsparse.config.model import block_name
 from jaxsparse.nn.memory.retrieval import norm
 
 
-def fold_keys(config: ModelConfig, params: dict) -> tuple[ModelConfig, dict]:
-  """The same model with the keys of its memory layers normalised for good.
+def fuse_key_norms(
+  config: ModelConfig, params: dict
+) -> tuple[ModelConfig, dict]:
+  """The same model with the key norms of its memory layers fused into the keys.
 
   In float32, as the layer does it, and then in the type that the keys have.
 
@@ -24,18 +26,18 @@ def fold_keys(config: ModelConfig, params: dict) -> tuple[ModelConfig, dict]:
   memory = config.memory
   if memory is None or memory.key_norm == 'none':
     return config, params
-  folded = dict(params)
+  fused = dict(params)
   for read, _ in memory.placements:
     block = dict(params[block_name(read)])
     layer = dict(block['memory'])
-    layer['keys'] = _folded(
+    layer['keys'] = _fused(
       layer['keys'], layer.pop('key_scale'), memory.key_norm
     )
-    folded[block_name(read)] = block | dict(memory=layer)
+    fused[block_name(read)] = block | dict(memory=layer)
   memory = dataclasses.replace(memory, key_norm='none')
-  return dataclasses.replace(config, memory=memory), folded
+  return dataclasses.replace(config, memory=memory), fused
 
 
 @jax.jit(static_argnums=2)
-def _folded(keys, scale, kind):
+def _fused(keys, scale, kind):
   return norm(keys, scale, -2, kind).astype(keys.dtype)

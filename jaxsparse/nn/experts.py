@@ -60,9 +60,10 @@ class MoE(nn.Module):
 
     Returns:
       The output, and scalars over the whole batch: 'aux_loss', already
-      weighted; 'experts_used', the share of experts with a token; 'unevenness'
-      of the load in nats, and 'load_max', the largest load in units of the
-      mean; 'router_entropy' of a token's scores in nats.
+      weighted; 'usage_fraction', the fraction of experts with a token;
+      'usage_kl', the KL divergence of their load from a uniform one, in nats;
+      'usage_max', the largest load in units of the mean; 'router_entropy' of a
+      token's scores in nats.
 
     Raises:
       UserError: the mesh can't split the experts, or their width, evenly; `x`
@@ -147,7 +148,7 @@ def _route(logits, bias, is_token, config):
   def on_device(logits, bias, is_token):
     weights, experts = routing.route(
       logits.reshape(-1, config.num_experts),
-      config.num_used,
+      config.num_experts_per_token,
       kind=config.router,
       normalize=config.normalize_weights,
       bias=bias,
@@ -155,7 +156,7 @@ def _route(logits, bias, is_token, config):
     if is_token is not None:
       is_token = jnp.broadcast_to(is_token.reshape(-1, 1), experts.shape)
     load = usage.count_hits(experts, config.num_experts, is_token)
-    shape = (*logits.shape[:-1], config.num_used)
+    shape = (*logits.shape[:-1], config.num_experts_per_token)
     return weights.reshape(shape), experts.reshape(shape), load[None]
 
   weights, experts, load = mesh.over_tokens(on_device, (1,))(
@@ -179,9 +180,9 @@ def _metrics(logits, bias, load, is_token, config):
   entropy = usage.mean_over_tokens(entropy, is_token)[0]
   return {
     'aux_loss': aux_loss,
-    'experts_used': usage.share_used(load),
-    'unevenness': usage.unevenness(load),
-    'load_max': routing.load_shares(load).max() * config.num_experts,
+    'usage_fraction': usage.usage_fraction(load),
+    'usage_kl': usage.usage_kl(load),
+    'usage_max': routing.load_shares(load).max() * config.num_experts,
     'router_entropy': jax.lax.stop_gradient(entropy),
   }
 

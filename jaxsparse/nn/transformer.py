@@ -111,7 +111,7 @@ class Transformer(nn.Module):
 
     Returns:
       Logits in float32; the extended cache; float32 scalars such as
-      'block_01/memory/unevenness', and sums over all layers: 'aux_loss', and
+      'block_01/memory/usage_kl', and sums over all layers: 'aux_loss', and
       with sparse attention 'sparsity_loss'.
 
     Raises:

@@ -1,8 +1,8 @@
-"""Cuts a bag's work into pieces: by entries, by tokens, by references.
+"""Cuts a bag's work into chunks: of entries, of tokens, of references.
 
 What a pooling of T tokens with k entries each reads is T * k rows, too many to
-be gathered at once. The loops here go over pieces of them; with `num_used`
-they end after the last piece in use, so their trip count is not static and
+be gathered at once. The loops here go over chunks of them; with `num_valid`
+they end after the last chunk in use, so their trip count is not static and
 only functions with a gradient of their own may call them.
 """
 
@@ -13,14 +13,14 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree, Shaped
 
-from jaxsparse.ops.shard_map_vma import to_same_varying
+from jaxsparse.ops.shard_map_vma import match_vma
 
 # Gathered rows of one chunk of tokens: for a TPU's fast memory, or for the
 # second-level cache of a CPU's core.
 CHUNK_BYTES = 2**23
 CHUNK_BYTES_CPU = 2**21
 
-# Entries per piece where a loop over them can end early.
+# Entries per chunk where a loop over them can end early.
 _ENTRIES = 8
 
 
@@ -56,7 +56,7 @@ def rows(table: Shaped[Array, 'M ...'], slot: Int[Array, '...']):
 
 def zeros(shape: tuple[int, ...], dtype: jax.typing.DTypeLike, *like: PyTree):
   """Zeros that vary over the mesh axes over which any of `like` does."""
-  return to_same_varying(jnp.zeros(shape, dtype), *like)[0]
+  return match_vma(jnp.zeros(shape, dtype), *like)[0]
 
 
 def pad(x: jax.Array, size: int, axis: int):
@@ -65,75 +65,80 @@ def pad(x: jax.Array, size: int, axis: int):
   return jnp.pad(x, padding) if size > x.shape[axis] else x
 
 
-def entries_at_once(slot: Int[Array, 'T k'], num_used: Int[Array, 'T'] | None):
-  """Entries per piece: all, or few if the loop can end before the last."""
+def entries_per_chunk(
+  slot: Int[Array, 'T k'], num_valid: Int[Array, 'T'] | None
+):
+  """Entries per chunk: all, or few if the loop can end before the last."""
   num_entries = slot.shape[1]
-  return num_entries if num_used is None else min(num_entries, _ENTRIES)
+  return num_entries if num_valid is None else min(num_entries, _ENTRIES)
 
 
-def over_entries(
+def scan_entries(
   step: Callable,
   carry: PyTree,
   entries: PyTree,
-  num_used: Int[Array, 'T'] | None,
-  at_once: int,
+  num_valid: Int[Array, 'T'] | None,
+  chunk_size: int,
 ):
-  """Runs `step(carry, piece) -> carry, result` over pieces of the entries.
+  """Runs `step(carry, chunk) -> carry, result` over chunks of the entries.
 
   Args:
-    step: result is an array [T, entries of the piece, ...] or None.
+    step: result is an array [T, entries of the chunk, ...] or None.
     entries: arrays [T, k, ...]; padded with zeros where k does not divide.
-    num_used: [T], entries in use; None for all. Pieces after the last entry
+    num_valid: [T], entries in use; None for all. Chunks after the last entry
       in use are left out, and their results are zero.
-    at_once: entries per piece, at most.
+    chunk_size: entries per chunk, at most.
 
   Returns:
     The last carry, and results joined to [T, k, ...].
   """
   num_entries = jax.tree.leaves(entries)[0].shape[1]
-  num_pieces = math.ceil(num_entries / at_once)
-  at_once = math.ceil(num_entries / num_pieces)
-  if num_pieces == 1 and num_used is None:
+  num_chunks = math.ceil(num_entries / chunk_size)
+  chunk_size = math.ceil(num_entries / num_chunks)
+  if num_chunks == 1 and num_valid is None:
     return step(carry, entries)
-  entries = jax.tree.map(lambda x: pad(x, num_pieces * at_once, 1), entries)
+  entries = jax.tree.map(lambda x: pad(x, num_chunks * chunk_size, 1), entries)
 
-  def piece(i: Int[Array, ''] | int):
+  def chunk(i: Int[Array, ''] | int):
     return jax.tree.map(
-      lambda x: jax.lax.dynamic_slice_in_dim(x, i * at_once, at_once, 1),
+      lambda x: jax.lax.dynamic_slice_in_dim(x, i * chunk_size, chunk_size, 1),
       entries,
     )
 
-  shape = jax.eval_shape(lambda c: step(c, piece(0))[1], carry)
+  shape = jax.eval_shape(lambda c: step(c, chunk(0))[1], carry)
   results = jax.tree.map(
     lambda x: zeros(
-      (x.shape[0], num_pieces * at_once, *x.shape[2:]), x.dtype, carry, entries
+      (x.shape[0], num_chunks * chunk_size, *x.shape[2:]),
+      x.dtype,
+      carry,
+      entries,
     ),
     shape,
   )
 
   def body(i: Int[Array, ''] | int, state: tuple):
     carry, results = state
-    carry, result = step(carry, piece(i))
+    carry, result = step(carry, chunk(i))
     return carry, jax.tree.map(
       lambda all, x: jax.lax.dynamic_update_slice_in_dim(
-        all, x, i * at_once, 1
+        all, x, i * chunk_size, 1
       ),
       results,
       result,
     )
 
   state = (carry, results)
-  if num_used is None:
-    # What the carry starts as is fused into the first piece.
-    state = jax.lax.fori_loop(1, num_pieces, body, body(0, state))
+  if num_valid is None:
+    # What the carry starts as is fused into the first chunk.
+    state = jax.lax.fori_loop(1, num_chunks, body, body(0, state))
   else:
-    num_pieces = (num_used.max() + at_once - 1) // at_once
-    state = jax.lax.fori_loop(0, num_pieces, body, state)
+    num_chunks = (num_valid.max() + chunk_size - 1) // chunk_size
+    state = jax.lax.fori_loop(0, num_chunks, body, state)
   carry, results = state
   return carry, jax.tree.map(lambda x: x[:, :num_entries], results)
 
 
-def over_tokens(pool: Callable, carry: PyTree, arrays: PyTree, max_tokens: int):
+def scan_tokens(pool: Callable, carry: PyTree, arrays: PyTree, max_tokens: int):
   """Runs `pool(carry, chunk) -> carry, result` over chunks of the tokens.
 
   Args:

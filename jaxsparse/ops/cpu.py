@@ -58,7 +58,7 @@ def count_top_k(
   def count(carry: None, tile: Float[Array, 't Q']):
     return carry, _counted_tile(tile, num_selected)
 
-  _, indices = chunking.over_tokens(
+  _, indices = chunking.scan_tokens(
     count, None, jax.lax.stop_gradient(rows), _TILE_ROWS
   )
   return jnp.take_along_axis(rows, indices, axis=-1), indices

@@ -1,4 +1,4 @@
-"""Softmaxes over sets of keys, put together to one or added up.
+"""Softmaxes over sets of keys, merged into one or added up.
 
 Letters as in `block_selection`.
 """
@@ -13,7 +13,7 @@ from jaxtyping import Array, Float
 from jaxsparse.ops import cpu
 from jaxsparse.ops.softmax import softmax
 
-# Scores of what is left out. Finite, such that sums with it make no NaN.
+# Score of what is left out. It is finite: sums with it make no NaN.
 _NEVER = -1e30
 
 # How far above the largest kept score another may lie: e^20 still has a finite
@@ -27,8 +27,8 @@ def masked_softmax(scores: jax.Array, mask: jax.Array) -> jax.Array:
   return jnp.where(mask, shares, 0.0)
 
 
-class Part(NamedTuple):
-  """A softmax that is not divided yet: its maximum, sum, and sum of values."""
+class SoftmaxState(NamedTuple):
+  """Running state of an online softmax: maximum, sum, and sum of values."""
 
   maximum: jax.Array
   total: jax.Array
@@ -41,7 +41,7 @@ def partial_softmax(
   value: jax.Array,
   is_kept: jax.Array | bool = True,
   weight: jax.Array | None = None,
-) -> Part:
+) -> SoftmaxState:
   """Sums over the last axis.
 
   Args:
@@ -67,34 +67,36 @@ def partial_softmax(
     preferred_element_type=share.dtype,
   )
   total = cpu.row_sums(share, f'bknrgl,{rows}->bknrg')
-  return Part(maximum, total, values)
+  return SoftmaxState(maximum, total, values)
 
 
-def combined(
-  parts: Sequence[Part], gates: Float[Array, 'B K n r G 3'], combine: str
+def merge_states(
+  states: Sequence[SoftmaxState],
+  gates: Float[Array, 'B K n r G 3'],
+  combine: str,
 ) -> tuple[Float[Array, 'B K n r G H'], Float[Array, 'B K n r G p']]:
-  """One softmax over all parts ('merged'), or the sum of theirs ('gated').
+  """One softmax over all the keys ('merged'), or the sum of several ('gated').
 
   Returns:
-    Sums of the values, 0 where nothing is seen, and each part's share of the
+    Sums of the values, 0 where nothing is seen, and each state's share of the
     softmax, or its gate.
   """
-  gate = [gates[..., i] for i in range(len(parts))]
+  gate = [gates[..., i] for i in range(len(states))]
   if combine == 'gated':
     y = sum(
-      g[..., None] * _divided(part.values, part.total)
-      for g, part in zip(gate, parts, strict=True)
+      g[..., None] * _divided(state.values, state.total)
+      for g, state in zip(gate, states, strict=True)
     )
     return y, jnp.stack(gate, axis=-1)
-  maximum = jnp.stack([part.maximum for part in parts]).max(0)
+  maximum = jnp.stack([state.maximum for state in states]).max(0)
   scale = [
-    g * jnp.exp(part.maximum - maximum)
-    for g, part in zip(gate, parts, strict=True)
+    g * jnp.exp(state.maximum - maximum)
+    for g, state in zip(gate, states, strict=True)
   ]
-  masses = [s * part.total for s, part in zip(scale, parts, strict=True)]
+  masses = [s * state.total for s, state in zip(scale, states, strict=True)]
   total = sum(masses)
   values = sum(
-    s[..., None] * part.values for s, part in zip(scale, parts, strict=True)
+    s[..., None] * state.values for s, state in zip(scale, states, strict=True)
   )
   return _divided(values, total), _divided(jnp.stack(masses, -1), total)
 

@@ -18,7 +18,7 @@ def varying_axes(x: Array) -> frozenset[str]:
   return jax.typeof(x).manual_axis_type.varying
 
 
-def to_same_varying(*arrays: Any) -> tuple:
+def match_vma(*arrays: Any) -> tuple:
   """Marks all as varying over the manual mesh axes over which any does.
 
   Constants made inside `jax.shard_map` vary over none, but the carry of a loop
@@ -37,7 +37,7 @@ def to_same_varying(*arrays: Any) -> tuple:
 
 def argsort(keys: Shaped[Array, '*S'], axis: int = -1) -> Int[Array, '*S']:
   """`jnp.argsort`, stable; the order varies over devices as `keys` does."""
-  order, _ = to_same_varying(jnp.argsort(keys, axis=axis, stable=True), keys)
+  order, _ = match_vma(jnp.argsort(keys, axis=axis, stable=True), keys)
   return order
 
 
@@ -45,5 +45,5 @@ def sort_key_val(
   keys: Shaped[Array, ' n'], values: Shaped[Array, ' n']
 ) -> tuple[Shaped[Array, ' n'], Shaped[Array, ' n']]:
   """`jax.lax.sort_key_val`, stable; both vary over devices as either does."""
-  keys, values = to_same_varying(keys, values)
-  return to_same_varying(keys, *jax.lax.sort_key_val(keys, values))[1:]
+  keys, values = match_vma(keys, values)
+  return match_vma(keys, *jax.lax.sort_key_val(keys, values))[1:]

@@ -46,10 +46,10 @@ class Checkpoints:
     self._losses: dict[int, float] = {}
     self._worker = ThreadPoolExecutor(1, 'checkpoints')
     self._saving: tuple[int, list[int], Future] | None = None
-    with hosts.lead_first():
-      if hosts.is_lead():
+    with hosts.process_zero_first():
+      if hosts.is_process_zero():
         self._guarded(self._prepare)
-    # All processes go by what the lead sees.
+    # All processes follow what process 0 sees.
     self._steps = hosts.gather(stored.steps_in(workdir))[0]
 
   def _prepare(self) -> None:
@@ -125,7 +125,7 @@ class Checkpoints:
     return doomed
 
   def _remove(self, steps: list[int]) -> None:
-    if hosts.is_lead():
+    if hosts.is_process_zero():
       for step in steps:
         _remove(self._directory / str(step))
 
@@ -241,8 +241,8 @@ class Checkpoints:
       target.parent.mkdir(exist_ok=True)
       source.rename(target)
 
-    with hosts.lead_first():
-      if hosts.is_lead():
+    with hosts.process_zero_first():
+      if hosts.is_process_zero():
         self._guarded(move)
     self._steps.remove(step)
     return target

@@ -142,7 +142,7 @@ def parse_recipe(description: str, argv: Sequence[str]) -> tuple[Config, str]:
     raise UserError("--workdir=FOLDER is missing: name the run's folder.")
   workdir_lib.require_reachable(values.workdir)
   _join_processes(values)
-  if hosts.is_lead():
+  if hosts.is_process_zero():
     for note in notes:
       _say(note)
   return config, workdir_lib.expanded(values.workdir)

@@ -21,21 +21,21 @@ def keep(
   Args:
     cache_dir: of the user's own recipe. What only reads a workdir takes the
       default.
-    say: is told why programs are not kept.
+    say: gets the reason where programs are not kept.
   """
   if '://' in cache_dir:
     return
   folder = pathlib.Path(cache_dir).expanduser() / 'compiled'
-  if trouble := _trouble(folder):
-    say(f"Compiled programs are not kept: '{folder}' {trouble}.")
+  if reason := _unsafe_reason(folder):
+    say(f"Compiled programs are not kept: '{folder}' {reason}.")
     jax.config.update('jax_compilation_cache_dir', None)
     return
   jax.config.update('jax_compilation_cache_dir', str(folder))
   jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
 
 
-def _trouble(folder: pathlib.Path) -> str:
-  """Why no code should be loaded from the folder, which is made: '' for fine"""
+def _unsafe_reason(folder: pathlib.Path) -> str:
+  """Why no code may be loaded from the folder, or ''; the folder is made."""
   try:
     folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     own, parent = folder.stat(), folder.parent.stat()

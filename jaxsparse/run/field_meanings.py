@@ -71,7 +71,7 @@ MEANINGS = {
     ('model.moe', _SHAPES, 'num_experts expert_dim num_shared'),
     # Without it there are no biases.
     ('model.moe', _SHAPES, 'bias_update_rate'),
-    ('model.moe', _FUNCTION, 'num_used router normalize_weights'),
+    ('model.moe', _FUNCTION, 'num_experts_per_token router normalize_weights'),
     ('model.moe', _LOSS, 'balance_loss_weight router_z_loss_weight'),
     ('model.dcmha', _SHAPES, 'compose_scores compose_probs query_wise'),
     ('model.dcmha', _SHAPES, 'key_wise base rank num_groups'),

@@ -12,8 +12,8 @@ from jax.experimental import multihost_utils
 from jaxsparse.config.errors import UserError
 
 
-def is_lead() -> bool:
-  """Whether this process is the one that talks and writes for all."""
+def is_process_zero() -> bool:
+  """Whether this is process 0, which prints and writes for all."""
   return jax.process_index() == 0
 
 
@@ -24,13 +24,13 @@ def wait_for_all(what: str) -> None:
 
 
 @contextlib.contextmanager
-def lead_first() -> Iterator[None]:
-  """The lead runs the block before all others, which find what it made.
+def process_zero_first() -> Iterator[None]:
+  """Process 0 runs the block before all others, which find what it made.
 
   Raises:
     UserError: in every process, if one process failed in the block.
   """
-  if not is_lead():
+  if not is_process_zero():
     _end_with_the_others(None)
   error = None
   try:
@@ -38,12 +38,12 @@ def lead_first() -> Iterator[None]:
   except Exception as caught:
     error = caught
   _end_with_the_others(error)
-  if is_lead():
+  if is_process_zero():
     _end_with_the_others(None)
 
 
 def _end_with_the_others(error: Exception | None) -> None:
-  """Raises this process's error, or tells that another process has one."""
+  """Raises this process's error, or says that another process has one."""
   if jax.process_count() == 1:
     if error is not None:
       raise error

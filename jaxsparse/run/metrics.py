@@ -19,7 +19,13 @@ from jaxsparse.run import workdir as workdir_lib
 Row = dict[str, float | int | None]
 
 # Metrics of former versions, by the last part of their names.
-RENAMED = dict(block_price='sparsity_loss')
+RENAMED = dict(
+  block_price='sparsity_loss',
+  slots_used='usage_fraction',
+  experts_used='usage_fraction',
+  unevenness='usage_kl',
+  load_max='usage_max',
+)
 
 
 def read_rows(workdir: epath.PathLike) -> list[Row]:
@@ -86,7 +92,7 @@ def validation_losses(workdir: epath.PathLike) -> dict[int, float]:
 class MetricsWriter:
   """Appends rows, after forgetting those that the resumed run will repeat.
 
-  Only the lead of several processes writes. What can't be written, as the disk
+  Only process 0 writes. What can't be written, as the disk
   is full, waits until it can.
   """
 
@@ -110,7 +116,7 @@ class MetricsWriter:
     """
     boards.require_packages(config)
     self._file = None
-    if not hosts.is_lead():
+    if not hosts.is_process_zero():
       return
     self._workdir, self._say = epath.Path(workdir), say
     self._told: set[str] = set()

@@ -36,7 +36,7 @@ def held(
 ) -> Iterator[None]:
   """Keeps other starts from the workdir until the block ends.
 
-  Of several processes the lead holds the lock for all.
+  Of several processes process 0 holds the lock for all.
 
   Args:
     workdir: made where it is missing.
@@ -47,12 +47,12 @@ def held(
   """
   with contextlib.ExitStack() as stack:
     trouble = ''
-    if hosts.is_lead():
+    if hosts.is_process_zero():
       try:
         _take(workdir_lib.expanded(workdir), say, stack)
       except UserError as error:
         trouble = str(error)
-    # Else the others would wait for a lead that has gone.
+    # Else the others would wait for a process 0 that has gone.
     if trouble := hosts.gather(trouble)[0]:
       raise UserError(trouble)
     yield

@@ -7,7 +7,7 @@ layer are not linear in its tokens; of the batch they are the same mean of those
 of its micro-batches:
 
   the experts' balance loss, a product of two means over tokens
-  'experts_used', 'slots_used', 'unevenness', 'load_max', of the reads
+  'usage_fraction', 'usage_kl', 'usage_max', of the reads
   'score_std'
   what sparse attention averages over tiles, a router's loss and the price of
   blocks among it: weighed by their tokens and not by their tiles

@@ -17,7 +17,7 @@ from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.training import changes
 
 
-def claim_workdir(
+def open_workdir(
   config: Config,
   workdir: epath.PathLike,
   say: Callable[[str], None] = print,

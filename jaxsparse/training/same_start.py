@@ -49,7 +49,7 @@ def require_same_program(config: Config, workdir: epath.PathLike) -> None:
 def require_same_data(
   corpus: Corpus, tokens: Tokenizer, workdir: epath.PathLike
 ) -> None:
-  """Checks what the lead has made and the others have found.
+  """Checks what process 0 has made and the others have found.
 
   Raises:
     UserError: the text, the tokenizer or the workdir is not process 0's.

@@ -75,17 +75,17 @@ def train_step(
   total_weight = jnp.maximum(jnp.sum(batch['loss_weight']), 1.0)
   num_micro = config.optimizer.grad_accumulation
   key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
-  # By rows, tables get no gradient but the taps do.
-  rest, tables, taps = state.params, None, {}
+  # By rows, tables get no gradient but the probes do.
+  rest, tables, probes = state.params, None, {}
   if optimizer_lib.is_by_rows(config.optimizer):
     rest, tables = table_step.split_tables(state.params)
     num_rows, length = batch['tokens'].shape
-    taps = table_step.make_taps(config.model, num_rows // num_micro, length)
+    probes = table_step.make_probes(config.model, num_rows // num_micro, length)
 
-  def loss_fn(rest, taps, micro, share, key):
+  def loss_fn(rest, probes, micro, share, key):
     params = rest if tables is None else merged(rest, tables)
     (logits, _, metrics), sown = Transformer(config.model).apply(
-      {'params': params, **taps},
+      {'params': params, **probes},
       micro['tokens'],
       micro['positions'],
       micro['segment_ids'],
@@ -102,10 +102,10 @@ def train_step(
   value_and_grad = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)
 
   def gradient(micro, share, key):
-    (_, (metrics, sown)), (grads, of_taps) = value_and_grad(
-      rest, taps, micro, share, key
+    (_, (metrics, sown)), (grads, of_probes) = value_and_grad(
+      rest, probes, micro, share, key
     )
-    reads = table_step.table_gradients(config.model, of_taps, sown)
+    reads = table_step.table_gradients(config.model, of_probes, sown)
     return grads, metrics, reads
 
   grads, metrics, reads = over_micro_batches(gradient, batch, num_micro, key)

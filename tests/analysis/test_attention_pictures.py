@@ -11,7 +11,10 @@ def test_shares_of_blocks_are_means_of_tiles_rows():
   """Seven tokens in tiles of 2 and blocks of 3: the last ones are shorter."""
   weights = np.random.default_rng(0).uniform(size=(4, 7, 7))
   layer = types.SimpleNamespace(
-    kind='sparse', plain=None, weights=weights, choice={'kept': np.ones((2, 4))}
+    kind='sparse',
+    uncomposed=None,
+    weights=weights,
+    choice={'kept': np.ones((2, 4))},
   )
   shares = block_shares(layer, 1, 3, 2)
   assert shares.shape == (3, 4)

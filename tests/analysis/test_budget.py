@@ -46,7 +46,7 @@ def test_memory_meets_the_budget(total, expansion):
 
 
 def test_experts_meet_the_budget():
-  architecture = Architecture(moe=MoEConfig(num_used=2))
+  architecture = Architecture(moe=MoEConfig(num_experts_per_token=2))
   model = fit(architecture, 4_000_000)
   flops = cost.forward_flops(model, 128)
   assert flops == pytest.approx(cost.forward_flops(BASE, 128), rel=0.01)

@@ -250,7 +250,9 @@ def test_tiny_recipes_have_the_flops_that_xla_counts(name, monkeypatch):
     # experts, and so with no more of them than a token passes.
     model = dataclasses.replace(
       model,
-      moe=dataclasses.replace(model.moe, num_experts=model.moe.num_used),
+      moe=dataclasses.replace(
+        model.moe, num_experts=model.moe.num_experts_per_token
+      ),
     )
 
     def all_experts(x, weights, experts, matrices, is_partial, gelu):
@@ -266,7 +268,7 @@ def test_tiny_recipes_have_the_flops_that_xla_counts(name, monkeypatch):
   monkeypatch.setattr(
     value_bag,
     '_forward',
-    functools.partial(value_bag._forward_unrolled, at_once=8),
+    functools.partial(value_bag._forward_unrolled, chunk_size=8),
   )
   # Sequences this short are not chunked, and scores beyond a window made; of a
   # sparse block's chunks XLA counts one.
@@ -320,7 +322,7 @@ def test_mixture_flops_term_by_term(name):
   moe, width = model.moe, 128
   attention = 2 * 4 * width**2 + 2 * 2 * width * length
   router = 2 * width * moe.num_experts
-  experts = moe.num_used * 2 * 3 * width * moe.expert_dim
+  experts = moe.num_experts_per_token * 2 * 3 * width * moe.expert_dim
   logits = 2 * width * BYTES
   assert cost.forward_flops(model, length) == (
     4 * (attention + router + experts) + logits

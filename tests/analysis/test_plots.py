@@ -13,8 +13,8 @@ TRAIN = [
     'learning_rate': 1e-3,
     'value_learning_rate': 1e-2,
     'tokens_per_second': 5000.0,
-    'block_01/memory/slots_used': 0.5,
-    'block_01/memory/unevenness': 1.5,
+    'block_01/memory/usage_fraction': 0.5,
+    'block_01/memory/usage_kl': 1.5,
   }
   for step in range(0, 100, 10)
 ]

@@ -18,10 +18,10 @@ def workdir(tmp_path):
     {
       'step': step,
       'loss': 3 - step / 10,
-      'block_00/moe/load_max': 1.5,
-      'block_00/moe/unevenness': 0.1,
-      'block_01/memory/slots_used': 0.5,
-      'block_01/memory/unevenness': 1.0,
+      'block_00/moe/usage_max': 1.5,
+      'block_00/moe/usage_kl': 0.1,
+      'block_01/memory/usage_fraction': 0.5,
+      'block_01/memory/usage_kl': 1.0,
       'block_02/attention/kept_share': 0.3,
       'block_02/attention/router_entropy': 2.0,
     }
@@ -130,7 +130,7 @@ def test_a_damaged_pass_is_left_out(damage, workdir, monkeypatch, capsys):
   assert exit_code(['report', str(workdir)]) == 0
   assert sorted(drawn.pop()) == ['baselines/xz', 'counts/block_01']
   assert capsys.readouterr().err == ''
-  damage(workdir / run_pictures.PASS)
+  damage(workdir / run_pictures.VALIDATION_STATS)
   assert exit_code(['report', str(workdir)]) == 0
   assert drawn == [{}]
   err = capsys.readouterr().err

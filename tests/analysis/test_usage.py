@@ -9,7 +9,7 @@ from jaxsparse.analysis.usage import SlotUsage, measure
 
 
 def _is_close(usage, *expected):
-  found = (usage.share_used, usage.unevenness, usage.gini)
+  found = (usage.usage_fraction, usage.usage_kl, usage.gini)
   return found == pytest.approx(expected, abs=1e-5)
 
 
@@ -32,7 +32,7 @@ def test_order_of_slots_does_not_matter():
   shuffled = np.random.default_rng(1).permutation(hits)
   usage = measure(shuffled)
   assert _is_close(
-    measure(hits), usage.share_used, usage.unevenness, usage.gini
+    measure(hits), usage.usage_fraction, usage.usage_kl, usage.gini
   )
 
 

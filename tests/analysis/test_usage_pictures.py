@@ -9,8 +9,8 @@ from jaxsparse.analysis import usage_pictures
 ROWS = [
   {
     'step': step,
-    'block_01/memory/slots_used': 0.5,
-    'block_01/memory/unevenness': 1.5,
+    'block_01/memory/usage_fraction': 0.5,
+    'block_01/memory/usage_kl': 1.5,
   }
   for step in range(0, 100, 10)
 ]
@@ -31,7 +31,7 @@ def test_slot_usage_picture(counts, rows, tmp_path):
   assert path.read_bytes().startswith(b'\x89PNG')
 
 
-def test_it_says_where_a_layer_is_and_what_unevenness_means(
+def test_it_says_where_a_layer_is_and_what_the_divergence_means(
   tmp_path, monkeypatch
 ):
   written = figures(monkeypatch)
@@ -40,7 +40,7 @@ def test_it_says_where_a_layer_is_and_what_unevenness_means(
   usage_pictures.plot_slot_usage(counts, tmp_path / 'a.png', ROWS, names)
   said = texts(written[0])
   (label,) = {t for t in said if t.startswith(names['block_01'])}
-  assert label.endswith('50.0% used, unevenness 0.69')
+  assert label.endswith('50.0% used, KL 0.69')
   assert any('0: all slots are read alike' in text for text in said)
 
 

@@ -81,7 +81,9 @@ def gradient_of_split_experts(name, implementation):
 
 
 def test_experts_split_over_devices_take_the_kernel(monkeypatch):
-  monkeypatch.setattr(grouped_matmul_libraries, 'why_not', lambda *args: None)
+  monkeypatch.setattr(
+    grouped_matmul_libraries, 'unsupported_reason', lambda *args: None
+  )
   program = gradient_of_split_experts('h100', 'triton')
   assert 'grouped_outer_products' in program.text
 

@@ -10,6 +10,7 @@ from jaxsparse.config import (
   Config,
   DCMHAConfig,
   ModelConfig,
+  MoEConfig,
   SparseAttentionConfig,
   fields,
   renamed,
@@ -23,6 +24,7 @@ CONFIG = Config(
   model=ModelConfig(
     attention_pattern=('local', 'sparse'),
     dcmha=DCMHAConfig(compose_probs=False),
+    moe=MoEConfig(num_experts_per_token=3),
     sparse=SparseAttentionConfig(
       sparsity_loss_weight=0.25, sparsity_loss_warmup=0.5
     ),
@@ -36,6 +38,8 @@ def as_before() -> dict:
   dcmha, sparse = saved['model']['dcmha'], saved['model']['sparse']
   dcmha['pre'] = dcmha.pop('compose_scores')
   dcmha['post'] = dcmha.pop('compose_probs')
+  moe = saved['model']['moe']
+  moe['num_used'] = moe.pop('num_experts_per_token')
   sparse['budget_weight'] = sparse.pop('sparsity_loss_weight')
   sparse['budget_ramp'] = sparse.pop('sparsity_loss_warmup')
   dcmha |= dict(interleave=False, init='default')

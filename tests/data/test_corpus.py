@@ -178,7 +178,7 @@ def test_equal_documents_on_both_sides_are_counted(tmp_path):
     build_corpus(config, said.append)
     assert wanted in said[-1]
   # A corpus of a former version knows nothing of it.
-  facts = build_corpus(config, said.append).directory / builder.FACTS
+  facts = build_corpus(config, said.append).directory / builder.MANIFEST
   num_bytes = json.loads(facts.read_text())['num_bytes']
   facts.write_text(json.dumps(dict(num_bytes=num_bytes)))
   said.clear()

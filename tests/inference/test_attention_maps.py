@@ -12,12 +12,12 @@ from small_run import save_untrained
 
 from jaxsparse.config import DCMHAConfig, ModelConfig, SparseAttentionConfig
 from jaxsparse.inference.attention_maps import (
+  extract_maps,
   grad_cam,
-  look,
   relevance,
   rollout,
 )
-from jaxsparse.nn.attention.maps import MAPS, PROBES
+from jaxsparse.nn.attention.maps import ATTENTION_PROBES, MAPS
 from jaxsparse.nn.transformer import Transformer
 
 LENGTH, WINDOW = 19, 5
@@ -52,7 +52,7 @@ def params():
 
 @pytest.fixture(scope='module')
 def maps(params):
-  return look(CONFIG, params, TOKENS)
+  return extract_maps(CONFIG, params, TOKENS)
 
 
 def test_weights_are_shares_of_what_is_seen(maps):
@@ -62,11 +62,11 @@ def test_weights_are_shares_of_what_is_seen(maps):
   for layer in maps.layers:
     assert layer.weights.shape == (4, LENGTH, LENGTH)
     assert np.all(layer.weights[:, ~seen[layer.kind]] == 0)
-    shares = layer.weights if layer.plain is None else layer.plain
+    shares = layer.weights if layer.uncomposed is None else layer.uncomposed
     np.testing.assert_allclose(shares.sum(-1), 1, atol=1e-5)
   composed, _, sparse = maps.layers
-  assert np.abs(composed.weights - composed.plain).max() > 1e-3
-  assert sparse.plain is None
+  assert np.abs(composed.weights - composed.uncomposed).max() > 1e-3
+  assert sparse.uncomposed is None
   assert sparse.choice['block'].shape == (2, 10, 2)
   # The last tile is not full.
   shares = sparse.choice['shares'][:, : LENGTH // 2]
@@ -109,7 +109,7 @@ def test_gradient_is_the_change_of_the_logit(params, maps):
       for i in range(3)
     }
     logits, _, _ = Transformer(CONFIG).apply(
-      {'params': params, PROBES: probes},
+      {'params': params, ATTENTION_PROBES: probes},
       jnp.asarray(TOKENS)[None],
       positions,
       jnp.ones_like(positions),

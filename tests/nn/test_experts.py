@@ -23,8 +23,9 @@ from jaxsparse.ops.experts.routing import route_reference
 B, T, D = 8, 3, 8
 KEY = jax.random.key(0)
 CONFIG = MoEConfig(
-  num_experts=8, num_used=2, expert_dim=6, num_shared=1, router='sigmoid',
-  balance_loss_weight=0.1, router_z_loss_weight=0.1, bias_update_rate=0.01,
+  num_experts=8, num_experts_per_token=2, expert_dim=6, num_shared=1,
+  router='sigmoid', balance_loss_weight=0.1, router_z_loss_weight=0.1,
+  bias_update_rate=0.01,
 )  # fmt: skip
 X = jax.random.normal(KEY, (B, T, D))
 
@@ -89,7 +90,7 @@ def test_mixture_is_its_definition(kind, changes):
   p, flat = params['params'], X.reshape(-1, D)
   weights, experts = route_reference(
     flat @ p['router'],
-    config.num_used,
+    config.num_experts_per_token,
     kind=config.router,
     normalize=config.normalize_weights,
     bias=p.get('router_bias'),
@@ -107,8 +108,8 @@ def test_mixture_is_its_definition(kind, changes):
   sown = state['intermediates']['experts'][0]
   np.testing.assert_array_equal(sown.reshape(experts.shape), experts)
   load = np.bincount(experts.reshape(-1), minlength=8)
-  assert metrics['experts_used'] == pytest.approx((load > 0).mean())
-  assert metrics['load_max'] == pytest.approx(load.max() / load.mean())
+  assert metrics['usage_fraction'] == pytest.approx((load > 0).mean())
+  assert metrics['usage_max'] == pytest.approx(load.max() / load.mean())
   assert 0 < metrics['router_entropy'] <= np.log(8)
 
 
@@ -267,7 +268,7 @@ def test_the_bias_gets_the_load_as_its_gradient():
   for _ in range(40):
     params, metrics = step(params)
     assert metrics['aux_loss'] == 0
-    loads.append(float(metrics['load_max']))
+    loads.append(float(metrics['usage_max']))
   del params['params']['router_bias'], start['params']['router_bias']
   check(params, start, atol=0)
   assert loads[0] > 1.5

@@ -41,7 +41,9 @@ MODEL = ModelConfig(
   mlp_dim=16, vocab_size=V,
 )  # fmt: skip
 MEMORY = MemoryConfig(num_keys=4, key_dim=4, num_selected=2, value_dim=4)
-MOE = MoEConfig(num_experts=4, num_used=2, expert_dim=6, num_shared=1)
+MOE = MoEConfig(
+  num_experts=4, num_experts_per_token=2, expert_dim=6, num_shared=1
+)
 SPARSE = SparseAttentionConfig(block=2, tile=2, window_blocks=1, max_blocks=2)
 
 

@@ -27,7 +27,7 @@ from jaxsparse.ops.memory import usage
 KEY = jax.random.key(0)
 B, T, D, LENGTH = 4, 16, 8, 8
 MOE = MoEConfig(
-  num_experts=8, num_used=2, expert_dim=6, balance_loss_weight=0.1,
+  num_experts=8, num_experts_per_token=2, expert_dim=6, balance_loss_weight=0.1,
   router_z_loss_weight=0.1, bias_update_rate=0.01,
 )  # fmt: skip
 MEMORY = MemoryConfig(num_keys=8, key_dim=4, num_selected=4, value_dim=8)

@@ -337,7 +337,7 @@ def test_remat_changes_the_program_but_no_number():
   assert 'prevent_cse' in remat_program
   assert again == pytest.approx(value, abs=1e-5)
   assert metrics.keys() == remat_metrics.keys()
-  assert 'block_00/memory/unevenness' in metrics
+  assert 'block_00/memory/usage_kl' in metrics
   assert_same_gradients(remat_gradients, gradients)
 
 

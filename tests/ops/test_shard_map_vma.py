@@ -21,7 +21,7 @@ from jaxsparse.ops.experts import routing
 from jaxsparse.ops.experts.expert_mlp import expert_mlp
 from jaxsparse.ops.experts.grouped_matmul import assigned_matmul, grouped_matmul
 from jaxsparse.ops.memory import value_bag_gradient
-from jaxsparse.ops.memory.gathered_dot import row_products
+from jaxsparse.ops.memory.gathered_dot import gathered_dot
 from jaxsparse.ops.memory.row_gradient import row_gradient, sort_references
 from jaxsparse.ops.memory.table_exchange import TableExchange, put_back
 from jaxsparse.ops.memory.value_bag import value_bag
@@ -73,7 +73,7 @@ def by_bag(way, weight, own):
 
 def by_products(weight, own):
   table, vector = weight
-  return row_products(table, own, vector, table_gradient='sorted')
+  return gathered_dot(table, own, vector, table_gradient='sorted')
 
 
 def by_dispatch(weight, own):
@@ -125,7 +125,7 @@ CASES = dict(
   ),
   **{
     f'bag {way}': (functools.partial(by_bag, way), BAG, ENTRIES)
-    for way in value_bag_gradient.WAYS
+    for way in value_bag_gradient.ACCUMULATION_MODES
   },
   products=(by_products, (numbers(M, W), numbers(T, W)), ENTRIES),
   dispatch=(by_dispatch, (numbers(T, W), numbers(T, k)), EXPERTS),
@@ -203,10 +203,10 @@ def test_rows_of_each_device_where_tokens_are_alike(is_put_back):
 
   def function(weight, own):
     del own  # The device's number makes its order.
-    entries, num_used, place = exchange.own_rows(
+    entries, num_valid, place = exchange.own_rows(
       (slot, weight[..., None], None), M // N
     )
-    in_use = jnp.arange(k)[None] < num_used[:, None]
+    in_use = jnp.arange(k)[None] < num_valid[:, None]
     y = jnp.where(in_use, entries[1][..., 0], 0)
     return put_back(y, place) * gain[None] if is_put_back else y * in_use
 

@@ -61,7 +61,7 @@ def test_the_lead_is_first_and_all_are_through_together(three):
   order = []
 
   def run(index):
-    with hosts.lead_first():
+    with hosts.process_zero_first():
       order.append(index)
     return len(order)
 
@@ -74,7 +74,7 @@ def test_all_end_with_the_sentence_of_the_one_that_fails(three, failing):
   begun = []
 
   def run(index):
-    with hosts.lead_first():
+    with hosts.process_zero_first():
       begun.append(index)
       if index == failing:
         raise UserError('no room.')
@@ -89,7 +89,7 @@ def test_all_end_with_the_sentence_of_the_one_that_fails(three, failing):
 
 def test_a_defect_of_one_process_ends_the_others_with_its_name(three):
   def run(index):
-    with hosts.lead_first():
+    with hosts.process_zero_first():
       if index == 1:
         raise KeyError('x')
 

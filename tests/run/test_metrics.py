@@ -303,8 +303,26 @@ def test_weights_and_biases_not_installed(tmp_path, monkeypatch):
 
 
 def test_old_names_are_read(tmp_path):
-  old = {'step': 3, 'loss': 2.0, 'block_price': 0.5, 'block_01/block_price': 1}
+  old = {
+    'step': 3,
+    'loss': 2.0,
+    'block_price': 0.5,
+    'block_01/block_price': 1,
+    'block_01/memory/slots_used': 0.5,
+    'block_01/memory/unevenness': 1.5,
+    'block_01/moe/experts_used': 0.75,
+    'block_01/moe/load_max': 2.5,
+  }
   (tmp_path / 'metrics.jsonl').write_text(json.dumps(old) + '\n')
   assert metrics.read_rows(tmp_path) == [
-    {'step': 3, 'loss': 2.0, 'sparsity_loss': 0.5, 'block_01/sparsity_loss': 1}
+    {
+      'step': 3,
+      'loss': 2.0,
+      'sparsity_loss': 0.5,
+      'block_01/sparsity_loss': 1,
+      'block_01/memory/usage_fraction': 0.5,
+      'block_01/memory/usage_kl': 1.5,
+      'block_01/moe/usage_fraction': 0.75,
+      'block_01/moe/usage_max': 2.5,
+    }
   ]

@@ -90,9 +90,13 @@ def test_every_part_that_may_be_absent_is_made():
 
 
 def test_train_says_so_on_stderr(capsys):
-  flags = [f'--config={DENSE}', '--workdir=w', '--config.model.moe.num_used=1']
+  flags = [
+    f'--config={DENSE}',
+    '--workdir=w',
+    '--config.model.moe.num_experts_per_token=1',
+  ]
   config, workdir = command_line.parse_recipe('', flags)
-  assert config.model.moe == MoEConfig(num_used=1)
+  assert config.model.moe == MoEConfig(num_experts_per_token=1)
   assert workdir == 'w'
   out, err = capsys.readouterr()
   assert not out

@@ -107,9 +107,9 @@ def test_object_stores_say_that_they_know_no_locks():
 
 
 def test_a_refused_lead_ends_all(tmp_path, monkeypatch):
-  """What the lead finds is what all processes are told."""
+  """All processes get what process 0 finds."""
   gathered = []
-  monkeypatch.setattr(workdir_lock.hosts, 'is_lead', lambda: False)
+  monkeypatch.setattr(workdir_lock.hosts, 'is_process_zero', lambda: False)
 
   def gather(value):
     gathered.append(value)

@@ -162,8 +162,8 @@ def with_family(name, scheme='auto', value_optimizer='adamw'):
 def with_experts():
   """CONFIG with a mixture in place of every MLP, and no memory."""
   moe = MoEConfig(
-    num_experts=8, num_used=2, expert_dim=16, num_shared=1, router='sigmoid',
-    bias_update_rate=0.01,
+    num_experts=8, num_experts_per_token=2, expert_dim=16, num_shared=1,
+    router='sigmoid', bias_update_rate=0.01,
   )  # fmt: skip
   return dataclasses.replace(
     CONFIG,

@@ -46,7 +46,13 @@ def test_parts_are_weighed_by_their_tokens():
 
 
 # Neither means over tokens nor extremes.
-OTHERS = ('experts_used', 'slots_used', 'unevenness', 'load_max', 'score_std')
+OTHERS = (
+  'usage_fraction',
+  'usage_fraction',
+  'usage_kl',
+  'usage_max',
+  'score_std',
+)
 
 # Tokens of a row that are no padding, by turns of the micro-batches.
 LENGTH = 16 - 3 * (np.arange(16) % 4)
@@ -60,8 +66,8 @@ def first_step(grad_accumulation):
     num_layers=1,
     memory=dataclasses.replace(CONFIG.model.memory, placements=((0, 0),)),
     moe=MoEConfig(
-      num_experts=4, num_used=2, expert_dim=16, router_z_loss_weight=1.0,
-      bias_update_rate=0.1, balance_loss_weight=0.0,
+      num_experts=4, num_experts_per_token=2, expert_dim=16,
+      router_z_loss_weight=1.0, bias_update_rate=0.1, balance_loss_weight=0.0,
     ),
   )  # fmt: skip
   optimizer = dataclasses.replace(

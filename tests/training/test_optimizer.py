@@ -116,7 +116,9 @@ def test_no_bias_decays_whatever_its_rank():
 
 def test_muon_takes_the_maps_of_activations_only():
   one = jnp.zeros((1, 4), jnp.int32)
-  moe = MoEConfig(num_experts=2, num_used=1, expert_dim=4, num_shared=1)
+  moe = MoEConfig(
+    num_experts=2, num_experts_per_token=1, expert_dim=4, num_shared=1
+  )
   model = dataclasses.replace(BIASED, moe=moe, use_bias=False)
   init = Transformer(model).init
   params = jax.eval_shape(init, jax.random.key(0), one, one, one)['params']

@@ -20,7 +20,7 @@ from jaxsparse.data.pieces import Corpus, Piece
 from jaxsparse.run import field_meanings
 from jaxsparse.training import resume
 from jaxsparse.training.resume import (
-  claim_workdir,
+  open_workdir,
   require_same_data,
   save_config,
 )
@@ -70,7 +70,7 @@ def changed(section, config=CONFIG, **fields):
 )
 def test_accepted(config, change, tmp_path):
   save_config(CONFIG, tmp_path)
-  _, (told,) = claim_workdir(config, tmp_path)
+  _, (told,) = open_workdir(config, tmp_path)
   assert change in told
 
 
@@ -98,7 +98,7 @@ def test_accepted(config, change, tmp_path):
 def test_refused_as_the_state_would_not_fit(config, change, tmp_path):
   save_config(CONFIG, tmp_path)
   with pytest.raises(UserError, match=change):
-    claim_workdir(config, tmp_path)
+    open_workdir(config, tmp_path)
 
 
 def leaves(cls, prefix=''):
@@ -184,7 +184,7 @@ def test_a_missing_config_is_restored(tmp_path, monkeypatch):
   record = dict(data=dict(), config=to_json(CONFIG))
   monkeypatch.setattr(resume.checkpoint, 'read_record', lambda w: record)
   said = []
-  _, told = claim_workdir(changed('train', log_every=1), tmp_path, said.append)
+  _, told = open_workdir(changed('train', log_every=1), tmp_path, said.append)
   assert told == ['train.log_every: 10 -> 1']
   assert said == ['config.json was missing: the newest checkpoint has a copy.']
 

@@ -76,7 +76,7 @@ def first_step(config):
 
 @pytest.mark.slow
 def test_first_step_by_rows_is_the_dense_one():
-  """The tap's gradient is whole: one norm, one clipping, one first step."""
+  """The probe's gradient is whole: one norm, one clipping, one first step."""
 
   def first(config):
     with jax.set_mesh(make_mesh((2, 2, 1))):

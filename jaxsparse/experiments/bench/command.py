@@ -10,9 +10,9 @@ import pathlib
 from collections.abc import Sequence
 
 from jaxsparse.experiments.bench import (
+  all_benches,
   attention,
   decode,
-  first_session,
   grouped_matmul,
   host_memory,
   long_input,
@@ -61,7 +61,7 @@ def _parse(argv):
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   names = parser.add_subparsers(dest='bench', required=True)
-  for name, bench in (BENCHES | {'all': first_session}).items():
+  for name, bench in (BENCHES | {'all': all_benches}).items():
     one = names.add_parser(
       name,
       description=bench.__doc__,
@@ -87,7 +87,7 @@ def _run(bench, options):
 
 def _run_all():
   report = {}
-  for title, bench, runs in first_session.sections():
+  for title, bench, runs in all_benches.sections():
     report[title] = []
     for changes in runs:
       print(f'\n{title}: {changes}', flush=True)

@@ -72,7 +72,7 @@ from jaxsparse.experiments.bench.decode_program import (
   fill_cache,
   lower_decode,
 )
-from jaxsparse.inference.fuse_norms import fold_keys
+from jaxsparse.inference.fuse_norms import fuse_key_norms
 from jaxsparse.nn.transformer import init_cache
 
 OPTIONS = dict(
@@ -124,7 +124,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
     models = decode_models.make_models(options, group)
     params = {n: decode_models.draw_params(m) for n, m in models.items()}
     for name, model in models.items():
-      models[name], params[name] = fold_keys(model, params[name])
+      models[name], params[name] = fuse_key_norms(model, params[name])
       print(f'KV /{group} {name}: {_describe(model, options)}', flush=True)
     for batch_size in _numbers(options, 'batches'):
       task = f'KV /{group}, batch {batch_size}'

@@ -79,7 +79,7 @@ def _own(options, kv_group):
   )
   middle = layers // 2
   architectures = _architectures(
-    experts=MoEConfig(num_used=options.used),
+    experts=MoEConfig(num_experts_per_token=options.used),
     pkm=MemoryConfig.pkm(
       value_dim=width, num_heads=2, placements=((middle, middle),), **common
     ),
@@ -123,7 +123,7 @@ def _published(options, kv_group):
   common = dict(table=TableConfig(dtype=options.dtype))
   middle = layers // 2 - 1
   architectures = _architectures(
-    experts=MoEConfig(num_experts=33, num_used=2),
+    experts=MoEConfig(num_experts=33, num_experts_per_token=2),
     # As in configs/pkm.py:151m: one layer beside the MLP of a middle block.
     pkm=MemoryConfig.pkm(
       key_dim=memory.key_dim,

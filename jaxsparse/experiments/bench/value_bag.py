@@ -18,7 +18,7 @@ import numpy as np
 from jaxsparse.experiments.bench import measuring
 from jaxsparse.experiments.bench.measuring import Contender
 from jaxsparse.ops.memory.value_bag import value_bag
-from jaxsparse.ops.memory.value_bag_gradient import WAYS
+from jaxsparse.ops.memory.value_bag_gradient import ACCUMULATION_MODES
 
 OPTIONS = dict(
   rows=262_144, width=256, tokens=4096, entries=32, cores=1, groups=1, rounds=7
@@ -96,7 +96,9 @@ def contenders(
 
     return measuring.compiled(run, *args.values(), cotangent)
 
-  backward = {f'jaxsparse, {w}': with_gradients(bag, way=w) for w in WAYS}
+  backward = {
+    f'jaxsparse, {w}': with_gradients(bag, way=w) for w in ACCUMULATION_MODES
+  }
   backward['einsum'] = with_gradients(einsum)
   if measuring.has_torch() and options.groups == options.cores == 1:
     name = 'torch embedding_bag'

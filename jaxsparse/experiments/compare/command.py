@@ -28,7 +28,7 @@ from jaxsparse.run.progress import Reporter
 
 def main(argv: Sequence[str]) -> None:
   options = _parse(argv)
-  suite = suite_lib.narrowed(
+  suite = suite_lib.restrict(
     suite_lib.load(options.suite),
     only=tuple(name for name in options.only.split(',') if name),
     seeds=_numbers('--seeds', options.seeds),

@@ -91,8 +91,8 @@ def _curves(folder: pathlib.Path, validation: Validation) -> Result:
     for name, x in r.items()
     if name.endswith('kept_share')
   ]
-  share_used = {
-    layer: float(usage.measure(hits).share_used)
+  usage_fraction = {
+    layer: float(usage.measure(hits).usage_fraction)
     for layer, hits in validation.slot_counts.items()
   }
   return dict(
@@ -100,7 +100,7 @@ def _curves(folder: pathlib.Path, validation: Validation) -> Result:
     validation_loss=validation.loss,
     bits_per_byte=validation.bits_per_byte,
     tokens_per_second=float(np.median(speeds)),
-    slots_used=share_used,
+    usage_fraction=usage_fraction,
     # Of blocks that sparse attention may keep, the mean over its layers.
     **(dict(kept_share=float(np.mean(kept))) if kept else {}),
     curve=[

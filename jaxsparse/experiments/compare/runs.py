@@ -82,7 +82,7 @@ def plan(suite: Suite, workdir: str) -> list[Run]:
         steps = suite_lib.num_steps(suite, people)
         train = dataclasses.replace(config.train, seed=seed, num_steps=steps)
         optimizer = config.optimizer
-        if limit := suite.architectures[name].rate_times_people:
+        if limit := suite.architectures[name].lr_per_person:
           rate = min(optimizer.learning_rate, limit / people)
           optimizer = dataclasses.replace(optimizer, learning_rate=rate)
         group = f'people_{people:06}' if people else 'text'
@@ -282,7 +282,7 @@ def _train(
   config = run.config
   data = dataclasses.replace(config.data, **_write_text(run))
   config = dataclasses.replace(config, data=data)
-  config, _ = resume.claim_workdir(config, run.folder, reporter.say)
+  config, _ = resume.open_workdir(config, run.folder, reporter.say)
   compiled_programs.keep(config.data.cache_dir, reporter.say)
   corpus = build_corpus(config.data, reporter.say)
   resume.require_same_data(config, corpus, run.folder)

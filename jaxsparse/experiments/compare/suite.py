@@ -68,10 +68,10 @@ class Suite:
         architecture.memory is None or architecture.moe is None,
         f'architecture {name!r} has both memory and moe: set one of them.',
       )
-      rate = architecture.rate_times_people
+      rate = architecture.lr_per_person
       require(
         rate == 0 or (rate > 0 and bool(self.people)),
-        f'rate_times_people of {name!r} must be positive, in a suite with '
+        f'lr_per_person of {name!r} must be positive, in a suite with '
         f'people, or 0; got {rate}.',
       )
     texts = dict(
@@ -123,7 +123,7 @@ def load(path: str) -> Suite:
   )
 
 
-def narrowed(
+def restrict(
   suite: Suite,
   *,
   only: tuple[str, ...] = (),

@@ -119,7 +119,7 @@ def append(cache: Cache, new: Cache, has_ring: bool) -> tuple[Cache, Cache]:
     axis = _AXIS_OF_ROWS.get(name, 1)
     old, rows = cache[stored[name]], jnp.moveaxis(rows, 1, axis)
     if has_ring and num_new > 1:
-      seen, old = _go_round(old, rows, index, axis)
+      seen, old = _roll_ring(old, rows, index, axis)
     else:
       # One slot of a ring holds what has just left the window.
       at = index % old.shape[axis] if has_ring else index
@@ -128,7 +128,7 @@ def append(cache: Cache, new: Cache, has_ring: bool) -> tuple[Cache, Cache]:
   return read, cache | kept | dict(index=index + num_new)
 
 
-def _go_round(ring, rows, index, axis):
+def _roll_ring(ring, rows, index, axis):
   """All rows in the order of time, and the ring with the last of them."""
   slots = ring.shape[axis]
   seen = jnp.concatenate([jnp.roll(ring, -(index % slots), axis), rows], axis)

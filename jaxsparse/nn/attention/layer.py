@@ -158,8 +158,8 @@ class Attention(nn.Module):
         **mixes,
       )
 
-    plain = dict(plain=read) if dcmha else {}
-    show(self, value, weights=functools.partial(read, **mixes), **plain)
+    uncomposed = dict(uncomposed=read) if dcmha else {}
+    show(self, value, weights=functools.partial(read, **mixes), **uncomposed)
     return read(keys['value'], **mixes), cache
 
   def _implementation(self, has_cache, num_new):

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float
 
 MAPS = 'attention_maps'
 # Zeros that are added to what each layer reads, for its gradient.
-PROBES = 'attention_probes'
+ATTENTION_PROBES = 'attention_probes'
 
 
 def weights_of(
@@ -57,6 +57,6 @@ def is_asked_for(module: nn.Module) -> bool:
 
 def probed(module: nn.Module, read: jax.Array) -> jax.Array:
   """What was read, plus the layer's probe if there is one."""
-  if module.has_variable(PROBES, 'read'):
-    return read + module.get_variable(PROBES, 'read')
+  if module.has_variable(ATTENTION_PROBES, 'read'):
+    return read + module.get_variable(ATTENTION_PROBES, 'read')
   return read

@@ -18,7 +18,7 @@ from jaxsparse.ops.memory.table_scheme import (
 
 # Collections of variables for the row-sparse gradient of the tables: zeros that
 # are added to what is made of their rows, and `TableReads`.
-TAPS, ENTRIES = 'taps', 'entries'
+PROBES, ENTRIES = 'probes', 'entries'
 # The table of whose rows each is.
 TABLE_OF = dict(pooled='value_table', products='pre_value_table')
 

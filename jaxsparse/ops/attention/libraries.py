@@ -60,7 +60,7 @@ def choose(implementation: str, call: Call) -> str:
   if implementation == 'auto':
     platform = jax.default_backend()
     is_sliced = platform == 'gpu' and call.window > 0 and not call.is_decoding
-    if platform == 'cpu' or is_sliced or why_not('pallas', call):
+    if platform == 'cpu' or is_sliced or unsupported_reason('pallas', call):
       return 'xla'
     return 'pallas'
   if implementation not in LIBRARIES:
@@ -68,14 +68,14 @@ def choose(implementation: str, call: Call) -> str:
       f'attention_implementation = {implementation!r} must be one of auto, '
       f'xla, {", ".join(LIBRARIES)}.'
     )
-  if why := why_not(implementation, call):
+  if why := unsupported_reason(implementation, call):
     raise UserError(
       f"attention_implementation = {implementation!r} can't run here: {why}."
     )
   return implementation
 
 
-def why_not(name: str, call: Call) -> str | None:
+def unsupported_reason(name: str, call: Call) -> str | None:
   """What keeps a library's kernel from serving a call, in words."""
   platform = jax.default_backend()
   platforms = dict(pallas=('tpu', 'gpu'), cudnn=('gpu',))[name]
@@ -88,7 +88,7 @@ def why_not(name: str, call: Call) -> str | None:
   if call.is_decoding and name == 'pallas' and platform == 'gpu':
     if call.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
       return f'it takes 16 or 32 bits and not {call.dtype}'
-    return _why_not_decoding(call)
+    return _decoding_error(call)
   if call.length != call.num_keys:
     return f'it has {call.num_keys} keys for {call.length} queries'
   if name == 'cudnn':
@@ -98,11 +98,11 @@ def why_not(name: str, call: Call) -> str | None:
     return f'{call.length} positions are no multiple of {_ROWS}'
   elif platform == 'gpu' and call.window:
     return 'it knows no window on a GPU'
-  return _why_not_compiled(name, call)
+  return _compilation_error(name, call)
 
 
 @functools.cache
-def _why_not_compiled(name: str, call: Call) -> str | None:
+def _compilation_error(name: str, call: Call) -> str | None:
   def loss(
     query: Float[Array, 'B T N H'],
     key: Float[Array, 'B T K H'],
@@ -118,11 +118,11 @@ def _why_not_compiled(name: str, call: Call) -> str | None:
 
   arguments = (heads(call.num_heads), *[heads(call.num_kv_heads)] * 2)
   segments = jax.ShapeDtypeStruct((1, call.length), jnp.int32)
-  return _trouble(jax.grad(loss, (0, 1, 2)), *arguments, segments)
+  return _first_error(jax.grad(loss, (0, 1, 2)), *arguments, segments)
 
 
 @functools.cache
-def _why_not_decoding(call: Call) -> str | None:
+def _decoding_error(call: Call) -> str | None:
   keys = (1, call.num_kv_heads, call.num_keys, call.width)
   group = call.num_heads // call.num_kv_heads
   heads = [
@@ -133,10 +133,10 @@ def _why_not_decoding(call: Call) -> str | None:
     jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1,), (1, keys[2]))
   ]
   kernel = functools.partial(decode_attention, window=call.window)
-  return _trouble(kernel, *heads, *rows, *rows)
+  return _first_error(kernel, *heads, *rows, *rows)
 
 
-def _trouble(
+def _first_error(
   function: Callable, *arguments: jax.ShapeDtypeStruct
 ) -> str | None:
   """The first line of what compiling raises, on one device, whatever is set."""

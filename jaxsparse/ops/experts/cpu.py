@@ -70,19 +70,19 @@ def _product_in_place(
   """rows @ experts[expert] for a few rows, the matrix read where it lies."""
   dtype = chunking.accumulator(rows)
   depth, width = experts.shape[1:]
-  at_once = _FUSED_ELEMENTS // width
-  at_once = math.gcd(depth, max(8, min(32, at_once)))
+  chunk_size = _FUSED_ELEMENTS // width
+  chunk_size = math.gcd(depth, max(8, min(32, chunk_size)))
   flat = experts.reshape(-1, width)
-  scales = rows.T.reshape(-1, at_once, len(rows)).astype(dtype)
+  scales = rows.T.reshape(-1, chunk_size, len(rows)).astype(dtype)
 
   def add(i: Int[Array, ''], total: Float[Array, 's F']):
     scale = item(scales, i)
-    for j in range(at_once):
-      place = expert * depth + i * at_once + j
+    for j in range(chunk_size):
+      place = expert * depth + i * chunk_size + j
       line = item(*chunking.read_in_place(flat, place))
       line = line.astype(rows.dtype).astype(dtype)
       total += scale[j][:, None] * line[None]
     return total
 
   total = chunking.zeros((len(rows), width), dtype, rows, experts, expert)
-  return jax.lax.fori_loop(0, depth // at_once, add, total)
+  return jax.lax.fori_loop(0, depth // chunk_size, add, total)

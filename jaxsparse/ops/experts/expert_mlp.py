@@ -53,7 +53,7 @@ def expert_mlp(
   Returns:
     The sums, in f32 (f64 for f64) and not yet added up over `model`.
   """
-  num_experts, num_used = len(matrices['up']), experts.shape[1]
+  num_experts, num_experts_per_token = len(matrices['up']), experts.shape[1]
   is_few = first_expert is None and experts.size < num_experts
   if is_few and implementation == 'auto':
     return few_tokens_mlp(x, weights, experts, matrices, gelu)
@@ -65,7 +65,7 @@ def expert_mlp(
       rows, matrices, dispatch.sizes, implementation=implementation
     )
 
-  rows = routing.to_experts(x, dispatch, num_used)
+  rows = routing.to_experts(x, dispatch, num_experts_per_token)
   rows = _mlp(product, rows, matrices, gelu)
   return routing.from_experts(rows, weights, dispatch)
 

@@ -35,7 +35,7 @@ from jaxsparse.ops.experts.loops import (
   write_products,
 )
 from jaxsparse.ops.kernels import grouped_matmul as kernel
-from jaxsparse.ops.shard_map_vma import to_same_varying
+from jaxsparse.ops.shard_map_vma import match_vma
 
 IMPLEMENTATIONS = ('auto', 'loop', 'triton', 'megablox', 'ragged_dot')
 
@@ -75,17 +75,17 @@ def grouped_matmul(
   if implementation == 'auto':
     platform = jax.default_backend()
     implementation = _KERNELS.get(platform, 'loop')
-    if implementation != 'loop' and libraries.why_not(
+    if implementation != 'loop' and libraries.unsupported_reason(
       implementation, rows, experts
     ):
       implementation = 'ragged_dot' if platform == 'tpu' else 'loop'
   elif implementation in _KERNELS.values() and (
-    why := libraries.why_not(implementation, rows, experts)
+    why := libraries.unsupported_reason(implementation, rows, experts)
   ):
     raise UserError(
       f"implementation = {implementation!r} can't run here: {why}."
     )
-  rows, experts, sizes = to_same_varying(rows, experts, sizes)
+  rows, experts, sizes = match_vma(rows, experts, sizes)
   return dict(
     loop=_loop,
     triton=libraries.triton,
@@ -120,7 +120,7 @@ def assigned_matmul(
   Returns:
     The products in the type of `rows`.
   """
-  return _assigned(*to_same_varying(rows, experts, expert))
+  return _assigned(*match_vma(rows, experts, expert))
 
 
 def assigned_matmul_reference(
@@ -252,7 +252,7 @@ def _assigned_products(rows, experts, expert):
     products = rows[..., None].astype(dtype) * matrices.astype(dtype)
     return products.sum(1).astype(rows.dtype)
 
-  if jax.default_backend() == 'gpu' and not libraries.why_not(
+  if jax.default_backend() == 'gpu' and not libraries.unsupported_reason(
     'triton', rows, experts
   ):
     return kernel.assigned_matmul(rows, experts, expert)

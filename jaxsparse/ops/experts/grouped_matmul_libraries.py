@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsparse.ops import chunking
 from jaxsparse.ops.kernels import grouped_matmul as kernel
-from jaxsparse.ops.shard_map_vma import to_same_varying
+from jaxsparse.ops.shard_map_vma import match_vma
 
 # Megablox cuts all three dimensions in tiles of this size.
 _MEGABLOX_TILE = 128
@@ -80,17 +80,19 @@ def triton(
   return kernel.grouped_matmul(rows, experts, sizes, interpret)
 
 
-def why_not(name: str, rows: jax.Array, experts: jax.Array) -> str | None:
+def unsupported_reason(
+  name: str, rows: jax.Array, experts: jax.Array
+) -> str | None:
   """What keeps 'megablox' or 'triton' from running here, in words."""
   platform = dict(megablox='tpu', triton='gpu')[name]
   if jax.default_backend() != platform:
     return f'it is for {platform.upper()}, and this is {jax.default_backend()}'
-  if name == 'triton' and (why := kernel.why_not(rows, experts)):
+  if name == 'triton' and (why := kernel.unsupported_reason(rows, experts)):
     return why
   try:
     sizes = jnp.zeros(len(experts), jnp.int32)
     # Under the mesh axes of the caller, which Pallas may not know.
-    jax.eval_shape(_FUNCTIONS[name], *to_same_varying(rows, experts, sizes))
+    jax.eval_shape(_FUNCTIONS[name], *match_vma(rows, experts, sizes))
     _compile(name, rows.shape, rows.dtype, experts.shape, experts.dtype)
   except Exception as error:
     return f'{type(error).__name__}: {error}'.split('\n')[0]

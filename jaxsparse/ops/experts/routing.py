@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse.config.errors import UserError
 from jaxsparse.ops.memory import usage
-from jaxsparse.ops.shard_map_vma import argsort, to_same_varying
+from jaxsparse.ops.shard_map_vma import argsort, match_vma
 from jaxsparse.ops.top_k import top_m, top_m_reference
 
 _KINDS = ('softmax', 'sigmoid')
@@ -27,7 +27,7 @@ _KINDS = ('softmax', 'sigmoid')
 
 def route(
   logits: Float[Array, 'T X'],
-  num_used: int,
+  num_experts_per_token: int,
   *,
   kind: str = 'softmax',
   normalize: bool = True,
@@ -37,7 +37,7 @@ def route(
 
   Args:
     logits: of the router, f32 or f64.
-    num_used: experts per token, k.
+    num_experts_per_token: experts per token, k.
     kind: 'softmax' over all experts, or 'sigmoid' of each logit.
     normalize: divide the kept weights by their sum.
     bias: added to the scores for the choice of experts alone, not to the
@@ -48,7 +48,7 @@ def route(
   """
   scores = router_scores(logits, kind)
   choice = scores if bias is None else scores + bias[None]
-  _, experts = top_m(jax.lax.stop_gradient(choice), num_used)
+  _, experts = top_m(jax.lax.stop_gradient(choice), num_experts_per_token)
   # By comparison: the gradient of an index would add scalars one by one, which
   # is slow on GPU.
   is_chosen = jax.nn.one_hot(experts, logits.shape[1], dtype=bool)
@@ -60,7 +60,7 @@ def route(
 
 def route_reference(
   logits: Float[Array, 'T X'],
-  num_used: int,
+  num_experts_per_token: int,
   *,
   kind: str = 'softmax',
   normalize: bool = True,
@@ -72,7 +72,7 @@ def route_reference(
   else:
     scores = 1 / (1 + jnp.exp(-logits))
   choice = scores if bias is None else scores + bias[None]
-  _, experts = top_m_reference(choice, num_used)
+  _, experts = top_m_reference(choice, num_experts_per_token)
   weights = jnp.take_along_axis(scores, experts, axis=-1)
   if normalize:
     weights /= weights.sum(-1, keepdims=True)
@@ -189,30 +189,35 @@ def dispatch_order(
 
 
 def to_experts(
-  x: Float[Array, 'T D'], dispatch: Dispatch, num_used: int
+  x: Float[Array, 'T D'], dispatch: Dispatch, num_experts_per_token: int
 ) -> Float[Array, 'S D']:
   """The row of each assignment's token, sorted by expert."""
-  return _to_experts(*to_same_varying(x, dispatch), num_used)
+  return _to_experts(*match_vma(x, dispatch), num_experts_per_token)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _to_experts(x: Float[Array, 'T D'], dispatch: Dispatch, num_used: int):
-  return x[dispatch.order // num_used]
+def _to_experts(
+  x: Float[Array, 'T D'], dispatch: Dispatch, num_experts_per_token: int
+):
+  return x[dispatch.order // num_experts_per_token]
 
 
 def _gradient_of_tokens(
-  num_used: int, dispatch: Dispatch, cotangent: Float[Array, 'S D']
+  num_experts_per_token: int, dispatch: Dispatch, cotangent: Float[Array, 'S D']
 ):
   # A gather and a sum: the transposed gather would add rows one by one.
   by_token = cotangent[dispatch.inverse].reshape(
-    -1, num_used, cotangent.shape[1]
+    -1, num_experts_per_token, cotangent.shape[1]
   )
   dtype = jnp.promote_types(cotangent.dtype, jnp.float32)
   return by_token.sum(1, dtype=dtype).astype(cotangent.dtype), None
 
 
 _to_experts.defvjp(
-  lambda x, dispatch, num_used: (_to_experts(x, dispatch, num_used), dispatch),
+  lambda x, dispatch, num_experts_per_token: (
+    _to_experts(x, dispatch, num_experts_per_token),
+    dispatch,
+  ),
   _gradient_of_tokens,
 )
 
@@ -232,7 +237,7 @@ def from_experts(
   rows: Float[Array, 'S D'], weights: Float[Array, 'T k'], dispatch: Dispatch
 ) -> Float[Array, 'T D']:
   """Weighted sums of each token's k rows, in f32 at least."""
-  rows = _in_token_order(*to_same_varying(rows, dispatch))
+  rows = _in_token_order(*match_vma(rows, dispatch))
   return weighted_sum(rows, weights)
 
 

@@ -33,7 +33,7 @@ _MOST_ELEMENTS = 2**31 - 1
 _Shaped = jax.Array | jax.ShapeDtypeStruct
 
 
-def why_not(rows: _Shaped, experts: _Shaped) -> str | None:
+def unsupported_reason(rows: _Shaped, experts: _Shaped) -> str | None:
   """What keeps the kernels from serving arrays of such shapes, in words."""
   if experts.size > _MOST_ELEMENTS:
     return f'{experts.size} elements of matrices are not below 2^31'
@@ -109,7 +109,7 @@ def _products(
   num_tiles = num_rows // tile + min(num_experts, num_rows)
   tiles = _tiles(sizes, tile, num_tiles)
   out = _tiled_products(rows, experts, tiles, tile, interpret, is_transposed)
-  # Nothing was written to rows of nobody.
+  # Nothing was written to rows of no expert.
   return jnp.where(jnp.arange(num_rows)[:, None] < sizes.sum(), out, 0)
 
 

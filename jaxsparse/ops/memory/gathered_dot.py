@@ -19,16 +19,16 @@ from jaxtyping import Array, Float, Int
 from jaxsparse.ops import chunking
 from jaxsparse.ops.memory import value_bag_gradient as gradient
 from jaxsparse.ops.memory.value_bag import value_bag
-from jaxsparse.ops.memory.value_bag_gradient import NumUsed, Slots, Table
-from jaxsparse.ops.shard_map_vma import to_same_varying
+from jaxsparse.ops.memory.value_bag_gradient import NumValid, Slots, Table
+from jaxsparse.ops.shard_map_vma import match_vma
 
 
-def row_products(
+def gathered_dot(
   table: Float[Array, 'M W'],
   slot: Int[Array, 'T k'],
   vector: Float[Array, 'T W'],
   *,
-  num_used: Int[Array, 'T'] | None = None,
+  num_valid: Int[Array, 'T'] | None = None,
   table_gradient: str = 'scatter',
 ) -> Float[Array, 'T k']:
   """The products, in f32 (f64 for f64 input).
@@ -37,45 +37,43 @@ def row_products(
     table: rows to read, in range; they are not checked.
     slot: row of each of a token's k entries.
     vector: of each token.
-    num_used: how many of a token's entries count, from the first on; None for
+    num_valid: how many of a token's entries count, from the first on; None for
       all. The others give zero.
     table_gradient: how rows are added to the table's gradient, see `value_bag`.
   """
-  if num_used is None:
-    return _row_products(
-      *to_same_varying(table, slot, vector, None), table_gradient
-    )
-  in_use = jnp.arange(slot.shape[1])[None] < num_used[:, None]
+  if num_valid is None:
+    return _gathered_dot(*match_vma(table, slot, vector, None), table_gradient)
+  in_use = jnp.arange(slot.shape[1])[None] < num_valid[:, None]
   slot = jnp.where(in_use, slot, 0)
-  products = _row_products(
-    *to_same_varying(table, slot, vector, num_used), table_gradient
+  products = _gathered_dot(
+    *match_vma(table, slot, vector, num_valid), table_gradient
   )
   return jnp.where(in_use, products, 0)
 
 
-def row_products_reference(
+def gathered_dot_reference(
   table: Float[Array, 'M W'],
   slot: Int[Array, 'T k'],
   vector: Float[Array, 'T W'],
 ) -> Float[Array, 'T k']:
-  """`row_products` by gathering all rows."""
+  """`gathered_dot` by gathering all rows."""
   return jnp.einsum('tkw,tw->tk', table[slot], vector)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
-def _row_products(
+def _gathered_dot(
   table: Table,
   slot: Slots,
   vector: Float[Array, 'T W'],
-  num_used: NumUsed,
+  num_valid: NumValid,
   table_gradient: str,
 ):
   dtype = chunking.accumulator(table, vector)
   # Only shape and type matter of the weights whose gradient this would be.
   weight = jnp.zeros((*slot.shape, 1), dtype)
-  weight, _ = to_same_varying(weight, slot)
-  products = gradient.of_weight(
-    table, slot, weight, None, num_used, vector[:, None]
+  weight, _ = match_vma(weight, slot)
+  products = gradient.weight_gradient(
+    table, slot, weight, None, num_valid, vector[:, None]
   )
   return products[..., 0]
 
@@ -84,23 +82,23 @@ def _save(
   table: Table,
   slot: Slots,
   vector: Float[Array, 'T W'],
-  num_used: NumUsed,
+  num_valid: NumValid,
   table_gradient: str,
 ):
-  products = _row_products(table, slot, vector, num_used, table_gradient)
-  return products, (table, slot, vector, num_used)
+  products = _gathered_dot(table, slot, vector, num_valid, table_gradient)
+  return products, (table, slot, vector, num_valid)
 
 
 def _restore(
   table_gradient: str, inputs: tuple, cotangent: Float[Array, 'T k']
 ):
-  table, slot, vector, num_used = inputs
+  table, slot, vector, num_valid = inputs
   weight = cotangent[..., None]
-  d_vector = value_bag(table, slot, weight, num_used=num_used)[:, 0]
-  d_table = gradient.of_table(
-    table, slot, weight, None, num_used, vector[:, None], table_gradient
+  d_vector = value_bag(table, slot, weight, num_valid=num_valid)[:, 0]
+  d_table = gradient.table_gradient(
+    table, slot, weight, None, num_valid, vector[:, None], table_gradient
   )
   return d_table, None, d_vector.astype(vector.dtype), None
 
 
-_row_products.defvjp(_save, _restore)
+_gathered_dot.defvjp(_save, _restore)

@@ -45,7 +45,7 @@ def sum_equal_rows(
 
   The sum is a tree over each run of equal rows: in pass i a reference takes
   what the one 2^i before it holds, if that is of the same row, and the last of
-  a run ends up with all of it. The others get slots of their own past the end.
+  a run ends up with all of it. The others get rows out of range, each its own.
   """
   size = len(row)
   for i in range(math.ceil(math.log2(size))):
@@ -53,5 +53,5 @@ def sum_equal_rows(
     held = jnp.pad(update[: -(2**i)], ((2**i, 0), (0, 0)))
     update += jnp.where((row == before)[:, None], held, 0)
   is_last = row != jnp.append(row[1:], -1)
-  nobody = num_rows + jnp.arange(size, dtype=row.dtype)
-  return jnp.where(is_last & (row < num_rows), row, nobody), update
+  out_of_range = num_rows + jnp.arange(size, dtype=row.dtype)
+  return jnp.where(is_last & (row < num_rows), row, out_of_range), update

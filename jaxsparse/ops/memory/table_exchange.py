@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse import mesh
-from jaxsparse.ops.shard_map_vma import argsort, to_same_varying
+from jaxsparse.ops.shard_map_vma import argsort, match_vma
 
 Entries = tuple[
   Int[Array, 'T k'], Float[Array, 'T k c'] | None, Int[Array, 'T k'] | None
@@ -252,7 +252,7 @@ def put_back(
 
 def _permuted(weight, order, inverse):
   """Entries in another order, with a gradient that is an order as well."""
-  return _take_in_order(*to_same_varying(weight, order, inverse))
+  return _take_in_order(*match_vma(weight, order, inverse))
 
 
 @jax.custom_vjp

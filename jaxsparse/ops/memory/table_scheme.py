@@ -89,24 +89,24 @@ def choose_scheme(
       uneven or narrower than the floor.
   """
   if scheme != 'auto':
-    trouble = _trouble(scheme, use, axes, platform)
-    if trouble:
-      raise UserError(f'memory.table.scheme={scheme} {trouble}')
+    reason = _unsupported_reason(scheme, use, axes, platform)
+    if reason:
+      raise UserError(f'memory.table.scheme={scheme} {reason}')
     return scheme
-  troubles = {s: _trouble(s, use, axes, platform) for s in SCHEMES}
-  fitting = [s for s in SCHEMES if not troubles[s]]
+  reasons = {s: _unsupported_reason(s, use, axes, platform) for s in SCHEMES}
+  fitting = [s for s in SCHEMES if not reasons[s]]
   if not fitting:
     raise UserError(
       f'memory.table.scheme=auto finds no way to split the value table: '
-      f'columns {troubles["columns"]}'
+      f'columns {reasons["columns"]}'
     )
   return min(fitting, key=lambda s: bytes_per_token(s, use, axes))
 
 
-def _trouble(
+def _unsupported_reason(
   scheme: str, use: TableUse, axes: dict[str, int], platform: str
 ) -> str:
-  """What speaks against the scheme; nothing: ''."""
+  """What keeps the table from being split so; '' where nothing does."""
   layout = mesh.TABLE_LAYOUTS[scheme]
   over_rows = math.prod(axes[a] for a in layout.rows)
   over_columns = math.prod(axes[a] for a in layout.columns)

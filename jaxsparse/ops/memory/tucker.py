@@ -144,7 +144,7 @@ def _select(
     return carry, _best_cells(*pair, num_selected, num_quadrants)
 
   cells = row.shape[1] * num_selected**2 // num_quadrants
-  _, (p_THk, q_THk) = chunking.over_tokens(
+  _, (p_THk, q_THk) = chunking.scan_tokens(
     best_cells,
     None,
     (left_THmr, right_THmr),

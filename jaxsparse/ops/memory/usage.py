@@ -1,7 +1,8 @@
 """How evenly the slots of a memory are used, by tokens that are no padding.
 
-Section 4 of the product-key paper (arXiv:1907.05242): the share of slots in
-use, and the unevenness, the divergence of the hits from a uniform spread.
+Section 4 of the product-key paper (arXiv:1907.05242): the fraction of
+the slots that is in use, and the KL divergence of the reads from a uniform
+spread.
 """
 
 import jax.numpy as jnp
@@ -47,16 +48,16 @@ def mean_over_tokens(
   return total / count.astype(x.dtype)
 
 
-def share_used(hits: Int[Array, 'M']) -> Float[Array, '']:
-  """Share of slots with at least one hit."""
+def usage_fraction(hits: Int[Array, 'M']) -> Float[Array, '']:
+  """Fraction of the slots that are read at least once."""
   return (hits > 0).mean(dtype=jnp.float32)
 
 
-def unevenness(hits: Int[Array, 'M']) -> Float[Array, '']:
-  """log M + sum of z log z, z the share of hits, in nats.
+def usage_kl(hits: Int[Array, 'M']) -> Float[Array, '']:
+  """KL divergence from uniform reads, log M + sum of z log z, in nats.
 
-  0 when all slots are hit equally often, and with no hit; log M when one slot
-  takes all.
+  z is a slot's share of the reads. 0 when all slots are read equally often, and
+  with no read; log M when one slot gets all.
   """
   hits_f32 = hits.astype(jnp.float32)
   total = hits_f32.sum()

@@ -15,7 +15,7 @@ into code without that buffer:
     into one kernel, for as many tokens at once as XLA agrees to fuse; with few
     tokens, as in decoding, that kernel would be short of threads, and rows are
     gathered for a matmul;
-  * CPU in f32 with one group: the same in pieces of the k entries, over which a
+  * CPU in f32 with one group: the same in chunks of the k entries, over which a
     loop goes;
   * TPU, and otherwise CPU: tokens go in chunks whose rows stay in fast memory,
     and a matmul sums them. With four groups and two cores a CPU does that in
@@ -38,15 +38,15 @@ from jaxsparse.ops import chunking
 from jaxsparse.ops.memory import value_bag_gradient as gradient
 from jaxsparse.ops.memory.value_bag_gradient import (
   Groups,
-  NumUsed,
+  NumValid,
   Pools,
   Slots,
   Table,
   Weights,
 )
-from jaxsparse.ops.shard_map_vma import to_same_varying
+from jaxsparse.ops.shard_map_vma import match_vma
 
-# Entries of a piece, where not all are fused. On a CPU the sums should stay in
+# Entries of a chunk, where not all are fused. On a CPU the sums should stay in
 # the cache, and compile time counts.
 _UNROLL_GPU = 28
 _UNROLL_CPU = 8
@@ -70,7 +70,7 @@ def value_bag(
   group: Int[Array, 'T k'] | None = None,
   num_groups: int = 1,
   *,
-  num_used: Int[Array, 'T'] | None = None,
+  num_valid: Int[Array, 'T'] | None = None,
   table_gradient: str = 'scatter',
 ) -> Float[Array, 'T {num_groups} W']:
   """Pools rows of `table`, a bag per token and group.
@@ -88,7 +88,7 @@ def value_bag(
     weight: c weights of each entry, one for each of c blocks of columns.
     group: bag of each entry; None puts all into the only one.
     num_groups: number of bags per token.
-    num_used: how many of a token's entries count, from the first on; None for
+    num_valid: how many of a token's entries count, from the first on; None for
       all. What the others hold is of no influence, and the time follows the
       largest number of entries in use.
     table_gradient: how rows are added to the gradient of the table.
@@ -103,18 +103,18 @@ def value_bag(
   Raises:
     UserError: `table_gradient` is none of the above.
   """
-  if table_gradient not in gradient.WAYS:
+  if table_gradient not in gradient.ACCUMULATION_MODES:
     raise UserError(
       f'table_gradient = {table_gradient!r} must be one of '
-      f'{", ".join(map(repr, gradient.WAYS))}.'
+      f'{", ".join(map(repr, gradient.ACCUMULATION_MODES))}.'
     )
-  if num_used is not None:
-    in_use = jnp.arange(slot.shape[1])[None] < num_used[:, None]
+  if num_valid is not None:
+    in_use = jnp.arange(slot.shape[1])[None] < num_valid[:, None]
     slot = jnp.where(in_use, slot, 0)
     weight = jnp.where(in_use[..., None], weight, 0)
     group = None if group is None else jnp.where(in_use, group, 0)
   return _value_bag(
-    *to_same_varying(table, slot, weight, group, num_used),
+    *match_vma(table, slot, weight, group, num_valid),
     num_groups,
     table_gradient,
   )
@@ -127,14 +127,14 @@ def value_bag_reference(
   group: Int[Array, 'T k'] | None = None,
   num_groups: int = 1,
   *,
-  num_used: Int[Array, 'T'] | None = None,
+  num_valid: Int[Array, 'T'] | None = None,
 ) -> Float[Array, 'T {num_groups} W']:
   """`value_bag` by gathering all rows and leaving the gradient to autodiff."""
   dtype = chunking.accumulator(table, weight)
   if group is None:
     group = jnp.zeros_like(slot)
-  if num_used is not None:
-    in_use = jnp.arange(slot.shape[1])[None] < num_used[:, None]
+  if num_valid is not None:
+    in_use = jnp.arange(slot.shape[1])[None] < num_valid[:, None]
     weight = jnp.where(in_use[..., None], weight, 0)
   rows_TkW = table[slot].astype(dtype)
   weight_TkW = jnp.repeat(weight, table.shape[1] // weight.shape[2], axis=2)
@@ -148,11 +148,11 @@ def _value_bag(
   slot: Slots,
   weight: Weights,
   group: Groups,
-  num_used: NumUsed,
+  num_valid: NumValid,
   num_groups: int,
   table_gradient: str,
 ):
-  return _forward(table, slot, weight, group, num_used, num_groups)
+  return _forward(table, slot, weight, group, num_valid, num_groups)
 
 
 def _save(
@@ -160,11 +160,11 @@ def _save(
   slot: Slots,
   weight: Weights,
   group: Groups,
-  num_used: NumUsed,
+  num_valid: NumValid,
   num_groups: int,
   table_gradient: str,
 ):
-  inputs = (table, slot, weight, group, num_used)
+  inputs = (table, slot, weight, group, num_valid)
   return _forward(*inputs, num_groups), inputs
 
 
@@ -172,8 +172,8 @@ def _restore(
   num_groups: int, table_gradient: str, inputs: tuple, cotangent: Pools
 ):
   # Two programs, not one, so that the table's is dead code if nobody asks.
-  d_table = gradient.of_table(*inputs, cotangent, table_gradient)
-  d_weight = gradient.of_weight(*inputs, cotangent)
+  d_table = gradient.table_gradient(*inputs, cotangent, table_gradient)
+  d_weight = gradient.weight_gradient(*inputs, cotangent)
   return d_table, None, d_weight, None, None
 
 
@@ -187,16 +187,16 @@ def _forward(
   slot: Slots,
   weight: Weights,
   group: Groups,
-  num_used: NumUsed,
+  num_valid: NumValid,
   num_groups: int,
 ):
   if slot.size == 0:
     shape = (slot.shape[0], num_groups, table.shape[1])
     return jnp.zeros(shape, chunking.accumulator(table, weight))
 
-  def unrolled(at_once: int):
+  def unrolled(chunk_size: int):
     return functools.partial(
-      _forward_unrolled, num_groups=num_groups, at_once=at_once
+      _forward_unrolled, num_groups=num_groups, chunk_size=chunk_size
     )
 
   def chunked(chunk_bytes: int):
@@ -205,24 +205,24 @@ def _forward(
     )
 
   def fused(
-    table: Table, slot: Slots, weight: Weights, group: Groups, _: NumUsed
+    table: Table, slot: Slots, weight: Weights, group: Groups, _: NumValid
   ):
     return _forward_fused(table, slot, weight, group, num_groups)
 
   def gathered(
-    table: Table, slot: Slots, weight: Weights, group: Groups, _: NumUsed
+    table: Table, slot: Slots, weight: Weights, group: Groups, _: NumValid
   ):
     return _forward_gathered(table, slot, weight, group, num_groups)
 
   by_matmul = table.dtype.itemsize < 4 or group is not None
-  if num_used is None and slot.size * table.shape[1] <= _FEW_READS:
+  if num_valid is None and slot.size * table.shape[1] <= _FEW_READS:
     on_gpu = gathered
-  elif num_used is None and slot.shape[1] <= _FUSED_ENTRIES:
+  elif num_valid is None and slot.shape[1] <= _FUSED_ENTRIES:
     on_gpu = fused
   else:
     on_gpu = unrolled(_UNROLL_GPU)
   return jax.lax.platform_dependent(
-    table, slot, weight, group, num_used,
+    table, slot, weight, group, num_valid,
     cpu=(
       chunked(chunking.CHUNK_BYTES_CPU)
       if by_matmul
@@ -248,9 +248,9 @@ def _forward_unrolled(
   slot: Slots,
   weight: Weights,
   group: Groups,
-  num_used: NumUsed,
+  num_valid: NumValid,
   num_groups: int,
-  at_once: int,
+  chunk_size: int,
 ):
   dtype = chunking.accumulator(table, weight)
   num_tokens, num_cores, width = len(slot), weight.shape[2], table.shape[1]
@@ -267,12 +267,12 @@ def _forward_unrolled(
 
   # Weights by group at once: a GPU would write them entry by entry.
   weight_TkGc = _with_groups(weight.astype(dtype), group, num_groups)
-  pooled_TGW, _ = chunking.over_entries(
+  pooled_TGW, _ = chunking.scan_entries(
     add,
     chunking.zeros((num_tokens, num_groups, width), dtype, table, slot),
     (slot, weight_TkGc),
-    num_used,
-    at_once,
+    num_valid,
+    chunk_size,
   )
   return pooled_TGW
 
@@ -317,25 +317,27 @@ def _forward_fused(
         pooled_tGW += jnp.where(is_own[..., None], rows_tW[:, None], 0)
     return pooled_tGW
 
-  at_once = max(1, _FUSED_READS // (num_entries * num_groups * width))
-  at_once = 1 << (at_once.bit_length() - 1)  # XLA splits odd sizes earlier.
-  if num_tokens <= at_once:
+  chunk_size = max(1, _FUSED_READS // (num_entries * num_groups * width))
+  chunk_size = 1 << (
+    chunk_size.bit_length() - 1
+  )  # XLA splits odd sizes earlier.
+  if num_tokens <= chunk_size:
     return pool(slot, weight, group)
 
   def pool_some(i: Int[Array, ''], pooled_TGW: Pools):
     # Cuts that reach beyond the end are moved back: the last tokens are pooled
-    # twice where at_once does not divide them, to the same sums.
+    # twice where chunk_size does not divide them, to the same sums.
     some = jax.tree.map(
-      lambda x: jax.lax.dynamic_slice_in_dim(x, i * at_once, at_once),
+      lambda x: jax.lax.dynamic_slice_in_dim(x, i * chunk_size, chunk_size),
       (slot, weight, group),
     )
     return jax.lax.dynamic_update_slice_in_dim(
-      pooled_TGW, pool(*some), i * at_once, axis=0
+      pooled_TGW, pool(*some), i * chunk_size, axis=0
     )
 
   shape = (num_tokens, num_groups, width)
   pooled_TGW = chunking.zeros(shape, dtype, table, slot)
-  num_kernels = math.ceil(num_tokens / at_once)
+  num_kernels = math.ceil(num_tokens / chunk_size)
   return jax.lax.fori_loop(0, num_kernels, pool_some, pooled_TGW)
 
 
@@ -344,13 +346,13 @@ def _forward_chunked(
   slot: Slots,
   weight: Weights,
   group: Groups,
-  num_used: NumUsed,
+  num_valid: NumValid,
   num_groups: int,
   chunk_bytes: int,
 ):
   dtype = chunking.accumulator(table, weight)
   num_cores, width = weight.shape[2], table.shape[1]
-  at_once = chunking.entries_at_once(slot, num_used)
+  chunk_size = chunking.entries_per_chunk(slot, num_valid)
 
   def add(pooled_tGcw: Float[Array, 't G c w'], entries: tuple):
     slot, weight, group = entries
@@ -364,18 +366,18 @@ def _forward_chunked(
     return pooled_tGcw, None
 
   def pool(_: None, chunk: tuple):
-    *entries, num_used = chunk
+    *entries, num_valid = chunk
     shape = (len(entries[0]), num_groups, num_cores, width // num_cores)
     nothing = chunking.zeros(shape, dtype, table, slot)
-    pooled, _ = chunking.over_entries(
-      add, nothing, tuple(entries), num_used, at_once
+    pooled, _ = chunking.scan_entries(
+      add, nothing, tuple(entries), num_valid, chunk_size
     )
     return None, pooled
 
-  _, pooled = chunking.over_tokens(
+  _, pooled = chunking.scan_tokens(
     pool,
     None,
-    (slot, weight, group, num_used),
-    chunk_bytes // (at_once * table[0].nbytes),
+    (slot, weight, group, num_valid),
+    chunk_bytes // (chunk_size * table[0].nbytes),
   )
   return pooled.reshape(slot.shape[0], num_groups, width)

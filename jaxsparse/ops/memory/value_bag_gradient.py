@@ -32,42 +32,42 @@ Table = Float[Array, 'M W']
 Slots = Int[Array, 'T k']
 Weights = Float[Array, 'T k c']
 Groups = Int[Array, 'T k'] | None
-NumUsed = Int[Array, 'T'] | None
+NumValid = Int[Array, 'T'] | None
 Pools = Float[Array, 'T G W']
 
-WAYS = ('scatter', 'sorted', 'deterministic')
+ACCUMULATION_MODES = ('scatter', 'sorted', 'deterministic')
 
-# Entries of a piece on a GPU where not all can be fused.
+# Entries of a chunk on a GPU where not all can be fused.
 _ENTRIES_GPU = 8
 
 
 @jax.jit
-def of_weight(
+def weight_gradient(
   table: Table,
   slot: Slots,
   weight: Weights,
   group: Groups,
-  num_used: NumUsed,
+  num_valid: NumValid,
   cotangent: Pools,
 ):
   """Gradient [T, k, c] with respect to the weights."""
   if slot.size == 0:
     return jnp.zeros_like(weight)
   return jax.lax.platform_dependent(
-    table, slot, weight, group, num_used, cotangent,
-    cpu=_of_weight_chunked(chunking.CHUNK_BYTES_CPU),
-    tpu=_of_weight_chunked(chunking.CHUNK_BYTES),
-    default=_of_weight_whole,
+    table, slot, weight, group, num_valid, cotangent,
+    cpu=_weight_gradient_chunked(chunking.CHUNK_BYTES_CPU),
+    tpu=_weight_gradient_chunked(chunking.CHUNK_BYTES),
+    default=_weight_gradient_whole,
   )  # fmt: skip
 
 
 @functools.partial(jax.jit, static_argnames=('way',))
-def of_table(
+def table_gradient(
   table: Table,
   slot: Slots,
   weight: Weights,
   group: Groups,
-  num_used: NumUsed,
+  num_valid: NumValid,
   cotangent: Pools,
   way: str,
 ):
@@ -81,7 +81,7 @@ def of_table(
   )
   sequential, parallel = ways[way]
   return jax.lax.platform_dependent(
-    table, slot, weight, group, num_used, cotangent,
+    table, slot, weight, group, num_valid, cotangent,
     cpu=sequential(chunking.CHUNK_BYTES_CPU),
     tpu=sequential(chunking.CHUNK_BYTES),
     default=parallel,
@@ -99,12 +99,12 @@ def _split(x: Float[Array, '*S W'], num_cores: int):
   return x.reshape(*x.shape[:-1], num_cores, -1)
 
 
-def _of_weight_whole(
+def _weight_gradient_whole(
   table: Table,
   slot: Slots,
   weight: Weights,
   group: Groups,
-  num_used: NumUsed,
+  num_valid: NumValid,
   cotangent: Pools,
 ):
   """By a sum of products, which a GPU fuses with the gather of the rows."""
@@ -116,33 +116,33 @@ def _of_weight_whole(
     pooled_TkW = _of_pool(cotangent.astype(dtype), group)
     return None, _split(rows_TkW * pooled_TkW, weight.shape[-1]).sum(-1)
 
-  at_once = slot.shape[1] if num_used is None else _ENTRIES_GPU
-  _, d_weight = chunking.over_entries(
-    step, None, (slot, group), num_used, at_once
+  chunk_size = slot.shape[1] if num_valid is None else _ENTRIES_GPU
+  _, d_weight = chunking.scan_entries(
+    step, None, (slot, group), num_valid, chunk_size
   )
   return d_weight.astype(weight.dtype)
 
 
-def _of_weight_chunked(chunk_bytes: int):
+def _weight_gradient_chunked(chunk_bytes: int):
   """By a matmul of gathered rows with all of a token's pools.
 
   A CPU adds up a sum of products one by one.
   """
 
-  def of_weight(
+  def weight_gradient(
     table: Table,
     slot: Slots,
     weight: Weights,
     group: Groups,
-    num_used: NumUsed,
+    num_valid: NumValid,
     cotangent: Pools,
   ):
     dtype = chunking.accumulator(table, cotangent)
-    at_once = chunking.entries_at_once(slot, num_used)
+    chunk_size = chunking.entries_per_chunk(slot, num_valid)
     num_cores = weight.shape[-1]
 
     def on_chunk(_: None, chunk: tuple):
-      cotangent_tGW, num_used, *entries = chunk
+      cotangent_tGW, num_valid, *entries = chunk
 
       def step(_: None, entries: tuple):
         slot, group = entries
@@ -157,22 +157,22 @@ def _of_weight_chunked(chunk_bytes: int):
         is_own = jax.nn.one_hot(group, d_weight_tkGc.shape[2], dtype=bool)
         return None, jnp.where(is_own[..., None], d_weight_tkGc, 0).sum(2)
 
-      return chunking.over_entries(
-        step, None, tuple(entries), num_used, at_once
+      return chunking.scan_entries(
+        step, None, tuple(entries), num_valid, chunk_size
       )
 
-    _, d_weight = chunking.over_tokens(
+    _, d_weight = chunking.scan_tokens(
       on_chunk,
       None,
-      (cotangent, num_used, slot, group),
-      chunk_bytes // (at_once * table[0].nbytes),
+      (cotangent, num_valid, slot, group),
+      chunk_bytes // (chunk_size * table[0].nbytes),
     )
     return d_weight.astype(weight.dtype)
 
-  return of_weight
+  return weight_gradient
 
 
-def _nothing(table: Table, weight: Weights, slot: Slots):
+def _zeros_like_table(table: Table, weight: Weights, slot: Slots):
   dtype = chunking.accumulator(table, weight)
   return chunking.zeros(table.shape, dtype, table, slot)
 
@@ -181,7 +181,7 @@ def _scatter(d_table: Table, cotangent_TGW: Pools, entries: tuple):
   """Adds the entries' outer products to `d_table`.
 
   Whole rows in f32: scalar and bf16 updates would each cost an order of
-  magnitude on some backend. Slot M is nobody's.
+  magnitude on some backend. Row M is out of range.
   """
   slot, weight, group = entries
   dtype = d_table.dtype
@@ -194,11 +194,11 @@ def _scatter(d_table: Table, cotangent_TGW: Pools, entries: tuple):
   )
 
 
-def _without_unused(slot: Slots, num_used: NumUsed, num_rows: int):
+def _without_unused(slot: Slots, num_valid: NumValid, num_rows: int):
   """Slots, M where not in use: else row 0 would take an add for each."""
-  if num_used is None:
+  if num_valid is None:
     return slot
-  in_use = jnp.arange(slot.shape[1])[None] < num_used[:, None]
+  in_use = jnp.arange(slot.shape[1])[None] < num_valid[:, None]
   return jnp.where(in_use, slot, num_rows)
 
 
@@ -207,66 +207,66 @@ def _scatter_whole(
   slot: Slots,
   weight: Weights,
   group: Groups,
-  num_used: NumUsed,
+  num_valid: NumValid,
   cotangent: Pools,
 ):
   def step(d_table: Table, entries: tuple):
     return _scatter(d_table, cotangent, entries), None
 
-  slot = _without_unused(slot, num_used, len(table))
-  at_once = slot.shape[1] if num_used is None else _ENTRIES_GPU
-  d_table, _ = chunking.over_entries(
+  slot = _without_unused(slot, num_valid, len(table))
+  chunk_size = slot.shape[1] if num_valid is None else _ENTRIES_GPU
+  d_table, _ = chunking.scan_entries(
     step,
-    _nothing(table, weight, slot),
+    _zeros_like_table(table, weight, slot),
     (slot, weight, group),
-    num_used,
-    at_once,
+    num_valid,
+    chunk_size,
   )
   return d_table
 
 
 def _scatter_chunked(chunk_bytes: int):
-  def of_table(
+  def table_gradient(
     table: Table,
     slot: Slots,
     weight: Weights,
     group: Groups,
-    num_used: NumUsed,
+    num_valid: NumValid,
     cotangent: Pools,
   ):
-    at_once = chunking.entries_at_once(slot, num_used)
+    chunk_size = chunking.entries_per_chunk(slot, num_valid)
 
     def on_chunk(d_table: Table, chunk: tuple):
-      cotangent, num_used, *entries = chunk
+      cotangent, num_valid, *entries = chunk
 
       def step(d_table: Table, entries: tuple):
         return _scatter(d_table, cotangent, entries), None
 
-      return chunking.over_entries(
-        step, d_table, tuple(entries), num_used, at_once
+      return chunking.scan_entries(
+        step, d_table, tuple(entries), num_valid, chunk_size
       )
 
-    slot = _without_unused(slot, num_used, len(table))
-    d_table, _ = chunking.over_tokens(
+    slot = _without_unused(slot, num_valid, len(table))
+    d_table, _ = chunking.scan_tokens(
       on_chunk,
-      _nothing(table, weight, slot),
-      (cotangent, num_used, slot, weight, group),
-      chunk_bytes // (at_once * table[0].nbytes),
+      _zeros_like_table(table, weight, slot),
+      (cotangent, num_valid, slot, weight, group),
+      chunk_bytes // (chunk_size * table[0].nbytes),
     )
     return d_table
 
-  return of_table
+  return table_gradient
 
 
 # Sorted by row. The sort is stable, so the order of adds is fixed.
 
 
-def _sort(slot: Slots, num_used: NumUsed, num_rows: int):
+def _sort(slot: Slots, num_valid: NumValid, num_rows: int):
   """References by row: their rows and positions in [T * k], and how many."""
-  slot = _without_unused(slot, num_used, num_rows).reshape(-1)
+  slot = _without_unused(slot, num_valid, num_rows).reshape(-1)
   position = jnp.arange(len(slot), dtype=slot.dtype)
   row, position = sort_key_val(slot, position)
-  return row, position, None if num_used is None else num_used.sum()
+  return row, position, None if num_valid is None else num_valid.sum()
 
 
 def _add_sorted(
@@ -275,14 +275,14 @@ def _add_sorted(
   slot: Slots,
   weight: Weights,
   group: Groups,
-  num_used: NumUsed,
+  num_valid: NumValid,
   cotangent: Pools,
-  at_once: int,
+  chunk_size: int,
 ):
   """Runs add(d_table, row, update) over blocks of the sorted references."""
-  row, position, num_references = _sort(slot, num_used, len(table))
-  at_once = min(at_once, len(row))
-  size = math.ceil(len(row) / at_once) * at_once
+  row, position, num_references = _sort(slot, num_valid, len(table))
+  chunk_size = min(chunk_size, len(row))
+  size = math.ceil(len(row) / chunk_size) * chunk_size
   row = jnp.pad(row, (0, size - len(row)), constant_values=len(table))
   position = chunking.pad(position, size, axis=0)
 
@@ -291,12 +291,12 @@ def _add_sorted(
     update = updates_at(position[0], weight, group, cotangent, d_table.dtype)
     return add(d_table, row[0], update), None
 
-  d_table, _ = chunking.over_entries(
+  d_table, _ = chunking.scan_entries(
     step,
-    _nothing(table, weight, slot),
+    _zeros_like_table(table, weight, slot),
     (row[None], position[None]),
     None if num_references is None else num_references[None],
-    at_once,
+    chunk_size,
   )
   return d_table
 
@@ -308,11 +308,11 @@ def _add_equal_after_equal(
 
 
 def _sorted_blocks(chunk_bytes: int):
-  def of_table(table: Table, *args: jax.Array | None):
-    at_once = max(1, chunk_bytes // table[0].nbytes)
-    return _add_sorted(_add_equal_after_equal, table, *args, at_once)
+  def table_gradient(table: Table, *args: jax.Array | None):
+    chunk_size = max(1, chunk_bytes // table[0].nbytes)
+    return _add_sorted(_add_equal_after_equal, table, *args, chunk_size)
 
-  return of_table
+  return table_gradient
 
 
 def _sorted_whole(
@@ -320,12 +320,19 @@ def _sorted_whole(
   slot: Slots,
   weight: Weights,
   group: Groups,
-  num_used: NumUsed,
+  num_valid: NumValid,
   *args: jax.Array | None,
 ):
-  at_once = slot.size if num_used is None else REFERENCES_GPU
+  chunk_size = slot.size if num_valid is None else REFERENCES_GPU
   return _add_sorted(
-    _add_equal_after_equal, table, slot, weight, group, num_used, *args, at_once
+    _add_equal_after_equal,
+    table,
+    slot,
+    weight,
+    group,
+    num_valid,
+    *args,
+    chunk_size,
   )
 
 

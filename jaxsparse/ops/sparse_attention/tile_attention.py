@@ -18,8 +18,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse.ops.online_softmax import (
-  combined,
   masked_softmax,
+  merge_states,
   partial_softmax,
 )
 from jaxsparse.ops.sparse_attention.block_selection import (
@@ -110,7 +110,7 @@ def attend_tiles(
     if not options.is_overlapping:
       is_read &= ~_is_kept_block(selection, is_read.shape[-1])
     parts.append(_summarized(query, segments, summaries, is_read))
-  y, shares = combined(parts, gates, options.combine)
+  y, shares = merge_states(parts, gates, options.combine)
   shares = jnp.pad(shares, [(0, 0)] * 5 + [(0, 3 - shares.shape[-1])])
   return *(jnp.moveaxis(x, 1, 3) for x in (y, shares)), masses
 

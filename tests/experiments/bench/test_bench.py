@@ -11,9 +11,9 @@ import pytest
 
 from jaxsparse.config.errors import UserError
 from jaxsparse.experiments.bench import (
+  all_benches,
   attention,
   command,
-  first_session,
   host_memory,
   measuring,
   memory_layer,
@@ -232,11 +232,11 @@ def test_all_runs_every_bench_and_writes_one_file(tmp_path, monkeypatch):
     ('bag', value_bag, [BAG, BAG | dict(tokens=3)]),
     ('host', host_memory, [dict()]),
   ]
-  known = [bench for _, bench, _ in first_session.sections()]
+  known = [bench for _, bench, _ in all_benches.sections()]
   assert known == list(command.BENCHES.values())
-  for _, bench, runs in first_session.sections():
+  for _, bench, runs in all_benches.sections():
     assert all(set(run) <= set(bench.OPTIONS) for run in runs)
-  monkeypatch.setattr(first_session, 'sections', lambda: sections)
+  monkeypatch.setattr(all_benches, 'sections', lambda: sections)
   path = tmp_path / 'all.json'
   command.main(['all', f'--json={path}'])
   report = json.loads(path.read_text())['sections']

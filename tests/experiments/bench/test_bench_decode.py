@@ -18,7 +18,7 @@ from jaxsparse.experiments.bench import (
   decode_program,
   measuring,
 )
-from jaxsparse.inference.fuse_norms import fold_keys
+from jaxsparse.inference.fuse_norms import fuse_key_norms
 from jaxsparse.nn.transformer import Transformer
 
 TINY = dict(
@@ -162,10 +162,10 @@ def test_steps_are_those_of_the_model():
 
 @pytest.mark.slow
 @pytest.mark.parametrize('name', ['pkm', 'ultramem'])
-def test_folded_keys_leave_the_model_as_it_was(name):
+def test_fused_keys_leave_the_model_as_it_was(name):
   model = decode_models.make_models(_options(models=name), 1)[name]
   params = decode_models.draw_params(model)
-  folded, folded_params = fold_keys(model, params)
+  fused, fused_params = fuse_key_norms(model, params)
   tokens = jnp.arange(6).reshape(2, 3)
 
   def run(model, params):
@@ -173,9 +173,9 @@ def test_folded_keys_leave_the_model_as_it_was(name):
     return apply({'params': params}, tokens, 0 * tokens, tokens**0)
 
   if name == 'pkm':
-    assert folded is model
+    assert fused is model
     return
-  expected, actual = run(model, params), run(folded, folded_params)
+  expected, actual = run(model, params), run(fused, fused_params)
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 

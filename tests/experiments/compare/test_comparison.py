@@ -59,7 +59,7 @@ def test_results_stand_alone(finished):
     assert 0 <= result['bits'] <= result['bits_of_all']
     assert [point[0] for point in result['curve']] == [1, 2, 3]
     assert result['tokens_per_second'] > 0
-  assert list(sparse['slots_used']) == ['block_00']
+  assert list(sparse['usage_fraction']) == ['block_00']
 
 
 def test_one_start_at_a_time(finished, tmp_path):
@@ -100,7 +100,7 @@ def test_table_and_plots_are_written(finished):
 
 def test_another_config_is_refused_in_the_same_workdir(finished):
   suite, work, _ = finished
-  changed = entry.suite_lib.narrowed(suite, num_steps=4)
+  changed = entry.suite_lib.restrict(suite, num_steps=4)
   with pytest.raises(UserError, match='the result of another config'):
     entry.compare(changed, str(work))
 
@@ -160,7 +160,7 @@ def test_steps_are_such_that_facts_are_seen_equally_often(tmp_path):
 def test_a_learning_rate_may_fall_with_the_number_of_people(tmp_path):
   suite = facts_suite(tmp_path, people=(12, 24))
   slower = dataclasses.replace(
-    suite.architectures['ultramem'], rate_times_people=0.06
+    suite.architectures['ultramem'], lr_per_person=0.06
   )
   suite = dataclasses.replace(
     suite, architectures=dict(suite.architectures, ultramem=slower)
@@ -172,5 +172,5 @@ def test_a_learning_rate_may_fall_with_the_number_of_people(tmp_path):
 
 def test_steps_that_are_asked_for_override_exposures(tmp_path):
   suite = facts_suite(tmp_path, exposures=10)
-  suite = entry.suite_lib.narrowed(suite, num_steps=4)
+  suite = entry.suite_lib.restrict(suite, num_steps=4)
   assert {run.config.train.num_steps for run in runs.plan(suite, 'w')} == {4}

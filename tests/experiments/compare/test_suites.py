@@ -76,13 +76,11 @@ def test_suite_derives_its_sizes(path, tmp_path):
       'both memory and moe',
     ),
     (
-      dict(architectures={'slow': Architecture(rate_times_people=-1.0)}),
-      "rate_times_people of 'slow' must be positive",
+      dict(architectures={'slow': Architecture(lr_per_person=-1.0)}),
+      "lr_per_person of 'slow' must be positive",
     ),
     (
-      dict(
-        people=(), architectures={'slow': Architecture(rate_times_people=1.0)}
-      ),
+      dict(people=(), architectures={'slow': Architecture(lr_per_person=1.0)}),
       'in a suite with people, or 0; got 1.0',
     ),
   ],
@@ -102,17 +100,17 @@ def test_suite_refuses(fields, message, tmp_path):
 )
 def test_narrowing_refuses(fields, message, tmp_path):
   with pytest.raises(UserError, match=message):
-    suite_lib.narrowed(facts_suite(tmp_path), **fields)
+    suite_lib.restrict(facts_suite(tmp_path), **fields)
 
 
 def test_people_need_a_suite_of_facts(tmp_path):
   suite = facts_suite(tmp_path, people=())
   with pytest.raises(UserError, match='--people needs a suite of generated'):
-    suite_lib.narrowed(suite, people=(5,))
+    suite_lib.restrict(suite, people=(5,))
 
 
 def test_narrowing_keeps_the_order_of_the_suite(tmp_path):
-  suite = suite_lib.narrowed(
+  suite = suite_lib.restrict(
     facts_suite(tmp_path), only=('ultramem', 'dense'), seeds=(7,), people=(9,)
   )
   assert list(suite.architectures) == ['dense', 'ultramem']

@@ -12,7 +12,7 @@ from jaxsparse.config import Config, ModelConfig, saved_config
 from jaxsparse.config.attention import DCMHAConfig, SparseAttentionConfig
 from jaxsparse.config.errors import UserError
 from jaxsparse.nn.transformer import Transformer, init_cache
-from jaxsparse.training.resume import claim_workdir, save_config
+from jaxsparse.training.resume import open_workdir, save_config
 
 SPARSE = ModelConfig(
   num_layers=2,
@@ -138,7 +138,7 @@ def test_an_indexer_learns_of_all_blocks():
 
 def test_a_run_may_go_on_sparse(tmp_path):
   save_config(Config(model=DENSE), tmp_path)
-  _, (told,) = claim_workdir(Config(model=SPARSE), tmp_path)
+  _, (told,) = open_workdir(Config(model=SPARSE), tmp_path)
   assert told == "model.sparse.mode: 'dense' -> 'sparse'"
   assert saved_config.from_json(saved_config.to_json(Config(model=DENSE)))
 

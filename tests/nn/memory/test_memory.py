@@ -396,20 +396,20 @@ def test_usage_counts_what_was_read():
   counts = np.bincount(np.asarray(slots).reshape(-1), minlength=64)
   share = counts / counts.sum()
   kept = share[share > 0]
-  np.testing.assert_allclose(metrics['slots_used'], np.mean(counts > 0))
+  np.testing.assert_allclose(metrics['usage_fraction'], np.mean(counts > 0))
   np.testing.assert_allclose(
-    metrics['unevenness'], np.log(64) + np.sum(kept * np.log(kept)), rtol=1e-5
+    metrics['usage_kl'], np.log(64) + np.sum(kept * np.log(kept)), rtol=1e-5
   )
   for name, value in metrics.items():
     assert value.shape == (), name
     assert value.dtype == jnp.float32, name
 
 
-def test_unevenness_of_the_extremes():
-  assert abs(usage.unevenness(jnp.full(50, 3))) < 1e-5
+def test_usage_kl_of_the_extremes():
+  assert abs(usage.usage_kl(jnp.full(50, 3))) < 1e-5
   one = usage.count_hits(jnp.full((4, 5), 7), 50)
-  np.testing.assert_allclose(usage.unevenness(one), math.log(50), rtol=1e-6)
-  np.testing.assert_allclose(usage.share_used(one), 1 / 50)
+  np.testing.assert_allclose(usage.usage_kl(one), math.log(50), rtol=1e-6)
+  np.testing.assert_allclose(usage.usage_fraction(one), 1 / 50)
 
 
 def test_aux_loss_is_weighted():

@@ -29,7 +29,7 @@ def test_alone(name):
   assert y.shape == x.shape
   assert np.isfinite(y).all()
   assert np.abs(y).max() > 0
-  assert metrics['slots_used'] > 0
+  assert metrics['usage_fraction'] > 0
   tables = [k for k in params['params'] if k.endswith('_table')]
   assert len(tables) == (2 if name in ('peer', 'ultramem_v2') else 1)
 

@@ -119,7 +119,7 @@ def test_a_choice_that_cannot_run_is_a_sentence(name):
 def test_why_not(backend, fields, name, word, monkeypatch):
   monkeypatch.setattr(jax, 'default_backend', lambda: backend)
   call = dataclasses.replace(CALL, **fields)
-  assert word in libraries.why_not(name, call)
+  assert word in libraries.unsupported_reason(name, call)
 
 
 def test_an_unknown_name_is_refused():

@@ -153,12 +153,12 @@ def test_a_kernel_for_gpus_takes_rows_as_assigned():
 
 def test_what_a_kernel_for_gpus_does_not_serve():
   rows, experts = draw(4, D), draw(X, D, F)
-  assert kernels.why_not(rows, experts) is None
-  assert 'nothing' in kernels.why_not(rows[:0], experts)
+  assert kernels.unsupported_reason(rows, experts) is None
+  assert 'nothing' in kernels.unsupported_reason(rows[:0], experts)
   shapes = [(rows.shape, 'float64'), ((2**11, 2**10, 2**10), 'float32')]
   wide, large = (jax.ShapeDtypeStruct(*shape) for shape in shapes)
-  assert 'not float64' in kernels.why_not(wide, experts)
-  assert 'not below 2^31' in kernels.why_not(rows, large)
+  assert 'not float64' in kernels.unsupported_reason(wide, experts)
+  assert 'not below 2^31' in kernels.unsupported_reason(rows, large)
 
 
 def test_what_cannot_run_is_told_in_a_sentence():
@@ -173,7 +173,7 @@ def test_what_cannot_run_is_told_in_a_sentence():
 def test_tpus_take_ragged_dot_where_their_kernel_cannot_run(monkeypatch):
   args = draw(S, D), draw(X, D, F), jnp.array(SIZES['even'], jnp.int32)
   monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
-  monkeypatch.setattr(libraries, 'why_not', lambda *args: 'a mesh')
+  monkeypatch.setattr(libraries, 'unsupported_reason', lambda *args: 'a mesh')
   assert 'ragged_dot' in str(jax.make_jaxpr(ops.grouped_matmul)(*args))
 
 

@@ -56,15 +56,21 @@ def test_unknown_router():
     routing.route(draw(T, X), k, kind='tanh')
 
 
-@pytest.mark.parametrize('num_used', [1, 3])
-def test_load_balance_loss_is_1_when_even_and_grows_with_skew(num_used):
+@pytest.mark.parametrize('num_experts_per_token', [1, 3])
+def test_load_balance_loss_is_1_when_even_and_grows_with_skew(
+  num_experts_per_token,
+):
   even = jnp.full((T, X), 1 / X)
-  load = jnp.full(X, T * num_used // X, jnp.int32)
+  load = jnp.full(X, T * num_experts_per_token // X, jnp.int32)
   assert routing.load_balance_loss(even, load) == pytest.approx(1)
-  skewed = jnp.zeros((T, X)).at[:, :num_used].set(1 / num_used)
-  load = jnp.zeros(X, jnp.int32).at[:num_used].set(T)
+  skewed = (
+    jnp.zeros((T, X))
+    .at[:, :num_experts_per_token]
+    .set(1 / num_experts_per_token)
+  )
+  load = jnp.zeros(X, jnp.int32).at[:num_experts_per_token].set(T)
   loss = routing.load_balance_loss(skewed, load)
-  assert loss == pytest.approx(X / num_used)
+  assert loss == pytest.approx(X / num_experts_per_token)
 
 
 def test_load_balance_loss_is_the_formula_of_switch():

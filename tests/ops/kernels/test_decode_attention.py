@@ -49,9 +49,9 @@ def on_gpu(monkeypatch):
   run = functools.partial(kernel.decode_attention, interpret=True)
   monkeypatch.setattr(libraries, 'decode_attention', run)
   monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
-  libraries._why_not_decoding.cache_clear()
+  libraries._decoding_error.cache_clear()
   yield
-  libraries._why_not_decoding.cache_clear()
+  libraries._decoding_error.cache_clear()
 
 
 @pytest.mark.parametrize('window', [0, 7])

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 
 from jaxsparse.ops.memory.gathered_dot import (
-  row_products,
-  row_products_reference,
+  gathered_dot,
+  gathered_dot_reference,
 )
 
 T, k, M, W = 7, 9, 23, 12
@@ -30,26 +30,26 @@ def run(function, table, slot, vector):
 @pytest.mark.parametrize('way', ['scatter', 'deterministic'])
 def test_equals_reference(way):
   def products(*args):
-    return row_products(*args, table_gradient=way)
+    return gathered_dot(*args, table_gradient=way)
 
   jax.tree.map(
     lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5),
     run(products, *inputs()),
-    run(row_products_reference, *inputs()),
+    run(gathered_dot_reference, *inputs()),
   )
 
 
 def test_entries_not_in_use_give_and_get_nothing():
   table, slot, vector = inputs()
-  num_used = jnp.arange(T, dtype=jnp.int32)
-  in_use = jnp.arange(k)[None] < num_used[:, None]
+  num_valid = jnp.arange(T, dtype=jnp.int32)
+  in_use = jnp.arange(k)[None] < num_valid[:, None]
 
   def masked(*args):
-    return jnp.where(in_use, row_products_reference(*args), 0)
+    return jnp.where(in_use, gathered_dot_reference(*args), 0)
 
   def used(table, slot, vector):
     slot = jnp.where(in_use, slot, M + 5)
-    return row_products(table, slot, vector, num_used=num_used)
+    return gathered_dot(table, slot, vector, num_valid=num_valid)
 
   jax.tree.map(
     lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5),
@@ -59,4 +59,4 @@ def test_entries_not_in_use_give_and_get_nothing():
 
 
 def test_narrow_tables_give_wide_products():
-  assert row_products(*inputs(jnp.bfloat16)).dtype == jnp.float32
+  assert gathered_dot(*inputs(jnp.bfloat16)).dtype == jnp.float32

@@ -14,10 +14,10 @@ import pytest
 from jaxsparse import mesh as mesh_lib
 from jaxsparse.ops import chunking
 from jaxsparse.ops.experts.grouped_matmul import assigned_matmul, grouped_matmul
-from jaxsparse.ops.memory.gathered_dot import row_products
+from jaxsparse.ops.memory.gathered_dot import gathered_dot
 from jaxsparse.ops.memory.row_gradient import RowGradient
 from jaxsparse.ops.memory.sharded_bag import (
-  sharded_row_products,
+  sharded_gathered_dot,
   sharded_value_bag,
 )
 from jaxsparse.ops.memory.value_bag import value_bag
@@ -29,7 +29,7 @@ RNG = np.random.default_rng(0)
 TABLE = jnp.asarray(RNG.normal(size=(M, W)), jnp.bfloat16)
 SLOT = jnp.asarray(RNG.integers(M, size=(T, k)), jnp.int32)
 GROUP = jnp.asarray(RNG.integers(4, size=(T, k)), jnp.int32)
-NUM_USED = jnp.asarray(RNG.integers(k, size=T), jnp.int32)
+NUM_VALID = jnp.asarray(RNG.integers(k, size=T), jnp.int32)
 WEIGHT = jnp.asarray(RNG.normal(size=(T, k, 2)), jnp.float32)
 VECTOR = jnp.asarray(RNG.normal(size=(T, W)), jnp.float32)
 SIZES = jnp.full(X, T // X, jnp.int32)
@@ -41,7 +41,7 @@ def bag(table, weight, group=None, num_groups=1, **options):
 
 
 def products(table, vector, **options):
-  return row_products(table, SLOT, vector, **options)
+  return gathered_dot(table, SLOT, vector, **options)
 
 
 def grouped(experts, rows):
@@ -65,7 +65,7 @@ ROWS = jnp.asarray(RNG.normal(size=(T, M // X)), jnp.float32)
 PROGRAMS = {
   'bag': bag,
   'groups': lambda table, weight: bag(table, weight, GROUP, 4),
-  'in use': lambda table, weight: bag(table, weight, num_used=NUM_USED),
+  'in use': lambda table, weight: bag(table, weight, num_valid=NUM_VALID),
 }
 CASES = {
   **{name: (program, WEIGHT) for name, program in PROGRAMS.items()},
@@ -76,7 +76,7 @@ CASES = {
   'products': (products, VECTOR),
   'products, gradient': (gradient(products), VECTOR),
   'products in use': (
-    functools.partial(products, num_used=NUM_USED), VECTOR
+    functools.partial(products, num_valid=NUM_VALID), VECTOR
   ),
   'experts': (
     gradient(functools.partial(of_experts, grouped)), ROWS
@@ -120,7 +120,7 @@ def test_devices_hold_no_other_copy_of_their_part(scheme):
   def loss(weight, vector, table):
     table = jax.lax.stop_gradient(table)
     pooled = sharded_value_bag(table, slot, weight, scheme=scheme)
-    scale = sharded_row_products(table, slot, vector, scheme=scheme)
+    scale = sharded_gathered_dot(table, slot, vector, scheme=scheme)
     return jnp.square(pooled).sum() + jnp.square(scale).sum()
 
   mesh = mesh_lib.make_mesh(1, 2, 1, devices=jax.devices()[:2])

@@ -41,7 +41,7 @@ def _dense(slot, weight, cotangent, group, num_rows, budget, first_row=0):
     )
 
   dense = jnp.zeros(shape)
-  dense, *_ = module.to_same_varying(dense, references.row, cotangent)
+  dense, *_ = module.match_vma(dense, references.row, cotangent)
   num_windows = -(-references.num_distinct // budget)
   return jax.lax.fori_loop(0, num_windows, add, dense)
 

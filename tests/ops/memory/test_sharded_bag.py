@@ -10,9 +10,9 @@ import pytest
 from compiled import arrays_of_size, payloads
 
 from jaxsparse import mesh as mesh_lib
-from jaxsparse.ops.memory.gathered_dot import row_products_reference
+from jaxsparse.ops.memory.gathered_dot import gathered_dot_reference
 from jaxsparse.ops.memory.sharded_bag import (
-  sharded_row_products,
+  sharded_gathered_dot,
   sharded_value_bag,
 )
 from jaxsparse.ops.memory.value_bag import value_bag_reference
@@ -155,7 +155,7 @@ def test_bag_of_values_scaled_by_pre_values(scheme):
     return pooled, *gradients
 
   def products(table, slot, vector):
-    flat = row_products_reference(
+    flat = gathered_dot_reference(
       table, slot.reshape(-1, k), vector.reshape(-1, W)
     )
     return flat.reshape(slot.shape)
@@ -166,7 +166,7 @@ def test_bag_of_values_scaled_by_pre_values(scheme):
   sharded = functools.partial(
     layer,
     functools.partial(sharded_value_bag, scheme=scheme),
-    functools.partial(sharded_row_products, scheme=scheme),
+    functools.partial(sharded_gathered_dot, scheme=scheme),
   )
   with jax.set_mesh(mesh_lib.make_mesh(2, 2, 2)):
     vectors = jax.P(mesh_lib.TOKENS, None, 'model')

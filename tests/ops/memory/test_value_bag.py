@@ -18,14 +18,14 @@ FORMS = {
   'platform': {},
   'gpu': dict(
     forward=lambda *args: _forward_gpu(*args),
-    of_weight=gradient._of_weight_whole,
+    weight_gradient=gradient._weight_gradient_whole,
     scatter=gradient._scatter_whole,
     sorted=gradient._sorted_whole,
     deterministic=gradient._distinct_rows,
   ),
   'tpu': dict(
     forward=lambda *args: bag._forward_chunked(*args, _CHUNK_BYTES),
-    of_weight=gradient._of_weight_chunked(_CHUNK_BYTES),
+    weight_gradient=gradient._weight_gradient_chunked(_CHUNK_BYTES),
     scatter=gradient._scatter_chunked(_CHUNK_BYTES),
     sorted=gradient._sorted_blocks(_CHUNK_BYTES),
     deterministic=gradient._scatter_chunked(_CHUNK_BYTES),
@@ -33,11 +33,11 @@ FORMS = {
 }
 
 
-def _forward_gpu(table, slot, weight, group, num_used, num_groups):
-  if num_used is None:
+def _forward_gpu(table, slot, weight, group, num_valid, num_groups):
+  if num_valid is None:
     return bag._forward_fused(table, slot, weight, group, num_groups)
   return bag._forward_unrolled(
-    table, slot, weight, group, num_used, num_groups, 28
+    table, slot, weight, group, num_valid, num_groups, 28
   )
 
 
@@ -47,10 +47,10 @@ def _use_form(name, monkeypatch):
   monkeypatch.setattr(bag, '_forward', lambda *a: form['forward'](*a))
   # Two tokens of the inputs below in one kernel.
   monkeypatch.setattr(bag, '_FUSED_READS', 2 * 5 * 4 * 8)
-  monkeypatch.setattr(gradient, 'of_weight', form['of_weight'])
+  monkeypatch.setattr(gradient, 'weight_gradient', form['weight_gradient'])
   monkeypatch.setattr(
     gradient,
-    'of_table',
+    'table_gradient',
     lambda *args: form[args[-1]](*args[:-1]).astype(args[0].dtype),
   )
 
@@ -99,13 +99,13 @@ def _assert_equals_reference(
   group,
   num_groups,
   atol=1e-5,
-  num_used=None,
+  num_valid=None,
   way='scatter',
 ):
   args = (table, slot, weight, group, num_groups)
   _assert_close(
-    _gradients(value_bag, *args, num_used=num_used, table_gradient=way),
-    _gradients(value_bag_reference, *args, num_used=num_used),
+    _gradients(value_bag, *args, num_valid=num_valid, table_gradient=way),
+    _gradients(value_bag_reference, *args, num_valid=num_valid),
     atol,
   )
 
@@ -135,7 +135,7 @@ def test_one_slot_for_all_collects_every_gradient(form):
     )
 
 
-NUM_USED = {
+NUM_VALID = {
   'all': [5] * 6,
   'some': [0, 5, 3, 1, 0, 4],
   'few': [0, 2, 1, 0, 0, 2],
@@ -143,9 +143,9 @@ NUM_USED = {
 }
 
 
-def _with_nonsense_beyond(num_used, slot, weight, group):
+def _with_nonsense_beyond(num_valid, slot, weight, group):
   """Slots out of range and weights that are not numbers, where not in use."""
-  beyond = np.arange(slot.shape[1])[None] >= np.asarray(num_used)[:, None]
+  beyond = np.arange(slot.shape[1])[None] >= np.asarray(num_valid)[:, None]
   return (
     jnp.where(beyond, 2**30, slot),
     jnp.where(beyond[..., None], jnp.nan, weight),
@@ -155,31 +155,31 @@ def _with_nonsense_beyond(num_used, slot, weight, group):
 
 @pytest.fixture
 def small_pieces(monkeypatch):
-  """Pieces of few entries or references, so that a loop goes over many."""
+  """Chunks of few entries or references, so that a loop goes over many."""
   monkeypatch.setattr(chunking, '_ENTRIES', 2)
   monkeypatch.setattr(gradient, '_ENTRIES_GPU', 2)
   monkeypatch.setattr(gradient, 'REFERENCES_GPU', 16)
   monkeypatch.setattr(chunking, 'CHUNK_BYTES_CPU', _CHUNK_BYTES)
 
 
-@pytest.mark.parametrize('way', gradient.WAYS)
+@pytest.mark.parametrize('way', gradient.ACCUMULATION_MODES)
 def test_entries_beyond_those_in_use_do_not_matter(form, way, small_pieces):
   table, slot, weight, group = _inputs(M=12)
 
   @jax.jit
-  def actual(num_used, slot, weight, group):
-    options = dict(num_used=num_used, table_gradient=way)
+  def actual(num_valid, slot, weight, group):
+    options = dict(num_valid=num_valid, table_gradient=way)
     return _gradients(value_bag, table, slot, weight, group, 4, **options)
 
   @jax.jit
-  def expected(num_used):
-    options = dict(num_used=num_used)
+  def expected(num_valid):
+    options = dict(num_valid=num_valid)
     args = (table, slot, weight, group, 4)
     return _gradients(value_bag_reference, *args, **options)
 
-  for num_used in map(jnp.array, NUM_USED.values()):
-    nonsense = _with_nonsense_beyond(num_used, slot, weight, group)
-    _assert_close(actual(num_used, *nonsense), expected(num_used))
+  for num_valid in map(jnp.array, NUM_VALID.values()):
+    nonsense = _with_nonsense_beyond(num_valid, slot, weight, group)
+    _assert_close(actual(num_valid, *nonsense), expected(num_valid))
 
 
 @pytest.mark.parametrize('E', [1, 4])
@@ -204,11 +204,11 @@ def test_every_way_to_add_up_the_table_gradient(form, way, E, c, small_pieces):
 
 
 def test_time_follows_the_entries_in_use():
-  """A loop over pieces whose number is only known when it runs."""
+  """A loop over chunks whose number is only known when it runs."""
   table, slot, weight, group = _inputs(k=40)
 
-  def pool(num_used):
-    return value_bag(table, slot, weight, group, 4, num_used=num_used)
+  def pool(num_valid):
+    return value_bag(table, slot, weight, group, 4, num_valid=num_valid)
 
   text = str(jax.make_jaxpr(pool)(jnp.full(6, 3)))
   assert 'while[' in text
@@ -251,7 +251,7 @@ def _temp_bytes(function, *args):
   return compiled.memory_analysis().temp_size_in_bytes
 
 
-@pytest.mark.parametrize('way', gradient.WAYS)
+@pytest.mark.parametrize('way', gradient.ACCUMULATION_MODES)
 def test_no_table_gradient_behind_stop_gradient(way):
   """Nothing the size of the table, also in a rematerialized block."""
   table, slot, weight, group = _inputs(M=2**14, W=64)
