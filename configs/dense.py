@@ -15,11 +15,11 @@ tiny
   Reproduces: Dense-151M, Dense-680M and Dense-1.6B of arXiv:2411.12364, Table
   1: 150.99M, 679.5M and 1610.6M parameters without embeddings, 0.30, 1.36 and
   3.21 GFLOPs per token, on 1.0e12 tokens. From the paper: width, blocks, GELU
-  MLP of 4 D, batch, sequence, steps, learning rate, dropout. Not told there and
-  chosen here: heads of 64 (151m) and of 128, tied embeddings, rotary positions,
-  clipping at 1.0. The paper reads RedPajama with the GPT-NeoX tokenizer: give
-  its file as `--config.data.tokenizer=tokenizer.json`; by default a BPE of that
-  size is trained on the corpus.
+  MLP of 4 D, batch, sequence, steps, learning rate, dropout. Not given there
+  and chosen here: heads of 64 (151m) and of 128, tied embeddings, rotary
+  positions, clipping at 1.0. The paper reads RedPajama with the GPT-NeoX
+  tokenizer: give its file as `--config.data.tokenizer=tokenizer.json`; by
+  default a BPE of that size is trained on the corpus.
   Hardware: an accelerator pod; traced for 4,096 devices, not yet trained by us.
   Result: none measured.
 """

@@ -17,7 +17,7 @@ tiny
   parameters without embeddings, 0.35, 1.50 and 3.52 GFLOPs per token, on 1.0e12
   tokens. Two of 32, 33 and 34 experts of two matrices; their widths 2528, 3584
   and 4672 are inverted from the parameters. Batch, sequence, steps, learning
-  rate and dropout are those of the paper's dense models. Not told there and
+  rate and dropout are those of the paper's dense models. Not given there and
   chosen here: a softmax router, balance loss 0.01 and z-loss 1e-3. The experts
   are split over `mesh.sparse`, which must divide them.
   Hardware: an accelerator pod; traced for 2,048, 64 and 128 devices, not yet

@@ -6,11 +6,11 @@
 Names of two tokens and six attributes of one token, 31.6 bits a person
 (`jaxsparse.data.facts`). The dense model has 2 blocks of width 32; the sparse
 ones have its FLOPs per token and ten times its parameters. All runs last until
-a fact was told 48 times, each time in other words: as many steps for any number
-of people would compare how fast a model learns, for with more people it sees
-each of them less often.
-Settings are those that recalled most in single runs of seed 0, on the facts of
-1,000 people where no other number is given; each run is one cell:
+a fact was stated 48 times, each time in other words: as many steps for any
+number of people would compare how fast a model learns, for with more people it
+sees each of them less often. Settings are those that recalled most in single
+runs of seed 0, on the facts of 1,000 people where no other number is given;
+each run is one cell:
 
   learning rate  2.5e-3  5e-3          1e-2           2e-2
   dense                  37 (500: 59)  43 (500: 74)   42 (500: 58)

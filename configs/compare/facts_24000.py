@@ -3,7 +3,7 @@
   python -m jaxsparse compare --suite=configs/compare/facts_24000.py \\
     --workdir=runs/facts_24000
 
-The models of `facts.py`, with more people, and each fact told 96 times, each
+The models of `facts.py`, with more people, and each fact stated 96 times, each
 time in other words: after 48 times what models have learned is the limit, not
 what they could hold. A run takes 7 to 14 minutes of a core (JAX 0.10.2, two
 runs at once); two processes may share the workdir with --only.
@@ -30,7 +30,7 @@ facts, and their mean in units of the dense one's:
 
   MoE and PEER recall 36 and 38 % with b2 0.95 at 5e-3 and 1e-2. PKM and Memory+
   were trained at one rate only.
-- With 48 phrasings, each told twice, dense recalls 17 %, UltraMem 53 at 5e-3,
+- With 48 phrasings, each stated twice, dense recalls 17 %, UltraMem 53 at 5e-3,
   Memory+ 61 at 1e-2 (results/facts_96_exposures.json).
 """
 

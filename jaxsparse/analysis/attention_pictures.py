@@ -136,8 +136,8 @@ def block_shares(layer: Layer, head: int, block: int, tile: int) -> np.ndarray:
 
 def _kept(choice, head):
   """Pairs of a tile and a block that it keeps."""
-  tile, slot = np.nonzero(choice['is_kept'][head])
-  return list(zip(tile, choice['block'][head][tile, slot], strict=True))
+  tile, candidate = np.nonzero(choice['is_kept'][head])
+  return list(zip(tile, choice['block'][head][tile, candidate], strict=True))
 
 
 def _draw_weights(layer, title, texts, path):

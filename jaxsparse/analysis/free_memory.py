@@ -8,7 +8,7 @@ import jax
 
 
 def of_device(device: jax.Device) -> int | None:
-  """Bytes that `device` still has for arrays, or None where nobody says.
+  """Bytes that `device` still has for arrays, or None where it is not known.
 
   A CPU's are the host's, which forced CPU devices share.
   """
@@ -20,7 +20,7 @@ def of_device(device: jax.Device) -> int | None:
 
 
 def of_host(root: pathlib.Path = pathlib.Path('/')) -> int | None:
-  """Bytes that this process can still have, or None where nobody says.
+  """Bytes that this process can still have, or None where it is not known.
 
   On Linux what the kernel and the control groups of the process leave, without
   swap, which is no place for arrays; elsewhere all that is built in.

@@ -27,7 +27,7 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device: jax.Device | None = None) -> float | None:
-  """FLOP/s that one device can reach, or None where nobody has said.
+  """FLOP/s that one device can reach, or None where it is not known.
 
   Accelerators: the data sheet. A CPU has no sheet that fits, so that its speed
   is measured once; forced CPU devices share the cores and get equal parts.

@@ -1,7 +1,7 @@
 """Parameters and floating-point operations of one memory layer or mixture.
 
-Letters: D model width, k query width, Q logical sub-keys per side, P heads, r
-ranks, c cores, m slots kept per head, E pools, W value width, U pre-value
+Letters: D model width, q query width, Q logical sub-keys per side, P heads, r
+ranks, c cores, k slots selected per head, E pools, W value width, U pre-value
 width, X experts, F their width.
 """
 

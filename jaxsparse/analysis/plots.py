@@ -18,7 +18,7 @@ from jaxsparse.run import workdir
 
 Row = Mapping[str, Any]
 
-# Okabe and Ito's colours, which colour-blind readers tell apart.
+# Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = (
   '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000'
 )  # fmt: skip
@@ -148,7 +148,8 @@ def explain(figure: Any, text: str) -> None:
 
 
 def colour(index: int) -> str:
-  """A colour for each of a few; grey beyond, where only names tell apart."""
+  """A colour for each of a few; grey beyond, where only names distinguish
+  them."""
   return COLOURS[index] if index < len(COLOURS) else '#777777'
 
 

@@ -60,7 +60,7 @@ def draw(
     rows: of `metrics.jsonl`.
     into: where the pictures go.
     placements: blocks at which memory layers read and write.
-    say: is told if what the validation pass left is damaged.
+    say: gets a sentence if what the validation pass left is damaged.
 
   Returns:
     Their paths.

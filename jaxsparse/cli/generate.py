@@ -196,7 +196,7 @@ def _keep(folder: str, row: dict) -> None:
 def _with_history(
   config: Config, arguments: argparse.Namespace, num_prompt: int
 ) -> ModelConfig:
-  """The model, and if it is to forget, told how much it keeps."""
+  """The model, with the length of its history if it is to forget."""
   model, wanted = config.model, arguments.history_blocks
   if wanted is None:
     is_long = num_prompt + arguments.max_tokens > config.data.seq_len

@@ -76,7 +76,7 @@ class DCMHAConfig:
 
   @property
   def num_factors(self) -> int:
-    """Numbers of a stream for each head: reading, writing, and the gate."""
+    """Width of a stream for each head: reading, writing, and the gate."""
     return 2 * self.rank + 1
 
 
@@ -115,9 +115,9 @@ class SparseAttentionConfig:
   max_fraction: float = 0.0
   # Share of importance that is covered at the start, as a logit: 4 is 98 %.
   coverage_logit: float = 4.0
-  # What tells a block's importance: 'shared', the attention's own queries and
-  # the summaries, or 'indexer', projections that learn what attention reads in
-  # the blocks it keeps, or in all in dense mode (`block_router`).
+  # What gives a key block its importance: 'shared', the attention's own queries
+  # and the summaries, or 'indexer', projections that learn what attention reads
+  # in the blocks it keeps, or in all in dense mode (`block_router`).
   router: str = 'shared'
   # Heads of the indexer and their width.
   router_heads: int = 4
@@ -181,5 +181,5 @@ class SparseAttentionConfig:
 
   @property
   def router_width(self) -> int:
-    """Numbers of a token's key for the router; 0 without one."""
+    """Width of the router key; 0 without a router."""
     return self.router_dim if self.router == 'indexer' else 0

@@ -98,8 +98,8 @@ class ModelConfig:
   attention_pattern: tuple[str, ...] = ('global',)
   # Positions that a query of a local block sees, its own among them.
   window: int = 256
-  # Queries at once, such that memory for scores grows with the sequence's
-  # length and not with its square; 0 for all of a call.
+  # Queries at once, 0 for all of a call. With it, memory for scores grows with
+  # the sequence's length and not with its square.
   query_chunk: int = 0
   # Of global and local blocks without composition in training: 'xla', a kernel
   # of a library, 'pallas' (TPU, GPU) or 'cudnn' (GPU), or 'auto' for what runs

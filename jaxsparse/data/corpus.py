@@ -26,7 +26,7 @@ def build_corpus(config: DataConfig, say: Say = print) -> Corpus:
 
   Args:
     config: names the text and where built corpora are kept.
-    say: is told, one line at a time, what takes long.
+    say: gets a line for each step that takes long.
 
   Returns:
     The corpus; the same text, split in the same way, gives the same one.

@@ -20,7 +20,7 @@ _MOST_NUL_BYTES = 0.1
 
 _READ_ERRORS = (OSError, EOFError, zlib.error, lzma.LZMAError)
 
-# Is told where in the file, as it is, reading has come to.
+# Gets the position in the raw file that reading has reached.
 Position = Callable[[int], None]
 
 

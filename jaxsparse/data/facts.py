@@ -1,9 +1,9 @@
 """Generated biographies: how much a model remembers, in bits known beforehand.
 
 Every person has a unique name and an attribute of each kind, drawn evenly from
-a set of known size, so a person is worth `BITS_PER_PERSON` and nothing in the
-text tells an attribute but having read it before. A biography states all of
-them in an order and in phrasings of its own, as in 'Physics of language models'
+a set of known size, so a person is worth `BITS_PER_PERSON` and an attribute can
+be known only from having read it before. A biography states all of them in an
+order and in phrasings of its own, as in 'Physics of language models'
 (arXiv:2309.14316, and 2404.05405 for its part on capacity). `write` makes
 ordinary text files of it, and a tokenizer in which a part of a name, a value
 and a turn of phrase are one token each:
@@ -51,7 +51,7 @@ class Attribute:
 
   @property
   def bits(self) -> float:
-    """What is needed to tell which of the values it is."""
+    """Bits that name one of the values."""
     return math.log2(len(self.values))
 
   def sentence(self, name: str, value: str, form: int) -> str:
@@ -130,12 +130,12 @@ TOKENS_PER_BIOGRAPHY = sum(5 + 1 / a.num_forms for a in ATTRIBUTES)
 
 
 def exposures(num_tokens: int, num_people: int) -> float:
-  """How often a text of so many tokens tells a fact of somebody not famous."""
+  """How often a text of so many tokens states a fact of a person not famous."""
   return num_tokens / _tokens_per_exposure(num_people)
 
 
 def num_tokens(num_exposures: int, num_people: int) -> float:
-  """Of a text that tells these facts so often: the inverse of `exposures`."""
+  """Of a text that states these facts so often: the inverse of `exposures`."""
   return num_exposures * _tokens_per_exposure(num_people)
 
 
@@ -196,7 +196,7 @@ def make_people(number: int, seed: int) -> People:
   """The people of a seed; more people are not a superset of fewer.
 
   Raises:
-    UserError: there are not as many names, or nobody is wanted.
+    UserError: there are not as many names, or none is wanted.
   """
   require(
     1 <= number <= MAX_PEOPLE,

@@ -20,7 +20,7 @@ _OTHER_ENCODINGS = (
 
 
 def ending(path: pathlib.PurePath) -> str:
-  """The ending that tells the form, such as '.jsonl' of 'a.jsonl.gz'."""
+  """The ending that names the format, such as '.jsonl' of 'a.jsonl.gz'."""
   suffixes = [suffix.lower() for suffix in path.suffixes]
   if suffixes and suffixes[-1] in _DECOMPRESSORS:
     suffixes.pop()
@@ -32,7 +32,7 @@ def open_text(raw: io.IOBase, path: pathlib.PurePath) -> io.BufferedReader:
 
   Args:
     raw: the file as it is, at its beginning.
-    path: tells the compression.
+    path: its ending names the compression.
 
   Raises:
     UserError: the text is marked as another encoding than UTF-8.

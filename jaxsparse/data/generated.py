@@ -13,7 +13,7 @@ _TOKENIZER_NAME = 'tokenizer.json'
 
 
 def word_tokenizer(words: Iterable[str], pattern: str) -> tokenizers.Tokenizer:
-  """A tokenizer of whole words, which the pattern tells apart."""
+  """A tokenizer of whole words, which the pattern separates."""
   words = ['<|endoftext|>', '<unk>', *words]
   vocabulary = {word: i for i, word in enumerate(words)}
   if len(vocabulary) < len(words):
@@ -38,7 +38,7 @@ def write_once(
   """Writes text and tokenizer beside the record, unless they are there already.
 
   Args:
-    record: tells what is there; its folder is made where it is missing.
+    record: of what is there; its folder is made where it is missing.
     identity: of the text, for JSON.
     tokenizer: of the text.
     write_text: writes `*.txt` into a folder, of which the last by their names

@@ -1,9 +1,9 @@
 """Needles in haystacks: documents that end with questions on their beginning.
 
-A needle is a fact that is drawn anew in each document, so nothing but reading
-it there tells what to answer. Needles lie among sentences that say nothing;
-then come only such sentences, for longer than a window should reach; then the
-questions, each with its needle as the answer:
+A needle is a fact that is drawn anew in each document, so only reading it there
+gives the answer. Needles lie among sentences that say nothing; then come only
+such sentences, for longer than a window should reach; then the questions, each
+with its needle as the answer:
 
   The sky is blue.
   Bela lives in Tamoburg.

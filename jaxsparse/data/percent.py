@@ -16,7 +16,7 @@ class Percent:
     self._last = time.monotonic()
 
   def reach(self, done: int) -> None:
-    """Is told of every bit of progress, in the units of the total."""
+    """Takes the progress so far, in the units of the total."""
     now = time.monotonic()
     if now - self._last >= SECONDS:
       self._last = now

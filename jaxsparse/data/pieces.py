@@ -82,7 +82,7 @@ def cut(
   """
   text = b''
   while num_bytes or text:
-    # One byte more than a piece holds tells whether a character goes on.
+    # One byte more than a piece holds shows whether a character goes on.
     block = stream.read(min(num_bytes, size + 1 - len(text)))
     num_bytes = num_bytes - len(block) if block else 0
     text += block

@@ -31,7 +31,7 @@ def read(raw: io.IOBase, path: pathlib.PurePath, field: str) -> Iterator[bytes]:
 
   Args:
     raw: the file as it is.
-    path: tells its form, and where a record is at fault.
+    path: its ending names the format; errors name it.
     field: of the text in each record.
 
   Raises:

@@ -25,7 +25,7 @@ class Survey:
 
 
 def identities(documents: Sequence[Document], say: Say) -> list[list[str]]:
-  """What tells each document from all others: name, content, field of text.
+  """What identifies each document: name, content, field of text.
 
   Raises:
     UserError: a document cannot be read.
@@ -71,7 +71,7 @@ def survey(
 def _in_turn(
   documents: Sequence[Document], doing: str, say: Say
 ) -> Iterator[tuple[Document, Callable[[int], None]]]:
-  """Each document, and what is to be told the position within its file."""
+  """Each document, and a function that gets the position within its file."""
   sizes = [document.num_file_bytes() for document in documents]
   percent = Percent(doing, sum(sizes), say)
   before = 0

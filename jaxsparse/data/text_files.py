@@ -100,7 +100,7 @@ def _expanded(name: str) -> pathlib.Path:
 
 
 def _holds(condition: Callable[[], bool]) -> bool:
-  """Whether it holds of a path; not where the system cannot tell."""
+  """Whether it holds of a path; False where the system does not know."""
   try:
     return condition()
   except OSError:

@@ -27,8 +27,8 @@ class LayerMaps:
   # Of composed heads: the weights before composition.
   uncomposed: np.ndarray | None
   # Of a sparse layer, for each key/value head and tile: the 'block' of each
-  # slot, whether it 'is_kept', the number 'kept' and 'eligible', the 'shares'
-  # of window, kept blocks and summaries; and the 'coverage' [T, K].
+  # candidate, whether it 'is_kept', the number 'kept' and 'eligible', the
+  # 'shares' of window, kept blocks and summaries; and the 'coverage' [T, K].
   choice: dict[str, np.ndarray]
 
 

@@ -24,7 +24,7 @@ def can_forget(config: ModelConfig) -> bool:
 def with_bounded_history(
   config: ModelConfig, length: int, num_blocks: int | None = None
 ) -> ModelConfig:
-  """The model with sparse layers that forget, such that its caches are finite.
+  """The model with sparse layers that forget: its caches are finite.
 
   Args:
     config: the model, all layers of which are sparse or local.

@@ -1,9 +1,9 @@
 """One block of the language model: attention, then an MLP or its like.
 
 A memory layer with the placement (i, j) reads the normalised MLP input of block
-i and is added to the residual stream after block j, such that its lookup can
-run beside the blocks between (arXiv:2411.12364, section 3.2). Several may be
-in flight at once.
+i and is added to the residual stream after block j: its lookup can run beside
+the blocks between (arXiv:2411.12364, section 3.2). Several may be in flight at
+once.
 """
 
 import functools
@@ -36,8 +36,8 @@ class Block(nn.Module):
 
   The memory layer's output is returned apart: its place in the residual stream
   may be after a later block, which gets it as `arriving`. It is added to the
-  MLP's while both are partial sums over `model`, such that a memory layer costs
-  no collective there.
+  MLP's while both are partial sums over `model`, so a memory layer costs no
+  collective there.
   """
 
   config: ModelConfig

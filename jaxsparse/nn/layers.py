@@ -1,9 +1,9 @@
 """The small parts: weights, norms, embedding, MLP, dropout.
 
-A matrix is drawn from N(0, 1 / fan_in), such that an input of unit
-variance gives an output of unit variance. Matrices that write into the residual
-stream of an L-layer model are drawn from N(0, 1 / (2 L fan_in)): the 2L
-branches together then add about unit variance.
+A matrix is drawn from N(0, 1 / fan_in): an input of unit variance gives an
+output of unit variance. Matrices that write into the residual stream of an
+L-layer model are drawn from N(0, 1 / (2 L fan_in)): the 2L branches together
+then add about unit variance.
 """
 
 import flax.linen as nn
@@ -30,8 +30,8 @@ def weight(
 ) -> jax.Array:
   """Declares a float32 normal parameter and returns it ready for a matmul.
 
-  Gathered over `data` before the cast, such that its gradient is summed over
-  the devices in float32.
+  It is gathered over `data` before the cast: its gradient is summed over the
+  devices in float32.
   """
 
   init = mesh.sharded(nn.initializers.normal(variance**0.5), mesh.param(dims))

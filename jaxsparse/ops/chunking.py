@@ -30,11 +30,12 @@ def accumulator(*arrays: jax.Array):
 
 
 def read_in_place(table: Shaped[Array, 'M ...'], index: Int[Array, '...']):
-  """Both as they are, but such that a loop reads `table` where it lies.
+  """Both unchanged; a loop then reads `table` in place.
 
   A CPU computes in f32, and XLA takes whatever a loop does to all of a narrow
-  table, alike in all turns, out of the loop: it would hold the whole table in
-  f32 beside it. What has passed a barrier with the index differs by turn.
+  table, the same in every iteration, out of the loop: it would hold the whole
+  table in f32 beside it. What has passed a barrier with the index differs by
+  iteration.
   """
   if table.dtype.itemsize >= 4:
     return table, index

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Int
 from jaxsparse.ops import chunking
 
 # Rows from which counting pays, the candidates up to which it does, and the
-# rows that are counted at once: their ranks should stay in a core's cache.
+# rows that are counted at once: their positions should stay in a core's cache.
 _COUNTED_ROWS, _COUNTED_CANDIDATES, _TILE_ROWS = 512, 128, 256
 
 
@@ -47,8 +47,8 @@ def counts_faster(rows: Float[Array, 'T Q'], num_selected: int) -> bool:
 
 def count_top_k(
   rows: Float[Array, 'T Q'], num_selected: int
-) -> tuple[Float[Array, 'T m'], Int[Array, 'T m']]:
-  """`lax.top_k`, whose order is stable: a rank is how many others come before.
+) -> tuple[Float[Array, 'T k'], Int[Array, 'T k']]:
+  """`lax.top_k`, with its stable order: a position counts the others before.
 
   XLA's CPU sorts row by row through a comparator, which takes two to three
   times as long as counting, for many rows at once, how many beat each (88
@@ -70,19 +70,19 @@ def _counted_tile(rows: Float[Array, 't Q'], num_selected: int):
   index = jnp.arange(len(columns), dtype=jnp.int32)[:, None]
   place = jnp.arange(num_selected, dtype=jnp.int32)[:, None]
 
-  def count(i: Int[Array, ''], ranks: Int[Array, 'Q t']):
+  def count(i: Int[Array, ''], positions: Int[Array, 'Q t']):
     other = jax.lax.dynamic_slice_in_dim(columns, i, 1)
     is_before = (other > columns) | ((other == columns) & (i < index))
-    return ranks + is_before.astype(jnp.int32)
+    return positions + is_before.astype(jnp.int32)
 
-  def put(i: Int[Array, ''], found: Int[Array, 'm t']):
-    rank = jax.lax.dynamic_slice_in_dim(ranks, i, 1)
-    return found + jnp.where(rank == place, i, 0).astype(jnp.int32)
+  def put(i: Int[Array, ''], found: Int[Array, 'k t']):
+    position = jax.lax.dynamic_slice_in_dim(positions, i, 1)
+    return found + jnp.where(position == place, i, 0).astype(jnp.int32)
 
   def over_candidates(body: Callable, num_rows: int):
     start = chunking.zeros((num_rows, len(rows)), jnp.int32, rows)
     return jax.lax.fori_loop(0, len(columns), body, start, unroll=4)
 
-  ranks = over_candidates(count, len(columns))
-  # NaNs beat nobody, so that several have the rank 0.
+  positions = over_candidates(count, len(columns))
+  # NaNs beat no score: several of them have position 0.
   return jnp.minimum(over_candidates(put, num_selected).T, len(columns) - 1)

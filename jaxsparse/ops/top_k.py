@@ -1,9 +1,9 @@
-"""The best m of many scores, on the fast path of every backend.
+"""The best k of many scores, on the fast path of every backend.
 
-Three habits decide the speed (letters: Q candidates, m kept):
+Three habits decide the speed (letters: Q candidates, k selected):
   * `lax.top_k` on bf16 falls back to a full sort on CPU and GPU, so scores are
     cast to f32 first;
-  * a stable order of ties costs a full sort on GPU for m > 16, and a bag does
+  * a stable order of ties costs a full sort on GPU for k > 16, and a bag does
     not care for the order, so it is given up where JAX lets us (0.11 on);
   * XLA's CPU sorts through a comparator, and counting is faster for many rows
     of few candidates (`cpu.count_top_k`).
@@ -24,12 +24,12 @@ _CAN_BE_UNSTABLE = 'is_stable' in inspect.signature(jax.lax.top_k).parameters
 
 def top_m(
   scores: Float[Array, '*B Q'], num_selected: int, *, is_stable: bool = False
-) -> tuple[Float[Array, '*B m'], Int[Array, '*B m']]:
+) -> tuple[Float[Array, '*B k'], Int[Array, '*B k']]:
   """The largest scores of the last axis, in descending order.
 
   Args:
     scores: candidates; f64 stays f64, narrower types are compared in f32.
-    num_selected: how many to keep, m.
+    num_selected: how many to keep, k.
     is_stable: equal scores come by ascending index, as in the reference.
 
   Returns:
@@ -57,7 +57,7 @@ def top_m(
 
 def top_m_reference(
   scores: Float[Array, '*B Q'], num_selected: int
-) -> tuple[Float[Array, '*B m'], Int[Array, '*B m']]:
+) -> tuple[Float[Array, '*B k'], Int[Array, '*B k']]:
   """`top_m` by a stable sort."""
   scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
   indices = argsort(-scores)[..., :num_selected]

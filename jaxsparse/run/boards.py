@@ -29,8 +29,8 @@ _WANDB = 'wandb.json'
 class TensorBoard:
   """Events of TensorBoard, written by the thread that calls.
 
-  The writer of tensorboardX has a thread of its own, which a full disk ends
-  such that the next rows wait for it forever.
+  The writer of tensorboardX has a thread of its own, which a full disk ends:
+  the next rows would wait for it forever.
   """
 
   name = 'TensorBoard'

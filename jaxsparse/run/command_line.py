@@ -203,7 +203,7 @@ def _join_processes(values: argparse.Namespace) -> None:
 
 def _find_cluster(wait_seconds: float) -> tuple[str, int, int]:
   """The coordinator's address, the number of processes and this one's index."""
-  # JAX says them to nobody before it starts, and then can't be stopped.
+  # JAX does not give them before it starts, and then can't be stopped.
   from jax._src.clusters import ClusterEnv
 
   trouble = 'no sign of one'
@@ -266,7 +266,7 @@ def read_recipe(
   Args:
     path: of the recipe, or its name in configs/, and its size after a colon.
     arguments: among which are overrides `--config.a.b=value`.
-    say: is told of parts that overrides add to the recipe.
+    say: gets a sentence for each part that overrides add to the recipe.
 
   Raises:
     UserError: there is no such file, or it fails, or its config is nonsense.

@@ -1,7 +1,7 @@
 """Programs that XLA compiled, kept for later starts.
 
-JAX loads native code from where they are kept, so that is only a folder that
-the user alone can write, and never one that a workdir names.
+JAX loads native code from where they are kept: only a folder that the user
+alone can write, and never one that a workdir names.
 """
 
 import os

@@ -73,9 +73,9 @@ def _hashes(tree: Any) -> jax.Array:
 def _hash(x: jax.Array) -> jax.Array:
   """Sum modulo 2^32 of a hash of each word and its place.
 
-  A hash of one word is a bijection, so that no change of a single word goes
-  unnoticed; the place tells words apart that have changed places. The bijection
-  is the finalizer of MurmurHash3 (Appleby, 2011).
+  A hash of one word is a bijection: no change of a single word goes unnoticed.
+  With the place hashed too, neither does an exchange of words. The bijection is
+  the finalizer of MurmurHash3 (Appleby, 2011).
   """
   words = _words(x)
   place = jnp.uint32(0)

@@ -109,7 +109,7 @@ class MetricsWriter:
       config: of the run.
       workdir: an existing folder.
       first_step: rows after it are forgotten; if it is 0 all are set aside.
-      say: is told what was found damaged, and once what can't be written.
+      say: gets what was found damaged, and once what can't be written.
 
     Raises:
       UserError: the workdir can't be written, or a board needs a package.

@@ -120,7 +120,7 @@ def _no_field(path: str) -> UserError:
     return UserError(f'{_PREFIX}{path} is gone: nothing needs it.')
   return UserError(
     f'there is no field {shown(_PREFIX + path)[1:-1]}{suggestion(path)}; '
-    '--help=all tells every field.'
+    '--help=all lists every field.'
   )
 
 

@@ -134,7 +134,7 @@ def all_end_together() -> Iterator[None]:
   except (Exception, KeyboardInterrupt) as error:
     if _peers is None:
       raise
-    # If it comes of another's end, that is told meanwhile.
+    # If another's end caused it, that is reported meanwhile.
     time.sleep(1)
     if isinstance(error, UserError):
       _peers.end(str(error), 2)
@@ -282,7 +282,7 @@ def _connect(host: str, port: int, deadline: float) -> socket.socket | None:
 
 
 def _send(connection: socket.socket, **message) -> None:
-  # Of one that is gone the watch tells.
+  # The watch reports one that is gone.
   with contextlib.suppress(OSError):
     connection.sendall(json.dumps(message).encode() + b'\n')
 

@@ -14,7 +14,7 @@ def read(workdir: epath.PathLike, say: Callable[[str], None] = print) -> Config:
 
   Args:
     workdir: of a training run.
-    say: is told if config.json is of no use and a copy is taken.
+    say: gets a sentence if config.json is of no use and a copy is taken.
 
   Raises:
     UserError: there is neither, or it does not fit this version.

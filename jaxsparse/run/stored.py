@@ -113,7 +113,7 @@ def _compare(expected: dict | list, arrays: dict[str, Any]) -> None:
 def _check_structure(
   path: epath.Path, expected: dict | list, abstract: dict[str, Any]
 ) -> None:
-  """Tells another optimizer's state from a damaged one."""
+  """Distinguishes another optimizer's state from a damaged one."""
   if _fits(expected, abstract):
     return
   here = fingerprints.of_types(abstract)

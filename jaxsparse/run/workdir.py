@@ -73,7 +73,7 @@ def expanded(path: epath.PathLike) -> str:
 
 
 def write_whole(path: epath.PathLike, content: bytes) -> None:
-  """Writes a file such that a kill or a power cut leaves the old or the new.
+  """Writes a file whole: a kill or a power cut leaves the old or the new.
 
   Raises:
     OSError: it can't be written; the old one stays.

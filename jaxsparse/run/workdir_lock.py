@@ -40,7 +40,7 @@ def held(
 
   Args:
     workdir: made where it is missing.
-    say: is told where two starts can't be told apart.
+    say: gets a sentence where two starts can't be distinguished.
 
   Raises:
     UserError: another start holds it, in every process; or it can't be written.

@@ -211,7 +211,7 @@ def only_trained(config: OptimizerConfig, arrays: dict) -> dict:
 
 
 def labels(params: dict) -> dict:
-  """The group of every leaf: by its name, as no other sign tells them apart."""
+  """The group of every leaf, by its name: nothing else distinguishes them."""
 
   def label(path: tuple, leaf: jax.Array | jax.ShapeDtypeStruct) -> str:
     name = path[-1].key

@@ -27,7 +27,7 @@ def open_workdir(
   Args:
     config: of this start.
     workdir: its folder.
-    say: is told if config.json is damaged and a copy is taken.
+    say: gets a sentence if config.json is damaged and a copy is taken.
 
   Returns:
     The config, with the vocabulary that the workdir's run took from its

@@ -25,28 +25,28 @@ M, W, T, k = 2**18, 256, 4096, 32
 VARIANTS = dict(
   f32=dict(dtype=jnp.float32),
   bf16=dict(dtype=jnp.bfloat16),
-  f32_groups=dict(dtype=jnp.float32, num_cores=2, num_groups=4),
-  bf16_groups=dict(dtype=jnp.bfloat16, num_cores=2, num_groups=4),
+  f32_pools=dict(dtype=jnp.float32, num_cores=2, num_pools=4),
+  bf16_pools=dict(dtype=jnp.bfloat16, num_cores=2, num_pools=4),
 )
 variants = pytest.mark.parametrize('variant', VARIANTS)
 tpus = pytest.mark.parametrize('tpu', ['v5e', 'v6e'])
 
 
-def _arguments(dtype, num_cores=1, num_groups=None, T=T, k=k, W=W):
+def _arguments(dtype, num_cores=1, num_pools=None, T=T, k=k, W=W):
   shape = jax.ShapeDtypeStruct
   return (
     shape((M, W), dtype),
     shape((T, k), jnp.int32),
     shape((T, k, num_cores), jnp.float32),
-    shape((T, k), jnp.int32) if num_groups else None,
+    shape((T, k), jnp.int32) if num_pools else None,
   )
 
 
 def _forward(variant, function=value_bag, **sizes):
-  num_groups = VARIANTS[variant].get('num_groups', 1)
+  num_pools = VARIANTS[variant].get('num_pools', 1)
 
-  def forward(table, slot, weight, group):
-    return function(table, slot, weight, group, num_groups)
+  def forward(table, slot, weight, pool):
+    return function(table, slot, weight, pool, num_pools)
 
   return forward, _arguments(**VARIANTS[variant], **sizes)
 
@@ -54,12 +54,12 @@ def _forward(variant, function=value_bag, **sizes):
 def _backward(variant, wanted, **options):
   """The gradient of the table (0) or of the weights (1) alone."""
   arguments = _arguments(**VARIANTS[variant])
-  num_groups = VARIANTS[variant].get('num_groups', 1)
-  cotangent = jax.ShapeDtypeStruct((T, num_groups, W), jnp.float32)
+  num_pools = VARIANTS[variant].get('num_pools', 1)
+  cotangent = jax.ShapeDtypeStruct((T, num_pools, W), jnp.float32)
 
-  def backward(table, slot, weight, group, cotangent):
+  def backward(table, slot, weight, pool, cotangent):
     _, vjp = jax.vjp(
-      lambda t, w: value_bag(t, slot, w, group, num_groups, **options),
+      lambda t, w: value_bag(t, slot, w, pool, num_pools, **options),
       table,
       weight,
     )
@@ -81,7 +81,7 @@ def test_gpu_forward_is_one_kernel_without_temporaries(variant):
 
 
 @pytest.mark.parametrize('sizes', [(16384, 32, 256), (32768, 84, 1024)])
-@pytest.mark.parametrize('variant', ['f32', 'bf16', 'bf16_groups'])
+@pytest.mark.parametrize('variant', ['f32', 'bf16', 'bf16_pools'])
 def test_gpu_forward_of_many_tokens_repeats_it(variant, sizes):
   forward, arguments = _forward(variant, **dict(zip('TkW', sizes, strict=True)))
   program = targets.compile_for('h100', forward, *arguments)
@@ -146,7 +146,7 @@ def test_gpu_deterministic_table_gradient_has_no_atomics(tmp_path):
   assert program.temp_bytes < T * k * W * 4
 
 
-@pytest.mark.parametrize('variant', ['f32', 'f32_groups'])
+@pytest.mark.parametrize('variant', ['f32', 'f32_pools'])
 def test_tpu_gradients_keep_no_rows(variant):
   for wanted in (0, 1):
     backward, arguments = _backward(variant, wanted)

@@ -17,8 +17,8 @@ from jaxsparse.ops.memory.sharded_bag import sharded_value_bag
 
 pytestmark = pytest.mark.aot
 
-# Rows, width, tokens, entries, cores, groups, devices.
-M, W, T, k, c, G, P = 2**18, 1024, 512, 64, 2, 4, 8
+# Rows, width, tokens, entries, cores, pools, devices.
+M, W, T, k, c, E, P = 2**18, 1024, 512, 64, 2, 4, 8
 
 SCHEMES = dict(columns=(1, 8, 1), rows=(1, 8, 1), grid=(2, 4, 1))
 schemes = pytest.mark.parametrize('scheme', SCHEMES)
@@ -27,7 +27,7 @@ devices = pytest.mark.parametrize('device', ['h100', 'v5e'])
 # What a device has after each transfer, in elements: the entries of all tokens,
 # and as many values as its own tokens' pools have.
 ENTRIES = [('all-gather', 'f32', c * T * k), ('all-gather', 'u32', T * k)]
-POOLS = G * W * T // P
+POOLS = E * W * T // P
 FORWARD = dict(
   columns=[('all-to-all', 'f32', POOLS)],
   rows=[('reduce-scatter', 'f32', POOLS)],
@@ -59,19 +59,19 @@ def _program(device, scheme, with_gradients):
     table = array((M, W), jnp.float32, mesh_lib.table(scheme))
   slot = array((T, k), jnp.int32, tokens)
   weight = array((T, k, c), jnp.float32, tokens)
-  group = array((T, k), jnp.int32, tokens)
+  pool = array((T, k), jnp.int32, tokens)
   cotangent = array(
-    (T, G, W), jnp.float32, jax.P(mesh_lib.TOKENS, None, 'model')
+    (T, E, W), jnp.float32, jax.P(mesh_lib.TOKENS, None, 'model')
   )
 
-  def forward(table, slot, weight, group):
-    return sharded_value_bag(table, slot, weight, group, G, scheme=scheme)
+  def forward(table, slot, weight, pool):
+    return sharded_value_bag(table, slot, weight, pool, E, scheme=scheme)
 
-  def gradients(table, slot, weight, group, cotangent):
-    _, vjp = jax.vjp(lambda t, w: forward(t, slot, w, group), table, weight)
+  def gradients(table, slot, weight, pool, cotangent):
+    _, vjp = jax.vjp(lambda t, w: forward(t, slot, w, pool), table, weight)
     return vjp(cotangent)
 
-  arguments = (table, slot, weight, group)
+  arguments = (table, slot, weight, pool)
   if with_gradients:
     return targets.compile_for(
       device, gradients, *arguments, cotangent, sizes=SCHEMES[scheme]
@@ -101,5 +101,5 @@ def test_no_table_is_copied_or_gathered(device, scheme):
     program = _program(device, scheme, with_gradients)
     for op in ('copy', 'copy-start', 'all-gather', 'all-gather-start'):
       assert not arrays_of_size(program.text, op, M * W // P)
-    # The pools of the group's tokens, not their rows.
-    assert program.temp_bytes < 4 * (T * G * W * 4)
+    # The pools of the device group's tokens, not their rows.
+    assert program.temp_bytes < 4 * (T * E * W * 4)

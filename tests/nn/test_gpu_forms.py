@@ -46,15 +46,15 @@ def test_candidates_of_both_axes_at_once(num_quadrants):
     np.testing.assert_array_equal(found, apart)
 
 
-@pytest.mark.parametrize(('num_groups', 'num_cores'), [(1, 1), (4, 2)])
-def test_few_tokens_are_pooled_by_a_matmul(num_groups, num_cores):
+@pytest.mark.parametrize(('num_pools', 'num_cores'), [(1, 1), (4, 2)])
+def test_few_tokens_are_pooled_by_a_matmul(num_pools, num_cores):
   rng = np.random.default_rng(0)
-  slot, group = (
+  slot, pool = (
     jnp.asarray(rng.integers(n, size=(T, 6)), jnp.int32)
-    for n in (20, num_groups)
+    for n in (20, num_pools)
   )
-  group = group if num_groups > 1 else None
-  args = draw(20, 8), slot, draw(T, 6, num_cores, seed=1), group, num_groups
+  pool = pool if num_pools > 1 else None
+  args = draw(20, 8), slot, draw(T, 6, num_cores, seed=1), pool, num_pools
   np.testing.assert_allclose(
     value_bag._forward_gathered(*args),
     value_bag.value_bag_reference(*args),

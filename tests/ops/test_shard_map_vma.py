@@ -89,7 +89,7 @@ def by_expert_mlp(weight, own):
   return expert_mlp(x, weight, own, dict(up=up, down=down))
 
 
-def by_groups(weight, own):
+def by_pools(weight, own):
   rows, experts = weight
   return grouped_matmul(rows, experts, own, implementation='loop')
 
@@ -134,8 +134,8 @@ CASES = dict(
     (numbers(T, W), numbers(T, k), numbers(X, W, 5), numbers(X, 5, W)),
     EXPERTS,
   ),
-  groups=(
-    by_groups,
+  pools=(
+    by_pools,
     (numbers(M, W), numbers(X, W, 5)),
     jnp.array([[5, 0, 2, 1], [0, 1, 0, 4]], jnp.int32),
   ),

@@ -1,13 +1,13 @@
 """attention: sparse against dense at long inputs, composed heads against plain.
 
 'forward' is the attention of one sequence of each of `lengths`: dense in chunks
-of queries, and sparse, which reads a window, `slots` blocks of 64 and summaries
-of the others. 'decode' is one token with `context` before it, through a cache
-that is written in place. 'train' is a train step of a small model with one
-sequence of `train_length`: plain heads, then heads composed by factors of the
-queries only, and of queries and keys; all with the same windows and QK-norm.
-On a GPU, in 16 bits, cuDNN's flash attention runs beside them; in 'forward' it
-knows no documents.
+of queries, and sparse, which reads a window, `kept_blocks` blocks of 64 and
+summaries of the others. 'decode' is one token with `context` before it, through
+a cache that is written in place. 'train' is a train step of a small model with
+one sequence of `train_length`: plain heads, then heads composed by factors of
+the queries only, and of queries and keys; all with the same windows and
+QK-norm. On a GPU, in 16 bits, cuDNN's flash attention runs beside them; in
+'forward' it knows no documents.
 
 On an H200 (results/attention_h200.json, as printed by --heads=16 --chunk=1024
 --lengths=8192,32768,131072 --context=131072 --dtype=bfloat16), in ms:
@@ -27,8 +27,8 @@ as fast as dense at 4,096, 8,192 and 16,384, and a token after 16,384 is decoded
 plain ones, by queries only 1.10x. Two more runs on that day gave 1.87x and
 2.03x, 3.7x, 6.3x and 6.5x; 9.7x and 13.4x; 1.36x and 1.35x, 1.11x.
 
-Ratios are to the first line of each task. Blocks kept are as many as there are
-slots for: fewer would take no less time.
+Ratios are to the first line of each task. The most blocks are kept: fewer would
+take no less time.
 """
 
 import argparse
@@ -71,7 +71,7 @@ OPTIONS = dict(
   # Queries that share a choice of blocks, in 'forward'.
   tile=64,
   window_blocks=8,
-  slots=16,
+  kept_blocks=16,
   # Queries at once.
   chunk=512,
   # Of the model of 'train'.
@@ -111,7 +111,7 @@ def _sparse_options(options: argparse.Namespace, tile: int) -> SparseOptions:
     block=options.block,
     tile=tile,
     window_blocks=options.window_blocks,
-    max_blocks=options.slots,
+    max_blocks=options.kept_blocks,
     chunk=options.chunk,
   )
 
@@ -196,7 +196,7 @@ def _measure_decode(options):
     empty, jnp.int32(0), inputs
   )
   width = options.kv_heads * options.width * query.dtype.itemsize
-  blocks = options.window_blocks + 1 + options.slots
+  blocks = options.window_blocks + 1 + options.kept_blocks
   # Keys and values; of the sparse one also of the summaries, which choose, too.
   least = dict(
     dense=2 * width * context,

@@ -1,7 +1,7 @@
 """How fast and how large: `python -m jaxsparse bench NAME`.
 
 Prints the machine, then a table; `--json=FILE` keeps both. `all` runs every
-bench with sizes for the backend at hand. `NAME --help` tells the options.
+bench with sizes for the backend at hand. `NAME --help` lists the options.
 """
 
 import argparse

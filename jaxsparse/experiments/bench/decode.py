@@ -32,7 +32,7 @@ so that at batch 1 two cores halve the time of all but the MoE. There
   256        148-190 ms    1.24-1.37x    1.09-1.14x        2.17-4.24x
 
 From batch 64 on a core has more to multiply than to read, so that the MoE's
-bytes tell less and less.
+bytes matter less and less.
 
 On an H200 (results/decode_h200.json) by --family=680m --dtype=bfloat16
 --context=2048 --steps=32 --width_multiple=64 --margin=1e9 --kv_groups=8

@@ -59,7 +59,7 @@ def lower_decode(
 
 
 def compile_decode(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
-  """Such that a GPU runs kernels at once that do not wait for each other.
+  """Compiles so that a GPU runs independent kernels at the same time.
 
   A memory layer's output is needed blocks after its input is there.
   """

@@ -6,8 +6,8 @@ between the first and the last point. Then one token passes `used` experts:
 jaxsparse's two ways, sorted by expert and as assigned, against that many dense
 products with matrices of their own.
 
-Which experts are hit changes from call to call, such that matrices come from
-memory and not from a cache.
+Which experts are hit changes from call to call: matrices come from memory and
+not from a cache.
 """
 
 import argparse

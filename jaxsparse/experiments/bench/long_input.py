@@ -86,7 +86,7 @@ def _read(model, params, tokens, stretch):
 
 
 def _resident_bytes():
-  """What the process has now, or where no one tells, the most it had."""
+  """What the process has now, or the most it had where that is not known."""
   statm = pathlib.Path('/proc/self/statm')
   if statm.exists():
     return int(statm.read_text().split()[1]) * resource.getpagesize()

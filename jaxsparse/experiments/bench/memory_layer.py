@@ -3,7 +3,7 @@
 Beside it runs the same maths as one would first write it, in JAX, with `top_k`
 and with a sort, and in PyTorch where that is installed.
 
-Memory is told twice: temporaries of the compiled program, and on a CPU the
+Memory is given twice: temporaries of the compiled program, and on a CPU the
 peak of a process that runs one contender alone.
 """
 

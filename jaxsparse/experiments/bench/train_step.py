@@ -5,7 +5,7 @@ its root the number of keys, which are scored and are trained densely. With
 an optimizer that touches every value the step's time follows the table, with
 one that touches rows it follows what is read.
 
-Bytes per table value, parameter and optimizer state together, are told twice:
+Bytes per table value, parameter and optimizer state together, are given twice:
 by counting the state's arrays, and by what the compiled step takes as
 arguments, without what is not of the table.
 """
@@ -108,7 +108,7 @@ def _recipe(path: str) -> Config:
 def _draw_state(config: Config) -> TrainState:
   """A state of the right shapes, without compiling the model for it.
 
-  Matrices are random, so that memory layers read all over their tables.
+  Matrices are random: memory layers read all over their tables.
   """
   shapes = jax.eval_shape(lambda: init_state(config))
 

@@ -1,7 +1,7 @@
 """value_bag: pooling rows of a table, forward and with both gradients.
 
 Contenders of the forward pass: jaxsparse, the obvious `einsum` over gathered
-rows, and PyTorch's `embedding_bag` where it is installed and neither groups
+rows, and PyTorch's `embedding_bag` where it is installed and neither pools
 nor cores are asked for. With gradients, those of the weights and a dense one
 of the table, jaxsparse takes part with every way to add that up.
 
@@ -21,7 +21,7 @@ from jaxsparse.ops.memory.value_bag import value_bag
 from jaxsparse.ops.memory.value_bag_gradient import ACCUMULATION_MODES
 
 OPTIONS = dict(
-  rows=262_144, width=256, tokens=4096, entries=32, cores=1, groups=1, rounds=7
+  rows=262_144, width=256, tokens=4096, entries=32, cores=1, pools=1, rounds=7
 )
 
 
@@ -45,9 +45,9 @@ def _draw(options: argparse.Namespace) -> dict[str, np.ndarray]:
     table=rng.standard_normal(size, dtype=np.float32),
     slot=rng.integers(0, options.rows, shape, dtype=np.int32),
     weight=rng.standard_normal((*shape, options.cores), dtype=np.float32),
-    group=rng.integers(0, options.groups, shape, dtype=np.int32),
+    pool=rng.integers(0, options.pools, shape, dtype=np.int32),
     cotangent=rng.standard_normal(
-      (options.tokens, options.groups, options.width), dtype=np.float32
+      (options.tokens, options.pools, options.width), dtype=np.float32
     ),
   )
 
@@ -58,7 +58,7 @@ def least_bytes(arrays: dict[str, np.ndarray]) -> tuple[int, int]:
   rows = len(np.unique(arrays['slot'])) * row_bytes
   index = arrays['slot'].nbytes + arrays['weight'].nbytes
   if arrays['cotangent'].shape[1] > 1:
-    index += arrays['group'].nbytes
+    index += arrays['pool'].nbytes
   pooled = arrays['cotangent'].nbytes
   forward = rows + index + pooled
   # The rows again for the weights' gradient; the table's is written once.
@@ -71,16 +71,16 @@ def contenders(
 ) -> tuple[dict[str, Contender], dict[str, Contender]]:
   """The forward pass and that with gradients, by contender."""
   args = {name: jnp.asarray(array) for name, array in arrays.items()}
-  cotangent, group = args.pop('cotangent'), args.pop('group')
-  group = group if options.groups > 1 else None
+  cotangent, pool = args.pop('cotangent'), args.pop('pool')
+  pool = pool if options.pools > 1 else None
 
   def bag(table, slot, weight, way='scatter'):
     return value_bag(
-      table, slot, weight, group, options.groups, table_gradient=way
+      table, slot, weight, pool, options.pools, table_gradient=way
     )
 
   def einsum(table, slot, weight):
-    return einsum_bag(table, slot, weight, group, options.groups)
+    return einsum_bag(table, slot, weight, pool, options.pools)
 
   forward = {
     'jaxsparse': measuring.compiled(bag, *args.values()),
@@ -100,25 +100,25 @@ def contenders(
     f'jaxsparse, {w}': with_gradients(bag, way=w) for w in ACCUMULATION_MODES
   }
   backward['einsum'] = with_gradients(einsum)
-  if measuring.has_torch() and options.groups == options.cores == 1:
+  if measuring.has_torch() and options.pools == options.cores == 1:
     name = 'torch embedding_bag'
     forward[name], backward[name] = _torch_contenders(arrays)
   return forward, backward
 
 
-def einsum_bag(table, slot, weight, group, num_groups):
+def einsum_bag(table, slot, weight, pool, num_pools):
   """The bag as one would first write it."""
   num_tokens, width = len(slot), table.shape[1]
-  if weight.shape[2] == num_groups == 1:
+  if weight.shape[2] == num_pools == 1:
     pooled = jnp.einsum('tk,tkw->tw', weight[..., 0], table[slot])
     return pooled[:, None]
   rows = table[slot].reshape(*slot.shape, weight.shape[2], -1)
-  if num_groups == 1:
+  if num_pools == 1:
     pooled = jnp.einsum('tkc,tkcw->tcw', weight, rows)
   else:
-    one_hot = jax.nn.one_hot(group, num_groups)
+    one_hot = jax.nn.one_hot(pool, num_pools)
     pooled = jnp.einsum('tkc,tkg,tkcw->tgcw', weight, one_hot, rows)
-  return pooled.reshape(num_tokens, num_groups, width)
+  return pooled.reshape(num_tokens, num_pools, width)
 
 
 def _torch_contenders(arrays):
@@ -132,18 +132,18 @@ def _torch_contenders(arrays):
   slot, weight = slot.long(), weight[..., 0].contiguous()
   cotangent = cotangent[:, 0].contiguous()
 
-  def pool(table, weight):
+  def pool_rows(table, weight):
     return torch.nn.functional.embedding_bag(
       slot, table, mode='sum', per_sample_weights=weight
     )
 
   def with_gradients():
     leaves = [x.detach().requires_grad_() for x in (table, weight)]
-    pooled = pool(*leaves)
+    pooled = pool_rows(*leaves)
     return pooled, *torch.autograd.grad(pooled, leaves, cotangent)
 
   return (
-    measuring.by_torch(lambda: pool(table, weight)),
+    measuring.by_torch(lambda: pool_rows(table, weight)),
     measuring.by_torch(with_gradients),
   )
 

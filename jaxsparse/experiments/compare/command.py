@@ -90,11 +90,11 @@ def _write(suite, results, folder):
 
 
 def _say_sizes(planned: Sequence[runs.Run], say) -> None:
-  told = set()
+  named = set()
   for run in planned:
-    if run.architecture in told:
+    if run.architecture in named:
       continue
-    told.add(run.architecture)
+    named.add(run.architecture)
     parameters = cost.count_parameters(run.config.model)
     flops = cost.forward_flops(run.config.model, run.config.data.seq_len)
     say(

@@ -1,7 +1,7 @@
 """Pictures of a comparison: losses, seeds as dots with their range, recall.
 
 Architectures are rows or panels with a name, never colours of a legend, of
-which a reader can't tell seven apart. Losses are shown as differences to the
+which a reader can't distinguish seven. Losses are shown as differences to the
 first architecture, seed by seed: seeds differ in their text, and by more than
 architectures do.
 """

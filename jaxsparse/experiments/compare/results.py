@@ -121,7 +121,7 @@ def describe_recall(
   total = cost.count_parameters(config.model).total
   return dict(
     num_facts=number * len(facts.ATTRIBUTES),
-    # How often training saw a fact, if it is of nobody famous.
+    # How often training saw a fact of a person who is not famous.
     exposures=facts.exposures(num_tokens, number),
     recall=recalled.share,
     recall_by_attribute=recalled.share_by_attribute,

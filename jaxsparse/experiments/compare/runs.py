@@ -69,7 +69,7 @@ class Run:
 
 
 def plan(suite: Suite, workdir: str) -> list[Run]:
-  """All runs, such that each seed is complete before the next begins.
+  """All runs, in an order that completes each seed before the next begins.
 
   Raises:
     UserError: an architecture does not fit the budget.

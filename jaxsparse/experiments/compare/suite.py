@@ -33,8 +33,8 @@ class Suite:
   # Numbers of people of generated biographies, one run of everything for each;
   # with none, the text is the base's.
   people: tuple[int, ...] = ()
-  # With people, unless 0: training lasts until a fact (of somebody not famous)
-  # was told so often, instead of the base's number of steps.
+  # With people, unless 0: training lasts until a fact (of a person who is not
+  # famous) was seen so often, instead of the base's number of steps.
   exposures: int = 0
   # Different biographies of each person.
   num_phrasings: int = 16

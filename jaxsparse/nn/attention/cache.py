@@ -1,9 +1,10 @@
 """What attention keeps of earlier tokens: all of them, or a window's.
 
 A linear cache holds every token's row at the index at which it was fed. A ring
-has as many slots as its layer's window has positions and holds the row of index
-i in slot i mod slots. Both know the position and the document of each row; rows
-not yet in use are padding, of segment 0. Layers of one kind share these.
+has as many cache entries as its layer's window has positions and holds the row
+of index i in entry i mod their number. Both know the position and the document
+of each row; rows not yet in use are padding, of segment 0. Layers of one kind
+share these.
 
 A head's rows lie next to each other, and all rows of a factor: a token that
 reads them then needs no transpose, which would take a CPU ten times as long.
@@ -37,7 +38,7 @@ def is_ring(config: ModelConfig, layer: int) -> bool:
 def shared_names(config: ModelConfig, layer: int) -> tuple[str, ...]:
   """What a layer extends for all layers of its kind."""
   if config.attention_kinds[layer] == 'sparse':
-    # Its rows are where they are on the grid, and know their documents.
+    # Its rows are where they are in the block layout, and know their documents.
     return ('index', 'lengths')
   rows = _ROWS['ring' if is_ring(config, layer) else 'linear']
   return ('index', *rows.values())
@@ -121,7 +122,7 @@ def append(cache: Cache, new: Cache, has_ring: bool) -> tuple[Cache, Cache]:
     if has_ring and num_new > 1:
       seen, old = _roll_ring(old, rows, index, axis)
     else:
-      # One slot of a ring holds what has just left the window.
+      # One entry of a ring holds what has just left the window.
       at = index % old.shape[axis] if has_ring else index
       seen = old = jax.lax.dynamic_update_slice_in_dim(old, rows, at, axis)
     read[name], kept[stored[name]] = jnp.moveaxis(seen, axis, 1), old
@@ -130,7 +131,9 @@ def append(cache: Cache, new: Cache, has_ring: bool) -> tuple[Cache, Cache]:
 
 def _roll_ring(ring, rows, index, axis):
   """All rows in the order of time, and the ring with the last of them."""
-  slots = ring.shape[axis]
-  seen = jnp.concatenate([jnp.roll(ring, -(index % slots), axis), rows], axis)
-  last = jax.lax.slice_in_dim(seen, -slots, None, axis=axis)
-  return seen, jnp.roll(last, (index + rows.shape[axis]) % slots, axis)
+  num_entries = ring.shape[axis]
+  seen = jnp.concatenate(
+    [jnp.roll(ring, -(index % num_entries), axis), rows], axis
+  )
+  last = jax.lax.slice_in_dim(seen, -num_entries, None, axis=axis)
+  return seen, jnp.roll(last, (index + rows.shape[axis]) % num_entries, axis)

@@ -146,7 +146,7 @@ class SparseAttention(nn.Module):
 
     Queries and keys are rotated unless `reads_unrotated`. With a cache that is
     not bounded, padding before a sequence's first token takes no rows: it would
-    shift the grid of blocks.
+    shift the block layout.
 
     The metrics are means over tiles with an eligible block: 'kept_share' of
     these blocks and their number 'kept_blocks', and the shares of the softmax

@@ -1,15 +1,15 @@
 """Initial parameters of a memory layer, and where their scales come from.
 
-`paper` is the rule of arXiv:2411.12364: seen as an MLP of which m * P neurons
+`paper` is the rule of arXiv:2411.12364: seen as an MLP of which k * P neurons
 fire, the layer should write 1 / (2 L) of variance into the residual stream, and
 the kept scores should average about 1, which needs to know how far above the
-others the best m of Q scores are. `matched` is that of UltraMemV2
+others the best k of Q scores are. `matched` is that of UltraMemV2
 (arXiv:2508.18756, Eq. 26): the layer writes what the MLP beside it writes.
 `release` is the fixed sets of scales of the code published with both, and
 `product_keys` what PKM (arXiv:1907.05242) and its heirs start from.
 
-Letters: D model width, k query width, w key width, Q logical keys per axis,
-P heads, r ranks, c cores, E virtual blocks or pools, M slots, W value width,
+Letters: D model width, q query width, w key width, Q logical keys per axis,
+P heads, r ranks, c cores, E virtual blocks or pools, M rows, W value width,
 U pre-value width, L layers.
 """
 
@@ -29,7 +29,7 @@ from jaxsparse.config import MemoryConfig
 
 @functools.lru_cache
 def _top_means(num_candidates: int, num_selected: int) -> np.ndarray:
-  """Expected values of the m largest of n normal draws, largest first.
+  """Expected values of the k largest of n normal draws, largest first.
 
   The i-th largest has the density n phi(x) P(i - 1 of n - 1 draws are above x),
   integrated numerically; the integrand is smooth and vanishes at both ends, so
@@ -47,14 +47,14 @@ def _top_means(num_candidates: int, num_selected: int) -> np.ndarray:
 
 
 def expected_top_mean(num_candidates: int, num_selected: int) -> float:
-  """E[Y]: the expected mean of the m largest of n normal draws."""
+  """E[Y]: the expected mean of the k largest of n normal draws."""
   return float(_top_means(num_candidates, num_selected).mean())
 
 
 def expected_cell_mean(num_candidates: int, num_selected: int) -> float:
-  """Mean of the m largest products of one of m rows and one of m columns.
+  """Mean of the k largest products of one of k rows and one of k columns.
 
-  The rows and columns are the m best of n normal draws each, at their expected
+  The rows and columns are the k best of n normal draws each, at their expected
   values: the score that a rank-1 core of singular value 1 gives to kept cells.
   """
   best = _top_means(num_candidates, num_selected)
@@ -88,8 +88,8 @@ def initial_scales(
   singular value c r s / 2; hence s = 2 E[Y] / (r * expected_cell_mean).
 
   Measured over 24 draws of the cores (D 768, P 2, c 2, r 2, E 4), mean of the
-  kept scores: 1.09 at Q 1616, k 192, m 80; 1.01 at Q 1138, k 128, m 32; 1.02 at
-  Q 256, k 32, m 16. One draw differs from the mean by 0.14, one score by 0.35,
+  kept scores: 1.09 at Q 1616, q 192, k 80; 1.01 at Q 1138, q 128, k 32; 1.02 at
+  Q 256, q 32, k 16. One draw differs from the mean by 0.14, one score by 0.35,
   so that the output variance is 1.15 to 1.3 times the 1 / (2 L) aimed at.
   """
   config = config.for_width(model_dim)
@@ -165,7 +165,7 @@ def matched_value_scale(
   """Standard deviation of values and pre-values, UltraMemV2's Eq. 26.
 
   Both maps have variance 2 / (5 D), and the layer then writes
-  0.16 (1 + s^2) sigma^4 U m P W / D (Eq. 22 and 25), s being the spread of kept
+  0.16 (1 + s^2) sigma^4 U k P W / D (Eq. 22 and 25), s being the spread of kept
   scores of mean 1. The paper's own MLP writes 0.064 F / D / (2 L). (The text
   of Eq. 26 has sigma^2 for sigma^4.)
 
@@ -202,10 +202,10 @@ def parameters(
   scales = initial_scales(config, model_dim, num_layers)
   normal, constant = nn.initializers.normal, nn.initializers.constant
   param = mesh.param
-  k, r, P = config.key_dim, config.num_ranks, config.num_heads
+  q, r, P = config.key_dim, config.num_ranks, config.num_heads
   E, W, U = config.num_pools, config.value_dim, config.pre_value_dim
   w, Q = _key_width(config), config.num_logical_keys
-  query = {'shared': (2, k), 'per_head': (2, P, k), 'per_rank': (2, r, k)}
+  query = {'shared': (2, q), 'per_head': (2, P, q), 'per_rank': (2, r, q)}
   query = query[config.query]
   spec = param('D' + '.' * len(query))
   declared = {'query': (normal(scales.query), spec, (model_dim, *query))}
@@ -214,7 +214,7 @@ def parameters(
     declared['query_bias'] = (constant(0.0), spec, query)
   if config.query_norm != 'none':
     scale = constant(scales.query_scale)
-    declared['query_scale'] = (scale, param('.'), (k,))
+    declared['query_scale'] = (scale, param('.'), (q,))
   shape = (1 if config.share_keys else P, 2, Q, w, r)
   keys = normal(scales.keys)
   if config.init == 'product_keys':

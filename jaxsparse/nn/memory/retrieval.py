@@ -3,9 +3,9 @@
 The steps that the members of the family share: a query, its norm, scores of
 all row and column keys, the best cells of the grid, an activation, addresses.
 
-Letters: B batch, T positions, D model width, k query width, w key width, Q
-logical keys per axis, P heads, r ranks, c weights of a cell, m kept cells per
-head, E virtual blocks, M slots.
+Letters: B batch, T positions, D model width, q query width, w key width, Q
+logical keys per axis, P heads, r ranks, c weights of a cell, k selected cells
+per head, E virtual blocks, M rows.
 """
 
 import math
@@ -42,7 +42,9 @@ def retrieve(
   salt: int = 0,
   first_row: int = 0,
 ) -> Read:
-  """Reads nothing yet, but tells what to read.
+  """Scores keys, selects slots and returns their indices and weights.
+
+  It performs no table lookup.
 
   Args:
     weights: the layer's parameters, gathered.
@@ -57,8 +59,8 @@ def retrieve(
     first_row: of the layer's window in a shared table.
 
   Returns:
-    'scores' [B, T, P, m, c] of the kept cells; 'weights' [B, T, P * m, c] after
-    the activation; 'slots' [B, T, P * m] that the layer addresses, the table's
+    'scores' [B, T, P, k, c] of the kept cells; 'weights' [B, T, P * k, c] after
+    the activation; 'slots' [B, T, P * k] that the layer addresses, the table's
     'rows' that they are, and 'blocks', or None where there is one pool; 'hits'
     [M] of the slots by all tokens of the batch that are no padding.
   """
@@ -67,7 +69,7 @@ def retrieve(
     h = _convolve(
       x, weights['query_conv'].astype(x.dtype), segment_ids, context
     )
-  # [D, 2, k] with heads or ranks before the width where they have their own.
+  # [D, 2, q] with heads or ranks before the width where they have their own.
   matrix = weights['query'].astype(x.dtype)
   query = jnp.tensordot(h, matrix, axes=1)
   if 'query_bias' in weights:
@@ -97,7 +99,7 @@ def retrieve(
 def _best_slots(
   query, keys, cores, directions, permutation, config, salt, first_row
 ):
-  """One device's tokens: query [B, T, 2, ..., k]."""
+  """One device's tokens: query [B, T, 2, ..., q]."""
   batch = query.shape[:2]
   query = query.reshape(-1, *query.shape[2:])
   row, column = _rank_scores(query, keys, config)
@@ -177,7 +179,7 @@ def _rank_scores(
 
 
 def _by_one_product(
-  query: Float[Array, 'T 2 ... k'], keys: Float[Array, 'P 2 Q k r']
+  query: Float[Array, 'T 2 ... q'], keys: Float[Array, 'P 2 Q q r']
 ) -> tuple[Float[Array, 'T P Q r'], ...]:
   """Each rank's query, zero at the other ranks, times the keys as they lie.
 
@@ -224,7 +226,7 @@ def _by_key_set(
 
 
 def _activate(scores, activation):
-  """Weights of the kept cells [T, P, m, c]."""
+  """Weights of the kept cells [T, P, k, c]."""
   if activation == 'softmax':
     return jax.nn.softmax(scores, axis=2)
   if activation == 'sigmoid':
@@ -233,7 +235,7 @@ def _activate(scores, activation):
 
 
 def norm(
-  x: Float[Array, '*S'], scale: Float[Array, 'k'] | None, axis: int, kind: str
+  x: Float[Array, '*S'], scale: Float[Array, 'q'] | None, axis: int, kind: str
 ) -> Float[Array, '*S']:
   """RMSNorm or LayerNorm without a bias along `axis`, in f32 at least.
 

@@ -58,7 +58,7 @@ def table_use(config: MemoryConfig, dtype: jax.typing.DTypeLike) -> TableUse:
     width=config.value_dim,
     num_reads=config.num_heads * config.num_selected,
     num_cores=config.num_weights,
-    num_groups=config.num_pools,
+    num_pools=config.num_pools,
     table_bytes=jnp.dtype(config.table.dtype).itemsize,
     wire_bytes=jnp.dtype(dtype).itemsize,
     pre_value_width=config.pre_value_dim,

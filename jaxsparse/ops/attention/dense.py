@@ -32,8 +32,8 @@ from jaxsparse.ops.softmax import softmax
 _Side = dict[str, jax.Array | None]
 _Mixes = dict[str, HeadMix]
 
-# How many times the chunks that see all before them are told apart by how much
-# that is: with 4 stages, a quarter more scores are made than are seen.
+# Number of stages into which chunks are sorted by how many keys they see: with
+# 4 stages, a quarter more scores are made than are seen.
 _STAGES = 4
 
 
@@ -47,7 +47,7 @@ def document_mask(
   """True where a query sees a key: same document, not later, no padding.
 
   With a window only the last `window` positions, the query's own among them.
-  Segment 0 is padding: it sees nothing and nobody sees it.
+  Segment 0 is padding: it sees nothing and is not seen.
   """
   is_same = query_segments[:, :, None] == key_segments[:, None, :]
   distance = query_positions[:, :, None] - key_positions[:, None, :]
@@ -86,7 +86,7 @@ def attention(
     pre: composes heads before the softmax and the mask.
     post: composes heads after the softmax.
     chunk: queries at once; 0 for all.
-    implementation: 'xla' as told above, or a kernel, see
+    implementation: 'xla' as above, or a kernel, see
       `libraries.choose`; then the keys' rows must be the queries', or
       there is one query, which gets no gradient.
 

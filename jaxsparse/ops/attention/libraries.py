@@ -76,7 +76,7 @@ def choose(implementation: str, call: Call) -> str:
 
 
 def unsupported_reason(name: str, call: Call) -> str | None:
-  """What keeps a library's kernel from serving a call, in words."""
+  """Why a library's kernel can't serve a call, or None if it can."""
   platform = jax.default_backend()
   platforms = dict(pallas=('tpu', 'gpu'), cudnn=('gpu',))[name]
   if platform not in platforms:
@@ -139,7 +139,8 @@ def _decoding_error(call: Call) -> str | None:
 def _first_error(
   function: Callable, *arguments: jax.ShapeDtypeStruct
 ) -> str | None:
-  """The first line of what compiling raises, on one device, whatever is set."""
+  """The first line of the error that compiling for one device raises, or
+  None."""
   try:
     with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
       jax.jit(function).lower(*arguments).compile()

@@ -162,7 +162,7 @@ def sharded_expert_mlp(
   def split(names):
     return tuple(a for a in names if axes[a] > 1)
 
-  rows, group = split(layout.rows), split(layout.group)
+  rows, group = split(layout.rows), split(layout.device_group)
   alike = layout.alike_rows + layout.alike_columns
 
   def on_device(x, weights, experts, matrices):

@@ -56,7 +56,7 @@ def grouped_matmul(
     experts: a matrix for each.
     sizes: rows of each expert, together at most S. What rows beyond hold is of
       no influence; they give zero.
-    implementation: 'loop' as told above; 'triton', our kernel for GPUs;
+    implementation: 'loop' as above; 'triton', our kernel for GPUs;
       'megablox', JAX's for TPUs; 'ragged_dot' of `jax.lax`; 'auto' is a kernel
       where one compiles, 'ragged_dot' on TPUs where none does, as Megablox does
       not know meshes, and the loop elsewhere.
@@ -139,7 +139,7 @@ def _loop(rows, experts, sizes):
 
 def _loop_backward(inputs, cotangent):
   rows, experts, sizes = inputs
-  # Two programs, so that one that nobody asks for is dead code.
+  # Two programs: one that is not needed is dead code.
   d_rows = _products(cotangent, experts, sizes, is_transposed=True)
   return d_rows, _outer_products(rows, cotangent, sizes, experts.dtype), None
 
@@ -161,7 +161,7 @@ def _ragged_backward(inputs, cotangent):
 _ragged.defvjp(lambda *inputs: (_ragged(*inputs), inputs), _ragged_backward)
 
 
-# Compiled as functions of their own, so that layers of one size share a trace.
+# Compiled as functions of their own: layers of one size share a trace.
 @functools.partial(jax.jit, static_argnames='is_transposed')
 def _products(rows, experts, sizes, is_transposed=False):
   if rows.size == 0 or experts.size == 0:

@@ -2,8 +2,8 @@
 
 Scores, softmax and sums of values in one pass over keys and values: XLA makes
 five kernels of it, which write the scores and read them again. A cache's rows
-are divided among programs, such that a small batch keeps a GPU busy, and the
-parts put together after it (flash-decoding, Dao et al. 2023).
+are divided among programs, which keeps a GPU busy with a small batch, and the
+parts are merged afterwards (flash-decoding, Dao et al. 2023).
 
 Letters: B batch, S rows, K key/value heads, G query heads of each, H width.
 """
@@ -39,7 +39,7 @@ def decode_attention(
   """`ops.attention.dense.attention` of one query, without a gradient.
 
   Args:
-    query: in the type of the products, like the next two.
+    query: in the compute dtype, as are key and value.
     key: a head's rows next to each other.
     value: as `key`.
     query_positions: position of each query in its document.
@@ -47,7 +47,7 @@ def decode_attention(
     query_segments: document of each query; 0 for padding.
     key_segments: document of each row; 0 for padding and unused rows.
     window: positions that a query sees, its own among them; 0 for all.
-    interpret: is for tests.
+    interpret: run in Pallas interpret mode (tests).
 
   Returns:
     Sums of the values; 0 for a query that sees no row.

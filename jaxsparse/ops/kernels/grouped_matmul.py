@@ -1,8 +1,8 @@
 """Products of rows with their experts' matrices, in one Triton kernel each.
 
 XLA's loop over experts returns to the host for every expert and every tile; a
-grid of programs does not, one for each tile of an expert's rows and each tile
-of columns. Tiles beyond the last expert's end at once, so that matrices of
+launch grid does not: it has one program for each tile of an expert's rows and
+each tile of columns. Tiles beyond the last expert's end at once: matrices of
 experts without rows are never read. An expert with up to 16 rows is read once.
 
 Sums are in f32. Matrices may be stored in another type than the rows'.
@@ -57,7 +57,7 @@ def grouped_matmul(
     rows: those of expert 0 first; those that belong to none give zero.
     experts: a matrix for each.
     sizes: rows of each expert, together at most S.
-    interpret: is for tests.
+    interpret: run in Pallas interpret mode (tests).
   """
   return _products(rows, experts, sizes, interpret, is_transposed=False)
 

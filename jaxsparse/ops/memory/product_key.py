@@ -1,13 +1,13 @@
 """Exact retrieval with additive product keys (arXiv:1907.05242, section 3.1).
 
 A slot is a cell (i, j) of a grid of Q x Q logical keys and scores
-row[i] + column[j]. With both axes sorted in descending order, a cell at ranks
+row[i] + column[j]. Sort both axes in descending order: a cell at positions
 (i, j), counted from 1, has i * j - 1 others before it that score at least as
-much, so that only cells with i * j <= m can be among the best m: 119 candidates
-instead of 1,024 for m = 32, and no cell is missed. This holds for sums only,
+much. So only cells with i * j <= k can be among the best k: 119 candidates
+instead of 1,024 for k = 32, and no cell is missed. This holds for sums only,
 not for the bilinear scores of `tucker`.
 
-Letters: T tokens, H retrieval heads, Q keys per axis, k kept cells per head.
+Letters: T tokens, P memory heads, Q keys per axis, k kept cells per head.
 """
 
 import jax
@@ -19,10 +19,10 @@ from jaxsparse.ops.top_k import top_m, top_m_reference
 
 
 def product_key_top_m(
-  row: Float[Array, 'T H Q'],
-  column: Float[Array, 'T H Q'],
+  row: Float[Array, 'T P Q'],
+  column: Float[Array, 'T P Q'],
   num_selected: int,
-) -> tuple[Float[Array, 'T H k'], Int[Array, 'T H k']]:
+) -> tuple[Float[Array, 'T P k'], Int[Array, 'T P k']]:
   """Scores and addresses of the best cells of each head.
 
   Gradients flow through the scores of the kept cells; the selection has none.
@@ -54,17 +54,17 @@ def product_key_top_m(
 
 
 def candidates(num_selected: int) -> tuple[np.ndarray, np.ndarray]:
-  """Ranks (i, j), from 0, of the cells that can be among the best m."""
-  ranks = np.arange(1, num_selected + 1)
-  i, j = np.nonzero(ranks[:, None] * ranks[None] <= num_selected)
+  """Positions (i, j), from 0, of the cells that can be among the best k."""
+  positions = np.arange(1, num_selected + 1)
+  i, j = np.nonzero(positions[:, None] * positions[None] <= num_selected)
   return i.astype(np.int32), j.astype(np.int32)
 
 
 def product_key_top_m_reference(
-  row: Float[Array, 'T H Q'],
-  column: Float[Array, 'T H Q'],
+  row: Float[Array, 'T P Q'],
+  column: Float[Array, 'T P Q'],
   num_selected: int,
-) -> tuple[Float[Array, 'T H k'], Int[Array, 'T H k']]:
+) -> tuple[Float[Array, 'T P k'], Int[Array, 'T P k']]:
   """`product_key_top_m` by scoring all cells."""
   grid = row[..., :, None] + column[..., None, :]
   return top_m_reference(grid.reshape(*grid.shape[:2], -1), num_selected)

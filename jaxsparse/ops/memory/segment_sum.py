@@ -3,7 +3,7 @@
 Reference number t * k + j is entry j of token t, which reads a row, with one
 weight for each core, for one of the token's pools.
 
-Letters: T tokens, k entries, c cores, G pools, W row width, n references.
+Letters: T tokens, k entries, c cores, E pools, W row width, n references.
 """
 
 import math
@@ -21,16 +21,16 @@ REFERENCES_GPU = 2**14
 def updates_at(
   position: Int[Array, 'n'],
   weight: Float[Array, 'T k c'],
-  group: Int[Array, 'T k'] | None,
-  cotangent_TGW: Float[Array, 'T G W'],
+  pool: Int[Array, 'T k'] | None,
+  cotangent_TEW: Float[Array, 'T E W'],
   dtype: jax.typing.DTypeLike,
 ):
   """Outer products [n, W] of the references at `position`."""
   num_entries, num_cores = weight.shape[1:]
   token = position // num_entries
-  group = 0 if group is None else rows(group.reshape(-1), position)
-  num_groups, width = cotangent_TGW.shape[1:]
-  pooled = rows(cotangent_TGW.reshape(-1, width), token * num_groups + group)
+  pool = 0 if pool is None else rows(pool.reshape(-1), position)
+  num_pools, width = cotangent_TEW.shape[1:]
+  pooled = rows(cotangent_TEW.reshape(-1, width), token * num_pools + pool)
   weight = rows(weight.reshape(-1, num_cores), position)
   update = weight.astype(dtype)[..., None] * pooled.astype(dtype).reshape(
     *position.shape, num_cores, -1

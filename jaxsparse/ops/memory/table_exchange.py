@@ -4,7 +4,7 @@ A device has t tokens of its own and m rows x w columns of the table [M, W]; the
 devices of its group have together T tokens and the whole table (over `model`
 tokens are the same and columns are not, so nothing is sent). In the forward
 pass row numbers and weights are gathered, [t, k] to [T, k], and pools come
-home, [T, G, w] to [t, G, W]; what autodiff makes of it sends the mirror image.
+home, [T, E, w] to [t, E, W]; what autodiff makes of it sends the mirror image.
 """
 
 import dataclasses
@@ -39,7 +39,7 @@ class TableExchange:
   @property
   def sends(self) -> bool:
     """Whether a group is more than one device."""
-    return bool(self._split(self.layout.group))
+    return bool(self._split(self.layout.device_group))
 
   @property
   def has_copies(self) -> bool:
@@ -56,7 +56,7 @@ class TableExchange:
 
     Row and pool of an entry travel as one 32-bit number.
     """
-    over = self._split(self.layout.group)
+    over = self._split(self.layout.device_group)
     if not over:
       return slot, weight, group
     virtual = slot.astype(jnp.uint32)
@@ -71,8 +71,8 @@ class TableExchange:
     return slot.astype(jnp.int32), weight, group.astype(jnp.int32)
 
   def reduce_scatter_pools(
-    self, pooled: Float[Array, 'T G w']
-  ) -> Float[Array, 't G W']:
+    self, pooled: Float[Array, 'T E w']
+  ) -> Float[Array, 't E W']:
     """Adds up the parts of each pool and sends them to their tokens."""
     if over := self._split(self.layout.reduced):
       pooled = _as_matrix(jax.lax.psum_scatter, pooled, over)
@@ -82,7 +82,7 @@ class TableExchange:
       pooled = jax.lax.all_to_all(pooled, over, 0, 2, tiled=True)
     return pooled
 
-  def all_columns(self, pooled: Float[Array, 't G w']) -> Float[Array, 't G W']:
+  def all_columns(self, pooled: Float[Array, 't E w']) -> Float[Array, 't E W']:
     """Brings the columns of devices with the same tokens together.
 
     A sum of parts among zeros: unlike that of an all-gather, its type says that
@@ -97,8 +97,8 @@ class TableExchange:
     return jax.lax.psum(parts, over).reshape(*pooled.shape[:-1], -1)
 
   def all_gather_vectors(
-    self, vectors: Float[Array, 't G W']
-  ) -> Float[Array, 'T G w']:
+    self, vectors: Float[Array, 't E W']
+  ) -> Float[Array, 'T E w']:
     """Brings every token's own columns to the devices that hold them."""
     if over := self._split(self.layout.exchanged):
       vectors = jax.lax.all_to_all(vectors, over, 2, 0, tiled=True)
@@ -106,7 +106,7 @@ class TableExchange:
       vectors = jax.lax.all_gather(vectors, over, tiled=True)
     return vectors
 
-  def own_columns(self, x: Float[Array, 't G W']) -> Float[Array, 't G w']:
+  def own_columns(self, x: Float[Array, 't E W']) -> Float[Array, 't E w']:
     """Own columns of what devices with the same tokens have alike."""
     over = self._split(self.layout.alike_columns)
     if not over:
@@ -117,7 +117,7 @@ class TableExchange:
 
   def psum_products(self, parts: Float[Array, 'T k']) -> Float[Array, 't k']:
     """Sums of the group's parts, each token's at its home."""
-    if over := self._split(self.layout.group):
+    if over := self._split(self.layout.device_group):
       parts = jax.lax.psum_scatter(parts, over, tiled=True)
     # Axes of length 1 too: the parts are marked as varying over them.
     over = self.layout.alike_rows + self.layout.alike_columns

@@ -1,13 +1,13 @@
 """Which way to split a value table over devices, and what each way sends.
 
-Letters: M rows, W value width, k rows read per token, c cores, E groups (pools
-per token), P devices that share one copy of the table, b bytes per element on
-the wire. Every device sends, per token of its own, in the forward pass
+Letters: M rows, W value width, k rows read per token, c cores, E pools per
+token, d devices that share one copy of the table, b bytes per element on the
+wire. Every device sends, per token of its own, in the forward pass
 
   I = k (4 + b c)                        row numbers and weights
-  columns  (P - 1) I + (P - 1) / P  E W b
-  rows     (P - 1) I + (P - 1)      E W b
-  grid     (P - 1) I + (Pr - 1) E W b + (Pc - 1) / Pc  E W b,  P = Pr Pc
+  columns  (d - 1) I + (d - 1) / d  E W b
+  rows     (d - 1) I + (d - 1)      E W b
+  grid     (d - 1) I + (dr - 1) E W b + (dc - 1) / dc  E W b,  d = dr dc
 
 and about as much again in the backward pass. A table of pre-values of width U,
 split like the values, has its vectors sent the other way and the products back:
@@ -40,7 +40,7 @@ class TableUse:
   num_reads: int
   # Weights c of each row read, and pools E of each token.
   num_cores: int
-  num_groups: int
+  num_pools: int
   # Bytes of one element in the table, and of weights and pools on the wire.
   table_bytes: int
   wire_bytes: int
@@ -57,11 +57,11 @@ def bytes_per_token(scheme: str, use: TableUse, axes: dict[str, int]) -> float:
     axes: length of every mesh axis.
   """
   layout = mesh.TABLE_LAYOUTS[scheme]
-  over = math.prod(axes[a] for a in layout.group)
+  over = math.prod(axes[a] for a in layout.device_group)
   over_rows = math.prod(axes[a] for a in layout.rows)
   over_columns = math.prod(axes[a] for a in layout.exchanged)
   index = use.num_reads * (4 + use.wire_bytes * use.num_cores)
-  widths = use.num_groups * use.width + use.pre_value_width
+  widths = use.num_pools * use.width + use.pre_value_width
   crossing = widths / axes['model'] * use.wire_bytes
   exchanged = (over_columns - 1) / over_columns
   products = 0.0

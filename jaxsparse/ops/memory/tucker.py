@@ -9,7 +9,7 @@ Scoring Q^2 cells is out of the question, so a rank-1 stand-in for the core
 picks m rows and m columns, and only their m x m cells are scored in full.
 With c cores a cell has c scores; their sum decides which cells are kept.
 
-Letters: T tokens, H retrieval heads, Q keys per axis, r ranks, c cores, m
+Letters: T tokens, P memory heads, Q keys per axis, r ranks, c cores, m
 candidates per axis, k kept cells per head (k = m here).
 """
 
@@ -20,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from jaxsparse.ops import chunking
 from jaxsparse.ops.top_k import top_m, top_m_reference
 
-Directions = tuple[Float[Array, 'H r'], Float[Array, 'H r']]
+Directions = tuple[Float[Array, 'P r'], Float[Array, 'P r']]
 
 # Cells that are scored at once. More tokens than that go tile by tile, so the
 # grids of a long batch never stand in memory together.
@@ -28,14 +28,14 @@ _TILE_CELLS = 2**24
 
 
 def tucker_top_m(
-  row: Float[Array, 'T H Q r'],
-  column: Float[Array, 'T H Q r'],
-  cores: Float[Array, 'c H r r'],
+  row: Float[Array, 'T P Q r'],
+  column: Float[Array, 'T P Q r'],
+  cores: Float[Array, 'c P r r'],
   num_selected: int,
   *,
   directions: Directions | None = None,
   two_quadrants: bool = False,
-) -> tuple[Float[Array, 'T H k c'], Int[Array, 'T H k']]:
+) -> tuple[Float[Array, 'T P k c'], Int[Array, 'T P k']]:
   """Scores and addresses of the kept cells of each head.
 
   Gradients flow through the scores of the kept cells into `row`, `column` and
@@ -61,30 +61,30 @@ def tucker_top_m(
     (int32, or uint32 where Q^2 does not fit).
   """
   num_keys = row.shape[2]
-  core_sum_Hrr = jax.lax.stop_gradient(cores.sum(0))
+  core_sum_Prr = jax.lax.stop_gradient(cores.sum(0))
   if directions is None:
-    directions = leading_directions(core_sum_Hrr)
-  i_THk, j_THk = _select(
+    directions = leading_directions(core_sum_Prr)
+  i_TPk, j_TPk = _select(
     jax.lax.stop_gradient(row),
     jax.lax.stop_gradient(column),
-    core_sum_Hrr,
+    core_sum_Prr,
     jax.lax.stop_gradient(directions),
     num_selected,
     2 if two_quadrants else 1,
   )
-  row_THkr, column_THkr = _take(row, i_THk), _take(column, j_THk)
-  scores_THkc = _cell_scores(row_THkr, column_THkr, cores)
+  row_TPkr, column_TPkr = _take(row, i_TPk), _take(column, j_TPk)
+  scores_TPkc = _cell_scores(row_TPkr, column_TPkr, cores)
   dtype = jnp.int32 if num_keys**2 <= 2**31 else jnp.uint32
-  address_THk = i_THk.astype(dtype) * jnp.asarray(num_keys, dtype)
-  return scores_THkc, address_THk + j_THk.astype(dtype)
+  address_TPk = i_TPk.astype(dtype) * jnp.asarray(num_keys, dtype)
+  return scores_TPkc, address_TPk + j_TPk.astype(dtype)
 
 
 def _cell_scores(
-  row: Float[Array, 'T H k r'],
-  column: Float[Array, 'T H k r'],
-  cores: Float[Array, 'c H r r'],
+  row: Float[Array, 'T P k r'],
+  column: Float[Array, 'T P k r'],
+  cores: Float[Array, 'c P r r'],
 ):
-  """row[T, H, k] @ C[c, H] @ column[T, H, k], [T, H, k, c].
+  """row[T, P, k] @ C[c, P] @ column[T, P, k], [T, P, k, c].
 
   Unrolled over ranks and cores: sums that short, and those of their gradients,
   are no matter for a GPU's matmuls or a CPU's reductions.
@@ -104,8 +104,8 @@ def _cell_scores(
 
 
 def _take(
-  scores: Float[Array, 'T H Q r'], index: Int[Array, 'T H k']
-) -> Float[Array, 'T H k r']:
+  scores: Float[Array, 'T P Q r'], index: Int[Array, 'T P k']
+) -> Float[Array, 'T P k r']:
   def take(rows: Float[Array, 'Q r'], i: Int[Array, 'k']):
     return rows.at[i].get(mode='promise_in_bounds')
 
@@ -113,49 +113,49 @@ def _take(
 
 
 def _select(
-  row: Float[Array, 'T H Q r'],
-  column: Float[Array, 'T H Q r'],
-  core_sum: Float[Array, 'H r r'],
+  row: Float[Array, 'T P Q r'],
+  column: Float[Array, 'T P Q r'],
+  core_sum: Float[Array, 'P r r'],
   directions: Directions,
   num_selected: int,
   num_quadrants: int,
 ):
-  """Rows and columns [T, H, k] of the kept cells, tile by tile of tokens."""
-  u_Hr, t_Hr = directions
+  """Rows and columns [T, P, k] of the kept cells, tile by tile of tokens."""
+  u_Pr, t_Pr = directions
   # Unrolled over r: a contraction that short is no matter for a matmul.
   ranks = range(row.shape[-1])
-  a_THQ = sum(row[..., a] * u_Hr[None, :, None, a] for a in ranks)
-  b_THQ = sum(column[..., a] * t_Hr[None, :, None, a] for a in ranks)
-  i_THm, j_THm = jax.lax.platform_dependent(
-    a_THQ,
-    b_THQ,
+  a_TPQ = sum(row[..., a] * u_Pr[None, :, None, a] for a in ranks)
+  b_TPQ = sum(column[..., a] * t_Pr[None, :, None, a] for a in ranks)
+  i_TPm, j_TPm = jax.lax.platform_dependent(
+    a_TPQ,
+    b_TPQ,
     cuda=lambda *axes: _candidates_together(axes, num_selected, num_quadrants),
     default=lambda *axes: tuple(
       _candidates(axis, num_selected, num_quadrants) for axis in axes
     ),
   )
-  row_THmr = _take(row, i_THm)
-  left_THmr = sum(
-    row_THmr[..., a, None] * core_sum[None, :, None, a] for a in ranks
+  row_TPmr = _take(row, i_TPm)
+  left_TPmr = sum(
+    row_TPmr[..., a, None] * core_sum[None, :, None, a] for a in ranks
   )
-  right_THmr = _take(column, j_THm)
+  right_TPmr = _take(column, j_TPm)
 
   def best_cells(carry: None, pair: tuple[jax.Array, jax.Array]):
     return carry, _best_cells(*pair, num_selected, num_quadrants)
 
   cells = row.shape[1] * num_selected**2 // num_quadrants
-  _, (p_THk, q_THk) = chunking.scan_tokens(
+  _, (p_TPk, q_TPk) = chunking.scan_tokens(
     best_cells,
     None,
-    (left_THmr, right_THmr),
+    (left_TPmr, right_TPmr),
     _TILE_CELLS // cells,
   )
   take = jax.vmap(jax.vmap(lambda x, i: x.at[i].get(mode='promise_in_bounds')))
-  return take(i_THm, p_THk), take(j_THm, q_THk)
+  return take(i_TPm, p_TPk), take(j_TPm, q_TPk)
 
 
 def _candidates(
-  merged: Float[Array, 'T H Q'], num_selected: int, num_quadrants: int
+  merged: Float[Array, 'T P Q'], num_selected: int, num_quadrants: int
 ):
   """Keys with the largest merged scores; then those with the smallest."""
   if num_quadrants == 1:
@@ -178,57 +178,57 @@ def _candidates_together(
 
 
 def _best_cells(
-  left: Float[Array, 'T H m r'],
-  right: Float[Array, 'T H m r'],
+  left: Float[Array, 'T P m r'],
+  right: Float[Array, 'T P m r'],
   num_selected: int,
   num_quadrants: int,
 ):
   """Positions (p, q) of the best cells among the candidates' grids."""
   side = num_selected // num_quadrants
   shape = (*left.shape[:2], num_quadrants, side, left.shape[-1])
-  left_THgmr, right_THgmr = left.reshape(shape), right.reshape(shape)
-  grid_THgmm = sum(
-    left_THgmr[..., :, None, a] * right_THgmr[..., None, :, a]
+  left_TPgmr, right_TPgmr = left.reshape(shape), right.reshape(shape)
+  grid_TPgmm = sum(
+    left_TPgmr[..., :, None, a] * right_TPgmr[..., None, :, a]
     for a in range(shape[-1])
   )
-  grid_THn = jnp.reshape(grid_THgmm, (*shape[:2], -1))
-  _, cell = top_m(grid_THn, num_selected)
+  grid_TPn = jnp.reshape(grid_TPgmm, (*shape[:2], -1))
+  _, cell = top_m(grid_TPn, num_selected)
   quadrant, cell = cell // side**2, cell % side**2
   return quadrant * side + cell // side, quadrant * side + cell % side
 
 
 def tucker_top_m_two_stage_reference(
-  row: Float[Array, 'T H Q r'],
-  column: Float[Array, 'T H Q r'],
-  cores: Float[Array, 'c H r r'],
+  row: Float[Array, 'T P Q r'],
+  column: Float[Array, 'T P Q r'],
+  cores: Float[Array, 'c P r r'],
   num_selected: int,
   directions: Directions,
-) -> tuple[Float[Array, 'T H k c'], Int[Array, 'T H k']]:
-  """`tucker_top_m` as the paper tells it: every core scores every candidate."""
-  u_Hr, t_Hr = directions
-  _, i_THm = top_m_reference(
-    jnp.einsum('thqr,hr->thq', row, u_Hr), num_selected
+) -> tuple[Float[Array, 'T P k c'], Int[Array, 'T P k']]:
+  """`tucker_top_m` as in the paper: every core scores every candidate."""
+  u_Pr, t_Pr = directions
+  _, i_TPm = top_m_reference(
+    jnp.einsum('thqr,hr->thq', row, u_Pr), num_selected
   )
-  _, j_THm = top_m_reference(
-    jnp.einsum('thqr,hr->thq', column, t_Hr), num_selected
+  _, j_TPm = top_m_reference(
+    jnp.einsum('thqr,hr->thq', column, t_Pr), num_selected
   )
-  row_THmr = jnp.take_along_axis(row, i_THm[..., None], axis=2)
-  column_THmr = jnp.take_along_axis(column, j_THm[..., None], axis=2)
-  grid = jnp.einsum('thip,chpq,thjq->thijc', row_THmr, cores, column_THmr)
+  row_TPmr = jnp.take_along_axis(row, i_TPm[..., None], axis=2)
+  column_TPmr = jnp.take_along_axis(column, j_TPm[..., None], axis=2)
+  grid = jnp.einsum('thip,chpq,thjq->thijc', row_TPmr, cores, column_TPmr)
   grid = grid.reshape(*grid.shape[:2], num_selected**2, -1)
   _, cell = top_m_reference(grid.sum(-1), num_selected)
   scores = jnp.take_along_axis(grid, cell[..., None], axis=2)
-  i = jnp.take_along_axis(i_THm, cell // num_selected, axis=2)
-  j = jnp.take_along_axis(j_THm, cell % num_selected, axis=2)
+  i = jnp.take_along_axis(i_TPm, cell // num_selected, axis=2)
+  j = jnp.take_along_axis(j_TPm, cell % num_selected, axis=2)
   return scores, i * row.shape[2] + j
 
 
 def tucker_top_m_exhaustive_reference(
-  row: Float[Array, 'T H Q r'],
-  column: Float[Array, 'T H Q r'],
-  cores: Float[Array, 'c H r r'],
+  row: Float[Array, 'T P Q r'],
+  column: Float[Array, 'T P Q r'],
+  cores: Float[Array, 'c P r r'],
   num_selected: int,
-) -> tuple[Float[Array, 'T H k c'], Int[Array, 'T H k']]:
+) -> tuple[Float[Array, 'T P k c'], Int[Array, 'T P k']]:
   """The best of all Q x Q cells; what no pre-filter can miss."""
   grid = jnp.einsum('thip,chpq,thjq->thijc', row, cores, column)
   grid = grid.reshape(*grid.shape[:2], row.shape[2] ** 2, -1)
@@ -236,7 +236,7 @@ def tucker_top_m_exhaustive_reference(
   return jnp.take_along_axis(grid, address[..., None], axis=2), address
 
 
-def leading_directions(core_sum: Float[Array, 'H r r']) -> Directions:
+def leading_directions(core_sum: Float[Array, 'P r r']) -> Directions:
   """The leading left and right singular vectors of each core.
 
   A singular pair is defined up to a joint sign, which decides which quadrant
@@ -258,13 +258,13 @@ def leading_directions(core_sum: Float[Array, 'H r r']) -> Directions:
   return sign * u, sign * t
 
 
-def _halves(core: Float[Array, '*H 2 2']):
+def _halves(core: Float[Array, '*P 2 2']):
   """C as a scaled rotation (e, h) plus a scaled reflection (f, g)."""
   a, b, c, d = (core[..., i, j] for i in range(2) for j in range(2))
   return (a + d) / 2, (c - b) / 2, (a - d) / 2, (b + c) / 2
 
 
-def _leading_directions_of_2x2(core: Float[Array, '*H 2 2']):
+def _leading_directions_of_2x2(core: Float[Array, '*P 2 2']):
   e, h, f, g = _halves(core)
   rotation, reflection = jnp.arctan2(h, e), jnp.arctan2(g, f)
   phi, theta = (reflection + rotation) / 2, (reflection - rotation) / 2
@@ -273,7 +273,7 @@ def _leading_directions_of_2x2(core: Float[Array, '*H 2 2']):
   return u, t
 
 
-def singular_values(core_sum: Float[Array, 'H r r']) -> Float[Array, 'H r']:
+def singular_values(core_sum: Float[Array, 'P r r']) -> Float[Array, 'P r']:
   """Singular values, largest first; differentiable, also where they meet."""
   if core_sum.shape[-1] != 2:
     return jnp.linalg.svd(core_sum, compute_uv=False)
@@ -284,7 +284,7 @@ def singular_values(core_sum: Float[Array, 'H r r']) -> Float[Array, 'H r']:
   )
 
 
-def _hypot(x: Float[Array, '*H'], y: Float[Array, '*H']):
+def _hypot(x: Float[Array, '*P'], y: Float[Array, '*P']):
   """sqrt(x^2 + y^2) whose gradient at zero is zero instead of NaN."""
   square = x * x + y * y
   is_zero = square == 0
@@ -292,7 +292,7 @@ def _hypot(x: Float[Array, '*H'], y: Float[Array, '*H']):
 
 
 def lower_singular_loss(
-  cores: Float[Array, 'c H r r'], margin: float
+  cores: Float[Array, 'c P r r'], margin: float
 ) -> Float[Array, '']:
   """Holds the summed cores near rank 1, where the pre-filter is faithful.
 

@@ -1,9 +1,9 @@
 """Gradients of `value_bag`, with respect to its weights and to its table.
 
-  d weight[t, j, i] = d out[t, g, block i] . table[slot[t, j], block i]
-  d table[slot[t, j], block i] += weight[t, j, i] d out[t, g, block i]
+  d weight[t, j, i] = d out[t, e, columns i] . table[slot[t, j], columns i]
+  d table[slot[t, j], columns i] += weight[t, j, i] d out[t, e, columns i]
 
-for g = group[t, j]. Neither keeps the T * k rows. The gradient of the table is
+for e = pool[t, j]. Neither keeps the T * k rows. The gradient of the table is
 dense, and adding to its rows has an order: on a CPU and a TPU that of the
 scatter's loop, on a GPU none, since its scatter adds atomically. A fixed order
 there takes a sort.
@@ -31,9 +31,9 @@ from jaxsparse.ops.shard_map_vma import sort_key_val
 Table = Float[Array, 'M W']
 Slots = Int[Array, 'T k']
 Weights = Float[Array, 'T k c']
-Groups = Int[Array, 'T k'] | None
+PoolIndices = Int[Array, 'T k'] | None
 NumValid = Int[Array, 'T'] | None
-Pools = Float[Array, 'T G W']
+Pools = Float[Array, 'T E W']
 
 ACCUMULATION_MODES = ('scatter', 'sorted', 'deterministic')
 
@@ -46,7 +46,7 @@ def weight_gradient(
   table: Table,
   slot: Slots,
   weight: Weights,
-  group: Groups,
+  pool: PoolIndices,
   num_valid: NumValid,
   cotangent: Pools,
 ):
@@ -54,7 +54,7 @@ def weight_gradient(
   if slot.size == 0:
     return jnp.zeros_like(weight)
   return jax.lax.platform_dependent(
-    table, slot, weight, group, num_valid, cotangent,
+    table, slot, weight, pool, num_valid, cotangent,
     cpu=_weight_gradient_chunked(chunking.CHUNK_BYTES_CPU),
     tpu=_weight_gradient_chunked(chunking.CHUNK_BYTES),
     default=_weight_gradient_whole,
@@ -66,7 +66,7 @@ def table_gradient(
   table: Table,
   slot: Slots,
   weight: Weights,
-  group: Groups,
+  pool: PoolIndices,
   num_valid: NumValid,
   cotangent: Pools,
   way: str,
@@ -81,18 +81,18 @@ def table_gradient(
   )
   sequential, parallel = ways[way]
   return jax.lax.platform_dependent(
-    table, slot, weight, group, num_valid, cotangent,
+    table, slot, weight, pool, num_valid, cotangent,
     cpu=sequential(chunking.CHUNK_BYTES_CPU),
     tpu=sequential(chunking.CHUNK_BYTES),
     default=parallel,
   ).astype(table.dtype)  # fmt: skip
 
 
-def _of_pool(cotangent_TGW: Pools, group: Groups):
+def _of_pool(cotangent_TEW: Pools, pool: PoolIndices):
   """The cotangent of each entry's pool: [T, k, W], or [T, 1, W] for all."""
-  if group is None:
-    return cotangent_TGW
-  return jax.vmap(chunking.rows)(cotangent_TGW, group)
+  if pool is None:
+    return cotangent_TEW
+  return jax.vmap(chunking.rows)(cotangent_TEW, pool)
 
 
 def _split(x: Float[Array, '*S W'], num_cores: int):
@@ -103,7 +103,7 @@ def _weight_gradient_whole(
   table: Table,
   slot: Slots,
   weight: Weights,
-  group: Groups,
+  pool: PoolIndices,
   num_valid: NumValid,
   cotangent: Pools,
 ):
@@ -111,14 +111,14 @@ def _weight_gradient_whole(
   dtype = chunking.accumulator(table, cotangent)
 
   def step(_: None, entries: tuple):
-    slot, group = entries
+    slot, pool = entries
     rows_TkW = chunking.rows(table, slot).astype(dtype)
-    pooled_TkW = _of_pool(cotangent.astype(dtype), group)
+    pooled_TkW = _of_pool(cotangent.astype(dtype), pool)
     return None, _split(rows_TkW * pooled_TkW, weight.shape[-1]).sum(-1)
 
   chunk_size = slot.shape[1] if num_valid is None else _ENTRIES_GPU
   _, d_weight = chunking.scan_entries(
-    step, None, (slot, group), num_valid, chunk_size
+    step, None, (slot, pool), num_valid, chunk_size
   )
   return d_weight.astype(weight.dtype)
 
@@ -133,7 +133,7 @@ def _weight_gradient_chunked(chunk_bytes: int):
     table: Table,
     slot: Slots,
     weight: Weights,
-    group: Groups,
+    pool: PoolIndices,
     num_valid: NumValid,
     cotangent: Pools,
   ):
@@ -142,20 +142,20 @@ def _weight_gradient_chunked(chunk_bytes: int):
     num_cores = weight.shape[-1]
 
     def on_chunk(_: None, chunk: tuple):
-      cotangent_tGW, num_valid, *entries = chunk
+      cotangent_tEW, num_valid, *entries = chunk
 
       def step(_: None, entries: tuple):
-        slot, group = entries
-        d_weight_tkGc = jnp.einsum(
-          'tkcw,tgcw->tkgc',
+        slot, pool = entries
+        d_weight_tkEc = jnp.einsum(
+          'tkcw,tecw->tkec',
           _split(chunking.rows(table, slot).astype(dtype), num_cores),
-          _split(cotangent_tGW.astype(dtype), num_cores),
+          _split(cotangent_tEW.astype(dtype), num_cores),
           precision=jax.lax.Precision.HIGHEST,
         )
-        if group is None:
-          return None, d_weight_tkGc[:, :, 0]
-        is_own = jax.nn.one_hot(group, d_weight_tkGc.shape[2], dtype=bool)
-        return None, jnp.where(is_own[..., None], d_weight_tkGc, 0).sum(2)
+        if pool is None:
+          return None, d_weight_tkEc[:, :, 0]
+        is_own = jax.nn.one_hot(pool, d_weight_tkEc.shape[2], dtype=bool)
+        return None, jnp.where(is_own[..., None], d_weight_tkEc, 0).sum(2)
 
       return chunking.scan_entries(
         step, None, tuple(entries), num_valid, chunk_size
@@ -164,7 +164,7 @@ def _weight_gradient_chunked(chunk_bytes: int):
     _, d_weight = chunking.scan_tokens(
       on_chunk,
       None,
-      (cotangent, num_valid, slot, group),
+      (cotangent, num_valid, slot, pool),
       chunk_bytes // (chunk_size * table[0].nbytes),
     )
     return d_weight.astype(weight.dtype)
@@ -177,15 +177,15 @@ def _zeros_like_table(table: Table, weight: Weights, slot: Slots):
   return chunking.zeros(table.shape, dtype, table, slot)
 
 
-def _scatter(d_table: Table, cotangent_TGW: Pools, entries: tuple):
+def _scatter(d_table: Table, cotangent_TEW: Pools, entries: tuple):
   """Adds the entries' outer products to `d_table`.
 
   Whole rows in f32: scalar and bf16 updates would each cost an order of
   magnitude on some backend. Row M is out of range.
   """
-  slot, weight, group = entries
+  slot, weight, pool = entries
   dtype = d_table.dtype
-  pooled_TkW = _of_pool(cotangent_TGW.astype(dtype), group)
+  pooled_TkW = _of_pool(cotangent_TEW.astype(dtype), pool)
   update = weight.astype(dtype)[..., None] * _split(
     pooled_TkW, weight.shape[-1]
   )
@@ -206,7 +206,7 @@ def _scatter_whole(
   table: Table,
   slot: Slots,
   weight: Weights,
-  group: Groups,
+  pool: PoolIndices,
   num_valid: NumValid,
   cotangent: Pools,
 ):
@@ -218,7 +218,7 @@ def _scatter_whole(
   d_table, _ = chunking.scan_entries(
     step,
     _zeros_like_table(table, weight, slot),
-    (slot, weight, group),
+    (slot, weight, pool),
     num_valid,
     chunk_size,
   )
@@ -230,7 +230,7 @@ def _scatter_chunked(chunk_bytes: int):
     table: Table,
     slot: Slots,
     weight: Weights,
-    group: Groups,
+    pool: PoolIndices,
     num_valid: NumValid,
     cotangent: Pools,
   ):
@@ -250,7 +250,7 @@ def _scatter_chunked(chunk_bytes: int):
     d_table, _ = chunking.scan_tokens(
       on_chunk,
       _zeros_like_table(table, weight, slot),
-      (cotangent, num_valid, slot, weight, group),
+      (cotangent, num_valid, slot, weight, pool),
       chunk_bytes // (chunk_size * table[0].nbytes),
     )
     return d_table
@@ -274,7 +274,7 @@ def _add_sorted(
   table: Table,
   slot: Slots,
   weight: Weights,
-  group: Groups,
+  pool: PoolIndices,
   num_valid: NumValid,
   cotangent: Pools,
   chunk_size: int,
@@ -288,7 +288,7 @@ def _add_sorted(
 
   def step(d_table: Table, block: tuple):
     row, position = block
-    update = updates_at(position[0], weight, group, cotangent, d_table.dtype)
+    update = updates_at(position[0], weight, pool, cotangent, d_table.dtype)
     return add(d_table, row[0], update), None
 
   d_table, _ = chunking.scan_entries(
@@ -319,7 +319,7 @@ def _sorted_whole(
   table: Table,
   slot: Slots,
   weight: Weights,
-  group: Groups,
+  pool: PoolIndices,
   num_valid: NumValid,
   *args: jax.Array | None,
 ):
@@ -329,7 +329,7 @@ def _sorted_whole(
     table,
     slot,
     weight,
-    group,
+    pool,
     num_valid,
     *args,
     chunk_size,

@@ -1,6 +1,6 @@
-"""Importance of blocks by small projections of their own.
+"""Importance of key blocks by small projections of their own.
 
-The attention's own scores choose blocks well where summaries of its keys tell
+The attention's own scores choose blocks well where summaries of its keys show
 what is in them. A router learns that instead (the lightning indexer of
 DeepSeek-V3.2, on blocks): J small heads score a block's mean key by ReLU, a
 query weighs the heads, and a loss of its own makes the shares those of the
@@ -33,7 +33,7 @@ class Router(NamedTuple):
 
 
 def no_router(batch: int, num_queries: int, num_keys: int) -> Router:
-  """Of width 0, such that all have the same arrays."""
+  """A router of width 0: all models then have the same arrays."""
   return Router(
     jnp.zeros((batch, num_queries, 0, 0)),
     jnp.zeros((batch, num_queries, 0)),
@@ -58,9 +58,9 @@ def router_loss(
 
   Args:
     shares: the router's, of all blocks.
-    block: of each slot.
-    masses: P, what the attention gives each slot's block, of sum 1; or 0 where
-      nothing is kept, which costs nothing.
+    block: of each candidate.
+    masses: P, what the attention gives each candidate's block, of sum 1; or 0
+      where nothing is kept, which costs nothing.
   """
   masses = jax.lax.stop_gradient(masses)
   is_kept = masses > 0

@@ -1,19 +1,20 @@
 """Which blocks of keys a tile of queries reads (dynamic sparse attention).
 
-Rows of a sequence lie on a grid of blocks of b. A query's window is its own
-block and the `window_blocks` before it; all blocks before those are eligible.
-Each has a summary (`block_summaries`). The softmax of its key's products with
-a query over the eligible blocks, averaged over the query heads of a key/value
-head, is a block's importance, unless a router tells it (`block_router`). Blocks
-are kept, by descending importance, until those before cover a share `coverage`
-of it, learned and different for each input (as Twilight, arXiv:2502.02770,
-prunes by top-p), within static bounds.
+Rows of a sequence form key blocks of b rows, the block layout. A query's window
+is its own block and the `window_blocks` before it; all blocks before those are
+eligible. Each has a summary (`block_summaries`). The softmax of its key's
+products with a query over the eligible blocks, averaged over the query heads of
+a key/value head, is a block's importance, unless a router computes it
+(`block_router`). Blocks are kept, by descending importance, until those before
+cover a share `coverage` of it, learned and different for each input (as
+Twilight, arXiv:2502.02770, prunes by top-p), within static bounds.
 
 One choice serves a tile of r rows, and its first row makes it: the choice then
 looks at nothing later than any row of the tile, and decoding can make the same.
 
 Letters: B batch, n tiles, N query heads, K key/value heads, G query heads of
-each, H head width, Z blocks of b rows, k slots for kept blocks.
+each, H head width, Z blocks of b rows, k candidates, the blocks that may be
+kept.
 """
 
 from typing import NamedTuple
@@ -99,23 +100,23 @@ def select(
   Args:
     shares: importance of each block.
     is_eligible: blocks that may be kept.
-    coverage: share that is to be covered; infinity for all that have a slot.
+    coverage: share that is to be covered; infinity for all the candidates.
     options: bounds of the number of kept blocks.
   """
   mask = is_eligible[:, None]
   num_eligible = is_eligible.sum(-1)[:, None, :, None]
-  rank = jnp.cumsum(is_eligible, axis=-1)[:, None]
-  is_sink = mask & (rank <= options.sinks)
+  position = jnp.cumsum(is_eligible, axis=-1)[:, None]
+  is_sink = mask & (position <= options.sinks)
   order = jnp.where(mask, shares + 2.0 * is_sink, -1.0)
-  slots = min(options.max_blocks, shares.shape[-1])
-  order, block = jax.lax.top_k(jax.lax.stop_gradient(order), slots)
+  num_candidates = min(options.max_blocks, shares.shape[-1])
+  order, block = jax.lax.top_k(jax.lax.stop_gradient(order), num_candidates)
   share = jnp.take_along_axis(shares, block, axis=-1)
   before = jnp.cumsum(share, axis=-1) - share
   soft = jax.nn.sigmoid((coverage[..., None] - before) / options.temperature)
   least, most = _bounds(num_eligible, options)
-  slot = jnp.arange(slots)[None, None, None]
-  may_be_kept = (order >= 0) & (slot < most)
-  is_kept = may_be_kept & ((soft >= 0.5) | (slot < least) | (order >= 2))
+  place = jnp.arange(num_candidates)[None, None, None]
+  may_be_kept = (order >= 0) & (place < most)
+  is_kept = may_be_kept & ((soft >= 0.5) | (place < least) | (order >= 2))
   surrogate = jnp.where(may_be_kept, soft - jax.lax.stop_gradient(soft), 0.0)
   weight = is_kept.astype(soft.dtype) + surrogate
   return Selection(block.astype(jnp.int32), weight, is_kept)

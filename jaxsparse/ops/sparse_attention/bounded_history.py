@@ -2,15 +2,15 @@
 
 A full cache forgets the least wanted block before each new one. It holds the
 sinks, `history` older blocks and the window, in the order of time; whatever
-follows a forgotten block moves one place forward, and rows are positions, so
-that no distance outgrows the cache (StreamingLLM, arXiv:2309.17453, numbers
-positions so; InfLLM, arXiv:2402.04617, keeps blocks by what they were worth).
-Keys are kept unrotated and rotated by their rows when they are read. Summaries
-are of keys rotated by their rows in the block, and are rotated by the block's
-first row: rotations add up.
+follows a forgotten block moves one place forward, and rows are positions: no
+distance outgrows the cache (StreamingLLM, arXiv:2309.17453, numbers positions
+so; InfLLM, arXiv:2402.04617, keeps blocks by their worth). Keys are
+kept unrotated and rotated by their rows when they are read. Summaries are of
+keys rotated by their rows in the block, and are rotated by the block's first
+row: rotations add up.
 
 A block's worth is the mean, weighted to recent tiles, of its importance since
-it was eligible. Whoever has not been eligible yet can't be forgotten.
+it was eligible. A block that has not been eligible yet can't be forgotten.
 
 Letters as in `block_selection`; Z blocks of the cache.
 """
@@ -248,7 +248,7 @@ def _rated(
 
 
 def _forget_one(cache: BoundedCache, *, options: SparseOptions) -> BoundedCache:
-  """Takes out a block, such that the last place is free."""
+  """Takes out a key block, which frees the last place."""
   num_blocks = cache.seen.shape[1]
   place = jnp.arange(num_blocks)[None]
   # Not the window's, nor what has not been eligible yet.

@@ -1,7 +1,7 @@
 """Sparse attention from a cache for sequences that are not equally long.
 
 Padding before a sequence's first token takes no rows of the cache: it would
-shift the grid of blocks, and each sequence is to be read as it is alone.
+shift the block layout, and each sequence is to be read as it is alone.
 """
 
 import jax

@@ -60,9 +60,9 @@ def sparse_attention(
   Returns:
     Sums of the values, and of each tile and key/value head: how many blocks are
     'kept' [B, K, n] (with the gradient of the coverage) and 'eligible', the
-    'block' of each slot [B, K, n, k] and whether it 'is_kept', the 'shares'
-    [B, K, n, 3] of the three sets, and [B, K, n] the 'entropy' of the blocks'
-    importance in nats and the 'router_loss'.
+    'block' of each candidate [B, K, n, k] and whether it 'is_kept', the
+    'shares' [B, K, n, 3] of the three sets, and [B, K, n] the 'entropy' of the
+    blocks' importance in nats and the 'router_loss'.
   """
   inputs = inputs.completed()
   if key_segments is None:
@@ -71,15 +71,15 @@ def sparse_attention(
   keys = _keys(inputs, key_segments, options)
   tiles = _tiles(inputs, options, first_row)
   num_chunks, per_chunk = tiles.first_row.shape
-  most_slots = min(options.max_blocks, keys.pages.segments.shape[1])
+  most_blocks = min(options.max_blocks, keys.pages.segments.shape[1])
 
-  def run_chunks(chunks: slice, slots: int):
+  def run_chunks(chunks: slice, max_blocks: int):
     part = jax.tree.map(lambda x: x[chunks], tiles)
-    bounded = dataclasses.replace(options, max_blocks=slots)
+    bounded = dataclasses.replace(options, max_blocks=max_blocks)
     on_part = functools.partial(_attend_chunk, keys, bounded, earlier)
     y, stats = jax.lax.map(jax.checkpoint(on_part), part)
     for name in ('block', 'is_kept'):
-      unused = most_slots - stats[name].shape[-1]
+      unused = most_blocks - stats[name].shape[-1]
       stats[name] = jnp.pad(stats[name], [(0, 0)] * 4 + [(0, unused)])
     return y, stats
 
@@ -216,21 +216,21 @@ def _groups_of_chunks(
   first_row: Int[Array, ''] | int,
   options: SparseOptions,
 ) -> list[tuple[slice, int]]:
-  """Chunks that go together, and their slots.
+  """Chunks that go together, and their most kept blocks.
 
-  The first chunks of a sequence have few eligible blocks, and so few slots.
+  The first chunks of a sequence have few eligible blocks, and so keep few.
   """
-  slots = options.max_blocks
+  max_blocks = options.max_blocks
   if not isinstance(first_row, int):
-    return [(slice(None), slots)]
+    return [(slice(None), max_blocks)]
   reach = 0 if options.is_overlapping else options.window_blocks
   last_tiles = [
     first_row + i * rows - options.tile for i in range(1, num_chunks + 1)
   ]
   eligible = [max(1, row // options.block - reach) for row in last_tiles]
-  few = sum(2 * most <= slots for most in eligible)
-  groups = [(slice(few), eligible[few - 1]), (slice(few, None), slots)]
-  return groups[few == 0 : 1 + (few < num_chunks)]
+  few = sum(2 * most <= max_blocks for most in eligible)
+  parts = [(slice(few), eligible[few - 1]), (slice(few, None), max_blocks)]
+  return parts[few == 0 : 1 + (few < num_chunks)]
 
 
 def tiles_in_order(

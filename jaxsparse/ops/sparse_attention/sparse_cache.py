@@ -1,9 +1,9 @@
 """Sparse attention that goes on from a cache: the same numbers, token by token.
 
-A cache holds keys and values on the grid of blocks, the blocks' summaries, and
+A cache holds keys and values in the block layout, the blocks' summaries, and
 the blocks that the last tile keeps. A tile's choice is made at its first row
 and serves the tile's other rows when they come, in the same call or in later
-ones, so that no partition of a sequence into calls changes a number.
+ones: no partition of a sequence into calls changes a number.
 
 Letters as in `block_selection`; S = Z b rows of the cache.
 """
@@ -83,7 +83,7 @@ def init_sparse_cache(
 ) -> SparseCache:
   """An empty cache for at least `length` rows."""
   num_blocks = -(-length // options.block)
-  slots = min(options.max_blocks, num_blocks)
+  max_blocks = min(options.max_blocks, num_blocks)
   f32 = jnp.promote_types(dtype, jnp.float32)
 
   def rows():
@@ -101,7 +101,7 @@ def init_sparse_cache(
     means(), means(), numbers(num_blocks), numbers(num_blocks),
     jnp.zeros((batch, num_blocks * options.block, router_width), f32),
     jnp.zeros((batch, num_blocks, router_width), f32),
-    numbers(num_kv_heads, slots), numbers(num_kv_heads, slots) > 0,
+    numbers(num_kv_heads, max_blocks), numbers(num_kv_heads, max_blocks) > 0,
   )  # fmt: skip
 
 
@@ -172,7 +172,7 @@ def cached_sparse_attention(
 ) -> tuple[Float[Array, 'B T N H'], SparseCache, dict[str, jax.Array]]:
   """T new tokens, whose rows begin at `index`; the cache must have room.
 
-  See `sparse_attention`. One token reads its window, the slots of kept blocks
+  See `sparse_attention`. One token reads its window, the kept blocks
   and the summaries, whatever the length of the cache. Of several only the first
   `count` stay, if it is given: what comes next is written over the others.
   """
@@ -181,7 +181,7 @@ def cached_sparse_attention(
   cache = append(cache, index, inputs, options)
   if length == 1:
     return _one_token(inputs, cache, index, options)
-  # Rows of tiles begin on the grid: rows before the first are padding here.
+  # Tiles begin with a key block: rows before the first are padding here.
   before = index % options.block
   shift = options.block - 1
 

@@ -3,7 +3,7 @@
 A tile of queries reads three disjoint sets of keys: its window, row by row; the
 blocks that `block_selection` keeps; and one key and value for each other
 eligible block, which stands for all of its rows. 'merged' is one softmax over
-all of them, so that keeping every block is dense attention; 'gated' adds up
+all of them: keeping every block is dense attention; 'gated' adds up
 three softmaxes (NSA, arXiv:2502.11089). A gate for each set, query and head
 weighs them.
 
@@ -35,7 +35,7 @@ RopeFn = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 class Pages(NamedTuple):
-  """Keys and values on the grid of blocks."""
+  """Keys and values in the block layout."""
 
   key: Float[Array, 'B K Z b H']
   value: Float[Array, 'B K Z b H']
@@ -48,7 +48,7 @@ def to_pages(
   segments: Int[Array, 'B S'],
   block: int,
 ) -> Pages:
-  """Rows on the grid; what the last block lacks is padding."""
+  """Rows in the block layout; what the last block lacks is padding."""
   length = key.shape[1]
   missing = -length % block
 
@@ -91,8 +91,8 @@ def attend_tiles(
 
   Returns:
     Sums of the values, 0 for padding; each set's share of the softmax
-    ('merged') or its gate ('gated'); and each slot's share of what the kept
-    blocks get together, the mean over rows and heads, without a gradient.
+    ('merged') or its gate ('gated'); and each candidate's share of what the
+    kept blocks get together, the mean over rows and heads, without a gradient.
   """
   dtype = jnp.promote_types(query.dtype, jnp.float32)
   scaled = query.astype(dtype) * query.shape[-1] ** -0.5
@@ -182,11 +182,11 @@ def _kept(
 def _masses(
   logits: Float[Array, 'B K n r G l'],
   is_read: Bool[Array, '...'],
-  num_slots: int,
+  num_candidates: int,
 ):
-  """Shares [B, K, n, k] of the slots among what is read of the kept blocks."""
+  """Shares [B, K, n, k] of the candidates in what the kept blocks get."""
   shares = masked_softmax(jax.lax.stop_gradient(logits), is_read).sum((3, 4))
-  shares = shares.reshape(*shares.shape[:3], num_slots, -1).sum(-1)
+  shares = shares.reshape(*shares.shape[:3], num_candidates, -1).sum(-1)
   total = shares.sum(-1, keepdims=True)
   return shares / jnp.where(total > 0, total, 1.0)
 

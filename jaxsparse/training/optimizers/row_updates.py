@@ -110,10 +110,10 @@ def apply_updates(
   """`optax.apply_updates` that also takes updates of some rows.
 
   Sums are in f32 or what the parameter is wider. With a key, sums that become
-  bf16 parameters are rounded up or down at random, such that the mean is the
-  sum: updates far below a bf16 parameter's resolution then still move it.
-  Without, they are rounded to the nearest. A sum that bf16 can represent is
-  never changed.
+  bf16 parameters are rounded up or down at random, and their mean is the sum:
+  updates far below a bf16 parameter's resolution then still move it. Without,
+  they are rounded to the nearest. A sum that bf16 can represent is never
+  changed.
 
   Args:
     params: arrays, changed in place where they are donated.
@@ -283,7 +283,7 @@ def _random_bits(key, row, first_column, shape):
   first, second = jax.random.bits(key, (2,), jnp.uint32)
   row_hash = _mix(_mix(row.astype(jnp.uint32) ^ first) ^ second)
   num_columns = math.prod(shape[1:])
-  # An odd constant, so that no two columns of a row share a counter.
+  # An odd constant: no two columns of a row share a counter.
   column = jnp.arange(num_columns, dtype=jnp.uint32)
   column += jnp.asarray(first_column, jnp.uint32)
   column *= jnp.uint32(0x9E3779B9)

@@ -187,7 +187,7 @@ def test_attention_tells_sparse_from_dense_and_composed_from_plain(capsys):
     **attention.OPTIONS
     | dict(
       lengths='40', context=40, train_length=16, heads=2, kv_heads=1, width=8,
-      block=8, tile=8, window_blocks=1, slots=2, chunk=16, model_dim=16,
+      block=8, tile=8, window_blocks=1, kept_blocks=2, chunk=16, model_dim=16,
       train_chunk=8, rounds=1,
     )
   )  # fmt: skip

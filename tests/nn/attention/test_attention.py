@@ -201,7 +201,7 @@ def test_a_local_layer_keeps_a_window_and_no_more():
     value=(B, 2, 3, 4),
     factors=(B, 2, 5, 4, 3),
   )
-  # Row i in slot i mod 3.
+  # Row i in entry i mod 3.
   np.testing.assert_array_equal(cache['ring_positions'][0], [3, 4, 5])
 
 

@@ -28,7 +28,7 @@ M, W, T, k, X = 2**15, 128, 256, 24, 128
 RNG = np.random.default_rng(0)
 TABLE = jnp.asarray(RNG.normal(size=(M, W)), jnp.bfloat16)
 SLOT = jnp.asarray(RNG.integers(M, size=(T, k)), jnp.int32)
-GROUP = jnp.asarray(RNG.integers(4, size=(T, k)), jnp.int32)
+POOL = jnp.asarray(RNG.integers(4, size=(T, k)), jnp.int32)
 NUM_VALID = jnp.asarray(RNG.integers(k, size=T), jnp.int32)
 WEIGHT = jnp.asarray(RNG.normal(size=(T, k, 2)), jnp.float32)
 VECTOR = jnp.asarray(RNG.normal(size=(T, W)), jnp.float32)
@@ -36,8 +36,8 @@ SIZES = jnp.full(X, T // X, jnp.int32)
 EXPERT = jnp.asarray(RNG.integers(X, size=4), jnp.int32)
 
 
-def bag(table, weight, group=None, num_groups=1, **options):
-  return value_bag(table, SLOT, weight, group, num_groups, **options)
+def bag(table, weight, pool=None, num_pools=1, **options):
+  return value_bag(table, SLOT, weight, pool, num_pools, **options)
 
 
 def products(table, vector, **options):
@@ -64,7 +64,7 @@ def gradient(function):
 ROWS = jnp.asarray(RNG.normal(size=(T, M // X)), jnp.float32)
 PROGRAMS = {
   'bag': bag,
-  'groups': lambda table, weight: bag(table, weight, GROUP, 4),
+  'pools': lambda table, weight: bag(table, weight, POOL, 4),
   'in use': lambda table, weight: bag(table, weight, num_valid=NUM_VALID),
 }
 CASES = {

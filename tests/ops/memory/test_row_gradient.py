@@ -16,25 +16,23 @@ from jaxsparse.ops.memory.row_gradient import (
 from jaxsparse.ops.memory.value_bag import value_bag_reference
 
 
-def _inputs(T=6, k=5, c=2, G=4, M=11, W=8, seed=0):
+def _inputs(T=6, k=5, c=2, E=4, M=11, W=8, seed=0):
   keys = jax.random.split(jax.random.key(seed), 4)
   slot = jax.random.randint(keys[0], (T, k), 0, M)
   weight = jax.random.normal(keys[1], (T, k, c))
-  cotangent = jax.random.normal(keys[2], (T, G or 1, W))
-  group = jax.random.randint(keys[3], (T, k), 0, G) if G else None
-  return slot, weight, cotangent, group
+  cotangent = jax.random.normal(keys[2], (T, E or 1, W))
+  pool = jax.random.randint(keys[3], (T, k), 0, E) if E else None
+  return slot, weight, cotangent, pool
 
 
 @functools.partial(jax.jit, static_argnames=('num_rows', 'budget'))
-def _dense(slot, weight, cotangent, group, num_rows, budget, first_row=0):
+def _dense(slot, weight, cotangent, pool, num_rows, budget, first_row=0):
   """All windows one after another, as a train step would take them."""
   references = sort_references(slot, num_rows, first_row)
   shape = (num_rows, cotangent.shape[-1])
 
   def add(i, dense):
-    rows = row_gradient(
-      references, weight, cotangent, group, budget, i * budget
-    )
+    rows = row_gradient(references, weight, cotangent, pool, budget, i * budget)
     # Rows that come twice, or not in order, would not survive this promise.
     return dense.at[rows.slot].add(
       rows.value, mode='drop', unique_indices=True, indices_are_sorted=True
@@ -53,9 +51,9 @@ def _window(slot, *args, num_rows, first_row=0, **kwargs):
 
 
 @functools.partial(jax.jit, static_argnames='num_rows')
-def _autodiff(slot, weight, cotangent, group, num_rows):
+def _autodiff(slot, weight, cotangent, pool, num_rows):
   def bag(table):
-    return value_bag_reference(table, slot, weight, group, cotangent.shape[1])
+    return value_bag_reference(table, slot, weight, pool, cotangent.shape[1])
 
   table = jnp.zeros((num_rows, cotangent.shape[-1]))
   return jax.vjp(bag, table)[1](cotangent)[0]
@@ -73,10 +71,10 @@ def _slots(kind, T, k, M):
 
 
 @pytest.mark.parametrize('kind', ['uniform', 'zipf', 'first', 'last'])
-@pytest.mark.parametrize(('G', 'c'), [(0, 1), (4, 2)])
-def test_windows_make_up_the_dense_gradient(kind, G, c):
+@pytest.mark.parametrize(('E', 'c'), [(0, 1), (4, 2)])
+def test_windows_make_up_the_dense_gradient(kind, E, c):
   T, k, M = 12, 9, 37
-  _, *rest = _inputs(T=T, k=k, M=M, G=G, c=c)
+  _, *rest = _inputs(T=T, k=k, M=M, E=E, c=c)
   args = (_slots(kind, T, k, M), *rest)
   expected = _autodiff(*args, M)
   reference = jax.jit(row_gradient_reference, static_argnums=4)(*args, M)
@@ -128,18 +126,18 @@ def test_no_references_at_all():
 
 
 def test_narrow_inputs_are_summed_in_f32():
-  slot, weight, cotangent, group = _inputs(T=64, k=16, M=1)
+  slot, weight, cotangent, pool = _inputs(T=64, k=16, M=1)
   narrow = weight.astype(jnp.bfloat16), cotangent.astype(jnp.bfloat16)
   wide = [x.astype(jnp.float32) for x in narrow]
-  rows, _ = _window(slot, *narrow, group, num_rows=1, budget=1)
+  rows, _ = _window(slot, *narrow, pool, num_rows=1, budget=1)
   assert rows.value.dtype == jnp.float32
-  expected = row_gradient_reference(slot, *wide, group, 1)
+  expected = row_gradient_reference(slot, *wide, pool, 1)
   np.testing.assert_allclose(rows.value, expected, rtol=1e-5, atol=1e-4)
 
 
 def test_every_device_sums_its_rows_and_columns():
   """Rows over 2 devices and columns over 4, inside a checked shard_map."""
-  slot, weight, cotangent, group = _inputs(T=10, k=6, M=26, W=16, c=1)
+  slot, weight, cotangent, pool = _inputs(T=10, k=6, M=26, W=16, c=1)
   mesh = jax.make_mesh((2, 4), ('rows', 'columns'))
   with jax.set_mesh(mesh):
 
@@ -149,13 +147,13 @@ def test_every_device_sums_its_rows_and_columns():
       in_specs=(jax.P(), jax.P(), jax.P(None, None, 'columns'), jax.P()),
       out_specs=jax.P('rows', 'columns'),
     )
-    def sharded(slot, weight, cotangent, group):
+    def sharded(slot, weight, cotangent, pool):
       first_row = 13 * jax.lax.axis_index('rows')
-      return _dense(slot, weight, cotangent, group, 13, 4, first_row)
+      return _dense(slot, weight, cotangent, pool, 13, 4, first_row)
 
     columns = jax.sharding.reshard(cotangent, jax.P(None, None, 'columns'))
-    actual = sharded(slot, weight, columns, group)
-  expected = _autodiff(slot, weight, cotangent, group, 26)
+    actual = sharded(slot, weight, columns, pool)
+  expected = _autodiff(slot, weight, cotangent, pool, 26)
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 

@@ -32,7 +32,7 @@ CASES = [
 ]
 
 
-def inputs(num_groups=4, num_cores=2, skew='zipf'):
+def inputs(num_pools=4, num_cores=2, skew='zipf'):
   rng = np.random.default_rng(0)
   table = rng.normal(size=(M, W))
   slot = {
@@ -41,45 +41,45 @@ def inputs(num_groups=4, num_cores=2, skew='zipf'):
     'same': lambda: np.full((B, T, k), M - 1),
   }[skew]()
   weight = rng.normal(size=(B, T, k, num_cores))
-  group = rng.integers(num_groups, size=(B, T, k)) if num_groups > 1 else None
-  cotangent = rng.normal(size=(B, T, num_groups, W))
+  pool = rng.integers(num_pools, size=(B, T, k)) if num_pools > 1 else None
+  cotangent = rng.normal(size=(B, T, num_pools, W))
   return (
     jnp.asarray(table, jnp.float32),
     jnp.asarray(slot, jnp.int32),
     jnp.asarray(weight, jnp.float32),
-    None if group is None else jnp.asarray(group, jnp.int32),
+    None if pool is None else jnp.asarray(pool, jnp.int32),
     jnp.asarray(cotangent, jnp.float32),
   )
 
 
-def place(scheme, table, slot, weight, group, cotangent):
+def place(scheme, table, slot, weight, pool, cotangent):
   tokens = jax.P(mesh_lib.TOKENS)
   pools = jax.P(mesh_lib.TOKENS, None, None, 'model')
   specs = (mesh_lib.table(scheme), tokens, tokens, tokens, pools)
   return [
     x if x is None else jax.sharding.reshard(x, spec)
     for x, spec in zip(
-      (table, slot, weight, group, cotangent), specs, strict=True
+      (table, slot, weight, pool, cotangent), specs, strict=True
     )
   ]
 
 
-def run(bag, table, slot, weight, group, cotangent):
+def run(bag, table, slot, weight, pool, cotangent):
   """The bags and the gradients of the table and of the weights."""
 
   def loss(table, weight):
-    pooled = bag(table, slot, weight, group, cotangent.shape[2])
+    pooled = bag(table, slot, weight, pool, cotangent.shape[2])
     return (pooled * cotangent).sum(), pooled
 
   gradients, pooled = jax.grad(loss, (0, 1), has_aux=True)(table, weight)
   return pooled, *gradients
 
 
-def reference(table, slot, weight, group, num_groups):
+def reference(table, slot, weight, pool, num_pools):
   flat = [x if x is None else x.reshape(-1, *x.shape[2:]) for x in
-          (slot, weight, group)]  # fmt: skip
-  return value_bag_reference(table, *flat, num_groups).reshape(
-    *slot.shape[:2], num_groups, -1
+          (slot, weight, pool)]  # fmt: skip
+  return value_bag_reference(table, *flat, num_pools).reshape(
+    *slot.shape[:2], num_pools, -1
   )
 
 
@@ -94,10 +94,10 @@ def check(actual, expected):
 
 
 @pytest.mark.parametrize('skew', ['zipf', 'same'])
-@pytest.mark.parametrize(('num_groups', 'num_cores'), [(1, 1), (4, 2)])
+@pytest.mark.parametrize(('num_pools', 'num_cores'), [(1, 1), (4, 2)])
 @pytest.mark.parametrize(('scheme', 'sizes'), CASES)
-def test_scheme_equals_one_device(scheme, sizes, num_groups, num_cores, skew):
-  case = (num_groups, num_cores, skew)
+def test_scheme_equals_one_device(scheme, sizes, num_pools, num_cores, skew):
+  case = (num_pools, num_cores, skew)
   bag = functools.partial(sharded_value_bag, scheme=scheme)
   with jax.set_mesh(mesh_lib.make_mesh(*sizes)):
     args = place(scheme, *inputs(*case))
@@ -193,16 +193,16 @@ def compiled_text(scheme, with_gradients):
   bag = functools.partial(sharded_value_bag, scheme=scheme)
   args = place(scheme, *inputs())
 
-  def forward(table, slot, weight, group, cotangent):
-    return bag(table, slot, weight, group, cotangent.shape[2])
+  def forward(table, slot, weight, pool, cotangent):
+    return bag(table, slot, weight, pool, cotangent.shape[2])
 
   function = functools.partial(run, bag) if with_gradients else forward
   return jax.jit(function).lower(*args).compile().as_text()
 
 
 # Of one device: its own tokens t, its group's T, its columns w of the table.
-def index_payloads(group):
-  entries = group * (B * T // 8) * k
+def index_payloads(group_size):
+  entries = group_size * (B * T // 8) * k
   return [('all-gather', 'f32', 2 * entries), ('all-gather', 'u32', entries)]
 
 
@@ -210,7 +210,7 @@ POOLS = 4 * W * B * T // 8
 
 
 @pytest.mark.parametrize(
-  ('scheme', 'sizes', 'group', 'pools', 'gradients'),
+  ('scheme', 'sizes', 'group_size', 'pools', 'gradients'),
   [
     ('columns', (1, 8, 1), 8, ['all-to-all'], ['all-to-all']),
     ('rows', (1, 8, 1), 8, ['reduce-scatter'], ['all-gather']),
@@ -221,12 +221,15 @@ POOLS = 4 * W * B * T // 8
   ],
 )  # fmt: skip
 def test_only_numbers_weights_and_pools_are_sent(
-  scheme, sizes, group, pools, gradients
+  scheme, sizes, group_size, pools, gradients
 ):
   with jax.set_mesh(mesh_lib.make_mesh(*sizes)):
     forward = payloads(compiled_text(scheme, with_gradients=False))
     both = compiled_text(scheme, with_gradients=True)
-  expected = [*index_payloads(group), *((op, 'f32', POOLS) for op in pools)]
+  expected = [
+    *index_payloads(group_size),
+    *((op, 'f32', POOLS) for op in pools),
+  ]
   assert forward == sorted(expected)
   # A gather counts by what it receives: the tokens of all owners of rows.
   gathered = dict.fromkeys(['all-to-all'], POOLS)

@@ -20,7 +20,7 @@ USE = TableUse(
   width=1024,
   num_reads=84,
   num_cores=2,
-  num_groups=4,
+  num_pools=4,
   table_bytes=2,
   wire_bytes=2,
 )

@@ -33,11 +33,11 @@ FORMS = {
 }
 
 
-def _forward_gpu(table, slot, weight, group, num_valid, num_groups):
+def _forward_gpu(table, slot, weight, pool, num_valid, num_pools):
   if num_valid is None:
-    return bag._forward_fused(table, slot, weight, group, num_groups)
+    return bag._forward_fused(table, slot, weight, pool, num_pools)
   return bag._forward_unrolled(
-    table, slot, weight, group, num_valid, num_groups, 28
+    table, slot, weight, pool, num_valid, num_pools, 28
   )
 
 
@@ -62,20 +62,20 @@ def form(request, monkeypatch):
   return request.param
 
 
-def _inputs(T=6, k=5, c=2, G=4, M=11, W=8, dtype=jnp.float32, seed=0):
+def _inputs(T=6, k=5, c=2, E=4, M=11, W=8, dtype=jnp.float32, seed=0):
   keys = jax.random.split(jax.random.key(seed), 4)
   table = jax.random.normal(keys[0], (M, W)).astype(dtype)
   slot = jax.random.randint(keys[1], (T, k), 0, M)
   weight = jax.random.normal(keys[2], (T, k, c))
-  group = jax.random.randint(keys[3], (T, k), 0, G) if G else None
-  return table, slot, weight, group
+  pool = jax.random.randint(keys[3], (T, k), 0, E) if E else None
+  return table, slot, weight, pool
 
 
 def _gradients(
-  function, table, slot, weight, group, num_groups, **options
+  function, table, slot, weight, pool, num_pools, **options
 ):  # fmt: skip
   def loss(table, weight):
-    pooled = function(table, slot, weight, group, num_groups, **options)
+    pooled = function(table, slot, weight, pool, num_pools, **options)
     factor = jnp.cos(jnp.arange(pooled.size).reshape(pooled.shape))
     spec = mesh_lib.act('B..')
     return (pooled * mesh_lib.reshard(factor, spec)).sum(), pooled
@@ -96,13 +96,13 @@ def _assert_equals_reference(
   table,
   slot,
   weight,
-  group,
-  num_groups,
+  pool,
+  num_pools,
   atol=1e-5,
   num_valid=None,
   way='scatter',
 ):
-  args = (table, slot, weight, group, num_groups)
+  args = (table, slot, weight, pool, num_pools)
   _assert_close(
     _gradients(value_bag, *args, num_valid=num_valid, table_gradient=way),
     _gradients(value_bag_reference, *args, num_valid=num_valid),
@@ -113,25 +113,25 @@ def _assert_equals_reference(
 @pytest.mark.parametrize(
   'sizes',
   [
-    dict(c=1, G=1),
+    dict(c=1, E=1),
     dict(c=4, k=1, T=1),
     dict(k=30, M=7),
-    dict(G=0, k=9),
+    dict(E=0, k=9),
     dict(T=7, k=3, M=13),
   ],
   ids=str,
 )
 def test_equals_reference(form, sizes):
   args = _inputs(**sizes)
-  num_groups = sizes.get('G', 4) or 1
-  _assert_equals_reference(*args, num_groups)
+  num_pools = sizes.get('E', 4) or 1
+  _assert_equals_reference(*args, num_pools)
 
 
 def test_one_slot_for_all_collects_every_gradient(form):
-  table, slot, weight, group = _inputs()
+  table, slot, weight, pool = _inputs()
   for row in (0, 10):
     _assert_equals_reference(
-      table, jnp.full_like(slot, row), weight, group, 4, atol=1e-4
+      table, jnp.full_like(slot, row), weight, pool, 4, atol=1e-4
     )
 
 
@@ -143,13 +143,13 @@ NUM_VALID = {
 }
 
 
-def _with_nonsense_beyond(num_valid, slot, weight, group):
+def _with_nonsense_beyond(num_valid, slot, weight, pool):
   """Slots out of range and weights that are not numbers, where not in use."""
   beyond = np.arange(slot.shape[1])[None] >= np.asarray(num_valid)[:, None]
   return (
     jnp.where(beyond, 2**30, slot),
     jnp.where(beyond[..., None], jnp.nan, weight),
-    None if group is None else jnp.where(beyond, -7, group),
+    None if pool is None else jnp.where(beyond, -7, pool),
   )
 
 
@@ -164,21 +164,21 @@ def small_pieces(monkeypatch):
 
 @pytest.mark.parametrize('way', gradient.ACCUMULATION_MODES)
 def test_entries_beyond_those_in_use_do_not_matter(form, way, small_pieces):
-  table, slot, weight, group = _inputs(M=12)
+  table, slot, weight, pool = _inputs(M=12)
 
   @jax.jit
-  def actual(num_valid, slot, weight, group):
+  def actual(num_valid, slot, weight, pool):
     options = dict(num_valid=num_valid, table_gradient=way)
-    return _gradients(value_bag, table, slot, weight, group, 4, **options)
+    return _gradients(value_bag, table, slot, weight, pool, 4, **options)
 
   @jax.jit
   def expected(num_valid):
     options = dict(num_valid=num_valid)
-    args = (table, slot, weight, group, 4)
+    args = (table, slot, weight, pool, 4)
     return _gradients(value_bag_reference, *args, **options)
 
   for num_valid in map(jnp.array, NUM_VALID.values()):
-    nonsense = _with_nonsense_beyond(num_valid, slot, weight, group)
+    nonsense = _with_nonsense_beyond(num_valid, slot, weight, pool)
     _assert_close(actual(num_valid, *nonsense), expected(num_valid))
 
 
@@ -186,13 +186,13 @@ def test_entries_beyond_those_in_use_do_not_matter(form, way, small_pieces):
 @pytest.mark.parametrize('c', [1, 2])
 @pytest.mark.parametrize('way', ['sorted', 'deterministic'])
 def test_every_way_to_add_up_the_table_gradient(form, way, E, c, small_pieces):
-  table, slot, weight, group = _inputs(T=9, c=c, G=E if E > 1 else 0, M=23)
+  table, slot, weight, pool = _inputs(T=9, c=c, E=E if E > 1 else 0, M=23)
   rng = np.random.default_rng(0)
   zipf = jnp.array(rng.zipf(1.2, slot.shape) % 23)
 
   def gradient_of_table(function, **options):
     def of_slot(slot):
-      args = (table, slot, weight, group, E)
+      args = (table, slot, weight, pool, E)
       return _gradients(function, *args, **options)[0][0]
 
     return jax.jit(of_slot)
@@ -205,12 +205,12 @@ def test_every_way_to_add_up_the_table_gradient(form, way, E, c, small_pieces):
 
 def test_time_follows_the_entries_in_use():
   """A loop over chunks whose number is only known when it runs."""
-  table, slot, weight, group = _inputs(k=40)
+  table, slot, weight, pool = _inputs(k=40)
 
-  def pool(num_valid):
-    return value_bag(table, slot, weight, group, 4, num_valid=num_valid)
+  def pool_rows(num_valid):
+    return value_bag(table, slot, weight, pool, 4, num_valid=num_valid)
 
-  text = str(jax.make_jaxpr(pool)(jnp.full(6, 3)))
+  text = str(jax.make_jaxpr(pool_rows)(jnp.full(6, 3)))
   assert 'while[' in text
   assert 'reduce_max' in text
 
@@ -254,12 +254,12 @@ def _temp_bytes(function, *args):
 @pytest.mark.parametrize('way', gradient.ACCUMULATION_MODES)
 def test_no_table_gradient_behind_stop_gradient(way):
   """Nothing the size of the table, also in a rematerialized block."""
-  table, slot, weight, group = _inputs(M=2**14, W=64)
+  table, slot, weight, pool = _inputs(M=2**14, W=64)
 
   def loss(weight, table):
     table = jax.lax.stop_gradient(table)
     bag = jax.checkpoint(
-      lambda w: value_bag(table, slot, w, group, 4, table_gradient=way)
+      lambda w: value_bag(table, slot, w, pool, 4, table_gradient=way)
     )
     return (bag(weight) ** 2).sum()
 
@@ -267,9 +267,9 @@ def test_no_table_gradient_behind_stop_gradient(way):
 
 
 def test_zero_weights_give_zero_and_no_table_gradient():
-  table, slot, weight, group = _inputs()
+  table, slot, weight, pool = _inputs()
   (d_table, d_weight), pooled = _gradients(
-    value_bag, table, slot, 0 * weight, group, 4
+    value_bag, table, slot, 0 * weight, pool, 4
   )
   assert not np.any(pooled)
   assert not np.any(d_table)
@@ -277,15 +277,15 @@ def test_zero_weights_give_zero_and_no_table_gradient():
 
 
 def test_gradient_is_that_of_a_one_hot_matmul_and_zero_elsewhere():
-  table, slot, weight, group = _inputs(M=40, c=1)
+  table, slot, weight, pool = _inputs(M=40, c=1)
 
-  def dense(table, slot, weight, group, num_groups):
+  def dense(table, slot, weight, pool, num_pools):
     one_hot = jax.nn.one_hot(slot, 40) * weight
-    groups = jax.nn.one_hot(group, num_groups)
-    return jnp.einsum('tkm,tkg,mw->tgw', one_hot, groups, table)
+    pools = jax.nn.one_hot(pool, num_pools)
+    return jnp.einsum('tkm,tkg,mw->tgw', one_hot, pools, table)
 
-  (actual, _), _ = _gradients(value_bag, table, slot, weight, group, 4)
-  (expected, _), _ = _gradients(dense, table, slot, weight, group, 4)
+  (actual, _), _ = _gradients(value_bag, table, slot, weight, pool, 4)
+  (expected, _), _ = _gradients(dense, table, slot, weight, pool, 4)
   np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
   unused = np.setdiff1d(np.arange(40), slot)
   assert len(unused) > 0
@@ -293,14 +293,14 @@ def test_gradient_is_that_of_a_one_hot_matmul_and_zero_elsewhere():
 
 
 def test_bf16_tables_are_summed_in_f32(form):
-  table, slot, weight, group = _inputs(dtype=jnp.bfloat16, k=19)
+  table, slot, weight, pool = _inputs(dtype=jnp.bfloat16, k=19)
   (d_table, d_weight), pooled = _gradients(
-    value_bag, table, slot, weight, group, 4
+    value_bag, table, slot, weight, pool, 4
   )
   assert pooled.dtype == jnp.float32
   np.testing.assert_allclose(
     pooled,
-    value_bag_reference(table.astype(jnp.float32), slot, weight, group, 4),
+    value_bag_reference(table.astype(jnp.float32), slot, weight, pool, 4),
     rtol=1e-5,
     atol=1e-5,
   )
@@ -309,58 +309,58 @@ def test_bf16_tables_are_summed_in_f32(form):
 
 
 def test_under_jit_remat_scan_and_vmap():
-  table, slot, weight, group = _inputs()
-  expected = _gradients(value_bag_reference, table, slot, weight, group, 4)
+  table, slot, weight, pool = _inputs()
+  expected = _gradients(value_bag_reference, table, slot, weight, pool, 4)
 
   def remat(*args):
     return jax.checkpoint(lambda t, w: value_bag(t, args[1], w, args[3], 4))(
       args[0], args[2]
     )
 
-  def scan(table, slot, weight, group, num_groups):
+  def scan(table, slot, weight, pool, num_pools):
     def step(_, x):
       s, w, g = (a[None] for a in x)
-      return None, value_bag(table, s, w, g, num_groups)[0]
+      return None, value_bag(table, s, w, g, num_pools)[0]
 
-    return jax.lax.scan(step, None, (slot, weight, group))[1]
+    return jax.lax.scan(step, None, (slot, weight, pool))[1]
 
-  def vmap(table, slot, weight, group, num_groups):
+  def vmap(table, slot, weight, pool, num_pools):
     def one(s, w, g):
-      return value_bag(table, s[None], w[None], g[None], num_groups)[0]
+      return value_bag(table, s[None], w[None], g[None], num_pools)[0]
 
-    return jax.vmap(one)(slot, weight, group)
+    return jax.vmap(one)(slot, weight, pool)
 
   for function in (remat, scan, vmap):
-    actual = _gradients(function, table, slot, weight, group, 4)
+    actual = _gradients(function, table, slot, weight, pool, 4)
     _assert_close(actual, expected)
 
 
 def test_empty_bags():
-  table, slot, weight, group = _inputs(k=0)
-  assert not np.any(value_bag(table, slot, weight, group, 4))
-  (d_table, _), _ = _gradients(value_bag, table, slot, weight, group, 4)
+  table, slot, weight, pool = _inputs(k=0)
+  assert not np.any(value_bag(table, slot, weight, pool, 4))
+  (d_table, _), _ = _gradients(value_bag, table, slot, weight, pool, 4)
   assert not np.any(d_table)
 
 
 @pytest.mark.parametrize('sizes', [(8, 1, 1), (2, 1, 4), (2, 2, 2)])
 def test_every_device_pools_its_tokens(sizes):
-  table, slot, weight, group = _inputs(T=16)
-  expected = _gradients(value_bag_reference, table, slot, weight, group, 4)
+  table, slot, weight, pool = _inputs(T=16)
+  expected = _gradients(value_bag_reference, table, slot, weight, pool, 4)
   with jax.set_mesh(mesh_lib.make_mesh(*sizes)):
 
-    def pool(table, slot, weight, group, num_groups):
+    def pool_rows(table, slot, weight, pool, num_pools):
       function = mesh_lib.over_tokens(
-        lambda t, s, w, g: value_bag(t, s, w, g, num_groups), replicated=(0,)
+        lambda t, s, w, g: value_bag(t, s, w, g, num_pools), replicated=(0,)
       )
-      return function(table, slot, weight, group)
+      return function(table, slot, weight, pool)
 
     def place(x):
       return jax.sharding.reshard(x, mesh_lib.act('B' + '.' * (x.ndim - 1)))
 
-    slot, weight, group = map(place, (slot, weight, group))
+    slot, weight, pool = map(place, (slot, weight, pool))
     table = jax.sharding.reshard(table, jax.P())
-    actual = jax.jit(lambda t, s, w, g: _gradients(pool, t, s, w, g, 4))(
-      table, slot, weight, group
+    actual = jax.jit(lambda t, s, w, g: _gradients(pool_rows, t, s, w, g, 4))(
+      table, slot, weight, pool
     )
     _assert_close(actual, expected)
 

@@ -24,7 +24,7 @@ from jaxsparse.ops.sparse_attention.sparse_inputs import (
 
 B, N, K, H = 2, 4, 2, 8
 OPTIONS = SparseOptions(block=4, tile=2, window_blocks=1, max_blocks=3, sinks=1)
-# All that is eligible has a slot.
+# All that is eligible may be kept.
 WIDE = dataclasses.replace(OPTIONS, max_blocks=16)
 HISTORY = 3
 ROWS = (OPTIONS.sinks + HISTORY + OPTIONS.window_blocks + 1) * OPTIONS.block

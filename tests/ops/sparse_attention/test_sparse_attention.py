@@ -223,8 +223,8 @@ def test_blocks_of_equal_keys_need_not_be_kept():
   """Then a summary says all that is known of a block."""
   q, k, v = make_inputs(32)
   k = jnp.repeat(k[:, ::4], 4, axis=1)
-  for slots in (1, 3):
-    options = dataclasses.replace(OPTIONS, max_blocks=slots)
+  for max_blocks in (1, 3):
+    options = dataclasses.replace(OPTIONS, max_blocks=max_blocks)
     y, _ = run(q, k, v, options=options, coverage=0.3)
     np.testing.assert_allclose(y, dense(q, k, v), rtol=0, atol=1e-14)
 
@@ -273,7 +273,7 @@ def test_documents_anywhere_are_dense_attention_if_all_is_kept():
     dict(coverage=0.5, options=dataclasses.replace(OPTIONS, window_blocks=9)),
     dict(options=dataclasses.replace(OPTIONS, combine='gated')),
   ],
-  ids=['all dropped', 'more slots than blocks', 'none eligible', 'gated'],
+  ids=['all dropped', 'more candidates than blocks', 'none eligible', 'gated'],
 )
 @pytest.mark.parametrize(
   'scale', [pytest.param(1.0, marks=pytest.mark.slow), 300.0]
