@@ -39,7 +39,7 @@ def save_pass(
   Raises:
     OSError: the file can't be written.
   """
-  arrays = {_COUNTS + name: hits for name, hits in counts.items()}
+  arrays = {_COUNTS + name: reads for name, reads in counts.items()}
   arrays |= {_BASELINES + name: np.array(b) for name, b in baselines.items()}
   file = io.BytesIO()
   np.savez_compressed(file, **arrays)

@@ -20,21 +20,21 @@ class SlotUsage:
   gini: float
 
 
-def measure(hits: np.ndarray) -> SlotUsage:
+def measure(reads: np.ndarray) -> SlotUsage:
   """Usage of M slots from their reads [M]; zeros where there was none."""
-  if not hits.any():
+  if not reads.any():
     return SlotUsage(0.0, 0.0, 0.0)
-  hits_M = jnp.asarray(hits, jnp.int32)
+  reads_M = jnp.asarray(reads, jnp.int32)
   return SlotUsage(
-    usage_fraction=float(usage.usage_fraction(hits_M)),
-    usage_kl=float(usage.usage_kl(hits_M)),
-    gini=_gini(hits),
+    usage_fraction=float(usage.usage_fraction(reads_M)),
+    usage_kl=float(usage.usage_kl(reads_M)),
+    gini=_gini(reads),
   )
 
 
-def _gini(hits: np.ndarray) -> float:
-  num_slots = len(hits)
+def _gini(reads: np.ndarray) -> float:
+  num_slots = len(reads)
   position = np.arange(1, num_slots + 1)
-  weighted = np.sum(position * np.sort(hits).astype(np.float64))
-  share = weighted / (num_slots * hits.sum(dtype=np.float64))
+  weighted = np.sum(position * np.sort(reads).astype(np.float64))
+  share = weighted / (num_slots * reads.sum(dtype=np.float64))
   return float(2 * share - (num_slots + 1) / num_slots)

@@ -18,7 +18,7 @@ def plot_slot_usage(
   """Draws how often each slot was read, most used first, into a PNG.
 
   Args:
-    counts: hits [M] of each memory layer over a pass, by its block.
+    counts: reads [M] of each memory layer over a pass, by its block.
     path: of the PNG.
     rows: of `metrics.jsonl`; where they have usage metrics, the share of slots
       used and the KL divergence from uniform use are drawn over training below.
@@ -34,7 +34,7 @@ def plot_slot_usage(
     grid = figure.add_gridspec(
       1 + has_history, 2, height_ratios=(2, 1)[: 1 + has_history]
     )
-    _plot_hits(figure.add_subplot(grid[0, :]), counts, colours, names)
+    _plot_reads(figure.add_subplot(grid[0, :]), counts, colours, names)
     if has_history:
       share = figure.add_subplot(grid[1, 0])
       share.set_title('Slots used in a step')
@@ -52,25 +52,25 @@ def plot_slot_usage(
     )
 
 
-def _plot_hits(
+def _plot_reads(
   axes: Any,
   counts: Mapping[str, np.ndarray],
   colours: Mapping[str, Any],
   names: Mapping[str, str],
 ) -> None:
   labels = {}
-  for layer, hits in sorted(counts.items()):
-    measured = usage.measure(hits)
+  for layer, reads in sorted(counts.items()):
+    measured = usage.measure(reads)
     labels[layer] = (
       f'{names[layer]}: {measured.usage_fraction:.1%} used, '
       f'KL {measured.usage_kl:.2f}'
     )
-    if hits.any():
+    if reads.any():
       # Most used first; slots that were never read end the curve.
-      ordered = np.sort(hits[hits > 0])[::-1]
+      ordered = np.sort(reads[reads > 0])[::-1]
       position = _log_spaced(len(ordered))
       axes.plot(position + 1, ordered[position], color=colours[layer])
-  means = {hits.sum() / len(hits) for hits in counts.values() if hits.any()}
+  means = {reads.sum() / len(reads) for reads in counts.values() if reads.any()}
   for mean in means:
     axes.axhline(mean, color='#666666', linestyle=':', linewidth=1)
   axes.set_title('Reads of each slot in one pass (dotted: all slots equal)')

@@ -155,7 +155,7 @@ def _route(logits, bias, is_token, config):
     )
     if is_token is not None:
       is_token = jnp.broadcast_to(is_token.reshape(-1, 1), experts.shape)
-    load = usage.count_hits(experts, config.num_experts, is_token)
+    load = usage.count_uses(experts, config.num_experts, is_token)
     shape = (*logits.shape[:-1], config.num_experts_per_token)
     return weights.reshape(shape), experts.reshape(shape), load[None]
 

@@ -116,8 +116,10 @@ def meet(address: str, count: int, index: int, wait_seconds: float) -> str:
   else:
     _say(f'Waiting up to {waiting} for process 0 of {count} at {address}.')
     hello = dict(index=index, count=count)
-    lead = _reach_lead(host, int(port), hello, deadline, waiting)
-    connections = {0: lead}
+    process_zero = _reach_process_zero(
+      host, int(port), hello, deadline, waiting
+    )
+    connections = {0: process_zero}
     address = f'127.0.0.1:{_relay(host, int(port))}'
   _peers = _Peers(index, count, connections)
   return address
@@ -214,7 +216,7 @@ def _welcome(
   return None
 
 
-def _reach_lead(
+def _reach_process_zero(
   host: str, port: int, hello: dict, deadline: float, waiting: str
 ) -> socket.socket:
   """A connection to process 0, once all have come."""

@@ -64,8 +64,8 @@ def validate(
       sums = jax.device_get(_evaluate(config, params, to_global(batch)))
       nats += float(sums['nats'])
       targets += float(sums['targets'])
-      for layer, hits in sums['slot_counts'].items():
-        counts[layer] = counts.get(layer, 0) + hits.astype(np.int64)
+      for layer, reads in sums['slot_counts'].items():
+        counts[layer] = counts.get(layer, 0) + reads.astype(np.int64)
       reporter.show(index + 1, len(batches), {'loss': nats / targets})
   return Validation(nats / targets, nats / math.log(2) / num_bytes, counts)
 

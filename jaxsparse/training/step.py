@@ -10,7 +10,7 @@ from jaxsparse import mesh
 from jaxsparse.config import Config
 from jaxsparse.nn.memory.tables import ENTRIES, table_scheme
 from jaxsparse.nn.transformer import Transformer
-from jaxsparse.ops.memory.usage import count_hits
+from jaxsparse.ops.memory.usage import count_uses
 from jaxsparse.training import optimizer as optimizer_lib
 from jaxsparse.training import table_step
 from jaxsparse.training.losses import objective, token_losses
@@ -188,7 +188,7 @@ def _count_reads(slots: jax.Array, num_slots: int, batch: Batch) -> jax.Array:
   is_padding = batch['segment_ids'][..., None] == 0
   # Padding falls into a slot of its own, which is dropped.
   slots = jnp.where(is_padding, num_slots, slots)
-  count = mesh.over_tokens(lambda s: count_hits(s, num_slots + 1)[None])
+  count = mesh.over_tokens(lambda s: count_uses(s, num_slots + 1)[None])
   return jnp.sum(count(slots), axis=0)[:num_slots]
 
 

@@ -13,7 +13,7 @@ import pytest
 import targets
 
 from jaxsparse.ops import chunking
-from jaxsparse.ops.memory.usage import count_hits
+from jaxsparse.ops.memory.usage import count_uses
 from jaxsparse.ops.memory.value_bag import value_bag, value_bag_reference
 
 pytestmark = pytest.mark.aot
@@ -158,7 +158,7 @@ def test_tpu_gradients_keep_no_rows(variant):
 def test_gpu_hits_are_counted_by_integer_atomics(tmp_path):
   slot = jax.ShapeDtypeStruct((T, k), jnp.int32)
   program = targets.compile_for(
-    'h100', lambda slot: count_hits(slot, M), slot, dump=tmp_path
+    'h100', lambda slot: count_uses(slot, M), slot, dump=tmp_path
   )
   (atomic,) = ptx.atomics(program.ptx)
   assert '.add.' in atomic

@@ -196,7 +196,7 @@ def test_hits_and_means_leave_out_what_is_no_token():
       usage.mean_over_tokens(x, is_token), alone.mean(0), rtol=1e-5, atol=1e-6
     )
     np.testing.assert_array_equal(
-      usage.count_hits(slot, 7, is_token),
+      usage.count_uses(slot, 7, is_token),
       np.bincount(np.asarray(slot)[is_token], minlength=7),
     )
     np.testing.assert_allclose(

@@ -143,7 +143,7 @@ def _measure_forward(options, length):
     functions['cuDNN'] = functools.partial(
       jax.nn.dot_product_attention, is_causal=True, implementation='cudnn'
     )
-  contenders = measuring.at_once(
+  contenders = measuring.in_threads(
     lambda function: measuring.compiled(function, query, key, value), functions
   )
   return measuring.compare(f'forward {length:,}', contenders, options.rounds)
@@ -243,7 +243,7 @@ def _measure_train(options):
     plain = configs['plain heads']
     model = dataclasses.replace(plain.model, attention_implementation='cudnn')
     configs['plain heads, cuDNN'] = dataclasses.replace(plain, model=model)
-  runs = measuring.at_once(train_step.Run, configs)
+  runs = measuring.in_threads(train_step.Run, configs)
   contenders = {name: run.contender for name, run in runs.items()}
   task = f'train {options.train_length:,}'
   return measuring.compare(task, contenders, options.rounds)

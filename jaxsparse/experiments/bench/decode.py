@@ -190,7 +190,7 @@ class Cell:
       lowered[name] = lower_decode(
         model, params[name], cache, self._tokens, options.context
       )
-    self._programs = measuring.at_once(compile_decode, lowered)
+    self._programs = measuring.in_threads(compile_decode, lowered)
 
   def _draw(self, routing):
     return draw_tokens(

@@ -41,7 +41,9 @@ def compiled(function: Callable, *args, **jit_options) -> Contender:
   return Contender(lambda: program(*args), temp_bytes=temp_bytes)
 
 
-def at_once(function: Callable, arguments: Mapping[str, Any]) -> dict[str, Any]:
+def in_threads(
+  function: Callable, arguments: Mapping[str, Any]
+) -> dict[str, Any]:
   """`function` of each argument, in threads: compiling leaves Python free."""
   with concurrent.futures.ThreadPoolExecutor() as pool:
     results = pool.map(function, arguments.values())

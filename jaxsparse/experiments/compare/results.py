@@ -92,8 +92,8 @@ def _curves(folder: pathlib.Path, validation: Validation) -> Result:
     if name.endswith('kept_share')
   ]
   usage_fraction = {
-    layer: float(usage.measure(hits).usage_fraction)
-    for layer, hits in validation.slot_counts.items()
+    layer: float(usage.measure(reads).usage_fraction)
+    for layer, reads in validation.slot_counts.items()
   }
   return dict(
     training_loss=float(np.mean(losses[last])),

@@ -24,7 +24,7 @@ from jaxsparse.ops.memory.tucker import Directions, tucker_top_m
 # The inputs before the first position, and their segment ids.
 Context = tuple[Float[Array, '*C S D'], Int[Array, '*C S']]
 
-# Arrays by name; None for 'blocks' if there is only one.
+# Arrays by name; None for 'pools' if there is only one.
 Read = dict[str, Any]
 
 _NORM_EPSILON = 1e-5
@@ -61,7 +61,7 @@ def retrieve(
   Returns:
     'scores' [B, T, P, k, c] of the kept cells; 'weights' [B, T, P * k, c] after
     the activation; 'slots' [B, T, P * k] that the layer addresses, the table's
-    'rows' that they are, and 'blocks', or None where there is one pool; 'hits'
+    'rows' that they are, and 'pools', or None where there is one pool; 'counts'
     [M] of the slots by all tokens of the batch that are no padding.
   """
   h = x
@@ -85,15 +85,15 @@ def retrieve(
     )
     if is_token is not None:
       is_token = jnp.broadcast_to(is_token[..., None], slot.shape)
-    hits = usage.count_hits(slot, config.num_slots, is_token)
-    return *found, slot, hits[None]
+    counts = usage.count_uses(slot, config.num_slots, is_token)
+    return *found, slot, counts[None]
 
-  names = ('scores', 'weights', 'rows', 'blocks', 'slots', 'hits')
+  names = ('scores', 'weights', 'rows', 'pools', 'slots', 'counts')
   found = mesh.over_tokens(on_device, (2, 3, 4, 5))(
     is_token, query, keys, weights.get('cores'), directions, permutation
   )
   read = dict(zip(names, found, strict=True))
-  return read | dict(hits=mesh.total(read['hits'].sum(0)))
+  return read | dict(counts=mesh.total(read['counts'].sum(0)))
 
 
 def _best_slots(

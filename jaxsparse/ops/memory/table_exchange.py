@@ -175,9 +175,9 @@ class TableExchange:
   def own_cores(
     self, weight: Float[Array, 'T k c'], width: int
   ) -> Float[Array, 'T k b']:
-    """Weights of the blocks of this device's `width` columns.
+    """Weights of the column blocks of this device's `width` columns.
 
-    Core i weighs the i-th of c equal blocks of all W columns; a slice may begin
+    Core i weighs the i-th of c equal column blocks of all W; a slice may begin
     or end inside one, so its blocks may be narrower than a core's.
     """
     over = self.column_axes

@@ -11,7 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsparse import mesh
 
 
-def count_hits(
+def count_uses(
   slot: Int[Array, '*B'],
   num_slots: int,
   is_counted: Bool[Array, '*B'] | None = None,
@@ -19,13 +19,13 @@ def count_hits(
   """How often each slot occurs; where `is_counted` is False it does not count.
 
   Integers, because a scatter of f32 scalars is a compare-and-swap loop on some
-  GPU releases; and exact up to 2^31 hits.
+  GPU releases; and exact up to 2^31 counts.
   """
   times = 1
   if is_counted is not None:
     times = is_counted.reshape(-1).astype(jnp.int32)
-  hits = jnp.zeros(num_slots, jnp.int32)
-  return hits.at[slot.reshape(-1)].add(times, mode='promise_in_bounds')
+  counts = jnp.zeros(num_slots, jnp.int32)
+  return counts.at[slot.reshape(-1)].add(times, mode='promise_in_bounds')
 
 
 def mean_over_tokens(
@@ -48,21 +48,21 @@ def mean_over_tokens(
   return total / count.astype(x.dtype)
 
 
-def usage_fraction(hits: Int[Array, 'M']) -> Float[Array, '']:
+def usage_fraction(counts: Int[Array, 'M']) -> Float[Array, '']:
   """Fraction of the slots that are read at least once."""
-  return (hits > 0).mean(dtype=jnp.float32)
+  return (counts > 0).mean(dtype=jnp.float32)
 
 
-def usage_kl(hits: Int[Array, 'M']) -> Float[Array, '']:
+def usage_kl(counts: Int[Array, 'M']) -> Float[Array, '']:
   """KL divergence from uniform reads, log M + sum of z log z, in nats.
 
   z is a slot's share of the reads. 0 when all slots are read equally often, and
   with no read; log M when one slot gets all.
   """
-  hits_f32 = hits.astype(jnp.float32)
-  total = hits_f32.sum()
-  share = hits_f32 / jnp.maximum(total, 1)
+  counts_f32 = counts.astype(jnp.float32)
+  total = counts_f32.sum()
+  share = counts_f32 / jnp.maximum(total, 1)
   entropy = -jnp.where(
     share > 0, share * jnp.log(jnp.maximum(share, 1e-30)), 0
   ).sum()
-  return jnp.where(total > 0, jnp.log(jnp.float32(len(hits))) - entropy, 0)
+  return jnp.where(total > 0, jnp.log(jnp.float32(len(counts))) - entropy, 0)

@@ -76,7 +76,7 @@ def table_gradient(
     return jnp.zeros_like(table)
   ways = dict(
     scatter=(_scatter_chunked, _scatter_whole),
-    sorted=(_sorted_blocks, _sorted_whole),
+    sorted=(_sorted_chunks, _sorted_whole),
     deterministic=(_scatter_chunked, _distinct_rows),
   )
   sequential, parallel = ways[way]
@@ -279,15 +279,15 @@ def _add_sorted(
   cotangent: Pools,
   chunk_size: int,
 ):
-  """Runs add(d_table, row, update) over blocks of the sorted references."""
+  """Runs add(d_table, row, update) over chunks of the sorted references."""
   row, position, num_references = _sort(slot, num_valid, len(table))
   chunk_size = min(chunk_size, len(row))
   size = math.ceil(len(row) / chunk_size) * chunk_size
   row = jnp.pad(row, (0, size - len(row)), constant_values=len(table))
   position = chunking.pad(position, size, axis=0)
 
-  def step(d_table: Table, block: tuple):
-    row, position = block
+  def step(d_table: Table, chunk: tuple):
+    row, position = chunk
     update = updates_at(position[0], weight, pool, cotangent, d_table.dtype)
     return add(d_table, row[0], update), None
 
@@ -307,7 +307,7 @@ def _add_equal_after_equal(
   return d_table.at[row].add(update, mode='drop', indices_are_sorted=True)
 
 
-def _sorted_blocks(chunk_bytes: int):
+def _sorted_chunks(chunk_bytes: int):
   def table_gradient(table: Table, *args: jax.Array | None):
     chunk_size = max(1, chunk_bytes // table[0].nbytes)
     return _add_sorted(_add_equal_after_equal, table, *args, chunk_size)

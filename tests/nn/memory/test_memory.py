@@ -407,7 +407,7 @@ def test_usage_counts_what_was_read():
 
 def test_usage_kl_of_the_extremes():
   assert abs(usage.usage_kl(jnp.full(50, 3))) < 1e-5
-  one = usage.count_hits(jnp.full((4, 5), 7), 50)
+  one = usage.count_uses(jnp.full((4, 5), 7), 50)
   np.testing.assert_allclose(usage.usage_kl(one), math.log(50), rtol=1e-6)
   np.testing.assert_allclose(usage.usage_fraction(one), 1 / 50)
 

@@ -27,7 +27,7 @@ FORMS = {
     forward=lambda *args: bag._forward_chunked(*args, _CHUNK_BYTES),
     weight_gradient=gradient._weight_gradient_chunked(_CHUNK_BYTES),
     scatter=gradient._scatter_chunked(_CHUNK_BYTES),
-    sorted=gradient._sorted_blocks(_CHUNK_BYTES),
+    sorted=gradient._sorted_chunks(_CHUNK_BYTES),
     deterministic=gradient._scatter_chunked(_CHUNK_BYTES),
   ),
 }
