@@ -30,14 +30,14 @@ class TableLayout:
     return jax.P(self.rows or None, self.columns or None)
 
   @property
-  def group(self) -> tuple[str, ...]:
+  def device_group(self) -> tuple[str, ...]:
     """Token axes along which devices hold parts of one table."""
     return tuple(a for a in self.rows + self.columns if a in self.tokens)
 
   @property
   def copies(self) -> tuple[str, ...]:
     """Token axes along which devices hold the same part."""
-    return tuple(a for a in self.tokens if a not in self.group)
+    return tuple(a for a in self.tokens if a not in self.device_group)
 
   @property
   def reduced(self) -> tuple[str, ...]:

@@ -1,10 +1,10 @@
 """The step of value tables whose gradient is kept row by row.
 
-The gradient of a table never exists: a tap, zeros added to what a memory layer
-has pooled, gets the pools' gradient, and with the entries that the layer read
-this is the table's whole gradient. Every device then gathers what concerns its
-part of the tables, sums it per row that was read, and changes those rows and
-their optimizer state, in place.
+The gradient of a table never exists: a probe, zeros added to what a memory
+layer has pooled, gets the pools' gradient, and with the entries that the layer
+read this is the table's whole gradient. Every device then gathers what concerns
+its part of the tables, sums it per row that was read, and changes those rows
+and their optimizer state, in place.
 
 Beside the forward and backward pass this sends the entries and the pools'
 gradient once more, and, where copies of a table are kept along `data`, to all
@@ -19,8 +19,8 @@ from jaxsparse import mesh
 from jaxsparse.config import Config, ModelConfig
 from jaxsparse.nn.memory.tables import (
   ENTRIES,
+  PROBES,
   TABLE_OF,
-  TAPS,
   table_scheme,
 )
 from jaxsparse.ops.memory.row_gradient import (
@@ -54,41 +54,41 @@ def split_tables(params: optax.Params) -> tuple[optax.Params, optax.Params]:
   return rest, tables
 
 
-def make_taps(config: ModelConfig, batch_size: int, length: int) -> dict:
+def make_probes(config: ModelConfig, batch_size: int, length: int) -> dict:
   """Zeros to add to what memory layers read: a collection of variables."""
   memory = config.sized_memory
   shapes = dict(pooled=(memory.num_pools, memory.value_dim))
   if memory.pre_value_dim:
     shapes['products'] = (memory.num_heads * memory.num_selected,)
-  taps = {}
+  probes = {}
   for name, shape in shapes.items():
-    tap = jnp.zeros((batch_size, length, *shape), config.dtype)
+    probe = jnp.zeros((batch_size, length, *shape), config.dtype)
     dims = 'BT.W' if name == 'pooled' else 'BT.'
-    taps[name] = mesh.reshard(tap, mesh.act(dims))
+    probes[name] = mesh.reshard(probe, mesh.act(dims))
   return {
-    TAPS: {
-      f'block_{read:02}': {'memory': taps} for read, _ in memory.placements
+    PROBES: {
+      f'block_{read:02}': {'memory': probes} for read, _ in memory.placements
     }
   }
 
 
 def table_gradients(
-  config: ModelConfig, taps: dict, sown: dict
+  config: ModelConfig, probes: dict, sown: dict
 ) -> dict[str, tuple]:
-  """By table what makes up its gradient: rows, weights, groups, cotangents.
+  """By table what makes up its gradient: rows, weights, pools, cotangents.
 
   Where layers share a table, their entries stand one after another along
   the positions.
 
   Args:
     config: of the model.
-    taps: gradient of `make_taps`.
+    probes: gradient of `make_probes`.
     sown: the collection of what the layers read.
   """
   found = {}
   for block, leaves in sown.get(ENTRIES, {}).items():
     for name, (reads,) in leaves['memory'].items():
-      cotangent = taps[TAPS][block]['memory'][name]
+      cotangent = probes[PROBES][block]['memory'][name]
       prefix = '' if config.memory.shared_rows else f'{block}/'
       table = f'{prefix}memory/{TABLE_OF[name]}'
       found.setdefault(table, []).append(reads.terms(cotangent))
@@ -166,15 +166,15 @@ class _Windows:
     table: jax.Array,
     slot: jax.Array,
     weight: jax.Array,
-    group: jax.Array | None,
+    pool: jax.Array | None,
     cotangent: jax.Array,
   ):
     num_rows, width = table.shape
     slot = slot.reshape(-1, slot.shape[-1])
     weight = weight.reshape(*slot.shape, -1)
-    group = None if group is None else group.reshape(slot.shape)
+    pool = None if pool is None else pool.reshape(slot.shape)
     cotangent = cotangent.reshape(len(slot), *cotangent.shape[-2:])
-    entries = exchange.gather(slot, weight.astype(cotangent.dtype), group)
+    entries = exchange.gather(slot, weight.astype(cotangent.dtype), pool)
     cotangent = exchange.all_gather_vectors(cotangent)
     entries, self._cotangent = exchange.all_gather_replicas(
       (entries, cotangent)

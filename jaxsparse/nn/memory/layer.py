@@ -1,6 +1,6 @@
 """Memory layers: PKM, PEER, Memory+, UltraMem, UltraMemV2 (see `MemoryConfig`).
 
-A token's query meets Q row keys and Q column keys, and each head keeps the m
+A token's query meets Q row keys and Q column keys, and each head keeps the k
 best of Q x Q cells. A kept cell's address is a slot, a row of the value table;
 the slots' values, weighted by their scores, are pooled and mapped to the model
 width. In UltraMem (arXiv:2411.12364) a Tucker core turns rank scores into the
@@ -12,9 +12,9 @@ second table, Memory+ (arXiv:2412.09764) gates the pooled values.
 The layer works in any Linen module; it needs no other part of jaxsparse:
 `y, metrics = MemoryLayer(MemoryConfig())(x)`.
 
-Letters: B batch, T positions, D model width, k query width, w key width, Q
-logical keys per axis, P heads, r ranks, c cores, m kept cells per head, E
-virtual blocks or pools, M slots, W value width, U pre-value width.
+Letters: B batch, T positions, D model width, q query width, w key width, Q
+logical keys per axis, P heads, r ranks, c cores, k selected cells per head, E
+virtual blocks or pools, M rows, W value width, U pre-value width.
 """
 
 from collections.abc import Callable
@@ -32,10 +32,10 @@ from jaxsparse.nn.door import portable
 from jaxsparse.nn.leading import Leading
 from jaxsparse.nn.memory.init import parameters
 from jaxsparse.nn.memory.retrieval import Context, Read, retrieve
-from jaxsparse.nn.memory.tables import ENTRIES, TAPS, Tables, table_scheme
+from jaxsparse.nn.memory.tables import ENTRIES, PROBES, Tables, table_scheme
 from jaxsparse.ops.memory import usage
 from jaxsparse.ops.memory.sharded_bag import (
-  sharded_row_products,
+  sharded_gathered_dot,
   sharded_value_bag,
 )
 from jaxsparse.ops.memory.table_reads import TableReads
@@ -101,17 +101,18 @@ class MemoryLayer(nn.Module):
       directions: pre-filter vectors of an imported checkpoint.
       permutation: table of virtual addresses of an imported checkpoint.
 
-    With `ENTRIES` and `TAPS` among the collections, the tables get no gradient
-    (`row_value_and_grad`): that of the taps, zeros that are added to the pools
-    [*S, E, W] under the name 'pooled' and with pre-values to the 'products'
-    [*S, P * m], and the `TableReads` sown in `ENTRIES` are the tables'
-    gradients row by row. Where `TAPS` is mutable, taps that are missing are
-    made. A layer that is called again has 'pooled_1' and so on.
+    With `ENTRIES` and `PROBES` among the collections, the tables get no
+    gradient (`row_value_and_grad`): that of the probes, zeros that are added to
+    the pools [*S, E, W] under the name 'pooled' and with pre-values to the
+    'products' [*S, P * k], and the `TableReads` sown in `ENTRIES` are the
+    tables' gradients row by row. Where `PROBES` is mutable, probes that are
+    missing are made. A layer that is called again has 'pooled_1' and so on.
 
     Returns:
-      The output, and scalars: 'aux_loss', already weighted; 'slots_used' and
-      'unevenness' over the whole batch; 'score_mean' and 'score_std' of the
-      kept scores; with a Tucker core 'core_singular_0' and on, mean over heads.
+      The output, and scalars: 'aux_loss', already weighted; 'usage_fraction'
+      and 'usage_kl' of the slots over the whole batch; 'score_mean' and
+      'score_std' of the kept scores; with a Tucker core 'core_singular_0' and
+      on, mean over heads.
 
     Raises:
       UserError: the scheme cuts a table into uneven or too narrow slices, a
@@ -138,7 +139,7 @@ class MemoryLayer(nn.Module):
       name: mesh.whole(self.param(name, mesh.sharded(init, spec), shape))
       for name, (init, spec, shape) in declared.items()
     }
-    taps = self._taps(config, lead, dtype)
+    probes = self._probes(config, lead, dtype)
     y, read = memory_forward(
       params | (tables or {}),
       x.astype(dtype),
@@ -149,16 +150,16 @@ class MemoryLayer(nn.Module):
       permutation=permutation,
       salt=self.salt,
       first_row=self.first_row,
-      taps=taps,
+      probes=probes,
       is_partial=self.is_partial,
     )
     self.sow('intermediates', 'slots', lead.restored(read['slots']))
-    for name in taps:
+    for name in probes:
       self._sow_reads(name, read, config, scheme, lead)
     metrics = memory_metrics(params, read, config, segment_ids)
     return lead.restored(y), lead.metrics(metrics)
 
-  def _taps(self, config, lead, dtype):
+  def _probes(self, config, lead, dtype):
     """Zeros of this call by name [B, T, ...]; none where nobody asks."""
     shapes = dict(pooled=(config.num_pools, config.value_dim))
     if config.pre_value_dim:
@@ -166,21 +167,21 @@ class MemoryLayer(nn.Module):
     # Asked for by its name: with all collections mutable nobody wants it.
     asked = self.scope.mutable
     makes = not isinstance(asked, bool | DenyList) and (
-      self.is_mutable_collection(TAPS)
+      self.is_mutable_collection(PROBES)
     )
-    calls, taps = self._num_calls(), {}
+    calls, probes = self._num_calls(), {}
     for name, shape in shapes.items():
       stored = f'{name}_{calls}' if calls else name
-      if self.has_variable(TAPS, stored):
-        tap = self.get_variable(TAPS, stored)
+      if self.has_variable(PROBES, stored):
+        probe = self.get_variable(PROBES, stored)
       elif makes:
-        tap = jnp.zeros((*lead.shape, *shape), dtype)
-        self.put_variable(TAPS, stored, tap)
+        probe = jnp.zeros((*lead.shape, *shape), dtype)
+        self.put_variable(PROBES, stored, probe)
       else:
         continue
       dims = 'BT.W' if name == 'pooled' else 'BT.'
-      taps[name] = mesh.reshard(lead.flat(tap), mesh.act(dims))
-    return taps
+      probes[name] = mesh.reshard(lead.flat(probe), mesh.act(dims))
+    return probes
 
   def _num_calls(self):
     """Calls before this one in the same pass."""
@@ -196,11 +197,11 @@ class MemoryLayer(nn.Module):
       layout = view.tables if view else mesh.WHOLE
     is_bag = name == 'pooled'
     factor = read['weights'] if is_bag else read['vectors']
-    group = read['blocks'] if is_bag else None
+    pool = read['pools'] if is_bag else None
     reads = TableReads(
       lead.restored(read['rows']),
       lead.restored(factor),
-      None if group is None else lead.restored(group),
+      None if pool is None else lead.restored(pool),
       layout,
       config.table_rows,
       config.table.gradient == 'deterministic',
@@ -219,7 +220,7 @@ def memory_forward(
   permutation: Int[Array, 'V'] | None = None,
   salt: int = 0,
   first_row: int = 0,
-  taps: dict[str, jax.Array] | None = None,
+  probes: dict[str, jax.Array] | None = None,
   is_partial: bool = False,
 ) -> tuple[Float[Array, 'B T D'], Read]:
   """The layer as a function of its parameters; `MemoryLayer` explains the rest.
@@ -246,7 +247,7 @@ def memory_forward(
     salt=salt,
     first_row=first_row,
   )
-  taps = taps or {}
+  probes = probes or {}
   options: dict[str, Any] = dict(
     scheme=table_scheme(config, x.dtype),
     dtype=x.dtype,
@@ -254,15 +255,15 @@ def memory_forward(
   )
 
   def table(name: str) -> jax.Array:
-    # With taps the gradient goes its own way.
-    return jax.lax.stop_gradient(params[name]) if taps else params[name]
+    # With probes the gradient goes its own way.
+    return jax.lax.stop_gradient(params[name]) if probes else params[name]
 
   if config.pre_value_dim:
     read['vectors'] = _vectors(weights, x)
-    products = sharded_row_products(
+    products = sharded_gathered_dot(
       table('pre_value_table'), read['rows'], read['vectors'], **options
     )
-    products += taps.get('products', 0)
+    products += probes.get('products', 0)
     activation = _ACTIVATIONS[config.pre_value_activation]
     read['weights'] *= activation(products)[..., None].astype(
       read['weights'].dtype
@@ -271,11 +272,11 @@ def memory_forward(
     table('value_table'),
     read['rows'],
     read['weights'],
-    read['blocks'],
+    read['pools'],
     config.num_pools,
     **options,
   )
-  pooled += taps.get('pooled', 0)
+  pooled += probes.get('pooled', 0)
   return _output(weights, x, pooled, is_partial), read
 
 
@@ -333,8 +334,8 @@ def memory_metrics(
   score_mean = mean(scores)
   metrics = {
     'aux_loss': jnp.zeros((), jnp.float32),
-    'slots_used': usage.share_used(read['hits']),
-    'unevenness': usage.unevenness(read['hits']),
+    'usage_fraction': usage.usage_fraction(read['counts']),
+    'usage_kl': usage.usage_kl(read['counts']),
     'score_mean': score_mean,
     'score_std': jnp.sqrt(mean(jnp.square(scores - score_mean))),
   }

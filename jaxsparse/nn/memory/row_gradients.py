@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse.config.errors import UserError, require
-from jaxsparse.nn.memory.tables import ENTRIES, TABLE_OF, TAPS
-from jaxsparse.ops.memory.table_reads import gradient_of_reads
+from jaxsparse.nn.memory.tables import ENTRIES, PROBES, TABLE_OF
+from jaxsparse.ops.memory.table_reads import TableReads, gradient_of_reads
 
 Params = Mapping[str, Any]
 
@@ -49,27 +49,27 @@ def row_value_and_grad(
   """
 
   def run(params: Params, *args: Any) -> tuple[Any, dict]:
-    def taps_of(params, *args):
+    def probes_of(params, *args):
       first = _Apply(params)
       loss(first, params, *args)
-      return first.taps
+      return first.probes
 
-    shapes = jax.eval_shape(taps_of, params, *args)
+    shapes = jax.eval_shape(probes_of, params, *args)
     places: list[_Place] = []
 
-    def passed(params, taps):
-      second = _Apply(params, taps)
+    def passed(params, probes):
+      second = _Apply(params, probes)
       result = loss(second, params, *args)
       places.extend(second.places)
       value, aux = result if has_aux else (result, None)
       return value, (aux, second.reads)
 
-    (value, (aux, reads)), (gradients, of_taps) = jax.value_and_grad(
+    (value, (aux, reads)), (gradients, of_probes) = jax.value_and_grad(
       passed, (0, 1), has_aux=True
     )(params, jax.tree.map(_zeros, shapes))
     by_table: dict[tuple, list] = {}
     for place, read in zip(places, reads, strict=True):
-      pair = read, _at(of_taps[place.call], place.tap)
+      pair = read, _at(of_probes[place.call], place.probe)
       by_table.setdefault(place.table, []).append(pair)
     for table, pairs in by_table.items():
       gradient = gradient_of_reads(*map(list, zip(*pairs, strict=True)))
@@ -80,12 +80,12 @@ def row_value_and_grad(
 
 
 class _Place(NamedTuple):
-  """Where a read table and the tap of the reading stand."""
+  """Where a read table and the probe of the reading stand."""
 
   table: tuple[str, ...]
-  # Number of the call of `apply`, and path in its taps.
+  # Number of the call of `apply`, and path in its probes.
   call: int
-  tap: tuple[str, ...]
+  probe: tuple[str, ...]
 
 
 class _Apply:
@@ -98,7 +98,7 @@ class _Apply:
     }
     self._given = given
     # Of each call of `apply`.
-    self.taps: list = []
+    self.probes: list = []
     self.reads: list[TableReads] = []
     self.places: list[_Place] = []
 
@@ -107,14 +107,14 @@ class _Apply:
   ) -> Any:
     mutable = kwargs.pop('mutable', False)
     asked = [mutable] if isinstance(mutable, str) else list(mutable or ())
-    variables, own = dict(params=params), [ENTRIES, TAPS]
+    variables, own = dict(params=params), [ENTRIES, PROBES]
     if self._given is not None:
-      variables[TAPS], own = self._given[len(self.taps)], [ENTRIES]
+      variables[PROBES], own = self._given[len(self.probes)], [ENTRIES]
     result, changed = module.apply(
       variables, *args, mutable=asked + own, **kwargs
     )
     self._keep(params, changed.pop(ENTRIES, {}), ())
-    self.taps.append(changed.pop(TAPS, {}))
+    self.probes.append(changed.pop(PROBES, {}))
     return (result, changed) if mutable else result
 
   def _keep(self, params: Params, sown: Mapping, path: tuple) -> None:
@@ -129,9 +129,11 @@ class _Apply:
         f'{TABLE_OF[name]} of {"/".join(path) or "the layer"} is none of its.',
       )
       for i, reads in enumerate(below):
-        tap = (*path, f'{name}_{i}' if i else name)
+        probe = (*path, f'{name}_{i}' if i else name)
         self.reads.append(reads)
-        self.places.append(_Place(self._paths[id(table)], len(self.taps), tap))
+        self.places.append(
+          _Place(self._paths[id(table)], len(self.probes), probe)
+        )
 
 
 def _zeros(shape: jax.ShapeDtypeStruct) -> jax.Array:

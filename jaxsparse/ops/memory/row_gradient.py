@@ -2,17 +2,17 @@
 
 A value bag (see `value_bag`) pools rows of a table:
 
-  out[t, g, block i] = sum over j with group[t, j] = g of
-      weight[t, j, i] * table[slot[t, j], block i]
+  out[t, e, columns i] = sum over j with pool[t, j] = e of
+      weight[t, j, i] * table[slot[t, j], columns i]
 
-so slots, groups, weights and the cotangent of `out` are the table's whole
+so slots, pools, weights and the cotangent of `out` are the table's whole
 gradient, though no array of the table's size. Here they become the gradient of
 each distinct row. The references of a step are sorted by row once; then a
 window of as many distinct rows as the caller has memory for is summed, and the
 next, until all are done.
 
 Letters: M rows, W their width, T tokens, k references per token, R = T * k,
-c cores, G groups, U rows of a window.
+c cores, E pools, U rows of a window.
 """
 
 import dataclasses
@@ -30,7 +30,7 @@ from jaxsparse.ops.memory.segment_sum import (
   sum_equal_rows,
   updates_at,
 )
-from jaxsparse.ops.shard_map_vma import sort_key_val, to_same_varying
+from jaxsparse.ops.shard_map_vma import match_vma, sort_key_val
 
 # Bytes of the updates that are formed at once. A GPU forms them in registers,
 # and each turn of the loop costs it a wait for the host.
@@ -106,8 +106,8 @@ def sort_references(
 def row_gradient(
   references: References,
   weight: Float[Array, 'T k c'],
-  cotangent: Float[Array, 'T G W'],
-  group: Int[Array, 'T k'] | None,
+  cotangent: Float[Array, 'T E W'],
+  pool: Int[Array, 'T k'] | None,
   budget: int,
   first_rank: Int[Array, ''] | int = 0,
   *,
@@ -117,13 +117,13 @@ def row_gradient(
 
   Calls with first_rank = 0, budget, 2 * budget, ... below `num_distinct` give
   the whole gradient, each row once. Work and memory follow the window: [U, W]
-  for the sums and a fixed block of references on their way to them.
+  for the sums and a fixed chunk of references on their way to them.
 
   Args:
     references: what `sort_references` made of this step's slots.
-    weight: c weights of each reference, one for each of c blocks of columns.
+    weight: c weights of each reference, one for each column block.
     cotangent: gradient of the bags.
-    group: bag of each reference; None if there is one bag per token.
+    pool: of each reference; None if there is one per token.
     budget: U, the rows of the window.
     first_rank: rank of the window's first row.
     is_deterministic: add in a fixed order on a GPU too, where atomic additions
@@ -140,10 +140,10 @@ def row_gradient(
   dtype = jnp.promote_types(jnp.result_type(weight, cotangent), jnp.float32)
   width = cotangent.shape[-1]
   value = jnp.zeros((budget, width), dtype)
-  value, *_ = to_same_varying(value, slot, weight, cotangent, group)
+  value, *_ = match_vma(value, slot, weight, cotangent, pool)
   if references.row.size:
     add = functools.partial(
-      _add_window, references, weight, cotangent, group, first_rank
+      _add_window, references, weight, cotangent, pool, first_rank
     )
     if is_deterministic:
       on_gpu = functools.partial(
@@ -163,17 +163,17 @@ def row_gradient(
 def row_gradient_reference(
   slot: Int[Array, 'T k'],
   weight: Float[Array, 'T k c'],
-  cotangent: Float[Array, 'T G W'],
-  group: Int[Array, 'T k'] | None,
+  cotangent: Float[Array, 'T E W'],
+  pool: Int[Array, 'T k'] | None,
   num_rows: int,
 ) -> Float[Array, '{num_rows} W']:
   """The gradient of the whole table, by forming that of every reference."""
-  if group is None:
-    group = jnp.zeros_like(slot)
+  if pool is None:
+    pool = jnp.zeros_like(slot)
   width = cotangent.shape[-1]
   weight_TkW = jnp.repeat(weight, width // weight.shape[-1], axis=-1)
   token_T1 = jnp.arange(slot.shape[0])[:, None]
-  update_TkW = weight_TkW * cotangent[token_T1, group]
+  update_TkW = weight_TkW * cotangent[token_T1, pool]
   return jnp.zeros((num_rows, width), update_TkW.dtype).at[slot].add(update_TkW)
 
 
@@ -186,7 +186,7 @@ def _window_rows(
   unused = references.num_rows + jnp.arange(budget, dtype=jnp.int32)
   if not references.row.size:
     return unused
-  rank, ranks = to_same_varying(rank, references.rank)
+  rank, ranks = match_vma(rank, references.rank)
   at = jnp.searchsorted(ranks, rank)
   row = references.row.at[at].get(mode='clip')
   return jnp.where(rank < references.num_distinct, row, unused)
@@ -212,14 +212,14 @@ def _add_once_per_row(
 def _add_window(
   references: References,
   weight: Float[Array, 'T k c'],
-  cotangent: Float[Array, 'T G W'],
-  group: Int[Array, 'T k'] | None,
+  cotangent: Float[Array, 'T E W'],
+  pool: Int[Array, 'T k'] | None,
   first_rank: Int[Array, ''] | int,
   add: Callable,
   block_bytes: int,
   value: Float[Array, 'U W'],
 ):
-  """Adds the window's references to `value`, a block at a time."""
+  """Adds the window's references to `value`, a chunk at a time."""
   budget, width = value.shape
   num_references = references.row.size
   row_bytes = width * value.dtype.itemsize
@@ -234,7 +234,7 @@ def _add_window(
     is_in = at < end
     position = references.position.at[at].get(mode='clip')
     rank = references.rank.at[at].get(mode='clip')
-    update = updates_at(position, weight, group, cotangent, value.dtype)
+    update = updates_at(position, weight, pool, cotangent, value.dtype)
     # Beyond the window: past the buffer, whose scatter drops it.
     target = jnp.where(is_in, rank - first_rank, budget)
     return add(value, target, update)

@@ -1,7 +1,7 @@
 """Value bags over a table that is split over devices, by `jax.shard_map`.
 
 Tokens are split over the mesh axes `data` and `sparse`. The devices that hold
-parts of one copy of the table form a group; within it
+parts of one copy of the table form a device group; in it
 
   columns  every device has some columns of all rows: it pools them for the
            tokens of the whole group, and an all-to-all brings each token's
@@ -18,8 +18,8 @@ partitioning would send all T * k of them (and has had wrong gradients here).
 Columns are split over `model` as well, where tokens are replicated; the pools
 stay split there, for a projection that is split over the same columns.
 
-Letters: M rows, W value width, T tokens, k rows per token, c cores, G groups of
-pools; lower-case t and w are what one device has of T and W.
+Letters: M rows, W value width, T tokens, k rows per token, c cores, E pools of
+a token; lower-case t and w are what one device has of T and W.
 """
 
 import functools
@@ -30,7 +30,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxsparse import mesh
-from jaxsparse.ops.memory.gathered_dot import row_products
+from jaxsparse.ops.memory.gathered_dot import gathered_dot
 from jaxsparse.ops.memory.table_exchange import TableExchange, put_back
 from jaxsparse.ops.memory.value_bag import value_bag
 
@@ -39,13 +39,13 @@ def sharded_value_bag(
   table: Float[Array, 'M W'],
   slot: Int[Array, '*T k'],
   weight: Float[Array, '*T k c'],
-  group: Int[Array, '*T k'] | None = None,
-  num_groups: int = 1,
+  pool: Int[Array, '*T k'] | None = None,
+  num_pools: int = 1,
   *,
   scheme: str = 'columns',
   dtype: jax.typing.DTypeLike = jnp.float32,
   table_gradient: str = 'scatter',
-) -> Float[Array, '*T {num_groups} _']:
+) -> Float[Array, '*T {num_pools} _']:
   """`value_bag` of global arrays; with no mesh set it is that very function.
 
   Args:
@@ -53,9 +53,9 @@ def sharded_value_bag(
       this device's part.
     slot: row of each entry. Like the other arguments it is split over tokens
       along its first dimension.
-    weight: c weights of each entry, one for each of c blocks of columns.
-    group: bag of each entry; None puts all into the only one.
-    num_groups: number of bags per token.
+    weight: c weights of each entry, one for each column block.
+    pool: of each entry; None puts all into the only one.
+    num_pools: pools per token.
     scheme: 'columns', 'rows' or 'grid'.
     dtype: of the result, and of weights and pools on the wire. A device sums in
       f32, but `rows` and `grid` add up the parts of several devices in `dtype`.
@@ -64,29 +64,29 @@ def sharded_value_bag(
   Returns:
     The bags, columns split over `model`; all columns behind a guest's door.
   """
-  pool = functools.partial(
-    value_bag, num_groups=num_groups, table_gradient=table_gradient
+  pool_rows = functools.partial(
+    value_bag, num_pools=num_pools, table_gradient=table_gradient
   )
   exchange = _exchange(scheme, len(table))
   if exchange is None:
-    return _over_flat_tokens(pool)(table, slot, weight, group).astype(dtype)
+    return _over_flat_tokens(pool_rows)(table, slot, weight, pool).astype(dtype)
 
-  def on_device(table, slot, weight, group):
+  def on_device(table, slot, weight, pool):
     num_rows, width = table.shape
     if exchange.sends:
       weight = weight.astype(dtype)
-    entries = exchange.gather(slot, weight, group)
-    entries, num_used, _ = exchange.own_rows(entries, num_rows)
-    slot, weight, group = entries
+    entries = exchange.gather(slot, weight, pool)
+    entries, num_valid, _ = exchange.own_rows(entries, num_rows)
+    slot, weight, pool = entries
     weight = exchange.own_cores(weight, width)
-    pooled = pool(table, slot, weight, group, num_used=num_used)
+    pooled = pool_rows(table, slot, weight, pool, num_valid=num_valid)
     return exchange.reduce_scatter_pools(pooled.astype(dtype))
 
   if mesh.inside():
     pooled = _over_flat_tokens(
       lambda *args: exchange.all_columns(on_device(*args))
     )
-    return pooled(table, slot, weight, group)
+    return pooled(table, slot, weight, pool)
   layout = exchange.layout
   tokens = jax.P(mesh.TOKENS)
   pools = jax.P(mesh.TOKENS, *[None] * (slot.ndim - 1), 'model')
@@ -94,10 +94,10 @@ def sharded_value_bag(
     _over_flat_tokens(on_device),
     in_specs=(layout.spec, tokens, tokens, tokens),
     out_specs=pools,
-  )(mesh.reshard(table, layout.spec), slot, weight, group)
+  )(mesh.reshard(table, layout.spec), slot, weight, pool)
 
 
-def sharded_row_products(
+def sharded_gathered_dot(
   table: Float[Array, 'M W'],
   slot: Int[Array, '*T k'],
   vector: Float[Array, '*T _'],
@@ -106,7 +106,7 @@ def sharded_row_products(
   dtype: jax.typing.DTypeLike = jnp.float32,
   table_gradient: str = 'scatter',
 ) -> Float[Array, '*T k']:
-  """`row_products` of global arrays; with no mesh set it is that very function.
+  """`gathered_dot` of global arrays; with no mesh set it is that very function.
 
   A device knows a product in part only, where it has some of the columns: what
   `columns` and `grid` send more than a bag does are the parts, [T, k].
@@ -121,12 +121,12 @@ def sharded_row_products(
     table_gradient: how the table's gradient is added up, see `value_bag`.
   """
 
-  def products(table, slot, vector, num_used=None):
-    return row_products(
+  def products(table, slot, vector, num_valid=None):
+    return gathered_dot(
       table,
       slot,
       vector,
-      num_used=num_used,
+      num_valid=num_valid,
       table_gradient=table_gradient,
     )
 
@@ -136,12 +136,12 @@ def sharded_row_products(
 
   def on_device(table, slot, vector, _):
     entries = exchange.gather(slot, None, None)
-    entries, num_used, place = exchange.own_rows(entries, len(table))
+    entries, num_valid, place = exchange.own_rows(entries, len(table))
     vector = vector[:, None].astype(dtype)
     if mesh.inside():
       vector = exchange.own_columns(vector)
     vector = exchange.all_gather_vectors(vector)[:, 0]
-    parts = products(table, entries[0], vector, num_used)
+    parts = products(table, entries[0], vector, num_valid)
     if place is not None:
       parts = put_back(parts, place)
     return exchange.psum_products(parts.astype(dtype))
@@ -174,13 +174,13 @@ def _exchange(scheme: str, num_rows: int) -> TableExchange | None:
 def _over_flat_tokens(function: Callable) -> Callable:
   """`function` of arrays with one dimension of tokens, for any number."""
 
-  def flat(table, slot, weight, group):
+  def flat(table, slot, weight, pool):
     batch = slot.shape[:-1]
-    slot, weight, group = (
+    slot, weight, pool = (
       x if x is None else x.reshape(-1, *x.shape[len(batch) :])
-      for x in (slot, weight, group)
+      for x in (slot, weight, pool)
     )
-    pooled = function(table, slot, weight, group)
+    pooled = function(table, slot, weight, pool)
     return pooled.reshape(*batch, *pooled.shape[1:])
 
   return flat

@@ -38,7 +38,7 @@ class TableExchange:
 
   @property
   def sends(self) -> bool:
-    """Whether a group is more than one device."""
+    """Whether a device group is more than one device."""
     return bool(self._split(self.layout.device_group))
 
   @property
@@ -50,25 +50,25 @@ class TableExchange:
     self,
     slot: Int[Array, 't k'],
     weight: Float[Array, 't k c'] | None,
-    group: Int[Array, 't k'] | None,
+    pool: Int[Array, 't k'] | None,
   ) -> Entries:
-    """The entries of the whole group's tokens.
+    """The entries of the whole device group's tokens.
 
     Row and pool of an entry travel as one 32-bit number.
     """
     over = self._split(self.layout.device_group)
     if not over:
-      return slot, weight, group
+      return slot, weight, pool
     virtual = slot.astype(jnp.uint32)
-    if group is not None:
-      virtual += group.astype(jnp.uint32) * jnp.uint32(self.num_rows)
+    if pool is not None:
+      virtual += pool.astype(jnp.uint32) * jnp.uint32(self.num_rows)
     virtual = jax.lax.all_gather(virtual, over, tiled=True)
     if weight is not None:
       weight = _as_matrix(jax.lax.all_gather, weight, over)
-    if group is None:
+    if pool is None:
       return virtual.astype(jnp.int32), weight, None
-    group, slot = jnp.divmod(virtual, jnp.uint32(self.num_rows))
-    return slot.astype(jnp.int32), weight, group.astype(jnp.int32)
+    pool, slot = jnp.divmod(virtual, jnp.uint32(self.num_rows))
+    return slot.astype(jnp.int32), weight, pool.astype(jnp.int32)
 
   def reduce_scatter_pools(
     self, pooled: Float[Array, 'T E w']
@@ -116,7 +116,7 @@ class TableExchange:
     return jax.lax.dynamic_slice_in_dim(x, start, width, axis=-1)
 
   def psum_products(self, parts: Float[Array, 'T k']) -> Float[Array, 't k']:
-    """Sums of the group's parts, each token's at its home."""
+    """Sums of the device group's parts, each token's at its home."""
     if over := self._split(self.layout.device_group):
       parts = jax.lax.psum_scatter(parts, over, tiled=True)
     # Axes of length 1 too: the parts are marked as varying over them.
@@ -209,7 +209,7 @@ class TableExchange:
       token's are its own; and the places to which they have moved. Both are
       None when it has all rows.
     """
-    slot, weight, group = entries
+    slot, weight, pool = entries
     if not self._split(self.layout.rows):
       return entries, None, None
     local = slot - self.first_row()
@@ -219,7 +219,7 @@ class TableExchange:
     entries = (
       jnp.take_along_axis(local, order, axis=1),
       None if weight is None else _permuted(weight, order, inverse),
-      None if group is None else jnp.take_along_axis(group, order, axis=1),
+      None if pool is None else jnp.take_along_axis(pool, order, axis=1),
     )
     return entries, is_own.sum(axis=1, dtype=jnp.int32), inverse
 

@@ -3,7 +3,7 @@
 A memory layer's code sows `TableReads`; with the cotangent of what it pooled
 they are the whole gradient of a table, which no array of its size is made for.
 
-Letters: M rows, W their width, T tokens, k reads of a token, c cores, G bags.
+Letters: M rows, W their width, T tokens, k reads of a token, c cores, E pools.
 """
 
 import dataclasses
@@ -33,7 +33,7 @@ class TableReads:
     rows: of the table.
     factor: what a row was multiplied by: weights [*T, k, c] of a value bag, or
       vectors [*T, W] of products with rows.
-    group: bag of each read; None if there is one.
+    pool: of each read; None if there is one.
     layout: how the table lies on the mesh.
     num_rows: of the whole table, M.
     is_deterministic: whether sums are to be in a fixed order.
@@ -41,7 +41,7 @@ class TableReads:
 
   rows: Int[Array, '*T k']
   factor: Float[Array, '...']
-  group: Int[Array, '*T k'] | None
+  pool: Int[Array, '*T k'] | None
   layout: TableLayout = dataclasses.field(metadata=dict(static=True))
   num_rows: int = dataclasses.field(metadata=dict(static=True))
   is_deterministic: bool = dataclasses.field(metadata=dict(static=True))
@@ -49,16 +49,16 @@ class TableReads:
   def terms(
     self, cotangent: Float[Array, '...']
   ) -> tuple[jax.Array, jax.Array, jax.Array | None, jax.Array]:
-    """Rows, weights, bags and cotangents of bags, which make the gradient.
+    """Rows, weights, pools and their cotangents, which make the gradient.
 
     The gradient of a sum of weight * row is weight * cotangent; that of a
     product, row * vector, is cotangent * vector: the same with other names.
 
     Args:
-      cotangent: of the bags [*T, G, W], or of the products [*T, k].
+      cotangent: of the pools [*T, E, W], or of the products [*T, k].
     """
     if self.factor.ndim > self.rows.ndim:
-      return self.rows, self.factor, self.group, cotangent
+      return self.rows, self.factor, self.pool, cotangent
     return self.rows, cotangent[..., None], None, self.factor[..., None, :]
 
 
@@ -79,21 +79,21 @@ def gradient_of_reads(
 
   def on_device(terms):
     parts = [_flat(*term) for term in terms]
-    rows, weight, group, cotangent = jax.tree.map(
+    rows, weight, pool, cotangent = jax.tree.map(
       lambda *xs: jnp.concatenate(xs), *parts
     )
     if not is_own_mesh:
       cotangent = exchange.own_columns(cotangent)
-    entries = exchange.gather(rows, weight.astype(cotangent.dtype), group)
+    entries = exchange.gather(rows, weight.astype(cotangent.dtype), pool)
     cotangent = exchange.all_gather_vectors(cotangent)
     entries, cotangent = exchange.all_gather_replicas((entries, cotangent))
-    rows, weight, group = entries
+    rows, weight, pool = entries
     num_rows = exchange.num_own_rows
     found = row_gradient(
       sort_references(rows, num_rows, exchange.first_row()),
       exchange.own_cores(weight, cotangent.shape[-1]),
       cotangent,
-      group,
+      pool,
       min(rows.size, num_rows),
       # Else copies of a part would drift apart.
       is_deterministic=first.is_deterministic or exchange.has_copies,
@@ -122,7 +122,7 @@ def gradient_of_reads(
   return RowGradient(slot, value, layout if is_cut else None)
 
 
-def _flat(rows, weight, group, cotangent):
+def _flat(rows, weight, pool, cotangent):
   """Arrays of one dimension of tokens."""
   lead = rows.shape[:-1]
 
@@ -132,7 +132,7 @@ def _flat(rows, weight, group, cotangent):
   cotangent = flat(cotangent)
   if cotangent.ndim == 2:
     cotangent = cotangent[:, None]
-  return flat(rows), flat(weight), flat(group), cotangent
+  return flat(rows), flat(weight), flat(pool), cotangent
 
 
 def _spec(x: jax.Array, layout: TableLayout, has_columns: bool) -> jax.P:

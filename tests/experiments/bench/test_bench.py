@@ -100,7 +100,7 @@ def test_least_bytes_count_distinct_rows_once():
     table=np.zeros((10, 4), np.float32),
     slot=np.array([[1, 1], [1, 7]], np.int32),
     weight=np.zeros((2, 2, 1), np.float32),
-    group=np.zeros((2, 2), np.int32),
+    pool=np.zeros((2, 2), np.int32),
     cotangent=np.zeros((2, 1, 4), np.float32),
   )
   forward, backward = value_bag.least_bytes(arrays)
