@@ -1,7 +1,7 @@
 """The attention's part of `cost`: parameters, products and rows of the cache.
 
 Letters: D model width, N query heads, K key/value heads, H head width, G groups
-of M heads, R rank.
+of M heads, r rank.
 """
 
 from jaxsparse.config import ModelConfig
@@ -37,7 +37,7 @@ def attention_gains(config: ModelConfig, layer: int) -> int:
 
 
 def _composition_parameters(config):
-  """8 R D N + 16 R^2 N^2 / G + 4 D N for four streams; 2 N^2 / G of bases."""
+  """8 r D N + 16 r^2 N^2 / G + 4 D N for four streams; 2 N^2 / G of bases."""
   dcmha = config.dcmha
   if dcmha is None:
     return 0
@@ -61,7 +61,7 @@ def pair_flops(config: ModelConfig, layer: int, seq_len: int) -> int:
   flops = 4 * heads * width
   dcmha = config.composition(layer)
   if dcmha:
-    # Reading and writing R vectors, and the gate.
+    # Reading and writing r vectors, and the gate.
     flops += len(dcmha.streams) * (4 * dcmha.rank + 2) * heads
     if dcmha.base:
       flops += len(dcmha.places) * 2 * heads * heads // dcmha.num_groups

@@ -26,7 +26,7 @@ class DCMHAConfig:
   key_wise: bool = True
   # A learned matrix that is the same for all pairs, beside the identity.
   base: bool = False
-  # Rank R of what a token generates.
+  # Rank r of what a token generates.
   rank: int = 2
   # Groups G of neighbouring heads that mix among themselves: 1 for all heads,
   # the number of key/value heads to mix within each one's query heads. If the

@@ -19,8 +19,8 @@ Factors = dict[tuple[str, str], jax.Array]
 class DCMHA(nn.Module):
   """Generates what mixes the heads of an attention, with no bias anywhere.
 
-  Leaves, for C streams and G head groups of M: `hidden` [D, G, C, 2 R M],
-  `low_rank` [G, C, 2 R M, 2 R, M] and `gate` [D, G, C M]; for a base `pre_base`
+  Leaves, for C streams and G head groups of M: `hidden` [D, G, C, 2 r M],
+  `low_rank` [G, C, 2 r M, 2 r, M] and `gate` [D, G, C M]; for a base `pre_base`
   and `post_base` [G, M, M]. Drawn as in the official JAX code: the layer begins
   within about a percent of plain attention.
   """

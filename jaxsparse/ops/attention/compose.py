@@ -10,11 +10,11 @@ diagonal one, generated from that token's input.
          + sum_r (sum_m a[m] read_q[r, m]) write_q[r, n]  and the key's
 
 Heads lie in groups that mix only among themselves. What a token gives for one
-of its two compositions are its factors: R vectors over heads that read, R that
-write and the gates, in this order, [2 R + 1, N].
+of its two compositions are its factors: r vectors over heads that read, r that
+write and the gates, in this order, [2 r + 1, N].
 
 Letters: B batch, T queries, S keys, D model width, N heads in G groups of M, C
-streams of factors, R ranks, U = 2 R vectors and F = U + 1 factors of a stream,
+streams of factors, r ranks, U = 2 r vectors and F = U + 1 factors of a stream,
 J inner width of the generator.
 """
 

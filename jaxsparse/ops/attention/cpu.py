@@ -140,14 +140,14 @@ def _batched_matmul(
 
 
 def _parts(factors: Float[Array, 'B T F G M']):
-  """[B, T, F, G, M]: what reads and what writes [B, T, R, G, M], the gates."""
+  """[B, T, F, G, M]: what reads and what writes [B, T, r, G, M], the gates."""
   rank = factors.shape[2] // 2
   return factors[:, :, :rank], factors[:, :, rank:-1], factors[:, :, -1]
 
 
 def _matrices(
-  read: Float[Array, 'B T R G M'],
-  write: Float[Array, 'B T R G M'],
+  read: Float[Array, 'B T r G M'],
+  write: Float[Array, 'B T r G M'],
   gate: Float[Array, 'B T G M'],
 ):
   """[B, T, G, M, N] from the parts of factors."""

@@ -24,10 +24,10 @@ _FUSED_ELEMENTS = 2**13
 
 
 def few_rows(
-  rows: Float[Array, 'S D'],
+  rows: Float[Array, 'A D'],
   experts: Float[Array, 'X D F'],
   sizes: Int[Array, 'X'],
-) -> tuple[Float[Array, 'S F'], Bool[Array, 'X']]:
+) -> tuple[Float[Array, 'A F'], Bool[Array, 'X']]:
   """Products of the experts with few rows, and which experts are left."""
   out = chunking.zeros((len(rows), experts.shape[2]), rows.dtype, rows, experts)
 
@@ -44,13 +44,13 @@ def few_rows(
 
 
 def one_by_one(
-  rows: Float[Array, 'S D'],
+  rows: Float[Array, 'A D'],
   experts: Float[Array, 'X D F'],
-  expert: Int[Array, 'S'],
-) -> Float[Array, 'S F']:
+  expert: Int[Array, 'A'],
+) -> Float[Array, 'A F']:
   """`assigned_matmul` row by row."""
 
-  def add(i: Int[Array, ''], out: Float[Array, 'S F']):
+  def add(i: Int[Array, ''], out: Float[Array, 'A F']):
     row = jax.lax.dynamic_slice_in_dim(rows, i, 1)
     product = _product_in_place(row, experts, expert[i])
     return jax.lax.dynamic_update_slice_in_dim(

@@ -14,7 +14,7 @@ with its rows, tile by tile; on a CPU those of experts with few rows are in
 Sums are in f32 (f64 for f64). Matrices may be stored in another type than the
 rows': the loop casts them after the cut, never all of them; the others must.
 
-Letters: S rows, X experts, D and F widths.
+Letters: A rows, one for each assignment, X experts, D and F widths.
 """
 
 import functools
@@ -43,18 +43,18 @@ _KERNELS = dict(gpu='triton', tpu='megablox')
 
 
 def grouped_matmul(
-  rows: Float[Array, 'S D'],
+  rows: Float[Array, 'A D'],
   experts: Float[Array, 'X D F'],
   sizes: Int[Array, 'X'],
   *,
   implementation: str = 'auto',
-) -> Float[Array, 'S F']:
+) -> Float[Array, 'A F']:
   """Products of rows that are sorted by expert.
 
   Args:
     rows: those of expert 0 first.
     experts: a matrix for each.
-    sizes: rows of each expert, together at most S. What rows beyond hold is of
+    sizes: rows of each expert, together at most A. What rows beyond hold is of
       no influence; they give zero.
     implementation: 'loop' as above; 'triton', our kernel for GPUs;
       'megablox', JAX's for TPUs; 'ragged_dot' of `jax.lax`; 'auto' is a kernel
@@ -95,10 +95,10 @@ def grouped_matmul(
 
 
 def grouped_matmul_reference(
-  rows: Float[Array, 'S D'],
+  rows: Float[Array, 'A D'],
   experts: Float[Array, 'X D F'],
   sizes: Int[Array, 'X'],
-) -> Float[Array, 'S F']:
+) -> Float[Array, 'A F']:
   """`grouped_matmul` by all rows times all experts."""
   ends = jnp.cumsum(sizes)[None]
   place = jnp.arange(len(rows))[:, None]
@@ -108,10 +108,10 @@ def grouped_matmul_reference(
 
 
 def assigned_matmul(
-  rows: Float[Array, 'S D'],
+  rows: Float[Array, 'A D'],
   experts: Float[Array, 'X D F'],
-  expert: Int[Array, 'S'],
-) -> Float[Array, 'S F']:
+  expert: Int[Array, 'A'],
+) -> Float[Array, 'A F']:
   """Products of a few rows in any order, each with the matrix of its `expert`.
 
   For decoding: nothing is sorted, and a matrix is read once for each of its
@@ -124,10 +124,10 @@ def assigned_matmul(
 
 
 def assigned_matmul_reference(
-  rows: Float[Array, 'S D'],
+  rows: Float[Array, 'A D'],
   experts: Float[Array, 'X D F'],
-  expert: Int[Array, 'S'],
-) -> Float[Array, 'S F']:
+  expert: Int[Array, 'A'],
+) -> Float[Array, 'A F']:
   """`assigned_matmul` by gathering a matrix for each row."""
   return jnp.einsum('sd,sdf->sf', rows, experts[expert].astype(rows.dtype))
 

@@ -21,7 +21,7 @@ _MEGABLOX_TILE = 128
 
 
 def ragged_dot(
-  rows: Float[Array, 'S _'],
+  rows: Float[Array, 'A _'],
   experts: Float[Array, 'X D F'],
   sizes: Int[Array, 'X'],
   is_transposed: bool = False,
@@ -44,7 +44,7 @@ def ragged_dot(
 
 
 def megablox(
-  rows: Float[Array, 'S D'],
+  rows: Float[Array, 'A D'],
   experts: Float[Array, 'X D F'],
   sizes: Int[Array, 'X'],
   interpret: bool = False,
@@ -63,7 +63,7 @@ def megablox(
   return jnp.where(in_use, out[:num_rows], 0)
 
 
-def _in_use(rows: Float[Array, 'S _'], sizes: Int[Array, 'X']):
+def _in_use(rows: Float[Array, 'A _'], sizes: Int[Array, 'X']):
   return jnp.arange(len(rows))[:, None] < sizes.sum()
 
 
@@ -72,7 +72,7 @@ def _megablox_module():
 
 
 def triton(
-  rows: Float[Array, 'S D'],
+  rows: Float[Array, 'A D'],
   experts: Float[Array, 'X D F'],
   sizes: Int[Array, 'X'],
   interpret: bool = False,

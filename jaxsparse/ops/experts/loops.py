@@ -20,12 +20,12 @@ _TILES = (16, 256)
 
 def write_products(
   product: Callable,
-  rows: Float[Array, 'S D'],
+  rows: Float[Array, 'A D'],
   sizes: Int[Array, 'X'],
   tile: int,
   is_chosen: Bool[Array, 'X'],
-  out: Float[Array, 'S F'],
-) -> Float[Array, 'S F']:
+  out: Float[Array, 'A F'],
+) -> Float[Array, 'A F']:
   """Writes the products of the chosen experts' rows to `out`.
 
   Args:
@@ -38,11 +38,11 @@ def write_products(
   """
   ends = jnp.cumsum(sizes)
 
-  def on_expert(expert: Int[Array, ''], out: Float[Array, 'S F']):
+  def on_expert(expert: Int[Array, ''], out: Float[Array, 'A F']):
     product_of = product(expert)
 
     def on_tile(
-      at: Int[Array, ''], is_own: Bool[Array, ' t'], out: Float[Array, 'S F']
+      at: Int[Array, ''], is_own: Bool[Array, ' t'], out: Float[Array, 'A F']
     ):
       part = product_of(jax.lax.dynamic_slice_in_dim(rows, at, tile))
       before = jax.lax.dynamic_slice_in_dim(out, at, tile)

@@ -6,7 +6,7 @@ arXiv:2101.03961; DeepSeek-V3, arXiv:2412.19437, for scores by a sigmoid). No
 token is dropped: the T * k assignments are sorted by expert, and the experts
 take as many rows as come.
 
-Letters: T tokens, X experts, k experts of a token, S = T * k assignments, D
+Letters: T tokens, X experts, k experts of a token, A = T * k assignments, D
 model width.
 """
 
@@ -159,9 +159,9 @@ class Dispatch(NamedTuple):
   """
 
   # Assignment at each place of the sorted order.
-  order: Int[Array, 'S']
+  order: Int[Array, 'A']
   # Place of each assignment.
-  inverse: Int[Array, 'S']
+  inverse: Int[Array, 'A']
   # Assignments of each expert.
   sizes: Int[Array, 'X']
 
@@ -190,7 +190,7 @@ def dispatch_order(
 
 def to_experts(
   x: Float[Array, 'T D'], dispatch: Dispatch, num_experts_per_token: int
-) -> Float[Array, 'S D']:
+) -> Float[Array, 'A D']:
   """The row of each assignment's token, sorted by expert."""
   return _to_experts(*match_vma(x, dispatch), num_experts_per_token)
 
@@ -203,7 +203,7 @@ def _to_experts(
 
 
 def _gradient_of_tokens(
-  num_experts_per_token: int, dispatch: Dispatch, cotangent: Float[Array, 'S D']
+  num_experts_per_token: int, dispatch: Dispatch, cotangent: Float[Array, 'A D']
 ):
   # A gather and a sum: the transposed gather would add rows one by one.
   by_token = cotangent[dispatch.inverse].reshape(
@@ -223,7 +223,7 @@ _to_experts.defvjp(
 
 
 @jax.custom_vjp
-def _in_token_order(rows: Float[Array, 'S D'], dispatch: Dispatch):
+def _in_token_order(rows: Float[Array, 'A D'], dispatch: Dispatch):
   return rows[dispatch.inverse]
 
 
@@ -234,7 +234,7 @@ _in_token_order.defvjp(
 
 
 def from_experts(
-  rows: Float[Array, 'S D'], weights: Float[Array, 'T k'], dispatch: Dispatch
+  rows: Float[Array, 'A D'], weights: Float[Array, 'T k'], dispatch: Dispatch
 ) -> Float[Array, 'T D']:
   """Weighted sums of each token's k rows, in f32 at least."""
   rows = _in_token_order(*match_vma(rows, dispatch))
@@ -242,7 +242,7 @@ def from_experts(
 
 
 def weighted_sum(
-  rows: Float[Array, 'S D'], weights: Float[Array, 'T k']
+  rows: Float[Array, 'A D'], weights: Float[Array, 'T k']
 ) -> Float[Array, 'T D']:
   """Weighted sums of k successive rows, in f32 at least."""
   dtype = jnp.promote_types(weights.dtype, jnp.float32)

@@ -7,7 +7,7 @@ experts without rows are never read. An expert with up to 16 rows is read once.
 
 Sums are in f32. Matrices may be stored in another type than the rows'.
 
-Letters: S rows, X experts, D and F widths.
+Letters: A rows, one for each assignment, X experts, D and F widths.
 """
 
 import functools
@@ -46,24 +46,24 @@ def unsupported_reason(rows: _Shaped, experts: _Shaped) -> str | None:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def grouped_matmul(
-  rows: Float[Array, 'S D'],
+  rows: Float[Array, 'A D'],
   experts: Float[Array, 'X D F'],
   sizes: Int[Array, 'X'],
   interpret: bool = False,
-) -> Float[Array, 'S F']:
+) -> Float[Array, 'A F']:
   """`ops.experts.grouped_matmul.grouped_matmul` on a GPU.
 
   Args:
     rows: those of expert 0 first; those that belong to none give zero.
     experts: a matrix for each.
-    sizes: rows of each expert, together at most S.
+    sizes: rows of each expert, together at most A.
     interpret: run in Pallas interpret mode (tests).
   """
   return _products(rows, experts, sizes, interpret, is_transposed=False)
 
 
 def _forward(
-  rows: Float[Array, 'S D'],
+  rows: Float[Array, 'A D'],
   experts: Float[Array, 'X D F'],
   sizes: Int[Array, 'X'],
   interpret: bool,
@@ -74,7 +74,7 @@ def _forward(
 def _backward(
   interpret: bool,
   inputs: tuple[jax.Array, jax.Array, jax.Array],
-  cotangent: Float[Array, 'S F'],
+  cotangent: Float[Array, 'A F'],
 ):
   rows, experts, sizes = inputs
   d_rows = _products(cotangent, experts, sizes, interpret, is_transposed=True)
@@ -86,11 +86,11 @@ grouped_matmul.defvjp(_forward, _backward)
 
 
 def assigned_matmul(
-  rows: Float[Array, 'S D'],
+  rows: Float[Array, 'A D'],
   experts: Float[Array, 'X D F'],
-  expert: Int[Array, 'S'],
+  expert: Int[Array, 'A'],
   interpret: bool = False,
-) -> Float[Array, 'S F']:
+) -> Float[Array, 'A F']:
   """`assigned_matmul` of the same file on a GPU, without a gradient."""
   place = jnp.arange(len(rows), dtype=expert.dtype)
   tiles = expert, place, jnp.ones_like(expert)
@@ -98,7 +98,7 @@ def assigned_matmul(
 
 
 def _products(
-  rows: Float[Array, 'S _'],
+  rows: Float[Array, 'A _'],
   experts: Float[Array, 'X D F'],
   sizes: Int[Array, 'X'],
   interpret: bool,
@@ -114,7 +114,7 @@ def _products(
 
 
 def _tiled_products(
-  rows: Float[Array, 'S _'],
+  rows: Float[Array, 'A _'],
   experts: Float[Array, 'X D F'],
   tiles: tuple[jax.Array, jax.Array, jax.Array],
   tile: int,
@@ -181,8 +181,8 @@ def _tiled_products(
 
 
 def _outer_products(
-  rows: Float[Array, 'S D'],
-  cotangent: Float[Array, 'S F'],
+  rows: Float[Array, 'A D'],
+  cotangent: Float[Array, 'A F'],
   sizes: Int[Array, 'X'],
   dtype: jax.typing.DTypeLike,
   interpret: bool,

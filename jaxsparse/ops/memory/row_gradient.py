@@ -70,14 +70,14 @@ class References:
   Attributes:
     row: row of each, ascending; `num_rows` for the rows of other devices.
     position: its place in the flattened slot[T, k], ascending within a row.
-    rank: how many distinct rows come before its own.
+    row_position: how many distinct rows come before its own.
     num_distinct: rows that are referenced at all.
     num_rows: M, the rows of this device.
   """
 
   row: Int[Array, 'R']
   position: Int[Array, 'R']
-  rank: Int[Array, 'R']
+  row_position: Int[Array, 'R']
   num_distinct: Int[Array, '']
   num_rows: int = dataclasses.field(metadata=dict(static=True))
 
@@ -98,9 +98,9 @@ def sort_references(
   row, position = sort_key_val(local, position)
   before = jnp.concatenate([jnp.full_like(row[:1], -1), row[:-1]])
   is_new = row != before
-  rank = jnp.cumsum(is_new, dtype=jnp.int32) - 1
+  row_position = jnp.cumsum(is_new, dtype=jnp.int32) - 1
   num_distinct = jnp.sum(is_new & (row < num_rows), dtype=jnp.int32)
-  return References(row, position, rank, num_distinct, num_rows)
+  return References(row, position, row_position, num_distinct, num_rows)
 
 
 def row_gradient(
@@ -109,15 +109,15 @@ def row_gradient(
   cotangent: Float[Array, 'T E W'],
   pool: Int[Array, 'T k'] | None,
   budget: int,
-  first_rank: Int[Array, ''] | int = 0,
+  first_position: Int[Array, ''] | int = 0,
   *,
   is_deterministic: bool = False,
 ) -> RowGradient:
-  """Sums the gradients of `budget` distinct rows, from `first_rank` on.
+  """Sums the gradients of `budget` distinct rows, from `first_position` on.
 
-  Calls with first_rank = 0, budget, 2 * budget, ... below `num_distinct` give
-  the whole gradient, each row once. Work and memory follow the window: [U, W]
-  for the sums and a fixed chunk of references on their way to them.
+  Calls with first_position = 0, budget, 2 * budget, ... below `num_distinct`
+  give the whole gradient, each row once. Work and memory follow the window: [U,
+  W] for the sums and a fixed chunk of references on their way to them.
 
   Args:
     references: what `sort_references` made of this step's slots.
@@ -125,7 +125,7 @@ def row_gradient(
     cotangent: gradient of the bags.
     pool: of each reference; None if there is one per token.
     budget: U, the rows of the window.
-    first_rank: rank of the window's first row.
+    first_position: position of the window's first row.
     is_deterministic: add in a fixed order on a GPU too, where atomic additions
       are faster; devices with copies of a table need it to stay alike.
 
@@ -136,14 +136,14 @@ def row_gradient(
     UserError: the budget is not positive.
   """
   require(budget > 0, f'budget must be positive, got {budget}.')
-  slot = _window_rows(references, budget, first_rank)
+  slot = _window_rows(references, budget, first_position)
   dtype = jnp.promote_types(jnp.result_type(weight, cotangent), jnp.float32)
   width = cotangent.shape[-1]
   value = jnp.zeros((budget, width), dtype)
   value, *_ = match_vma(value, slot, weight, cotangent, pool)
   if references.row.size:
     add = functools.partial(
-      _add_window, references, weight, cotangent, pool, first_rank
+      _add_window, references, weight, cotangent, pool, first_position
     )
     if is_deterministic:
       on_gpu = functools.partial(
@@ -178,18 +178,18 @@ def row_gradient_reference(
 
 
 def _window_rows(
-  references: References, budget: int, first_rank: Int[Array, ''] | int
+  references: References, budget: int, first_position: Int[Array, ''] | int
 ):
-  """Rows of the window's ranks; beyond the last one, rows past the table."""
-  rank = first_rank + jnp.arange(budget, dtype=jnp.int32)
-  # Past int32 only if the ranks are, which are bounded by the references.
+  """Rows at the window's positions; after the last one, rows past the table."""
+  row_position = first_position + jnp.arange(budget, dtype=jnp.int32)
+  # Past int32 only if the positions are, which are bounded by the references.
   unused = references.num_rows + jnp.arange(budget, dtype=jnp.int32)
   if not references.row.size:
     return unused
-  rank, ranks = match_vma(rank, references.rank)
-  at = jnp.searchsorted(ranks, rank)
+  row_position, known = match_vma(row_position, references.row_position)
+  at = jnp.searchsorted(known, row_position)
   row = references.row.at[at].get(mode='clip')
-  return jnp.where(rank < references.num_distinct, row, unused)
+  return jnp.where(row_position < references.num_distinct, row, unused)
 
 
 def _add_equal_rows(
@@ -214,7 +214,7 @@ def _add_window(
   weight: Float[Array, 'T k c'],
   cotangent: Float[Array, 'T E W'],
   pool: Int[Array, 'T k'] | None,
-  first_rank: Int[Array, ''] | int,
+  first_position: Int[Array, ''] | int,
   add: Callable,
   block_bytes: int,
   value: Float[Array, 'U W'],
@@ -224,19 +224,20 @@ def _add_window(
   num_references = references.row.size
   row_bytes = width * value.dtype.itemsize
   size = max(1, min(num_references, block_bytes // row_bytes))
-  end_rank = jnp.minimum(first_rank + budget, references.num_distinct)
+  end_position = jnp.minimum(first_position + budget, references.num_distinct)
   start, end = jnp.searchsorted(
-    references.rank, jnp.stack([jnp.minimum(first_rank, end_rank), end_rank])
+    references.row_position,
+    jnp.stack([jnp.minimum(first_position, end_position), end_position]),
   )
 
   def add_block(i: Int[Array, ''], value: Float[Array, 'U W']):
     at = start + i * size + jnp.arange(size)
     is_in = at < end
     position = references.position.at[at].get(mode='clip')
-    rank = references.rank.at[at].get(mode='clip')
+    row_position = references.row_position.at[at].get(mode='clip')
     update = updates_at(position, weight, pool, cotangent, value.dtype)
     # Beyond the window: past the buffer, whose scatter drops it.
-    target = jnp.where(is_in, rank - first_rank, budget)
+    target = jnp.where(is_in, row_position - first_position, budget)
     return add(value, target, update)
 
   num_blocks = (end - start + size - 1) // size

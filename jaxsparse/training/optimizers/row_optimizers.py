@@ -92,7 +92,7 @@ def row_adam(
 
   How close it comes: rounding aside, moments and decay are exact, and the
   missed steps are exact up to an absence of 1024 steps where epsilon is small
-  beside the second moment's root; `missed_steps` has what is approximate.
+  beside the second moment's root; `lazy_adam_catchup` says what is approximate.
 
   Without `catch_up`, lazy Adam: an absent row stands still, moments included;
   its bias correction counts its own steps; and it decays only when touched.

@@ -95,7 +95,9 @@ def test_blocks_that_do_not_divide_the_references(monkeypatch):
 
 def test_rows_are_distinct_and_ascend_into_the_unused():
   args = _inputs(T=4, k=3, M=1000)
-  rows, num_distinct = _window(*args, num_rows=1000, budget=20, first_rank=3)
+  rows, num_distinct = _window(
+    *args, num_rows=1000, budget=20, first_position=3
+  )
   distinct = np.unique(args[0])
   assert num_distinct == len(distinct)
   used = len(distinct) - 3
