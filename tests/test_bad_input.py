@@ -9,6 +9,7 @@ import sys
 import jax
 import pytest
 from etils import epath
+from lanes import few
 
 from jaxsparse.cli import generate, train
 from jaxsparse.run import command_line, workdir_lock
@@ -318,7 +319,9 @@ PROCESSES = {
 }
 
 
-@pytest.mark.parametrize('name', PROCESSES)
+@pytest.mark.parametrize(
+  'name', few(['no such platform', 'no such run'], PROCESSES)
+)
 def test_as_a_process(name, folder):
   command = [part.format(folder=folder) for part in PROCESSES[name]]
   done = subprocess.run(

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from lanes import few
 
 from jaxsparse import mesh as mesh_lib
 from jaxsparse.config import (
@@ -165,7 +166,6 @@ def make_mesh(lengths: dict, *types) -> jax.sharding.Mesh:
 
 # Every layer with each of them in the default lane.
 FEW = {
-  (EXPLICIT, 'two', 3),
   (EXPLICIT, 'three', 2),
   (AUTO, 'two', 1),
 }
@@ -225,8 +225,13 @@ def test_inside_a_callers_shard_map(name):
     close(actual, of_params)
 
 
-@pytest.mark.parametrize('rest', [AUTO, EXPLICIT])
-@pytest.mark.parametrize('name', ['memory', 'moe', 'attention'])
+@pytest.mark.parametrize(
+  ('name', 'rest'),
+  few(
+    [('memory', EXPLICIT), ('moe', AUTO), ('attention', EXPLICIT)],
+    itertools.product(['memory', 'moe', 'attention'], [AUTO, EXPLICIT]),
+  ),
+)
 def test_with_some_axes_mapped_by_the_caller(name, rest):
   params, ((_, (y, _)), _) = expected(name)
   axes = mesh_lib.Axes(batch=('dp',), columns=('tp',))
@@ -253,11 +258,17 @@ def test_with_some_axes_mapped_by_the_caller(name, rest):
   close(actual, (jax.jit(jax.grad(plain))(params), y))
 
 
+CUTS = [((), ('tp',)), (('tp',), ()), (('dp',), ('tp',)), (('dp', 'tp'), ())]
+
+
 @pytest.mark.parametrize(
-  ('rows', 'columns'),
-  [((), ('tp',)), (('tp',), ()), (('dp',), ('tp',)), (('dp', 'tp'), ())],
+  ('name', 'rows', 'columns'),
+  few(
+    [('pre_values', *CUTS[i]) for i in (0, 3)]
+    + [('moe', *CUTS[i]) for i in (1, 2)],
+    [(name, *cut) for name in ('pre_values', 'moe') for cut in CUTS],
+  ),
 )
-@pytest.mark.parametrize('name', ['pre_values', 'moe'])
 def test_tables_come_cut_into_a_callers_shard_map(name, rows, columns):
   params, ((_, (y, _)), _) = expected(name)
   axes = mesh_lib.Axes(('dp',), rows, columns, inside=True)
@@ -300,7 +311,7 @@ class Stack(nn.Module):
     return both(self.make(), x)
 
 
-@pytest.mark.parametrize('kind', [AUTO, EXPLICIT])
+@pytest.mark.parametrize('kind', few([EXPLICIT], [AUTO, EXPLICIT]))
 def test_under_jax_transformations(kind):
   """vmap, remat, arguments placed with no mesh set, scan and vmap of layers."""
   lengths, axes = MESHES['two']
@@ -374,8 +385,13 @@ def test_one_layer_under_two_meshes_and_none():
   close(run(params, x), y)
 
 
-@pytest.mark.parametrize('spec', [jax.P(), jax.P('data'), jax.P('model')])
-@pytest.mark.parametrize('batch_size', [8, 3])
+@pytest.mark.parametrize(
+  ('batch_size', 'spec'),
+  few(
+    [(8, jax.P('model')), (3, jax.P())],
+    itertools.product([8, 3], [jax.P(), jax.P('data'), jax.P('model')]),
+  ),
+)
 def test_inputs_that_lie_otherwise_on_our_own_mesh(spec, batch_size):
   params, ((_, (y, _)), _) = expected('moe')
   mesh, layer = mesh_lib.make_mesh(2, 2, 2), LAYERS['moe']()
@@ -391,7 +407,7 @@ def test_inputs_that_lie_otherwise_on_our_own_mesh(spec, batch_size):
   assert actual.sharding.spec == jax.P(*spec, *[None] * (3 - len(spec)))
 
 
-@pytest.mark.parametrize('kind', [AUTO, EXPLICIT])
+@pytest.mark.parametrize('kind', few([EXPLICIT], [AUTO, EXPLICIT]))
 def test_in_nnx(kind):
   lengths, axes = MESHES['two']
   mesh = make_mesh(lengths, kind)
@@ -408,16 +424,26 @@ def test_in_nnx(kind):
   close(y, desired(params, inputs_of('moe')))
 
 
+INPUTS = [
+  ((WIDTH,), jnp.bfloat16),
+  ((8, WIDTH), jnp.float32),
+  ((2, 4, 8, WIDTH), jnp.bfloat16),
+  ((0, 8, WIDTH), jnp.float32),
+]
+
+
 @pytest.mark.parametrize(
-  ('shape', 'dtype'),
-  [
-    ((WIDTH,), jnp.bfloat16),
-    ((8, WIDTH), jnp.float32),
-    ((2, 4, 8, WIDTH), jnp.bfloat16),
-    ((0, 8, WIDTH), jnp.float32),
-  ],
+  ('kind', 'shape', 'dtype'),
+  few(
+    [
+      (AUTO, *INPUTS[0]),
+      (EXPLICIT, *INPUTS[1]),
+      (EXPLICIT, *INPUTS[2]),
+      (AUTO, *INPUTS[3]),
+    ],
+    [(kind, *case) for kind in (AUTO, EXPLICIT) for case in INPUTS],
+  ),
 )
-@pytest.mark.parametrize('kind', [AUTO, EXPLICIT])
 def test_any_rank_and_type(shape, kind, dtype):
   """The type of the output is that of the input, as for Flax's own layers."""
   params, _ = expected('memory')

@@ -97,9 +97,8 @@ SPARSE = dataclasses.replace(
 )
 
 
-@pytest.mark.parametrize(
-  'shape', [None, pytest.param((2, 2, 1), marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('shape', [None, (2, 2, 1)])
 def test_sparse_attention_reads_each_of_a_ragged_batch_as_alone(
   shape, monkeypatch
 ):

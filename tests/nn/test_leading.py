@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lanes import few
 
 from jaxsparse import mesh as mesh_lib
 from jaxsparse.config import MemoryConfig, ModelConfig
@@ -121,6 +122,9 @@ CASES = dict(
   ),
 )  # fmt: skip
 
+# Those that are made of others are slow.
+FEW = CASES.keys() - {'memory_of_pre_values', 'sparse', 'block', 'composed'}
+
 
 def inputs_of(case, lead):
   """Inputs [*lead, ...] of a case, the same numbers for every `lead`."""
@@ -165,7 +169,7 @@ def check(actual, expected):
   )
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name', few(FEW, CASES))
 def test_any_leading_dimensions(name):
   """[B, G, T, D] is [B * G, T, D], and each [T, D] a row of it by `vmap`."""
   layer, inputs = CASES[name].layer, inputs_of(CASES[name], (B, G, T))
@@ -192,7 +196,7 @@ def shapes(tree):
   return jax.tree.map(lambda x: (x.shape, x.dtype), tree)
 
 
-@pytest.mark.parametrize('name', CASES)
+@pytest.mark.parametrize('name', few(FEW, CASES))
 def test_one_token_and_none(name):
   """The same parameters and types; with no token, metrics are 0."""
   case = CASES[name]
@@ -265,7 +269,10 @@ def test_a_context_has_the_leading_dimensions_too():
   check(apply(params, *one)[0], whole[0, 0, 2])
 
 
-@pytest.mark.parametrize('name', ['memory', 'moe', 'mlp', 'attention'])
+@pytest.mark.parametrize(
+  'name',
+  few(['memory', 'mlp', 'attention'], ['memory', 'moe', 'mlp', 'attention']),
+)
 def test_on_a_mesh(name):
   """[B, G, T, D] keeps its sharding; one sequence all devices compute."""
   case = CASES[name]

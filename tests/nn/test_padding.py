@@ -5,11 +5,13 @@ Each layer is run on rows that are part padding, and on the same tokens alone.
 
 import dataclasses
 import functools
+import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lanes import few
 
 from jaxsparse import mesh as mesh_lib
 from jaxsparse.config import (
@@ -92,8 +94,13 @@ def test_metrics_and_losses_are_those_of_the_tokens_alone(name):
   check(compiled(name)(params, other, SEGMENTS), results)
 
 
-@pytest.mark.parametrize('name', ['moe', 'memory'])
-@pytest.mark.parametrize('sizes', [(2, 2, 1), (1, 2, 2)])
+@pytest.mark.parametrize(
+  ('sizes', 'name'),
+  few(
+    [((2, 2, 1), 'moe'), ((1, 2, 2), 'memory')],
+    itertools.product([(2, 2, 1), (1, 2, 2)], ['moe', 'memory']),
+  ),
+)
 def test_devices_with_unequal_padding_weigh_by_their_tokens(name, sizes):
   params, _ = expected(name)
   layer = LAYERS[name]
@@ -146,9 +153,10 @@ MODELS = dict(
   ),
   sparse=dict(attention_pattern=('sparse',), sparse=SPARSE),
 )
+MODELS['all'] = MODELS['moe'] | MODELS['memory'] | MODELS['sparse']
 
 
-@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('name', few(['all'], MODELS))
 def test_a_models_metrics_are_those_of_its_tokens(name):
   """Padding after each row, and rows of padding: as a last batch has it."""
   config = dataclasses.replace(MODEL, **MODELS[name])

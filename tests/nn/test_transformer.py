@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from compiled import payloads
 from flax import traverse_util
+from lanes import few
 
 from jaxsparse import mesh
 from jaxsparse.config import (
@@ -106,7 +107,9 @@ MODELS = dict(
     ),
   ),
 )  # fmt: skip
-all_models = pytest.mark.parametrize('name', MODELS)
+all_models = pytest.mark.parametrize(
+  'name', few(['pythia', 'conv', 'joined', 'experts', 'v2'], MODELS)
+)
 
 
 def init_params(config, batch=B):
@@ -218,15 +221,24 @@ BOUNDED = dataclasses.replace(
 
 # A reshape of one sequence may take its dimension for another of length 1.
 @pytest.mark.parametrize(
-  ('sizes', 'batch'), [((1, 1, 1), 1), ((2, 1, 2), 2)], ids=str
+  ('name', 'sizes', 'batch'),
+  few(
+    [
+      ('dcmha', (2, 1, 2), 2),
+      ('sparse', (1, 1, 1), 1),
+      ('bounded', (2, 1, 2), 2),
+    ],
+    [
+      (name, *case)
+      for name in ('dcmha', 'sparse', 'bounded')
+      for case in (((1, 1, 1), 1), ((2, 1, 2), 2))
+    ],
+  ),
+  ids=str,
 )
-@pytest.mark.parametrize(
-  'config',
-  [MODELS['dcmha'], MODELS['sparse'], BOUNDED],
-  ids=['dcmha', 'sparse', 'bounded'],
-)
-def test_decoding_traces_on_a_mesh(config, sizes, batch):
+def test_decoding_traces_on_a_mesh(name, sizes, batch):
   """Whatever the cache holds lies as new rows do; nothing is computed."""
+  config = (MODELS | dict(bounded=BOUNDED))[name]
   devices = jax.sharding.AbstractMesh(
     sizes, mesh.AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 3
   )
@@ -281,7 +293,7 @@ def test_a_memory_on_its_way_touches_no_block():
     np.testing.assert_allclose(seen[path][0], expected[path][0] + y, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['memory', 'conv'])
+@pytest.mark.parametrize('name', few(['conv'], ['memory', 'conv']))
 def test_two_memories_in_flight_land_where_they_should(name):
   config = MODELS[name]
   seen = streams(config)

@@ -122,9 +122,10 @@ def test_rounding_at_random_keeps_the_mean(value_optimizer):
 @pytest.mark.parametrize(
   ('value_optimizer', 'where'),
   [
-    ('row_adam', ROWS),
-    ('lazy_row_adam', GRID),
-    ('row_adagrad', COLUMNS),
+    ('row_adam', GRID),
+    pytest.param('row_adam', ROWS, marks=pytest.mark.slow),
+    pytest.param('lazy_row_adam', GRID, marks=pytest.mark.slow),
+    pytest.param('row_adagrad', COLUMNS, marks=pytest.mark.slow),
     pytest.param('adamw', ROWS, marks=pytest.mark.slow),
   ],
 )

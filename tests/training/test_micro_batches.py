@@ -90,6 +90,7 @@ def first_step(grad_accumulation):
   return {name: float(x) for name, x in metrics.items()}, moments
 
 
+@pytest.mark.slow
 def test_a_step_is_that_of_the_whole_batch():
   """Though padding is uneven: loss, means over tokens and all gradients."""
   (whole, gradients), (parts, others) = first_step(1), first_step(4)

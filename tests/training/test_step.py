@@ -74,12 +74,13 @@ def test_experts_give_the_same_losses_on_every_mesh(shape):
 
 
 def test_state_moves_between_meshes(tmp_path):
-  _, state = run(CONFIG, (8, 1, 1))
+  config = with_tables('rows')
+  _, state = run(config, (2, 2, 2))
   checkpoints = checkpoint.Checkpoints(tmp_path, 1)
   optimizer = {'step': state.step, 'opt_state': state.opt_state}
   checkpoints.save(3, state.params, optimizer, {})
   checkpoints.wait()
-  init = functools.partial(init_state, CONFIG)
+  init = functools.partial(init_state, config)
   for shape in [(1, 1, 1), (2, 1, 4)]:
     device_mesh = make_mesh(shape)
     abstract = mesh.abstract(init, mesh=device_mesh)
@@ -177,6 +178,7 @@ def with_muon():
   return dataclasses.replace(CONFIG, optimizer=optimizer)
 
 
+@pytest.mark.slow
 def test_muon_trains():
   config = with_muon()
   with jax.set_mesh(make_mesh((1, 1, 1))):
@@ -208,10 +210,10 @@ def test_dropout_remat_and_bfloat16_train():
 
 
 def test_validation_counts_targets_and_reads():
-  batch = make_batch(0)
-  _, state = run(CONFIG, (8, 1, 1))
-  with jax.set_mesh(make_mesh((8, 1, 1))):
-    sums = jax.jit(functools.partial(eval_step, CONFIG))(
+  batch, config = make_batch(0), with_tables('rows')
+  _, state = run(config, (2, 2, 2))
+  with jax.set_mesh(make_mesh((2, 2, 2))):
+    sums = jax.jit(functools.partial(eval_step, config))(
       state.params, evaluation.to_global(batch)
     )
   assert float(sums['targets']) == batch['loss_weight'].sum()

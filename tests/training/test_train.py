@@ -131,6 +131,7 @@ def test_a_whole_run(whole):
   assert (workdir / 'samples.jsonl').read_text().count('\n') == 1
 
 
+@pytest.mark.slow
 def test_killed_at_random_moments(recipe, whole, tmp_path):
   rng = random.Random(1)
   # Where no sample can be kept, all else is.

@@ -125,6 +125,7 @@ def test_who_sees_one_part_finds_that_part(words):
   assert found.share_by_depth == (1, 0, 0, 0)
 
 
+@pytest.mark.slow
 def test_a_comparison_asks_for_needles(tmp_path):
   suite = facts_suite(tmp_path, people=())
   data = dataclasses.replace(suite.base.data, seq_len=SMALL.seq_len)

@@ -93,13 +93,14 @@ def test_a_model_is_asked_as_it_was_trained(words):
     vocab_size=words.vocab_size,
   )
   zeros = jnp.zeros((1, 4), jnp.int32)
-  params = Transformer(config).init(jax.random.key(0), zeros, zeros, zeros)
+  init = jax.jit(Transformer(config).init)
+  params = init(jax.random.key(0), zeros, zeros, zeros)
   params = params['params']
   forward = recall.model_forward(config, params)
   question = next(PEOPLE.questions())
   tokens = words.encode(question.before + question.answer)
   positions = jnp.arange(4, dtype=jnp.int32)[None]
-  logits, _, _ = Transformer(config).apply(
+  logits, _, _ = jax.jit(Transformer(config).apply)(
     {'params': params},
     jnp.asarray(tokens[None, :4]),
     positions,

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lanes import few
 
 from jaxsparse import mesh
 from jaxsparse.analysis import attention_cost
@@ -156,9 +157,14 @@ def run_in_parts(module, params, lengths, *inputs, capacity=None):
 )
 @pytest.mark.parametrize(
   'variant',
-  [*VARIANTS]
-  + [pytest.param(name, marks=pytest.mark.slow) for name in RARE_VARIANTS],
-)
+  few(
+    [
+      'plain', 'dcmha_in_groups', 'local_dcmha_chunks', 'nsa', 'bounded',
+      'indexer',
+    ],
+    [*VARIANTS, *RARE_VARIANTS],
+  ),
+)  # fmt: skip
 def test_a_cache_gives_the_same_at_every_position(variant, lengths):
   """Two documents, and padding on the left of one row.
 
@@ -225,7 +231,7 @@ def test_chunks_of_queries_give_the_same(variant):
 def test_default_start_is_near_plain_attention():
   inputs = (X, POSITIONS, SEGMENTS)
   config = make_config(dcmha=DCMHAConfig())
-  params = Attention(config).init(KEY, *inputs)['params']
+  params = jax.jit(Attention(config).init)(KEY, *inputs)['params']
   plain = {name: x for name, x in params.items() if name != 'dcmha'}
   near, _, _ = Attention(config).apply({'params': params}, *inputs)
   expected, _, _ = Attention(make_config()).apply({'params': plain}, *inputs)
@@ -261,7 +267,9 @@ LOCAL = dict(attention_pattern=('local',), window=3, query_chunk=4)
   ('sizes', 'fields'),
   [
     # An axis of length 1 must not go to heads that meet.
-    ((1, 1, 1), LOCAL | dict(dcmha=DCMHAConfig())),
+    pytest.param(
+      (1, 1, 1), LOCAL | dict(dcmha=DCMHAConfig()), marks=pytest.mark.slow
+    ),
     pytest.param(
       MODEL_OF_4,
       LOCAL | dict(num_heads=8, dcmha=DCMHAConfig(base=True)),
@@ -273,7 +281,11 @@ LOCAL = dict(attention_pattern=('local',), window=3, query_chunk=4)
       MODEL_OF_4,
       LOCAL | dict(num_heads=8, dcmha=DCMHAConfig(base=True, num_groups=4)),
     ),
-    (MODEL_OF_4, LOCAL | dict(dcmha=DCMHAConfig(base=True, num_groups=4))),
+    pytest.param(
+      MODEL_OF_4,
+      LOCAL | dict(dcmha=DCMHAConfig(base=True, num_groups=4)),
+      marks=pytest.mark.slow,
+    ),
     (
       MODEL_OF_4,
       dict(num_heads=8, attention_pattern=('sparse',), sparse=SPARSE),

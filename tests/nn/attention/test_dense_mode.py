@@ -41,9 +41,8 @@ T = 24
 @pytest.fixture(scope='module')
 def params():
   token = jnp.zeros((1, 1), jnp.int32)
-  return Transformer(DENSE).init(jax.random.key(0), token, token, token + 1)[
-    'params'
-  ]
+  init = jax.jit(Transformer(DENSE).init)
+  return init(jax.random.key(0), token, token, token + 1)['params']
 
 
 def inputs():
@@ -113,9 +112,8 @@ def test_an_indexer_learns_of_all_blocks():
 
   few = dataclasses.replace(DENSE.sparse, max_blocks=1)
   dense = with_indexer(dataclasses.replace(DENSE, sparse=few))
-  params = Transformer(dense).init(
-    jax.random.key(0), *(x[:1, :1] for x in inputs())
-  )['params']
+  init = jax.jit(Transformer(dense).init)
+  params = init(jax.random.key(0), *(x[:1, :1] for x in inputs()))['params']
   _, _, of_sparse = logits(with_indexer(SPARSE), params)
 
   def both(params):

@@ -1,6 +1,7 @@
 """Row-sparse training of models that are none of ours, on meshes of others."""
 
 import functools
+import itertools
 
 import flax.linen as nn
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from lanes import few
 
 from jaxsparse import mesh as mesh_lib
 from jaxsparse.config import MemoryConfig
@@ -123,8 +125,13 @@ def test_gradients_are_those_of_jax_by_rows():
   )
 
 
-@pytest.mark.parametrize('kind', [AUTO, EXPLICIT])
-@pytest.mark.parametrize('cut', AXES)
+@pytest.mark.parametrize(
+  ('cut', 'kind'),
+  few(
+    [('both', EXPLICIT), ('rows', AUTO), ('columns', EXPLICIT)],
+    itertools.product(AXES, [AUTO, EXPLICIT]),
+  ),
+)
 def test_on_a_mesh_with_other_names(cut, kind):
   x, params, (desired, dense) = start()
   mesh, axes = make_mesh(kind), AXES[cut]
@@ -203,10 +210,10 @@ def test_row_adam_is_adam():
   ('name', 'cut', 'kind'),
   [
     ('row_adam', 'both', EXPLICIT),
-    ('row_adam', 'rows', AUTO),
-    ('lazy_row_adam', 'columns', EXPLICIT),
+    pytest.param('row_adam', 'rows', AUTO, marks=pytest.mark.slow),
+    pytest.param('lazy_row_adam', 'columns', EXPLICIT, marks=pytest.mark.slow),
     ('row_adagrad', 'both', AUTO),
-    ('row_adagrad', 'whole', EXPLICIT),
+    pytest.param('row_adagrad', 'whole', EXPLICIT, marks=pytest.mark.slow),
   ],
 )
 def test_optimizers_take_the_same_steps_on_a_mesh(name, cut, kind):

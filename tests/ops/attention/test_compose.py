@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lanes import few
 
 from jaxsparse.config import DCMHAConfig, ModelConfig
 from jaxsparse.nn.attention import cache as attention_cache
@@ -235,8 +236,8 @@ def official_arrays():
   [
     ('full', {}),
     ('window', dict(window=4)),
-    ('static', dict(static=True)),
-    ('query_only', dict(key_wise=False)),
+    pytest.param('static', dict(static=True), marks=pytest.mark.slow),
+    pytest.param('query_only', dict(key_wise=False), marks=pytest.mark.slow),
   ],
 )
 def test_equals_the_official_layer(case, options, chunk):
@@ -402,7 +403,7 @@ def test_positions_before_the_window_change_nothing(chunk):
   assert (before[:, :4] != after[:, :4]).all()
 
 
-@pytest.mark.parametrize('window', [0, 3])
+@pytest.mark.parametrize('window', few([3], [0, 3]))
 def test_chunks_of_any_length_give_the_same(window):
   """Of one query, composed by factors, and of four, the last with padding."""
 
@@ -419,7 +420,12 @@ def test_chunks_of_any_length_give_the_same(window):
 
 
 @pytest.mark.parametrize(
-  'fields', [dict(), dict(attention_pattern=('local',), window=4)], ids=str
+  'fields',
+  few(
+    [dict(attention_pattern=('local',), window=4)],
+    [dict(), dict(attention_pattern=('local',), window=4)],
+  ),
+  ids=str,
 )
 def test_cached_factors_give_the_same(fields):
   """A prompt, longer than the window, a token, two, and one."""
@@ -526,7 +532,8 @@ def test_gradients_of_the_generator_at_the_start(is_identity):
   assert np.abs(second['qkw'][:, :, :, :2]).min() > 0
 
 
-def test_memory_of_training_grows_with_the_length_and_not_its_square():
+@pytest.mark.parametrize('window', few([0], [0, 128]))
+def test_memory_of_training_grows_with_the_length_and_not_its_square(window):
   """A local layer's and a global layer's, whose keys are all of the past."""
   heads, factors = 4, 5
 
@@ -548,5 +555,4 @@ def test_memory_of_training_grows_with_the_length_and_not_its_square():
     lowered = jax.jit(jax.grad(loss, (0, 1, 2, 3, 4))).lower(*arguments)
     return lowered.compile().memory_analysis().temp_size_in_bytes
 
-  for window in (0, 128):
-    assert temporaries(8192, window) < 9 * temporaries(1024, window)
+  assert temporaries(8192, window) < 9 * temporaries(1024, window)

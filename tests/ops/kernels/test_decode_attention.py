@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lanes import few
 
 from jaxsparse import mesh
 from jaxsparse.config.errors import UserError
@@ -54,10 +55,16 @@ def on_gpu(monkeypatch):
   libraries._decoding_error.cache_clear()
 
 
-@pytest.mark.parametrize('window', [0, 7])
 @pytest.mark.parametrize(
-  ('num_kv_heads', 'group', 'width', 'num_programs'),
-  [(2, 4, 24, 512), (3, 1, 16, 1), (1, 20, 32, 5)],
+  ('num_kv_heads', 'group', 'width', 'num_programs', 'window'),
+  few(
+    [(2, 4, 24, 512, 7), (3, 1, 16, 1, 7), (1, 20, 32, 5, 0)],
+    [
+      (*sizes, window)
+      for sizes in ((2, 4, 24, 512), (3, 1, 16, 1), (1, 20, 32, 5))
+      for window in (0, 7)
+    ],
+  ),
 )
 def test_it_is_the_definition(
   num_kv_heads, group, width, num_programs, window, on_gpu, monkeypatch

@@ -102,7 +102,7 @@ def test_masses_are_those_of_dense_attention():
     jnp.ones(shape, bool),
   )
   rows = slice(first_row, first_row + OPTIONS.tile)
-  *_, masses = attend_tiles(
+  *_, masses = jax.jit(attend_tiles, static_argnums=7)(
     query[:, rows].reshape(B, 1, OPTIONS.tile, K, N // K, H),
     jnp.ones((B, 1, OPTIONS.tile, K, N // K, 3)),
     jnp.array([first_row]),
