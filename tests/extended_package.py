@@ -4,7 +4,6 @@ import dataclasses
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import mesh
@@ -26,13 +25,21 @@ MODEL = ModelConfig(
   num_layers=2, model_dim=16, num_heads=4, num_kv_heads=2, head_dim=4,
   mlp_dim=24, vocab_size=V, attention_pattern=('linear', 'global'),
   hashed=HashedConfig(blocks=(1,), num_heads=2, num_bits=3, value_dim=8),
-  memory=MemoryConfig(
-    num_keys=8, key_dim=4, num_selected=4, value_dim=8, placements=((0, 1),)
-  ),
 )  # fmt: skip
 CONFIG = Config(
   model=MODEL,
   data=DataConfig(seq_len=T, batch_size=B),
+  optimizer=OptimizerConfig(warmup_steps=1),
+)
+BY_ROWS = dataclasses.replace(
+  CONFIG,
+  model=dataclasses.replace(
+    MODEL,
+    hashed=None,
+    memory=MemoryConfig(
+      num_keys=8, key_dim=4, num_selected=4, value_dim=8, placements=((0, 1),)
+    ),
+  ),
   optimizer=OptimizerConfig(value_optimizer='row_sign', warmup_steps=1),
 )
 
@@ -71,37 +78,36 @@ def check_cost(params):
 
 
 def check_decoding(params):
-  model, tokens = Transformer(MODEL), batch()['tokens']
-  segments, positions = jnp.ones_like(tokens), jnp.arange(T)[None].repeat(B, 0)
-  whole, _, _ = model.apply({'params': params}, tokens, positions, segments)
+  """Two calls with a cache give what one gives."""
+  tokens = batch()['tokens']
+  segments, positions = np.ones_like(tokens), np.arange(T)[None].repeat(B, 0)
+  model = jax.jit(Transformer(MODEL).apply)
+  inputs = (tokens, positions, segments)
+  whole, _, _ = model({'params': params}, *inputs)
   cache, parts = init_cache(MODEL, B, T), []
-  for at in (slice(0, 7), slice(7, 8), slice(8, 12)):
-    y, cache, _ = model.apply(
-      {'params': params}, tokens[:, at], positions[:, at], segments[:, at],
-      cache,
-    )  # fmt: skip
+  for at in (slice(0, 7), slice(7, T)):
+    y, cache, _ = model({'params': params}, *(x[:, at] for x in inputs), cache)
     parts.append(y)
   np.testing.assert_allclose(np.concatenate(parts, 1), whole, atol=1e-5)
-  changed = model.apply(
-    {'params': params}, tokens.at[:, 7].add(1) % V, positions, segments
-  )[0]
-  np.testing.assert_allclose(changed[:, :7], whole[:, :7], atol=1e-6)
-  assert not np.allclose(changed[:, 8:], whole[:, 8:])
+
+
+def check_training(config, block, layer, shape):
+  """That it learns, and that some rows move and some don't."""
+  losses, first, params, metrics = train(config, shape)
+  assert losses[2] < losses[1] < losses[0]
+  old, new = (tree[block][layer]['value_table'] for tree in (first, params))
+  moved = np.any(old != new, axis=1)
+  assert 0 < moved.sum() < len(moved)
+  return params, metrics
 
 
 def main():
   assert saved_config.from_json(saved_config.to_json(CONFIG)) == CONFIG
-  losses, first, params, metrics = train(CONFIG, (1, 1, 1))
-  assert losses[2] < losses[1] < losses[0]
+  params, metrics = check_training(CONFIG, 'block_01', 'hashed', (2, 2, 1))
   assert 'block_01/hashed/weight_mean' in metrics
-  table = ('block_00', 'memory', 'value_table')
-  for block, layer, name in (table, ('block_01', 'hashed', 'value_table')):
-    moved = params[block][layer][name] != first[block][layer][name]
-    assert moved.any(axis=1).sum() > 0, layer
   check_cost(params)
-  check_decoding(jax.tree.map(jnp.asarray, params))
-  split, *_ = train(CONFIG, (2, 2, 1))
-  np.testing.assert_allclose(split, losses, rtol=1e-5)
+  check_decoding(params)
+  check_training(BY_ROWS, 'block_00', 'memory', (1, 1, 1))
 
 
 if __name__ == '__main__':
