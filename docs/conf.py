@@ -1,11 +1,6 @@
 """Sphinx: `sphinx-build -W --keep-going -b html docs docs/_build`."""
 
-import pathlib
 import re
-import sys
-
-# From a checkout, without an installation, and the modules beside this file.
-sys.path[:0] = [str(pathlib.Path(__file__).parents[1])]
 
 import jaxsparse
 

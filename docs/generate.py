@@ -2,8 +2,8 @@
 
   python docs/generate.py
 
-The pages docs/results/*.md, docs/recipes.md and docs/api.md, and the pictures in
-docs/pictures. A test compares the pages with what this makes.
+The pages docs/results/*.md, docs/recipes.md and docs/api.md, and the pictures
+in docs/pictures. A test compares the pages with what this makes.
 """
 
 import ast

@@ -1,5 +1,6 @@
 """The pages of results, as tables of the figures in `results/*.json`."""
 
+import itertools
 import json
 import pathlib
 
@@ -102,7 +103,7 @@ def language():
         each(np.subtract(walk[name], walk[before]), '+.3f'),
         f'{_PUBLISHED[name]:+.3f}',
       ]
-      for before, name in zip(names, names[1:], strict=False)
+      for before, name in itertools.pairwise(names)
     ],
   )
   gains = np.subtract(walk['pkm'], walk['query_conv'])
