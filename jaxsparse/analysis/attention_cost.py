@@ -4,6 +4,8 @@ Letters: D model width, N query heads, K key/value heads, H head width, G groups
 of M heads, r rank.
 """
 
+from collections.abc import Callable
+
 from jaxsparse.config import ModelConfig
 
 
@@ -79,15 +81,22 @@ def _router_flops(config, seq_len):
 
 def rows_read(config: ModelConfig, layer: int, context: int) -> int:
   """Keys, or summaries of keys, that the last of `context` positions reads."""
-  kind = config.attention_kinds[layer]
-  if kind == 'local':
-    return min(config.window, context)
-  if kind == 'global':
-    return context
+  return ROWS_READ[config.attention_kinds[layer]](config, context)
+
+
+def _sparse_rows_read(config, context):
   sparse = config.sparse
   blocks = sparse.window_blocks + 1 + sparse.max_blocks
   summaries = context // sparse.block if sparse.use_summaries else 0
   return min(blocks * sparse.block + summaries, context)
+
+
+# By the kind of attention, of the config and the number of positions.
+ROWS_READ: dict[str, Callable[[ModelConfig, int], int]] = {
+  'global': lambda _, context: context,
+  'local': lambda config, context: min(config.window, context),
+  'sparse': _sparse_rows_read,
+}
 
 
 def row_values(config: ModelConfig, layer: int) -> int:

@@ -80,13 +80,21 @@ def count_parameters(config: ModelConfig) -> Parameters:
     active_experts=active_experts,
     gains=gains,
   )
+  for part in config.beside_mlp.values():
+    num_layers, width = len(part.blocks), config.model_dim
+    parameters = dataclasses.replace(
+      parameters,
+      memory=parameters.memory + num_layers * part.num_parameters(width),
+      values=parameters.values + num_layers * part.num_values(width),
+    )
   if not memory:
     return parameters
   in_layers = memory_cost.memory_parameters(memory, config.model_dim)
   return dataclasses.replace(
     parameters,
-    memory=num_memories * in_layers,
-    values=memory_cost.table_parameters(memory, config.model_dim),
+    memory=parameters.memory + num_memories * in_layers,
+    values=parameters.values
+    + memory_cost.table_parameters(memory, config.model_dim),
     gains=gains + num_memories * memory_cost.memory_gains(memory),
   )
 
@@ -113,6 +121,8 @@ def forward_flops(config: ModelConfig, seq_len: int) -> int:
     flops += len(config.memory.placements) * memory_cost.memory_flops(
       config.memory, config.model_dim
     )
+  for part in config.beside_mlp.values():
+    flops += len(part.blocks) * part.forward_flops(config.model_dim)
   return flops
 
 

@@ -34,7 +34,7 @@ from jaxsparse.run import (
 )
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.progress import Reporter
-from jaxsparse.training import loop, resume, same_start, step
+from jaxsparse.training import loop, optimizer, resume, same_start, step
 from jaxsparse.training.evaluation import Validation
 from jaxsparse.training.inputs import training_data, with_vocabulary
 
@@ -44,6 +44,7 @@ SAMPLING = sampling.Sampling(temperature=0.8)
 
 def main(argv: Sequence[str]) -> None:
   config, workdir = command_line.parse_recipe(__doc__, argv)
+  optimizer.require_known(config.optimizer)
   same_start.require_same_program(config, workdir)
   reporter = Reporter(is_silent=not hosts.is_process_zero())
   with workdir_lock.held(workdir, reporter.say):

@@ -69,6 +69,34 @@ class MoEConfig:
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class BesideMLP:
+  """A layer of your own that reads what the MLPs of some blocks read.
+
+  Its output is added to theirs. A field of `ModelConfig` that holds a subclass,
+  and the module of that name in `nn.block.BESIDE_MLP`, make a new layer.
+  """
+
+  # Blocks that have the layer.
+  blocks: tuple[int, ...] = (0,)
+
+  def __post_init__(self):
+    fields.check(self)
+
+  def num_parameters(self, model_dim: int) -> int:
+    """Of one layer, without rows of tables."""
+    raise NotImplementedError
+
+  def num_values(self, model_dim: int) -> int:
+    """In the rows of one layer's tables."""
+    del model_dim
+    return 0
+
+  def forward_flops(self, model_dim: int) -> int:
+    """Of one layer and token."""
+    raise NotImplementedError
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class ModelConfig:
   """A pre-norm decoder-only transformer."""
 
@@ -225,12 +253,25 @@ class ModelConfig:
         f'a placement must name blocks below num_layers = {self.num_layers}, '
         f'got {placement}.',
       )
+    for name, layer in self.beside_mlp.items():
+      known = {*layer.blocks} & {*range(self.num_layers)}
+      require(
+        layer.blocks == tuple(sorted(known)),
+        f'{name}.blocks must be rising numbers below num_layers = '
+        f'{self.num_layers}, got {layer.blocks}.',
+      )
     unset = functools.partial(require_unset, self)
     pattern = f'attention_pattern = {self.attention_pattern}'
     unset('local' not in self.attention_pattern, pattern, 'window')
     is_all_sparse = set(self.attention_kinds) == {'sparse'}
     unset(is_all_sparse, pattern, 'query_chunk', 'attention_implementation')
     unset(not self.use_qk_norm, 'use_qk_norm off', 'qk_norm_epsilon')
+
+  @property
+  def beside_mlp(self) -> dict[str, BesideMLP]:
+    """Layers of other kinds than `memory` beside MLPs, by their fields."""
+    parts = {name: getattr(self, name) for name in fields.hints(type(self))}
+    return {n: part for n, part in parts.items() if isinstance(part, BesideMLP)}
 
   @property
   def sized_memory(self) -> MemoryConfig | None:

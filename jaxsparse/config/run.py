@@ -173,6 +173,7 @@ class OptimizerConfig:
   # Optimizer of the value tables: 'adamw', or one whose cost follows the rows
   # that a step reads: 'row_adam' (an absent row gets AdamW's missed steps when
   # it returns), 'lazy_row_adam' (it does not), 'row_adagrad' (one rate a row).
+  # Which there are, `training.optimizer.ROW_OPTIMIZERS` knows.
   value_optimizer: str = 'adamw'
   # Rows of a table whose gradient is held at once by a row optimizer; more take
   # more passes. 0: all that a step can read.
@@ -196,11 +197,6 @@ class OptimizerConfig:
     require_positive(self, 'value_lr_decay_fraction', 'grad_accumulation')
     require_fraction(self, 'final_lr_fraction', 'value_lr_decay_fraction')
     require_choice(self, 'name', ('adamw', 'muon'))
-    require_choice(
-      self,
-      'value_optimizer',
-      ('adamw', 'row_adam', 'lazy_row_adam', 'row_adagrad'),
-    )
     require_not_negative(self, 'value_row_budget')
     require(
       self.value_optimizer != 'row_adagrad' or self.value_weight_decay == 0,

@@ -55,7 +55,7 @@ def extract_maps(config: ModelConfig, params: dict, tokens: np.ndarray) -> Maps:
   for i, name in enumerate(names):
     kind = config.attention_kinds[i]
     found = maps[name]['attention']
-    found = found['sparse'] if kind == 'sparse' else found
+    found = found.get(kind, found)
     found = {name: np.asarray(x[0][0]) for name, x in found.items()}
     value = np.repeat(
       found.pop('value'), config.num_heads // config.num_kv_heads, axis=1

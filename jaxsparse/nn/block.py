@@ -23,6 +23,12 @@ from jaxsparse.nn.leading import Leading
 from jaxsparse.nn.memory.layer import MemoryLayer
 from jaxsparse.nn.memory.tables import Tables
 
+# Modules of layers beside the MLP, by the field of `ModelConfig` that holds
+# their `BesideMLP`; docs/guides/new_layer.md makes one. They are made by
+# `module(config, dtype=dtype, name=field)`, take what the MLP reads [B, T, D]
+# and segment_ids [B, T], and return what to add to it, and metrics.
+BESIDE_MLP: dict[str, type[nn.Module]] = {}
+
 # What all layers share, and one entry for each block.
 Cache = dict
 
@@ -90,6 +96,12 @@ class Block(nn.Module):
     outputs, channel_metrics = self._channel_mixer(h, segment_ids)
     outputs = [self._drop(y) for y in outputs]
     metrics = merged(prefixed('attention', metrics), channel_metrics)
+    for name, part in config.beside_mlp.items():
+      if self.index in part.blocks:
+        layer = BESIDE_MLP[name](part, dtype=config.dtype, name=name)
+        y, layer_metrics = layer(h, segment_ids)
+        outputs.append(self._drop(y))
+        metrics = merged(metrics, prefixed(name, layer_metrics))
     cache = cache | dict(attention=attention_cache) if cache else None
     memory_y = None
     write = dict(placements(config)).get(self.index)

@@ -119,3 +119,8 @@ MEANINGS = {
   )
   for name in names.split()
 }  # fmt: skip
+
+
+def meaning_of(name: str) -> Meaning:
+  """Of a field; of a layer's that is in no list, that it may not change."""
+  return MEANINGS.get(name, _SHAPES)

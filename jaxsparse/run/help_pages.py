@@ -2,9 +2,9 @@
 
 import inspect
 import textwrap
+from collections.abc import Iterator
 from typing import Any
 
-from jaxsparse import config as config_lib
 from jaxsparse.config import Config, fields
 from jaxsparse.config.errors import UserError, did_you_mean, shown
 from jaxsparse.run import recipe_files
@@ -23,19 +23,18 @@ START_HERE = (
   'model.attention_pattern',
 )
 
+
+def _parts(
+  cls: type, prefix: str = ''
+) -> Iterator[tuple[str, tuple[str, type]]]:
+  for name, hint in fields.hints(cls).items():
+    if part := fields.part_of(hint):
+      yield name, (prefix + name, part)
+      yield from _parts(part, f'{prefix}{name}.')
+
+
 # Each part's dotted name and class, in the order of `--help=all`.
-PARTS: dict[str, tuple[str, type]] = dict(
-  data=('data', config_lib.DataConfig),
-  model=('model', config_lib.ModelConfig),
-  memory=('model.memory', config_lib.MemoryConfig),
-  table=('model.memory.table', config_lib.TableConfig),
-  moe=('model.moe', config_lib.MoEConfig),
-  dcmha=('model.dcmha', config_lib.DCMHAConfig),
-  sparse=('model.sparse', config_lib.SparseAttentionConfig),
-  optimizer=('optimizer', config_lib.OptimizerConfig),
-  train=('train', config_lib.TrainConfig),
-  mesh=('mesh', config_lib.MeshConfig),
-)
+PARTS: dict[str, tuple[str, type]] = dict(_parts(Config))
 
 
 def page(description: str, flags: str, part: str = '') -> str:

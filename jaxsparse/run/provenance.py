@@ -11,7 +11,7 @@ from etils import epath
 from jaxsparse.config import Config, saved_config
 from jaxsparse.config.errors import UserError
 from jaxsparse.run import workdir as workdir_lib
-from jaxsparse.run.field_meanings import MEANINGS
+from jaxsparse.run.field_meanings import meaning_of
 
 CONFIG, TOKENIZER = 'config', 'tokenizer'
 
@@ -52,7 +52,7 @@ def check(recorded: dict, workdir: epath.PathLike) -> None:
     for name, (before, after) in saved_config.differences(
       old.model, new.model, 'model'
     ).items()
-    if not MEANINGS[name].is_allowed
+    if not meaning_of(name).is_allowed
   ]
   if changes:
     raise UserError(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 from typing import Any
 
 from jaxsparse.config import Config, saved_config
-from jaxsparse.run.field_meanings import LANES, MEANINGS, TEXT, TOKENIZER
+from jaxsparse.run.field_meanings import LANES, TEXT, TOKENIZER, meaning_of
 from jaxsparse.training import optimizer
 
 
@@ -20,7 +20,7 @@ def judge(old: Config, new: Config) -> tuple[dict[str, str], list[str]]:
     if name in (*TEXT, *TOKENIZER, LANES):
       accepted.append(change)
       continue
-    meaning = MEANINGS[name]
+    meaning = meaning_of(name)
     if not meaning.is_allowed:
       refused[change] = meaning.text
       continue

@@ -6,6 +6,7 @@ arXiv:2411.12364), and their own weight decay.
 """
 
 import re
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from jaxsparse import mesh
 from jaxsparse.config import OptimizerConfig
-from jaxsparse.config.errors import require
+from jaxsparse.config.errors import require, require_choice
 from jaxsparse.training.optimizers.each_device import on_each_device, specs_of
 from jaxsparse.training.optimizers.finalizing import (
   Optimizer,
@@ -44,6 +45,33 @@ _EXPERTS = ('up', 'gate', 'down')
 
 # The release's warm-up starts from this share of the peak.
 WARMUP_START = 0.1
+
+# Makes a row optimizer of its settings, the learning rate, and the mesh axes
+# that split columns of the tables.
+MakeRowOptimizer = Callable[
+  [OptimizerConfig, optax.Schedule, tuple[str, ...]], Optimizer
+]
+
+
+def _row_adam(catch_up: bool) -> MakeRowOptimizer:
+  return lambda config, rate, _: row_adam(
+    rate,
+    config.b1,
+    config.b2,
+    config.epsilon,
+    config.value_weight_decay,
+    catch_up,
+  )
+
+
+# By the names that `OptimizerConfig.value_optimizer` may have beside 'adamw'.
+ROW_OPTIMIZERS: dict[str, MakeRowOptimizer] = {
+  'row_adam': _row_adam(catch_up=True),
+  'lazy_row_adam': _row_adam(catch_up=False),
+  'row_adagrad': lambda config, rate, column_axes: row_adagrad(
+    rate, config.epsilon, column_axes
+  ),
+}
 
 VALUES, DECAYED, UNDECAYED = 'values', 'decayed', 'undecayed'
 # Of the decayed leaves those that Muon takes: the maps of activations.
@@ -108,6 +136,11 @@ def is_by_rows(config: OptimizerConfig) -> bool:
   return config.value_optimizer != 'adamw'
 
 
+def require_known(config: OptimizerConfig) -> None:
+  """Refuses names of row optimizers that there are not."""
+  require_choice(config, 'value_optimizer', ('adamw', *ROW_OPTIMIZERS))
+
+
 def make_row_optimizer(
   config: OptimizerConfig, num_steps: int, column_axes: tuple[str, ...] = ()
 ) -> Optimizer:
@@ -117,19 +150,13 @@ def make_row_optimizer(
     config: its `value_optimizer` is one of `ROW_OPTIMIZERS`.
     num_steps: optimizer steps of the whole run.
     column_axes: mesh axes that split the tables' columns.
+
+  Raises:
+    UserError: there is no optimizer of that name.
   """
+  require_known(config)
   rate = value_learning_rate_schedule(config, num_steps)
-  if config.value_optimizer == 'row_adagrad':
-    optimizer = row_adagrad(rate, config.epsilon, column_axes)
-  else:
-    optimizer = row_adam(
-      rate,
-      config.b1,
-      config.b2,
-      config.epsilon,
-      config.value_weight_decay,
-      catch_up=config.value_optimizer == 'row_adam',
-    )
+  optimizer = ROW_OPTIMIZERS[config.value_optimizer](config, rate, column_axes)
   return with_float32_master(optimizer) if config.value_master else optimizer
 
 

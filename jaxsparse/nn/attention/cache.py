@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
-from jaxsparse.nn.attention import sparse
+from jaxsparse.nn.attention.kinds import KINDS
 
 Cache = dict[str, Any]
 
@@ -37,9 +37,8 @@ def is_ring(config: ModelConfig, layer: int) -> bool:
 
 def shared_names(config: ModelConfig, layer: int) -> tuple[str, ...]:
   """What a layer extends for all layers of its kind."""
-  if config.attention_kinds[layer] == 'sparse':
-    # Its rows are where they are in the block layout, and know their documents.
-    return ('index', 'lengths')
+  if kind := KINDS.get(config.attention_kinds[layer]):
+    return kind.shared
   rows = _ROWS['ring' if is_ring(config, layer) else 'linear']
   return ('index', *rows.values())
 
@@ -73,10 +72,10 @@ def init_rows(
   """One layer's own part of a cache: keys and values [B, K, S, H].
 
   With key-wise composition also 'factors' [B, C, F, N, S] of the keys' tokens;
-  a sparse layer's is a `SparseCache`.
+  the kinds of `kinds` have what they need, a sparse layer a `SparseCache`.
   """
-  if config.attention_kinds[layer] == 'sparse':
-    return sparse.init_rows(config, batch_size, length)
+  if kind := KINDS.get(config.attention_kinds[layer]):
+    return kind.init_rows(config, batch_size, length)
   num_rows = _num_rows(config, layer, length)
 
   def empty(dims, *shape):

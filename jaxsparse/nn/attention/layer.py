@@ -16,8 +16,9 @@ from jaxsparse.config import ModelConfig
 from jaxsparse.nn.attention import cache as attention_cache
 from jaxsparse.nn.attention.cache import Cache
 from jaxsparse.nn.attention.dcmha import DCMHA, cached_factors, head_mix
+from jaxsparse.nn.attention.kinds import KINDS
 from jaxsparse.nn.attention.maps import probed, show
-from jaxsparse.nn.attention.sparse import SparseAttention, reads_unrotated
+from jaxsparse.nn.attention.sparse import SparseAttention
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.layers import Metrics, RMSNorm, bias, init_variances, weight
 from jaxsparse.nn.leading import Leading
@@ -83,16 +84,15 @@ class Attention(nn.Module):
     """`__call__` of sequences [B, T, D]."""
     config, model_dim = self.config, x.shape[-1]
     x = x.astype(config.dtype)
-    is_sparse = config.attention_kinds[self.layer] == 'sparse'
-    heads = self._project(
-      x,
-      positions,
-      is_rotated=not (is_sparse and reads_unrotated(config, cache is not None)),
-    )
+    name = config.attention_kinds[self.layer]
+    kind = KINDS.get(name)
+    reads_unrotated = kind and kind.reads_unrotated(config, cache is not None)
+    heads = self._project(x, positions, is_rotated=not reads_unrotated)
     metrics = {}
     sparse = functools.partial(SparseAttention, config, name='sparse')
-    if is_sparse:
-      encoded, cache, metrics = sparse()(x, *heads, segment_ids, cache)
+    if kind:
+      module = kind.module(config, name=name)
+      encoded, cache, metrics = module(x, *heads, segment_ids, cache)
       if cache is not None:
         cache = cache | dict(index=cache['index'] + x.shape[1])
     else:
