@@ -22,6 +22,7 @@ html_theme = 'furo'
 html_title = 'jaxsparse'
 # In a page of ours as in the source: words, not links.
 default_role = 'code'
+highlight_language = 'bash'
 autodoc_member_order = 'bysource'
 autodoc_typehints = 'signature'
 autodoc_typehints_format = 'short'

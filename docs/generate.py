@@ -96,7 +96,7 @@ def api() -> str:
   for title, directives in groups.items():
     text += f'\n## {title}\n'
     for directive in directives:
-      if directive.startswith('###'):
+      if directive.startswith('\n###'):
         text += directive
         continue
       indented = directive.replace('\n', '\n   ')

@@ -356,7 +356,16 @@ class Config:
     unset = functools.partial(require_unset, self.optimizer)
     memory = self.model.memory
     names = [n for n in fields.hints(OptimizerConfig) if n.startswith('value_')]
-    unset(memory is None, 'model.memory = None', *names)
+    beside = self.model.beside_mlp
+    has_values = [n for n, x in beside.items() if x.num_values(1)]
+    is_none = memory is None and not has_values
+    unset(is_none, 'model.memory = None', *names)
+    require(
+      self.optimizer.value_optimizer == 'adamw' or not has_values,
+      f"value_optimizer must be 'adamw' with model.{''.join(has_values[:1])}, "
+      'whose table has no gradient by rows; got '
+      f'{self.optimizer.value_optimizer!r}.',
+    )
     if memory:
       table, optimizer = memory.table, self.optimizer.value_optimizer
       is_wide = table.dtype == 'float32'
