@@ -7,7 +7,6 @@ in docs/pictures. A test compares the pages with what this makes.
 """
 
 import ast
-import dataclasses
 import inspect
 import pathlib
 import sys
@@ -76,17 +75,19 @@ def words(count: int, billion: str = 'B') -> str:
 
 def api() -> str:
   """The page of public names, as modules, settings and functions."""
-  groups = {'Modules': [], 'Settings': [], 'Functions': []}
+  groups = {'Modules': [], 'Settings': [], 'Functions and types': []}
   for name in sorted(jaxsparse.__all__):
     value = getattr(jaxsparse, name)
     if name.startswith('__'):
       continue
     if not isinstance(value, type):
-      groups['Functions'].append(f'autofunction:: {home(value)}')
-    elif dataclasses.is_dataclass(value) and not issubclass(value, nn.Module):
+      groups['Functions and types'].append(f'autofunction:: {home(value)}')
+    elif name.endswith('Config'):
       groups['Settings'].append(settings(name, value))
-    else:
+    elif issubclass(value, nn.Module):
       groups['Modules'].append(f'autoclass:: {home(value)}\n:members: __call__')
+    else:
+      groups['Functions and types'].append(f'autoclass:: {home(value)}')
   text = (
     '# API\n\nWhat a program of yours may use, as `from jaxsparse import '
     'MemoryLayer`. Each name is imported when it is first asked for,\nso that '
