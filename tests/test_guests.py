@@ -474,3 +474,21 @@ def test_outside_of_jit(kind):
   with jax.set_mesh(make_mesh(lengths, kind)):
     actual, _ = outputs(LAYERS['mlp'](axes=axes), params, inputs_of('mlp'))
   close(actual, y)
+
+
+@pytest.mark.parametrize('name', ['memory', 'moe'])
+def test_in_double_precision(name):
+  lengths, axes = MESHES['two']
+  mesh, layer = make_mesh(lengths, EXPLICIT), LAYERS[name](axes=axes)
+  with jax.enable_x64(True):
+    params, x = jax.tree.map(
+      lambda a: jnp.asarray(np.asarray(a), jnp.float64),
+      (expected(name)[0], inputs_of(name)),
+    )
+    run = jax.jit(lambda p, x: outputs(LAYERS[name](), p, x)[0])
+    desired = run(params, x)
+    with jax.set_mesh(mesh):
+      on_mesh = jax.jit(lambda p, x: outputs(layer, p, x)[0])
+      actual = on_mesh(placed(params, axes, mesh), x)
+    assert actual.dtype == jnp.float64
+    np.testing.assert_allclose(actual, desired, rtol=0, atol=1e-12)

@@ -30,7 +30,7 @@ class MoE(nn.Module):
     kind: of each expert's MLP, as `MLP` has it.
     num_layers: blocks of the model, for the initial values.
     dtype: type of the activations, by default that of the input; the router
-      computes in f32.
+      computes in f32 at least.
     is_partial: leave the output's sum over the mesh axis `model` to the caller,
       see `mesh.partial`.
     axes: names of the mesh axes of a program of your own, see `mesh.Axes`;
@@ -74,17 +74,18 @@ class MoE(nn.Module):
     x, segment_ids = lead.flat(x), lead.flat(segment_ids, 'segment_ids')
     _check_split(config)
     model_dim = x.shape[-1]
+    wide = jnp.promote_types(x.dtype, jnp.float32)
     router = weight(
       self,
       'router',
       'D.',
       (model_dim, config.num_experts),
       1 / model_dim,
-      jnp.float32,
+      wide,
     )
     logits = jnp.einsum(
       'btd,dx->btx',
-      x.astype(jnp.float32),
+      x.astype(wide),
       router,
       precision=jax.lax.Precision.HIGHEST,
     )
