@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The packages; all else is in setup.cfg."""
 
 import setuptools

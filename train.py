@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains a language model: `python train.py --help`."""
 
 import sys

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DCFormer++ (arXiv:2405.08553): dynamically composable heads.
 
   python train.py --config=configs/dcformer.py:tiny --workdir=runs/dcformer_tiny

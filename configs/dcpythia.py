@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """DCPythia (arXiv:2405.08553): composed heads on Pythia's recipe.
 
   python train.py --config=configs/dcpythia.py:2b8 \\

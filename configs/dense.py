@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dense transformers: the baselines of the UltraMem paper, and a tiny one.
 
   python train.py --config=configs/dense.py:tiny --workdir=runs/dense_tiny

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sparse in all its parts: UltraMem, composed heads, sparse attention; bytes.
 
   python train.py --config=configs/joined.py:tiny --workdir=runs/joined_tiny

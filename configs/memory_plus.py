@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory+ (arXiv:2412.09764): one table for all layers, gated.
 
   python train.py --config=configs/memory_plus.py:tiny \\

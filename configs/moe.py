@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Mixtures of two active experts: those of the UltraMem paper, and a tiny one.
 
   python train.py --config=configs/moe.py:tiny --workdir=runs/moe_tiny

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """OLMoE: many small experts, eight of them active (arXiv:2409.02060).
 
   python train.py --config=configs/olmoe.py:tiny --workdir=runs/olmoe_tiny

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PEER: one-neuron experts (arXiv:2407.04153).
 
   python train.py --config=configs/peer.py:tiny --workdir=runs/peer_tiny

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Product-key memory (arXiv:1907.05242): UltraMem's starting point, and tiny.
 
   python train.py --config=configs/pkm.py:tiny --workdir=runs/pkm_tiny

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dynamic sparse attention: bytes, minutes on two CPU cores.
 
   python train.py --config=configs/sparse_attention.py:tiny \\

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """UltraMem: memory layers beside the MLPs, of the paper, the release, and tiny.
 
   python train.py --config=configs/ultramem.py:tiny --workdir=runs/ultramem_tiny

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """UltraMemV2 (arXiv:2508.18756): a memory layer in every block.
 
   python train.py --config=configs/ultramem_v2.py:tiny \\

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sphinx: `sphinx-build -W --keep-going -b html docs docs/_build`."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Writes what of the documentation follows from results, recipes and imports.
 
   python docs/generate.py

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pages of results, as tables of the figures in `results/*.json`."""
 
 import itertools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sparse language models in JAX: what a guest may use.
 
 Each name is imported when it is first asked for, so that one layer brings no

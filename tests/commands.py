@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command `jaxsparse`, in this process."""
 
 from collections.abc import Sequence

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a compiled program does, read from its text: `compiled.as_text()`.
 
 Works on the programs of all backends, whose texts differ: the same transfer is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Eight CPU devices, strict promotion, shapes checked at run time."""
 
 import gc

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The README and the pages of documentation, and their blocks of code."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains with what the guides add; run in a copy of the package that has it."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a guide adds, from its own blocks, and a copy of the package with it."""
 
 import pathlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which of a test's cases are in the default lane."""
 
 from collections.abc import Iterable

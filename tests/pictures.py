@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a picture says, read from the figure instead of the PNG."""
 
 from matplotlib.figure import Figure

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every recipe in `configs/`, discovered, and what makes its config."""
 
 import functools

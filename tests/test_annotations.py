@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many parameters are annotated; `conftest` checks that they are so."""
 
 import ast

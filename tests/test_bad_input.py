@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Bad input ends in one sentence on stderr, exit code 2 and no traceback."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The reader of compiled programs, on lines as each backend writes them."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every recipe: discovered, validated and traced at pod scale without devices.
 
 One train step of each, cut to its first three blocks, is traced on an abstract

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the README and the documentation say, runs, and their links lead on."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The guides' own steps add a layer, an attention and an optimizer."""
 
 import os

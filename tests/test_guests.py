@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Public layers in programs whose mesh, axes and maps are not ours.
 
 Values and gradients against one device. The default lane takes of the product

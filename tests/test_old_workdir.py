@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A workdir that jaxsparse 0.1.0 wrote still resumes, generates and reports.
 
 `fixtures/workdir_0_1_0.tar.gz` holds a run of six steps with a text of four

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The documentation's trainer of one's own beside ours."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The README's figures are those of results/, clause by clause."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A program of a guest, for pyright: each public name has the type it shows.
 
 Never run; `assert_type` of what pyright takes for unknown is an error.

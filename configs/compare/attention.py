@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Composed heads against plain ones, at equal widths: bytes, minutes a run.
 
   python -m jaxsparse compare --suite=configs/compare/attention.py \\

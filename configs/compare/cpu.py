@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Language modelling by every architecture: bytes, minutes a run on one core.
 
   python -m jaxsparse compare --suite=configs/compare/cpu.py \\

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From PKM to UltraMem, step by step: bytes, minutes a run on one core.
 
   python -m jaxsparse compare --suite=configs/compare/cpu_ablation.py \\

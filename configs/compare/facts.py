@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many facts each architecture holds: generated biographies, two CPU cores.
 
   python -m jaxsparse compare --suite=configs/compare/facts.py \\

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which architecture holds more facts than a dense model can: 4,000 people.
 
   python -m jaxsparse compare --suite=configs/compare/facts_24000.py \\

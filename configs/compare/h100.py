@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Language modelling at a size that uses a GPU: 25 minutes of one H100.
 
   python -m jaxsparse compare --suite=configs/compare/h100.py \\

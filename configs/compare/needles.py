@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Needles: what sparse attention finds far behind its window.
 
   python -m jaxsparse compare --suite=configs/compare/needles.py \\

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sparse attention against attention to everything, and to a window.
 
   python -m jaxsparse compare --suite=configs/compare/sparse_attention.py \\

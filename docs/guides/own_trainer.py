@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A trainer of one's own: a mesh with other names, tables trained by rows."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The attention's part of `cost`: parameters, products and rows of the cache.
 
 Letters: D model width, N query heads, K key/value heads, H head width, G groups

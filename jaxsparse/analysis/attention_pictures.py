@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of what a model looks at in a text, and a page that shows them.
 
 One PNG a layer: the blocks that a sparse layer keeps and the shares of its

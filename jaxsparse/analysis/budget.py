@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes of an architecture, derived from a budget.
 
 All have the base's forward FLOPs per token, by the width of their MLPs or

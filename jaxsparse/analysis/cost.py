@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parameters, floating-point operations and bytes of a model in closed form.
 
 Two conventions stand side by side. The papers' count is twice the dense

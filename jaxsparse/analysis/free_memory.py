@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How much memory can still be had: of a device, or of the host."""
 
 import os

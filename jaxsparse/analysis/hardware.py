@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peak speed of matrix products, the denominator of model FLOP utilisation."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Parameters and floating-point operations of one memory layer or mixture.
 
 Letters: D model width, q query width, Q logical sub-keys per side, P heads, r

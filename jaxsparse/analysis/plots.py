@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Training curves of a run, and what all pictures share.
 
 They read what training wrote (rows of `metrics.jsonl`) and draw what they find;

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """All pictures of a run, drawn from what it left in its workdir.
 
 Beside `metrics.jsonl` that is one file of the last validation pass: how often

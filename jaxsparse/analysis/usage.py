@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How evenly a memory layer's slots were used over a pass, in three numbers."""
 
 import dataclasses

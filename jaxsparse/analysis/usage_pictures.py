@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The use of a memory layer's slots, as a picture."""
 
 import os

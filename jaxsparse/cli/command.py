@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command `jaxsparse`, also as `python -m jaxsparse`."""
 
 import importlib

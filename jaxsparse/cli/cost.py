@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a recipe costs: `python -m jaxsparse cost --config=configs/NAME.py`.
 
 Fields are overridden as in training: `--config.model.num_kv_heads=2`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Continues a prompt with a trained model: python -m jaxsparse generate.
 
 The text goes to stdout as it comes, everything else to stderr. Every sample is

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of a run: `python -m jaxsparse report WORKDIR`.
 
 Loss, rates and speed; for memory layers the use of slots and its

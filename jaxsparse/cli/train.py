@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Trains a language model.
 
   python train.py --config=configs/ultramem.py:tiny --workdir=runs/ultramem_tiny

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run is: every configuration dataclass, and its checks."""
 
 from jaxsparse.config.attention import DCMHAConfig as DCMHAConfig

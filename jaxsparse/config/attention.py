@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The attention's part of the configuration, see `config`."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The one exception that stands for bad input, and checks that raise it."""
 
 import dataclasses

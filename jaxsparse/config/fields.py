@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fields of the configuration classes: their types, limits and texts.
 
 One place knows what an annotation such as `tuple[str, ...]` or

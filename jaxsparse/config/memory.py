@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One configuration for the whole family of memory layers, and its presets.
 
 A memory layer scores a grid of row keys x column keys, keeps the best cells of

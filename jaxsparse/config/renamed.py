@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fields that have moved or are gone: their dotted names then and now.
 
 Configs that earlier versions saved are read by the old names; on the command

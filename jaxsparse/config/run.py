@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every configuration dataclass, one comment a field.
 
 A recipe in `configs/` builds one `Config`; `--config.model.num_layers=6` on the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A config as JSON in the workdir, and what changed since it was saved."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How the tables of memory layers are stored, split and trained."""
 
 import dataclasses

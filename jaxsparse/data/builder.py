@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Documents written once as a TensorFlow Dataset of ArrayRecord files.
 
 A corpus lies in a directory named by the hash of its content. It is built

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What gzip and xz make of the validation text: a yardstick for a model."""
 
 import contextlib

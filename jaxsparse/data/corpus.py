@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The text of a run: Python's own, the user's files, or a TFDS dataset."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text files as documents: what they are known by, their size, their pieces."""
 
 import codecs

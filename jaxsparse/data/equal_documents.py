@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Documents that stand in training and in another split too."""
 
 import hashlib

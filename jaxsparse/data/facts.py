@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generated biographies: how much a model remembers, in bits known beforehand.
 
 Every person has a unique name and an attribute of each kind, drawn evenly from

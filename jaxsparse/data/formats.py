@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text as it lies in files: compressed or not, with or without a mark."""
 
 import bz2

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generated text: written once, beside the tokenizer of its words."""
 
 import json

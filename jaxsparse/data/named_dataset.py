@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text from any TensorFlow Dataset, by its name or its directory.
 
 Only random access is used, so that TensorFlow is not needed, unless the

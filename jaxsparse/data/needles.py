@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Needles in haystacks: documents that end with questions on their beginning.
 
 A needle is a fact that is drawn anew in each document, so only reading it there

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pieces of documents to packed rows of tokens and their targets."""
 
 from collections.abc import Mapping

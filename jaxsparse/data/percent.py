@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Says now and then how much of something long is done."""
 
 import time

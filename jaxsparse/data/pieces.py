@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text cut into pieces, and the corpus that stores them."""
 
 import dataclasses

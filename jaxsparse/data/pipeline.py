@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches: a resumable endless stream for training, one pass to validate.
 
 The stream of batches is made of independent lanes. Lane l of L packs every

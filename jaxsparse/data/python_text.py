@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The embedded corpus: text that every Python installation carries."""
 
 import os

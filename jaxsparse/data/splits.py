@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Documents' split into train, validation and test."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is found out about the user's text before it is split."""
 
 import contextlib

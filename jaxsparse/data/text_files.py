@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The files that data.text names: paths, folders and globs, local or remote."""
 
 import glob

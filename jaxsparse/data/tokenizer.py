@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text to tokens and back: bytes, byte-pair encoding, SentencePiece.
 
 Every tokenizer has one boundary token. It stands before a document's first

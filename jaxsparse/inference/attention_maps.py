@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention maps of a text: weights, their gradients, and rollouts."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token by token with a cache: the prompt, then one compiled step."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Work on parameters that decoding would do again at every step."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Prompts of any length: read in chunks, by a history of bounded size."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Whether there is memory for a decoding cache, asked before it is made."""
 
 import bisect

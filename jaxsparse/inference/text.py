@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From tokens to text as they come: UTF-8, stop strings, whole completions."""
 
 import codecs

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Meshes: our own with its three axes, and whatever mesh a caller has."""
 
 from jaxsparse.mesh.guest import DEFAULT_AXES as DEFAULT_AXES

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mesh of a caller, whatever its axes are called and of whatever type.
 
 A layer runs there as plain code of what one device holds, inside one

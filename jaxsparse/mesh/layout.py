@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a table lies on a mesh: which axes split its rows, which its columns."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Our own mesh and its axes: the only file that names them.
 
 Every array's sharding is looked up letter by letter from the alphabet of

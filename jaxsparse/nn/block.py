@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One block of the language model: attention, then an MLP or its like.
 
 A memory layer with the placement (i, j) reads the normalised MLP input of block

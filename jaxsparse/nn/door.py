@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The door between a layer and the program of whoever has borrowed it.
 
 Inside, a layer is plain code of what one device holds, with collectives by axis

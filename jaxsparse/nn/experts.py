@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A mixture of experts in place of a block's MLP.
 
 Every token passes k of X MLPs, chosen by a router, and adds up their outputs by

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The small parts: weights, norms, embedding, MLP, dropout.
 
 A matrix is drawn from N(0, 1 / fan_in): an input of unit variance gives an

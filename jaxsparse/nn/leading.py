@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inputs with any leading dimensions, as `nn.Dense` takes them.
 
 Layers compute on sequences, [B, T, ...]. The last leading dimension is that of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The language model: pre-norm blocks, unrolled, some with a memory layer."""
 
 import math

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pure functions on arrays, each with its reference beside it."""

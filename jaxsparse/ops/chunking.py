@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Cuts a bag's work into chunks: of entries, of tokens, of references.
 
 What a pooling of T tokens with k entries each reads is T * k rows, too many to

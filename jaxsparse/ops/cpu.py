@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Forms for XLA's CPU that several ops share, behind the names of the others.
 
 Each dispatches by itself, or is one branch of `jax.lax.platform_dependent`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Softmaxes over sets of keys, merged into one or added up.
 
 Letters as in `block_selection`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Arrays inside jax.shard_map, and the mesh axes over which they vary.
 
 `jnp.argsort` and `jax.lax.sort_key_val` forget over which axes their order

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A softmax whose gradient is as fast as itself."""
 
 import jax

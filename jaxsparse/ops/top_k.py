@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The best k of many scores, on the fast path of every backend.
 
 Three habits decide the speed (letters: Q candidates, k selected):

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Where people look at metrics: TensorBoard, and Weights & Biases if asked.
 
 Neither is needed for anything else: `metrics.jsonl` has every row. What they

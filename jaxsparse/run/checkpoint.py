@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Checkpoints in the workdir: saved, kept, restored and loaded.
 
 A checkpoint holds the logical arrays; the mesh is a choice made at restore

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the entry points share: recipes from flags, errors as one sentence."""
 
 import argparse

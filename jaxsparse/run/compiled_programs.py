@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Programs that XLA compiled, kept for later starts.
 
 JAX loads native code from where they are kept: only a folder that the user

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What another value of a field means to what was trained with the old one.
 
 Every field of a config, but those that only name the data, is in `MEANINGS`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fingerprints: what is read is what was saved, bit for bit.
 
 Arrays have one for each leaf, the same under every sharding. What JSON holds is

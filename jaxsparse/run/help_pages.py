@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What `train.py --help` prints: where to start, or every field of a part."""
 
 import inspect

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the processes of one run agree on; trivial with a single process."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Signals ask the loop to save and stop; the same one again ends it at once."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics to files: one JSON object a line, and to boards for people."""
 
 import contextlib

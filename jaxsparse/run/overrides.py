@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fields of a recipe that the command line sets: `--config.a.b=value`."""
 
 import difflib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The processes of one run meet, watch each other and end together.
 
 Process 0 listens at the coordinator's address until all others have come. The

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Text reaches stdout and stderr whatever they can encode."""
 
 import io

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run shows: a live bar on a terminal, plain lines anywhere else."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What weights belong to: the tokenizer and the model they were trained with.
 
 A checkpoint records both. Other ones in the workdir, even of equal sizes, would

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Python files that make a config or a suite, named by their path or name.
 
 A recipe may have sizes. It then has a dictionary `SIZES`, of which its

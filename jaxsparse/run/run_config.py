@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The config of a run: config.json, or its copy in the newest checkpoint."""
 
 from collections.abc import Callable

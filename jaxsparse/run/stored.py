@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a checkpoint is read: compared with what was saved.
 
 Orbax notices missing and truncated files, but not a flipped bit inside a value.

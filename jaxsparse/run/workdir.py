@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The workdir: where training, inference and analysis meet."""
 
 import contextlib

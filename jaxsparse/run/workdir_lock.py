@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One start at a time on a workdir.
 
 The lock is the system's, on a file in the workdir: it ends with the process

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What of a changed config a run can go on with, and what that does."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The validation pass: fixed, full, in nats per token and bits per byte."""
 
 import dataclasses

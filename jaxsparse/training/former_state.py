@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizer states as earlier versions saved them.
 
 Up to version 0.1 a run with a row optimizer had a state of two parts: 'rest',

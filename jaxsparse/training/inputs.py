@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the loop reads, made from a config: its batches and its vocabulary."""
 
 import dataclasses

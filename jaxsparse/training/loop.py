@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loop: restore, step, report one step late, save, evaluate."""
 
 import dataclasses

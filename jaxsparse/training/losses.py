@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The language-modelling loss in nats, and what is minimized."""
 
 import jax

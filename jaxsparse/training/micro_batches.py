@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradient accumulation: a batch in parts, and what they give put together.
 
 Sums over targets are the batch's, so the loss and its gradient are too, and so

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizers by labelled groups: value tables, decayed and undecayed leaves.
 
 The value tables of memory layers have a learning rate of their own, a multiple

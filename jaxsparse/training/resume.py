@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What may change between two starts of one workdir."""
 
 import dataclasses

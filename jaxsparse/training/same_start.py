@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The processes of one run have the same code, config, text and workdir.
 
 With others each would train something else, or wait for another for ever.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TrainState and the two pure functions of training: train and eval step."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a run says of its steps: on the screen, and in the workdir's metrics."""
 
 import math

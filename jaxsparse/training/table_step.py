@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The step of value tables whose gradient is kept row by row.
 
 The gradient of a table never exists: a probe, zeros added to what a memory

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What pictures of attention show, before it is drawn."""
 
 import types

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sizes meet the budget, or a sentence says why they can't."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Published sizes in closed form; tests/test_configs.py counts leaves.
 
 Sizes printed with three or four digits are met to their rounding; sizes that

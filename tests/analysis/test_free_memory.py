@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the kernel and its control groups leave, from files as they write."""
 
 import types

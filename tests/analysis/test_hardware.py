@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The peak of each kind of device; None where it would be a guess."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The pictures are drawn from full, partial and empty artefacts alike."""
 
 import numpy as np

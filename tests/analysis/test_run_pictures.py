@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures from what a run leaves, and `python -m jaxsparse report`."""
 
 import json

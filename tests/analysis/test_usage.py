@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Usage of slots: golden check 16 of the memory layers, and its neighbours."""
 
 import math

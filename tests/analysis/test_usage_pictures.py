@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The picture of slots is drawn from whatever counts there are."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Reads GPU kernels: which instructions they have, which addresses they form.
 
 `accesses` runs one thread of a kernel, integers only, so an address that has

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compiles for H100 and TPU on a machine that has neither.
 
 Both compilers run without their hardware, given a description of it. What they

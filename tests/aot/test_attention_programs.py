@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels of libraries for attention, compiled for their devices.
 
 Run with `pytest -m aot`, extra `aot`. Forward and both gradients.

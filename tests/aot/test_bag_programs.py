@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a GPU and a TPU execute for a value bag and its gradients.
 
 Run with `pytest -m aot`, extra `aot`; see `targets` for what this can prove.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels for GPUs, what decoding runs there, and experts on TPUs, compiled.
 
 Run with `pytest -m aot`, extra `aot`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """GPU kernels reach every row of tables beyond 2^31 and 2^32 elements.
 
 A thread of each kernel is run on paper, for the first row and for others: each

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What devices of a GPU and of a TPU mesh send each other for a value bag.
 
 Run with `pytest -m aot`, extra `aot`. The same for CPU devices, and whether

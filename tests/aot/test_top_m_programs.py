@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How a GPU selects: by a kernel made for it, not by sorting all candidates.
 
 Run with `pytest -m aot`, extra `aot`. A TPU has no such kernel and sorts.

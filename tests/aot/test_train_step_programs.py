@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """No train step holds a second table, on one device or on eight.
 
 The model is small and its value tables are large, so that anything of a

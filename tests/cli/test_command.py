@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command `jaxsparse` and what it makes of its first word."""
 
 import pytest

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What every field of every configuration class may hold.
 
 The kinds are tested on all fields at once, so that a new field is tested, too.

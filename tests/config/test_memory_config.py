@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Presets of memory layers, and widths that are the model's."""
 
 import dataclasses

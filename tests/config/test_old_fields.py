@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fields that had other names, or that are gone, in configs saved before."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Corpora built once, whole or not at all."""
 
 import gzip

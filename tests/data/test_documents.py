@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files as documents, decoded and cut into pieces."""
 
 import bz2

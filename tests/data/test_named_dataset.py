@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """TensorFlow Datasets by name and by directory; nothing is fetched."""
 
 import urllib.request

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Batches: every token once, the same for all processes, resumable anywhere."""
 
 import collections

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Documents given to train, validation and test."""
 
 import numpy as np

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Paths, folders and globs, here and on a remote store."""
 
 import os

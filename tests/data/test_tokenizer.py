@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Round trips, boundaries and files of every kind of tokenizer."""
 
 import io

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A workdir as a run leaves it, of a model that has learned nothing."""
 
 import jax

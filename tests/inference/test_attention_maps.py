@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Maps of attention: rows, masks, gradients by finite differences, rollouts."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generation against a loop that recomputes everything; seeds; padding."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The command: text on stdout, one sentence for bad input, samples kept."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What has no room is refused before anything is made."""
 
 import dataclasses

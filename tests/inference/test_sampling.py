@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Draws against the distribution that the limits leave."""
 
 import re

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Characters and stop strings across tokens."""
 
 import numpy as np

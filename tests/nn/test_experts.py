@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The mixture by its definition, and the same on every mesh."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a memory layer runs on GPUs only, beside what it runs elsewhere."""
 
 import jax

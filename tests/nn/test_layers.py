@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Norm, embedding, MLP and dropout by their definitions."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Any leading dimensions, no token at all, and integers, at every layer."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Padding counts nowhere: neither in what layers report nor in what they add.
 
 Each layer is run on rows that are part padding, and on the same tokens alone.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A block as Pythia has it, beside one written out in NumPy."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The whole model: causality, packing, caches, placements, remat, meshes."""
 
 import dataclasses

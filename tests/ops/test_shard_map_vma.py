@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What an order made on each device sorts gets the gradient of all devices.
 
 Every case has weights that are the same on all devices, and an order that is

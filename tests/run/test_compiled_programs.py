@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Native code is loaded only from a folder that is the user's own."""
 
 import os

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Fingerprints: every single change is noticed, and a change of places."""
 
 import jax

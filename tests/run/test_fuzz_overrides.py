@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Random overrides end in one sentence or in a model that can be traced.
 
 Each case sets one to three fields of a small recipe, many to odd values, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What processes agree on, with threads that stand for them."""
 
 import threading

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which signals ask to stop, and how soon several processes heed one."""
 
 import os

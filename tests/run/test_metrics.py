@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Metrics survive damage, full disks and boards that fail."""
 
 import errno

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """`--config.a.b=value`: what it sets, makes, and says about typos."""
 
 import pytest

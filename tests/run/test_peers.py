@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Processes that meet and end together, in small programs without JAX."""
 
 import contextlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Output that can't be encoded, or that nobody reads, ends nothing."""
 
 import contextlib

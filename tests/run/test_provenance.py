@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weights are used with their own tokenizer and model only."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recipes and suites: found by path or name, and made in the size asked for."""
 
 import shutil

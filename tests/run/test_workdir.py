@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Files of a workdir: whole or not at all, and never where a link leads."""
 
 import errno

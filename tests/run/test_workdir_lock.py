@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two starts on one workdir: the second ends with a sentence."""
 
 import errno

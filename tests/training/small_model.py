@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A model that trains in a moment, and its runs on any mesh."""
 
 import dataclasses

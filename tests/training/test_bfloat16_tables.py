@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Value tables in bfloat16, through a step of every optimizer of theirs.
 
 Without a copy in f32 a row's new values are rounded up or down at random, alike

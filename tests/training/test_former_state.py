@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """States that version 0.1.0 saved are found in today's, to the last bit."""
 
 import functools

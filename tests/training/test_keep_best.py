@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loop in one process: which steps it validates, saves and keeps."""
 
 import dataclasses

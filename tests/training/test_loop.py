@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loop by itself: what it reports, when it stops, what it owes after."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A step in micro-batches, beside the same step at once."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Schedules, groups and masks of the optimizer."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Two processes train as one, and end and start again as one.
 
 In the slow lane, as each start of train.py compiles: `ultramem:tiny` and a

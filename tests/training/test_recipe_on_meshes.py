@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tiny recipes give the same losses on every mesh and in every scheme.
 
 Over its first steps, on the batches of its own pipeline. Rounding differs

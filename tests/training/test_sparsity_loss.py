@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The loss of the blocks that sparse attention keeps, and when it counts."""
 
 import dataclasses

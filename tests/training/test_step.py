@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The train step: the same on every mesh, and in micro-batches."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The train step of value tables by rows: the same on every mesh."""
 
 import dataclasses

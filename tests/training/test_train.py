@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """train.py as a user runs it: kills, signals, damage, divergence, resume."""
 
 import json

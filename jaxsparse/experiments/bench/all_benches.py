@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """all: every bench once, with sizes for the backend at hand.
 
 On a GPU this is what a first session on one should record; on a CPU the sizes

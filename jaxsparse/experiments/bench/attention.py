@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """attention: sparse against dense at long inputs, composed heads against plain.
 
 'forward' is the attention of one sequence of each of `lengths`: dense in chunks

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How fast and how large: `python -m jaxsparse bench NAME`.
 
 Prints the machine, then a table; `--json=FILE` keeps both. `all` runs every

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """decode: one token for each sequence of a batch, by every architecture.
 
 Dense, MoE, PKM and UltraMem (and UltraMemV2 by --models) have the same

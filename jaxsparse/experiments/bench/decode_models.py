@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The models of the decode bench: same backbone, FLOPs and, if sparse, size.
 
 Two families. 'own' is made of the options, at a size for a CPU. '680m' is the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What the decode bench times: many tokens in one program, its cache in place.
 
 The keys and values are one tree and what memory layers keep of earlier inputs

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """grouped_matmul: products with experts, as many bytes as experts are hit.
 
 First, `rows` rows fall on 1, 2, 4, ... of the experts: the time should follow

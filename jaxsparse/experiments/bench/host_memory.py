@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """host_memory: reading rows of a table that lies in the host's memory.
 
 A gather in a GPU's program can read pinned host memory directly, row by row,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """long_input: a long text through a history of bounded size, by stretches.
 
 As `generate --prompt_file` reads it: in chunks, with a cache that forgets. With

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What all benches share: the machine, taking turns, least traffic, tables.
 
 Contenders take turns, round by round, so that what else the machine does falls

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """memory_layer: an UltraMem layer, forward and backward.
 
 Beside it runs the same maths as one would first write it, in JAX, with `top_k`

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A memory layer as one would first write it, in JAX and in PyTorch.
 
 All m x m cells of every core are scored and kept for the backward pass, all

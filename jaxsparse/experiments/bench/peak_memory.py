@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Peak memory of a process that runs one contender of a bench alone.
 
   python -m jaxsparse.experiments.bench.peak_memory CONTENDER --tokens=...

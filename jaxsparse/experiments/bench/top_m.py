@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """top_m: the best m of many scores.
 
 Contenders: `ops.top_k.top_m` with equal scores in any order (an order of its

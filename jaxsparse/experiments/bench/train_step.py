@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """train_step: a step of training, with a small value table and a larger one.
 
 Same tokens, so the same number of rows is read; what grows is the table, and by

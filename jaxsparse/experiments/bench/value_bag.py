@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """value_bag: pooling rows of a table, forward and with both gradients.
 
 Contenders of the forward pass: jaxsparse, the obvious `einsum` over gathered

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Compares architectures at equal budget: `python -m jaxsparse compare`.
 
   python -m jaxsparse compare --suite=configs/compare/facts.py \\

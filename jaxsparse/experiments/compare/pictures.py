@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Pictures of a comparison: losses, seeds as dots with their range, recall.
 
 Architectures are rows or panels with a name, never colours of a legend, of

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many generated facts a model has, and how many bits they are.
 
 A fact is recalled when the greedy continuation of its question is the answer,

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Results of many runs as statistics over seeds, JSON and Markdown tables."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What is kept of a run: its sizes, losses and speed, and what it recalls."""
 
 import hashlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How many needles a model finds in its context, and how deep they lie.
 
 A needle is found when, after the true tokens before it, its token has the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The runs of a comparison: planned, trained one by one, kept as results.
 
 Every run has a folder of its own, which is an ordinary workdir, so a run that

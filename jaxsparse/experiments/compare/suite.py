@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a comparison is: a budget, architectures, seeds, data."""
 
 import dataclasses

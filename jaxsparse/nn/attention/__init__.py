@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention as modules: dense, composed and sparse, with their caches."""

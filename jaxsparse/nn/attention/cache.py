@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What attention keeps of earlier tokens: all of them, or a window's.
 
 A linear cache holds every token's row at the index at which it was fed. A ring

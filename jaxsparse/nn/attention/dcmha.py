@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parameters that compose attention heads, see `ops.attention.compose`."""
 
 import flax.linen as nn

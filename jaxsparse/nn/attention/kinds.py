@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attentions that are modules of their own, by the kinds of a pattern.
 
 `Attention` projects to heads and maps what they read back to the model width;

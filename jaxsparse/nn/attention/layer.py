@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Self-attention with grouped queries, RoPE, and optional QK-norm.
 
 It sees all of a document or a window, its heads may be composed (DCMHA), and it

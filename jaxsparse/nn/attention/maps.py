@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What attention looks at, for whoever asks for it.
 
 Attention is linear in its values, whatever chose and composed its weights: read

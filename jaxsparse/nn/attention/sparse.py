@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The part of a sparse attention between projections and output map.
 
 See `ops.sparse_attention`. The parameters are gates of the three sets that a

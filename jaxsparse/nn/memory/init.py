@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Initial parameters of a memory layer, and where their scales come from.
 
 `paper` is the rule of arXiv:2411.12364: seen as an MLP of which k * P neurons

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory layers: PKM, PEER, Memory+, UltraMem, UltraMemV2 (see `MemoryConfig`).
 
 A token's query meets Q row keys and Q column keys, and each head keeps the k

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From a token's input to the slots that it reads and their weights.
 
 The steps that the members of the family share: a query, its norm, scores of

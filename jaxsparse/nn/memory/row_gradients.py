@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradients of any Flax model in which tables are `RowGradient`s.
 
 Tables are found by what memory layers sow, and not by where they stand: a layer

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The tables of memory layers: how they are split, and the one that all share.
 
 Letters: B batch, T positions, M rows, W value width, U pre-value width.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Composition of attention heads by each pair of query and key (DCMHA).
 
 Dynamically composable multi-head attention (arXiv:2405.08553) mixes the heads'

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention's forms for XLA's CPU, behind the names of the others.
 
 Letters as in `compose`.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dense causal attention: grouped heads, documents, windows, composed heads.
 
 Two matmuls and a softmax, written out: `jax.nn.dot_product_attention` does the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Kernels for attention, and whether one runs here.
 
 'pallas' is JAX's splash attention on a TPU and its Triton kernel on a GPU:

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Products of few rows for XLA's CPU, where dots take whole buffers.
 
 A dot with a matrix that is cut out of all experts' costs a copy of it there.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The MLPs of a mixture's experts, on one device and split over a mesh.
 
 Tokens are split over the mesh axes `data` and `sparse`, experts over `sparse`,

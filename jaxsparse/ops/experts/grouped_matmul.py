@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Products of rows with the matrices of their experts.
 
   out[s] = rows[s] @ experts[expert of s]

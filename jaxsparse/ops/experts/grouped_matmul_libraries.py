@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Other forms of `grouped_matmul`, and whether they run here.
 
 `lax.ragged_dot`, and Megablox for TPU: both want matrices of the rows' type.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Loops over the experts that have rows, and over tiles of an expert's rows.
 
 Trip counts are not static: only functions with a gradient of their own may call

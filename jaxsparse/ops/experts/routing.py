@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Token-choice routing: which experts a token passes, and in what order.
 
 A router gives each token a score for each expert; the token passes the best k

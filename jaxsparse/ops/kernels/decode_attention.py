@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention of one token for each sequence with its cache, as a Triton kernel.
 
 Scores, softmax and sums of values in one pass over keys and values: XLA makes

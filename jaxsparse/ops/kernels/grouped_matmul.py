@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Products of rows with their experts' matrices, in one Triton kernel each.
 
 XLA's loop over experts returns to the host for every expert and every tile; a

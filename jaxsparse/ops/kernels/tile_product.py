@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A product of two tiles in a Triton kernel."""
 
 import jax

@@ -1,1 +1,2 @@
+# SPDX-License-Identifier: Apache-2.0
 """Memory layers: scores, addresses, bags of rows, tables over devices."""

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """From the address of a logical key pair to a physical slot.
 
 Implicit value expansion (arXiv:2411.12364) gives the grid of Q x Q logical

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Inner products of a token's vector with the rows that the token reads.
 
   out[t, j] = vector[t] . table[slot[t, j]]

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Exact retrieval with additive product keys (arXiv:1907.05242, section 3.1).
 
 A slot is a cell (i, j) of a grid of Q x Q logical keys and scores

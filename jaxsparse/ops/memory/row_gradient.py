@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The gradient of a table by the rows that a step has read.
 
 A value bag (see `value_bag`) pools rows of a table:

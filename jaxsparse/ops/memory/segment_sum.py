@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """References to rows of a table, and what they add to its gradient.
 
 Reference number t * k + j is entry j of token t, which reads a row, with one

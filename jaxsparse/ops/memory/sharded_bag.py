@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Value bags over a table that is split over devices, by `jax.shard_map`.
 
 Tokens are split over the mesh axes `data` and `sparse`. The devices that hold

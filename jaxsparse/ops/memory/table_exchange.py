@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What devices that share a value table send each other, inside `shard_map`.
 
 A device has t tokens of its own and m rows x w columns of the table [M, W]; the

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a pass has read of a table, and the gradient that follows by rows.
 
 A memory layer's code sows `TableReads`; with the cotangent of what it pooled

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which way to split a value table over devices, and what each way sends.
 
 Letters: M rows, W value width, k rows read per token, c cores, E pools per

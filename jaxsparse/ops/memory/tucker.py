@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tensor-decomposed query-key retrieval (TDQKR) of UltraMem.
 
 arXiv:2411.12364, section 3. A slot is a cell (i, j) of a grid of Q x Q logical

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """How evenly the slots of a memory are used, by tokens that are no padding.
 
 Section 4 of the product-key paper (arXiv:1907.05242): the fraction of

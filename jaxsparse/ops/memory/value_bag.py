@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Weighted sums of rows of a value table, and their gradients.
 
   out[t, e, columns i] = sum over j with pool[t, j] = e of

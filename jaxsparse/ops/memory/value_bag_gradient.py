@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Gradients of `value_bag`, with respect to its weights and to its table.
 
   d weight[t, j, i] = d out[t, e, columns i] . table[slot[t, j], columns i]

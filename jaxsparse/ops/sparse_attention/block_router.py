@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Importance of key blocks by small projections of their own.
 
 The attention's own scores choose blocks well where summaries of its keys show

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Which blocks of keys a tile of queries reads (dynamic sparse attention).
 
 Rows of a sequence form key blocks of b rows, the block layout. A query's window

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """One key and one value that stand for a block of rows.
 
 The means of the rotated keys and of the values: the key's product with a query

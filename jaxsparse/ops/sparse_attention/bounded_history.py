@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sparse attention over a history of bounded size: input without an end.
 
 A full cache forgets the least wanted block before each new one. It holds the

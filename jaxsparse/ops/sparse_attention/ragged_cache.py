@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sparse attention from a cache for sequences that are not equally long.
 
 Padding before a sequence's first token takes no rows of the cache: it would

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sparse attention of whole sequences: chunks of tiles that choose and attend.
 
 `block_selection` says which blocks a tile keeps, `tile_attention` what it makes

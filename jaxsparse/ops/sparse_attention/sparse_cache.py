@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sparse attention that goes on from a cache: the same numbers, token by token.
 
 A cache holds keys and values in the block layout, the blocks' summaries, and

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What sparse attention is given: the arrays of its tokens, and its options.
 
 Letters as in `block_selection`; T queries, S keys.

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention to a window, to some blocks before it, and to summaries of others.
 
 A tile of queries reads three disjoint sets of keys: its window, row by row; the

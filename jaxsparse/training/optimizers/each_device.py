@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Work that each device does on its part of tables and of their state."""
 
 import functools

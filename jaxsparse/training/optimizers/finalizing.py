@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The protocol of optimizers here: optax's init and update, and finalize.
 
 Some optimizers leave work for later: `row_adam` brings a row up to date when it

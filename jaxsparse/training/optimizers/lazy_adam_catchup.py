@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What dense AdamW does to a row while the row gets no gradient.
 
 From step t, the row's last, to step n its moments decay, and with them as they

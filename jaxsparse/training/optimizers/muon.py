@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Muon: steps of a matrix whose singular values are all about one.
 
 The momentum of each matrix is made nearly orthogonal by five Newton-Schulz

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizers whose cost follows the rows touched and not the rows held.
 
 They are optax transformations whose gradients are `RowGradient`s, one for each

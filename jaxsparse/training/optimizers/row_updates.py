@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Updates of some rows of a table, beside updates of whole arrays.
 
 An optimizer step on a table whose gradient is a `RowGradient` ends in a

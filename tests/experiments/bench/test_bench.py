@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Benches run, on tiny sizes, and their contenders compute the same."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The decode bench on tiny sizes: equal budgets, whole cells, its one rule."""
 
 import argparse

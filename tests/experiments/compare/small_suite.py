@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A comparison that trains in a moment."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Runs a comparison three times: stopped in its second run, ended, again.
 
   python tests/experiments/compare/stopped_comparison.py FOLDER

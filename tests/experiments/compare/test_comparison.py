@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A whole comparison: stopped, resumed, tabled and drawn."""
 
 import dataclasses

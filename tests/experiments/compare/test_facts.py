@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Generated biographies: the same from a seed, and worth what they say."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Needles: documents from a seed, whole rows of them, and what is found."""
 
 import dataclasses

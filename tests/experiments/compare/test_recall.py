@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Recall of models that are known to know everything, something or nothing."""
 
 import math

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Statistics over seeds, and the tables and pictures made of them."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Suite files, the command line, and what they refuse."""
 
 import pathlib

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What a model knows, asked where no mesh is set."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The attention module: its formula, its cache, its normalisation."""
 
 import dataclasses

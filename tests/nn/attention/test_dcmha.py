@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The parameters of composed heads, and models that have them."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sparse blocks in full: dense to begin with, and with a least number kept."""
 
 import dataclasses

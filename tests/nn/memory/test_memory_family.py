@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """PKM, PEER, Memory+ and UltraMemV2 against the official layers and oracles."""
 
 import dataclasses

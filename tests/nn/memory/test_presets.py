@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every preset works as it is, alone and in a model, whatever their width."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Row-sparse training of models that are none of ours, on meshes of others."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Libraries' kernels, interpreted on a CPU, beside our own attention."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Composition of heads: golden numbers, the official maths, its structure."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Dense attention against its definition, on one table of shapes."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """RoPE against complex rotation, and that it only knows differences."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Products with experts equal their references and read only what they need."""
 
 import argparse

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Routing by its formulas; what is sent to experts comes back."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Attention of one token, interpreted on a CPU, is our attention's."""
 
 import dataclasses

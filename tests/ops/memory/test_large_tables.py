@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Tables beyond 2^31 elements, on a CPU, in little memory.
 
 Their memory is 8 GiB that nobody has written to, of which the system provides

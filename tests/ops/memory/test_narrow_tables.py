@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A bf16 table takes half the memory of an f32 one on a CPU, too.
 
 Programs that read one hold no copy of it in f32, nor in 16 bits, and what they

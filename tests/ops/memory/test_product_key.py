@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Product keys against brute force, and the published counts of candidates."""
 
 import jax

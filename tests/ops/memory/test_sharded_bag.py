@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Every scheme on 8 devices equals the bag on one, and sends what it should."""
 
 import functools

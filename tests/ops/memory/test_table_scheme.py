@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Volumes as published in the reference's table, floors, and the choice."""
 
 import dataclasses

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The indexer: its scores, what it learns from, and what learns from it."""
 
 import functools

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Keys and values that stand for blocks, beside sums over single rows."""
 
 import jax

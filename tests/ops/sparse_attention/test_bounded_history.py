@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """A history of bounded size, beside one that is kept as a plain list."""
 
 import dataclasses

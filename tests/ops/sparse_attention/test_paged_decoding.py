@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Decoding from kept blocks is what a paged kernel does with a short table."""
 
 import functools

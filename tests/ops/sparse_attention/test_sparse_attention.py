@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Sparse attention: a prototype's numbers, and dense attention as a case of it.
 
 The fixture is what the prototype made of inputs that are drawn again here: in

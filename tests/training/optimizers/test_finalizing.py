@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """The third function of optimizers, through all that wraps them."""
 
 import jax

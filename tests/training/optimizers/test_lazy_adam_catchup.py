@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """What absent rows miss, against dense AdamW step by step in f64."""
 
 import jax

@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Muon against its plain formula, on one device and on a mesh."""
 
 import re

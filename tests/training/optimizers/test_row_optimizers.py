@@ -1,3 +1,4 @@
+# SPDX-License-Identifier: Apache-2.0
 """Optimizers of touched rows against dense ones and plain loops."""
 
 import functools
