@@ -75,9 +75,8 @@ class Inside:
     return math.prod(self.sizes[a] for a in axes)
 
 
-# Set by the door around the trace of a layer's code and by nobody else, of what
-# a program's mesh, types and modules say: a compiled program that is found
-# again by them was traced with the same.
+# Only the door sets it, around the trace of a layer's code. It follows from the
+# mesh, the arrays' types and the module, by which jit keeps its programs.
 _INSIDE: contextvars.ContextVar[Inside | None] = contextvars.ContextVar(
   'inside', default=None
 )
@@ -209,7 +208,7 @@ def part(dims: str, shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def placement(dims: str) -> jax.P | None:
-  """Sharding of a new parameter on a guest's mesh; None where nobody asks."""
+  """Sharding of a new parameter on a guest's mesh; None outside of `init`."""
   view = inside()
   if view is None or not view.is_initializing:
     return None

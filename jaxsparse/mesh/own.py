@@ -146,7 +146,7 @@ def over_tokens(function: Callable, replicated: Sequence[int] = ()) -> Callable:
 
   Arguments and results have tokens (or batch rows) as their first dimension,
   but for the positions in `replicated`, which every device gets whole and
-  marked as varying, such that their gradients are summed over the devices.
+  marked as varying: their gradients are summed over the devices.
   With no mesh set it is `function` itself.
   """
   if axis_sizes() is None:
