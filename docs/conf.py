@@ -35,6 +35,9 @@ def setup(app):
 
 
 def _escape(app, what, name, obj, options, lines):
-  """Shapes such as [*S, D] are no emphasis."""
+  """Shapes such as [*S, D] are no emphasis, and `RowGradient`s no error."""
   del app, what, name, obj, options
-  lines[:] = [re.sub(r'\*(?=\w)', r'\\*', line) for line in lines]
+  lines[:] = [
+    re.sub(r'(`[^`]+`)(?=\w)', r'\1\\ ', re.sub(r'\*(?=\w)', r'\\*', line))
+    for line in lines
+  ]
