@@ -37,7 +37,9 @@ def setup(app):
 def _escape(app, what, name, obj, options, lines):
   """Shapes such as [*S, D] are no emphasis, and `RowGradient`s no error."""
   del app, what, name, obj, options
-  lines[:] = [
-    re.sub(r'(`[^`]+`)(?=\w)', r'\1\\ ', re.sub(r'\*(?=\w)', r'\\*', line))
-    for line in lines
-  ]
+  for i, line in enumerate(lines):
+    line = re.sub(r'\*(?=\w)', r'\\*', line)
+    # Pair by pair, as a name's end is no beginning.
+    lines[i] = re.sub(
+      r'(`[^`]+`)(\w?)', lambda m: m[1] + (m[2] and rf'\ {m[2]}'), line
+    )
