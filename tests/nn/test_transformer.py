@@ -376,9 +376,10 @@ def unsharded():
   return config, *loss_and_gradients(config, make_params(config), 8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   'sizes',
-  [pytest.param((8, 1, 1), marks=pytest.mark.slow), (2, 1, 4)],
+  [(8, 1, 1), (2, 1, 4)],
   ids=str,
 )
 def test_any_mesh_gives_the_same_loss_and_gradients(unsharded, sizes):

@@ -51,9 +51,8 @@ def test_row_optimizers_give_the_same_on_every_mesh(
     np.testing.assert_allclose(a, b, atol=1e-3)
 
 
-@pytest.mark.parametrize(
-  'scheme', [pytest.param('columns', marks=pytest.mark.slow), 'rows']
-)
+@pytest.mark.slow
+@pytest.mark.parametrize('scheme', ['columns', 'rows'])
 def test_passes_and_micro_batches_change_nothing_by_rows(scheme):
   """A budget of 20 rows, of about 200 that are read, over two micro-batches."""
 

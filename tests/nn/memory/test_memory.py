@@ -47,7 +47,7 @@ def _draw(config, x, num_layers):
 
 
 # Compiled once for each config and set of shapes.
-@functools.partial(jax.jit, static_argnames=('config',))
+@functools.partial(jax.jit, static_argnames=('config', 'salt'))
 def _forward(params, x, config, **options):
   return memory_forward(params, x, config, **options)
 
@@ -162,7 +162,7 @@ def test_table_and_arithmetic_forms_of_a_bijection_agree():
     by_table,
     _forward(params, x, config),
   )
-  y, read = memory_forward(params, x, config, salt=1)
+  y, read = _forward(params, x, config, salt=1)
   assert not np.array_equal(read['slots'], by_table[1]['slots'])
   assert not np.allclose(y, by_table[0])
 

@@ -153,7 +153,7 @@ def test_attention_and_router_learn_apart():
     return run(heads, router)[1]['router_loss'].sum()
 
   def slopes(function):
-    of_heads, of_router = jax.grad(function, argnums=(0, 1))(heads, router)
+    of_heads, of_router = jax.jit(jax.grad(function, (0, 1)))(heads, router)
     return [
       max(float(jnp.abs(x).max()) for x in jax.tree.leaves(tree))
       for tree in (of_heads, of_router)
