@@ -72,7 +72,7 @@ MAX_MILLIONS = {
 
 # Another model of the same kind, but for sizes, is in the default suite.
 LARGER = (':680m', ':1b', ':1b6', ':834m', ':1b4', ':2b8', ':6b9')
-LARGER += (':405m', ':227m', ':227m_release', 'pkm:151m')
+LARGER += (':405m', ':227m', ':227m_release', 'pkm:151m', 'moe:151m')
 TRACED = [
   pytest.param(name, marks=pytest.mark.slow) if name.endswith(LARGER) else name
   for name in sorted(RECIPES)
