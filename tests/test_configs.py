@@ -220,9 +220,7 @@ def test_train_step_traces_on_a_pod(name):
 
 # Others train on one device elsewhere.
 ON_ONE_DEVICE = [
-  name
-  if name in ('dcformer:tiny', 'joined:tiny', 'moe:tiny')
-  else pytest.param(name, marks=pytest.mark.slow)
+  name if name == 'joined:tiny' else pytest.param(name, marks=pytest.mark.slow)
   for name in sorted(RECIPES)
   if name.endswith(':tiny')
 ]

@@ -37,7 +37,7 @@ def test_all_suites_are_here():
 
 
 # Others have the same sizes and more of them.
-LARGE = ('cpu_ablation', 'facts_24000', 'h100')
+LARGE = ('cpu', 'cpu_ablation', 'facts_24000', 'h100')
 
 
 @pytest.mark.parametrize(
