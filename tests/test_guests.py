@@ -199,6 +199,26 @@ def test_on_a_mesh_with_other_names(name, kind, mesh_name, split):
     assert tuple(y.sharding.spec[:2]) == (*spec, None, None)[:2]
 
 
+@pytest.mark.parametrize(
+  ('kind', 'columns'),
+  few(
+    [(EXPLICIT, ('dp', 'tp'))],
+    itertools.product((AUTO, EXPLICIT), [('dp', 'tp'), ('tp', 'dp')]),
+  ),
+)
+def test_columns_of_two_axes_keep_their_order(kind, columns):
+  """One of them splits the tokens, too."""
+  params, desired = expected('pre_values')
+  axes = mesh_lib.Axes(('dp',), (), columns)
+  layer = LAYERS['pre_values'](axes=axes)
+  mesh, x = make_mesh(dict(dp=2, tp=2), kind), inputs_of('pre_values')
+  x = jax.device_put(x, jax.NamedSharding(mesh, jax.P('dp')))
+  with jax.set_mesh(mesh):
+    run = jax.jit(functools.partial(gradient, layer))
+    actual = run(placed(params, axes, mesh), x)
+  close(actual, desired)
+
+
 @pytest.mark.parametrize('name', few(LAYERS.keys() - {'transformer'}, LAYERS))
 def test_inside_a_callers_shard_map(name):
   """All axes are Manual: each device runs the layer on its own tokens."""

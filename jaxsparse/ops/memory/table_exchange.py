@@ -83,7 +83,7 @@ class TableExchange:
       pooled = jax.lax.all_to_all(pooled, over, 0, 2, tiled=True)
     return pooled
 
-  def all_columns(self, pooled: Float[Array, 't E w']) -> Float[Array, 't E W']:
+  def all_columns(self, pooled: Float[Array, 't G w']) -> Float[Array, 't G W']:
     """Brings the columns of devices with the same tokens together.
 
     A sum of parts among zeros: unlike that of an all-gather, its type says that
@@ -92,10 +92,16 @@ class TableExchange:
     over = self._split(self.layout.alike_columns)
     if not over:
       return pooled
-    num_pieces = math.prod(self.axes[a] for a in over)
-    is_own = jnp.arange(num_pieces) == jax.lax.axis_index(over)
+    is_own = jnp.arange(self._size(over)) == jax.lax.axis_index(over)
     parts = jnp.where(is_own[None, None, :, None], pooled[:, :, None], 0)
-    return jax.lax.psum(parts, over).reshape(*pooled.shape[:-1], -1)
+    parts = jax.lax.psum(parts, over)
+    # Exchanged columns of each part are together: to the table's order.
+    first, lengths = self._alike_first()
+    lengths = [lengths[i] for i in first]
+    order = [2 + first.index(i) for i in range(len(first))]
+    parts = parts.reshape(*parts.shape[:2], *lengths, -1)
+    parts = parts.transpose(0, 1, *order, parts.ndim - 1)
+    return parts.reshape(*parts.shape[:2], -1)
 
   def all_gather_vectors(
     self, vectors: Float[Array, 't E W']
@@ -107,14 +113,28 @@ class TableExchange:
       vectors = jax.lax.all_gather(vectors, over, tiled=True)
     return vectors
 
-  def own_columns(self, x: Float[Array, 't E W']) -> Float[Array, 't E w']:
+  def own_columns(self, x: Float[Array, 't G W']) -> Float[Array, 't G w']:
     """Own columns of what devices with the same tokens have alike."""
     over = self._split(self.layout.alike_columns)
     if not over:
       return x
-    width = x.shape[-1] // math.prod(self.axes[a] for a in over)
-    start = jax.lax.axis_index(over) * width
-    return jax.lax.dynamic_slice_in_dim(x, start, width, axis=-1)
+    first, lengths = self._alike_first()
+    parts = x.reshape(*x.shape[:2], *lengths, -1)
+    parts = parts.transpose(0, 1, *(2 + i for i in first), parts.ndim - 1)
+    parts = parts.reshape(*x.shape[:2], self._size(over), -1)
+    return jax.lax.dynamic_index_in_dim(
+      parts, jax.lax.axis_index(over), axis=2, keepdims=False
+    )
+
+  def _alike_first(self) -> tuple[list[int], list[int]]:
+    """The columns' axes, alike ones first, by their places; all lengths."""
+    axes = self._split(self.layout.columns)
+    is_exchanged = [a in self.layout.tokens for a in axes]
+    first = sorted(range(len(axes)), key=lambda i: is_exchanged[i])
+    return first, [self.axes[a] for a in axes]
+
+  def _size(self, axes: tuple[str, ...]) -> int:
+    return math.prod(self.axes[a] for a in axes)
 
   def psum_products(self, parts: Float[Array, 'T k']) -> Float[Array, 't k']:
     """Sums of the device group's parts, each token's at its home."""
