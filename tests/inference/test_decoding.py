@@ -189,6 +189,7 @@ def test_the_seed_decides(params):
   assert (generate(params, seed=2) != first).any()
 
 
+@pytest.mark.slow
 def test_any_mesh_gives_the_same_tokens(params):
   prompts, sampling = [*PROMPTS, [7, 7, 7], [1]], Sampling(top_k=9, top_p=0.9)
   expected = generate(params, prompts, 4, sampling)

@@ -30,7 +30,7 @@ LAYER = dict(
   tokens=6, model_dim=8, num_keys=8, key_dim=4, num_heads=2, num_selected=4,
   value_dim=6, expansion=4, rounds=1,
 )  # fmt: skip
-BAG = dict(rows=11, width=8, tokens=6, entries=5, cores=1, groups=1, rounds=1)
+BAG = dict(rows=11, width=8, tokens=6, entries=5, cores=1, pools=1, rounds=1)
 STEP = dict(
   config='', optimizers='lazy_row_adam', tokens=4, seq_len=4, num_keys=8,
   growth=4, rounds=1,
@@ -72,11 +72,11 @@ def test_memory_layers_compute_the_same(problem, name):
 
 
 @pytest.mark.parametrize(
-  ('groups', 'cores'),
+  ('pools', 'cores'),
   few([(1, 1), (4, 2)], itertools.product([1, 4], [1, 2])),
 )
-def test_bags_compute_the_same(cores, groups):
-  options = argparse.Namespace(**BAG | dict(cores=cores, groups=groups))
+def test_bags_compute_the_same(cores, pools):
+  options = argparse.Namespace(**BAG | dict(cores=cores, pools=pools))
   passes = value_bag.contenders(options, value_bag._draw(options))
   for contenders in passes:
     (_, first), *others = contenders.items()

@@ -213,7 +213,7 @@ def test_row_adam_is_adam():
     ('row_adam', 'both', EXPLICIT),
     pytest.param('row_adam', 'rows', AUTO, marks=pytest.mark.slow),
     pytest.param('lazy_row_adam', 'columns', EXPLICIT, marks=pytest.mark.slow),
-    ('row_adagrad', 'both', AUTO),
+    pytest.param('row_adagrad', 'both', AUTO, marks=pytest.mark.slow),
     pytest.param('row_adagrad', 'whole', EXPLICIT, marks=pytest.mark.slow),
   ],
 )
