@@ -7,7 +7,6 @@ Never run; `assert_type` of what pyright takes for unknown is an error.
 from typing import Any, assert_type
 
 import jax
-import optax
 
 import jaxsparse
 from jaxsparse import (
@@ -22,6 +21,7 @@ from jaxsparse import (
   Transformer,
 )
 from jaxsparse.config import Config
+from jaxsparse.training.optimizers.finalizing import Optimizer
 
 
 def layers(x: jax.Array, tokens: jax.Array) -> None:
@@ -45,6 +45,6 @@ def functions(x: jax.Array, slot: jax.Array) -> None:
   assert_type(jaxsparse.product_key_top_m(x, x, 4), tuple[jax.Array, jax.Array])
   assert_type(jaxsparse.tucker_top_m(x, x, x, 4), tuple[jax.Array, jax.Array])
   for optimizer in (jaxsparse.row_adam(1e-3), jaxsparse.row_adagrad(1e-3)):
-    assert_type(optimizer, optax.GradientTransformationExtraArgs)
+    assert_type(optimizer, Optimizer)
   assert_type(jaxsparse.load('runs/tiny'), tuple[Config, dict[str, Any]])
   assert_type(jaxsparse.__version__, str)

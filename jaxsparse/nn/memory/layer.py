@@ -162,10 +162,13 @@ class MemoryLayer(nn.Module):
 
   def _probes(self, config, lead, dtype):
     """Zeros of this call by name [B, T, ...]; none if not asked for."""
-    shapes = dict(pooled=(config.num_pools, config.value_dim))
+    shapes: dict[str, tuple[int, ...]] = dict(
+      pooled=(config.num_pools, config.value_dim)
+    )
     if config.pre_value_dim:
       shapes['products'] = (config.num_heads * config.num_selected,)
     # Asked for by its name: all collections mutable do not ask for it.
+    assert self.scope is not None
     asked = self.scope.mutable
     makes = not isinstance(asked, bool | DenyList) and (
       self.is_mutable_collection(PROBES)
