@@ -121,7 +121,9 @@ class Parser(argparse.ArgumentParser):
     return f'there is no flag {shown(name)[1:-1]}{meant}; see --help.'
 
 
-def parse_recipe(description: str, argv: Sequence[str]) -> tuple[Config, str]:
+def parse_recipe(
+  description: str, argv: Sequence[str] | None = None
+) -> tuple[Config, str]:
   """Reads `--config=FILE`, its overrides `--config.a.b=value` and `--workdir`.
 
   `--help` prints `description` and where to start, `--help=PART` every field of
@@ -135,6 +137,7 @@ def parse_recipe(description: str, argv: Sequence[str]) -> tuple[Config, str]:
   Raises:
     UserError: a flag, the file, a field's name, type or value is wrong.
   """
+  argv = sys.argv[1:] if argv is None else argv
   _help(description, argv)
   values = _parser().parse_args(overrides.split(argv)[1])
   notes: list[str] = []
