@@ -33,11 +33,12 @@ SMALL = """
   )
 """
 RECIPE = """
-import dataclasses, runpy
+import dataclasses
 from jaxsparse import config as c
+from jaxsparse.run import recipe_files
 
 def get_config():
-  recipe = runpy.run_path({recipe!r})['get_config']()
+  recipe = recipe_files.shipped('ultramem:tiny')
   model = recipe.model
 {small}
   return dataclasses.replace(
@@ -63,7 +64,6 @@ def recipe(request, tmp_path_factory):
   path = folder / 'recipe.py'
   path.write_text(
     RECIPE.format(
-      recipe=str(ROOT / 'configs/ultramem.py:tiny'),
       small=SMALL if request.param == 'small' else '',
       text=str(folder / '*.txt'),
       cache=str(folder / 'cache'),
