@@ -150,6 +150,41 @@ def lay(x: jax.Array, spec: jax.P) -> jax.Array:
   return x
 
 
+def over_free_axes(
+  function: Callable, in_specs: tuple, out_specs: Any, check_vma: bool = True
+) -> Callable:
+  """`function` of each device's parts, by `jax.shard_map` over the free axes.
+
+  Args:
+    function: of arrays, or trees of them.
+    in_specs: of each argument, which is laid so; a spec may stand for a tree.
+    out_specs: of the result.
+    check_vma: whether JAX checks what is alike on all devices.
+  """
+  # Only where a caller maps over others: under `jax.vmap` an axis may be gone
+  # that the mesh still lists.
+  nested = dict(axis_names=set(free_axes())) if manual_axes() else {}
+  mapped = jax.shard_map(
+    function,
+    in_specs=in_specs,
+    out_specs=out_specs,
+    check_vma=check_vma,
+    **nested,
+  )
+
+  def lay_below(spec: jax.P, below: Any) -> Any:
+    return jax.tree.map(lambda x: lay(x, spec), below)
+
+  def run(*args):
+    return mapped(
+      *jax.tree.map(
+        lay_below, in_specs, args, is_leaf=lambda x: isinstance(x, jax.P)
+      )
+    )
+
+  return run
+
+
 def split(
   seen: Sequence[Names],
   declared: Mapping[int, Names],

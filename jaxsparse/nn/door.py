@@ -213,18 +213,15 @@ class _Door:
       )[kind]
       for kind in self.returns
     )
-    inputs = (variables, arrays, keys)
     in_specs = (specs, array_specs, jax.tree.map(lambda _: jax.P(), keys))
-    is_nested = bool(guest.manual_axes())
-    results, changed = jax.shard_map(
+    run = guest.over_free_axes(
       # JAX 0.10 can't lower the gradient of what is nested in another's map
       # but for its inputs.
-      jax.checkpoint(on_device) if is_nested else on_device,
-      in_specs=in_specs,
-      out_specs=(results_specs, by_token),
-      # Under `jax.vmap` an axis may be gone that the mesh still lists.
-      **(dict(axis_names=set(lengths)) if is_nested else {}),
-    )(*_laid(inputs, in_specs))
+      jax.checkpoint(on_device) if guest.manual_axes() else on_device,
+      in_specs,
+      (results_specs, by_token),
+    )
+    results, changed = run(variables, arrays, keys)
     for collection, tree in changed.items():
       for name, value in tree.items():
         module.scope.put_variable(collection, name, value)
@@ -283,16 +280,6 @@ class _Door:
       return jax.tree.map(laid, result) if kind == 'tokens' else result
 
     return tuple(map(each, self.returns, results))
-
-
-def _laid(arrays: Any, specs: Any) -> Any:
-  """Arrays of a tree that may go on where that of their specs ends."""
-  return jax.tree.map(
-    lambda spec, below: jax.tree.map(lambda x: guest.lay(x, spec), below),
-    specs,
-    arrays,
-    is_leaf=lambda x: isinstance(x, jax.P),
-  )
 
 
 def _own_key(key: jax.Array, home: Names) -> jax.Array:

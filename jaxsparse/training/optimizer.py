@@ -161,13 +161,6 @@ def make_row_optimizer(
   return with_float32_master(optimizer) if config.value_master else optimizer
 
 
-def clip_scale(norm: jax.Array, max_norm: float) -> jax.Array:
-  """Factor that brings a gradient's norm to at most `max_norm`; 0: no limit."""
-  if not max_norm:
-    return jnp.ones_like(norm)
-  return jnp.minimum(1.0, max_norm / jnp.maximum(norm, max_norm))
-
-
 def _split_over_copies(
   inner: optax.GradientTransformation, scheme: str
 ) -> optax.GradientTransformation:

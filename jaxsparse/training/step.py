@@ -27,7 +27,11 @@ from jaxsparse.training.optimizers.finalizing import (
   state_of,
   with_state,
 )
-from jaxsparse.training.optimizers.row_updates import apply_updates
+from jaxsparse.training.optimizers.row_updates import (
+  apply_updates,
+  clip_scale,
+  scaled,
+)
 
 
 @jax.tree_util.register_dataclass
@@ -130,9 +134,10 @@ def train_step(
       rounding_key,
     )
     opt_state = with_state(opt_state, optimizer_lib.VALUES, row_state)
-  scale = optimizer_lib.clip_scale(norm, config.optimizer.clip_norm)
-  scaled = jax.tree.map(lambda g: (g * scale).astype(g.dtype), grads)
-  updates, opt_state = optimizer_of(config).update(scaled, opt_state, rest)
+  scale = clip_scale(norm, config.optimizer.clip_norm)
+  updates, opt_state = optimizer_of(config).update(
+    scaled(grads, scale), opt_state, rest
+  )
   # Without their decay, too.
   updates = optimizer_lib.only_trained(config.optimizer, updates)
   rest = apply_updates(rest, updates, rounding_key)

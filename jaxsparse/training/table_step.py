@@ -24,15 +24,10 @@ from jaxsparse.nn.memory.tables import (
   TABLE_OF,
   table_scheme,
 )
-from jaxsparse.ops.memory.row_gradient import (
-  RowGradient,
-  row_gradient,
-  sort_references,
-)
 from jaxsparse.ops.memory.table_exchange import TableExchange
+from jaxsparse.ops.memory.table_reads import RowWindows
 from jaxsparse.training.optimizer import (
   VALUES,
-  clip_scale,
   labels,
   make_row_optimizer,
 )
@@ -40,7 +35,8 @@ from jaxsparse.training.optimizers import finalizing
 from jaxsparse.training.optimizers.each_device import on_each_device, specs_of
 from jaxsparse.training.optimizers.row_updates import (
   apply_updates,
-  is_row_gradient,
+  clip_scale,
+  scaled,
   squared_norm,
 )
 
@@ -126,11 +122,13 @@ def update_tables(
     many rows were read and how many of them took another pass; over all tables.
   """
   exchange = _exchange(config)
+  is_fixed = config.model.memory.table.gradient == 'deterministic'
+  budget = config.optimizer.value_row_budget
 
   def on_device(tables, state, gradients, other_square, step, key):
-    def windows_of(path, table):
+    def windows_of(path, _):
       place = jax.tree_util.keystr(path, simple=True, separator='/')
-      return _Windows(exchange, config, table, *gradients[place])
+      return RowWindows(exchange, *gradients[place], is_fixed, budget)
 
     windows = jax.tree.map_with_path(windows_of, tables)
     return _step(
@@ -157,54 +155,6 @@ def _exchange(config: Config) -> TableExchange:
   return TableExchange(layout, axes, config.model.memory.table_rows)
 
 
-class _Windows:
-  """The gradient of a device's part of one table, some rows at a time."""
-
-  def __init__(
-    self,
-    exchange: TableExchange,
-    config: Config,
-    table: jax.Array,
-    slot: jax.Array,
-    weight: jax.Array,
-    pool: jax.Array | None,
-    cotangent: jax.Array,
-  ):
-    num_rows, width = table.shape
-    slot = slot.reshape(-1, slot.shape[-1])
-    weight = weight.reshape(*slot.shape, -1)
-    pool = None if pool is None else pool.reshape(slot.shape)
-    cotangent = cotangent.reshape(len(slot), *cotangent.shape[-2:])
-    entries = exchange.gather(slot, weight.astype(cotangent.dtype), pool)
-    cotangent = exchange.all_gather_vectors(cotangent)
-    entries, self._cotangent = exchange.all_gather_replicas(
-      (entries, cotangent)
-    )
-    slot, weight, self._group = entries
-    # Else copies of a table would drift apart.
-    is_fixed = config.model.memory.table.gradient == 'deterministic'
-    self._is_deterministic = is_fixed or exchange.has_copies
-    self._weight = exchange.own_cores(weight, width)
-    self._references = sort_references(slot, num_rows, exchange.first_row())
-    self.num_distinct = self._references.num_distinct
-    most = min(slot.size, num_rows)
-    self.budget = min(config.optimizer.value_row_budget or most, most)
-    # Whether one window is sure to hold all rows, and how many it takes now.
-    self.is_one = self.budget == most
-    self.num_passes = jnp.maximum(1, -(-self.num_distinct // self.budget))
-
-  def __call__(self, index: jax.Array | int) -> RowGradient:
-    return row_gradient(
-      self._references,
-      self._weight,
-      self._cotangent,
-      self._group,
-      self.budget,
-      index * self.budget,
-      is_deterministic=self._is_deterministic,
-    )
-
-
 def _step(config, exchange, windows, tables, state, other_square, step, key):
   """One device's part of `update_tables`."""
   optimizer = make_row_optimizer(
@@ -214,13 +164,13 @@ def _step(config, exchange, windows, tables, state, other_square, step, key):
   is_one_pass = all(w.is_one for w in leaves)
   if is_one_pass:
     gradients = _rows_of(windows, 0)
-    square = _square(gradients)
+    square = squared_norm(gradients)
   else:
     # Rows beyond the budget wait for another pass; the norm needs them first.
     num_passes = exchange.pmax(jnp.stack([w.num_passes for w in leaves]).max())
 
     def add_square(i, square):
-      return square + _square(_rows_of(windows, i))
+      return square + squared_norm(_rows_of(windows, i))
 
     square = jax.lax.fori_loop(0, num_passes, add_square, jnp.float32(0))
   norm = jnp.sqrt(other_square + exchange.total(square))
@@ -228,11 +178,7 @@ def _step(config, exchange, windows, tables, state, other_square, step, key):
   origin = (exchange.first_row(), exchange.column_part())
 
   def one_pass(gradients, tables, state):
-    gradients = jax.tree.map(
-      lambda g: RowGradient(g.slot, g.value * scale),
-      gradients,
-      is_leaf=is_row_gradient,
-    )
+    gradients = scaled(gradients, scale)
     updates, state = optimizer.update(gradients, state, tables, step=step)
     return apply_updates(tables, updates, key, origin), state
 
@@ -254,8 +200,3 @@ def _step(config, exchange, windows, tables, state, other_square, step, key):
 def _rows_of(windows, index):
   """The gradient of one window of each table."""
   return jax.tree.map(lambda window: window(index), windows)
-
-
-def _square(gradients):
-  leaves = jax.tree.leaves(gradients, is_leaf=is_row_gradient)
-  return sum(squared_norm(g) for g in leaves)

@@ -85,20 +85,8 @@ def gradient_of_reads(
     )
     if not is_own_mesh:
       cotangent = exchange.own_columns(cotangent)
-    entries = exchange.gather(rows, weight.astype(cotangent.dtype), pool)
-    cotangent = exchange.all_gather_vectors(cotangent)
-    entries, cotangent = exchange.all_gather_replicas((entries, cotangent))
-    rows, weight, pool = entries
-    num_rows = exchange.num_own_rows
-    found = row_gradient(
-      sort_references(rows, num_rows, exchange.first_row()),
-      exchange.own_cores(weight, cotangent.shape[-1]),
-      cotangent,
-      pool,
-      min(rows.size, num_rows),
-      # Else copies of a part would drift apart.
-      is_deterministic=first.is_deterministic or exchange.has_copies,
-    )
+    terms = (rows, weight, pool, cotangent)
+    found = RowWindows(exchange, *terms, first.is_deterministic)(0)
     return found.slot, found.value
 
   if not free:
@@ -110,30 +98,83 @@ def gradient_of_reads(
     )
     for term in terms
   ]
-  is_nested = bool(guest.manual_axes())
-  slot, value = jax.shard_map(
+  run = guest.over_free_axes(
     on_device,
-    in_specs=(specs,),
-    out_specs=(jax.P(layout.rows or None), layout.spec),
+    (specs,),
+    (jax.P(layout.rows or None), layout.spec),
     # That copies of a part sum alike is not seen.
     check_vma=False,
-    **(dict(axis_names=set(free)) if is_nested else {}),
-  )(jax.tree.map(guest.lay, terms, specs))
+  )
+  slot, value = run(terms)
   is_cut = bool(layout.rows + layout.columns)
   return RowGradient(slot, value, layout if is_cut else None)
 
 
-def _flat(rows, weight, pool, cotangent):
-  """Arrays of one dimension of tokens."""
-  lead = rows.shape[:-1]
+class RowWindows:
+  """The gradient of a device's part of one table, some rows at a time.
 
-  def flat(x):
-    return None if x is None else x.reshape(-1, *x.shape[len(lead) :])
+  Made and called inside `jax.shard_map` where the table is cut.
+  """
 
-  cotangent = flat(cotangent)
-  if cotangent.ndim == 2:
-    cotangent = cotangent[:, None]
-  return flat(rows), flat(weight), flat(pool), cotangent
+  def __init__(
+    self,
+    exchange: TableExchange,
+    rows: Int[Array, '*T k'],
+    weight: Float[Array, '*T k c'],
+    pool: Int[Array, '*T k'] | None,
+    cotangent: Float[Array, '*T G W'],
+    is_deterministic: bool,
+    budget: int = 0,
+  ):
+    """Brings to the device what concerns its rows.
+
+    Args:
+      exchange: of the table.
+      rows: what `TableReads.terms` returns of this device's tokens, as are the
+        next three; columns of the cotangent are those it has a part of.
+      weight: of each read.
+      pool: of each read, its bag.
+      cotangent: of each bag.
+      is_deterministic: whether sums are to be in a fixed order.
+      budget: rows of a window; 0 for all that can be read.
+    """
+    rows, weight, pool, cotangent = _flat(rows, weight, pool, cotangent)
+    entries = exchange.gather(rows, weight.astype(cotangent.dtype), pool)
+    cotangent = exchange.all_gather_vectors(cotangent)
+    entries, self._cotangent = exchange.all_gather_replicas(
+      (entries, cotangent)
+    )
+    rows, weight, self._pool = entries
+    # Else copies of a table would drift apart.
+    self._is_deterministic = is_deterministic or exchange.has_copies
+    self._weight = exchange.own_cores(weight, cotangent.shape[-1])
+    num_rows = exchange.num_own_rows
+    self._references = sort_references(rows, num_rows, exchange.first_row())
+    self.num_distinct = self._references.num_distinct
+    most = min(rows.size, num_rows)
+    self.budget = min(budget or most, most)
+    # Whether one window is sure to hold all rows, and how many it takes now.
+    self.is_one = self.budget == most
+    self.num_passes = jnp.maximum(1, -(-self.num_distinct // self.budget))
+
+  def __call__(self, index: jax.Array | int) -> RowGradient:
+    return row_gradient(
+      self._references,
+      self._weight,
+      self._cotangent,
+      self._pool,
+      self.budget,
+      index * self.budget,
+      is_deterministic=self._is_deterministic,
+    )
+
+
+def _flat(*terms):
+  """Arrays of one dimension of tokens; the first is `rows`."""
+  num_leading = terms[0].ndim - 1
+  return tuple(
+    None if x is None else x.reshape(-1, *x.shape[num_leading:]) for x in terms
+  )
 
 
 def _spec(x: jax.Array, layout: TableLayout, has_columns: bool) -> jax.P:

@@ -61,13 +61,10 @@ def by_parts(update: Callable) -> Callable:
       leaves = jax.tree.leaves(updates, is_leaf=is_row_gradient)
       return [(u.slot, u.value) for u in leaves], state
 
-    inputs, in_specs = (pairs, (state, params, extra)), (pair_specs, specs)
-    pairs, state = jax.shard_map(
-      on_device,
-      in_specs=in_specs,
-      out_specs=(pair_specs, specs[0]),
-      check_vma=False,
-    )(*jax.tree.map(guest.lay, inputs, in_specs))
+    run = guest.over_free_axes(
+      on_device, (pair_specs, specs), (pair_specs, specs[0]), check_vma=False
+    )
+    pairs, state = run(pairs, (state, params, extra))
     updates = [RowGradient(*pair, layout) for pair in pairs]
     return jax.tree.unflatten(structure, updates), state
 

@@ -70,17 +70,39 @@ def _select_rows(array, slot, value):
   return jax.lax.cond(is_any, select, lambda array: array, array)
 
 
-def squared_norm(gradient: RowGradient) -> Float[Array, '']:
-  """Sum of squares, in f32. Rows held by other devices are up to the caller."""
-  return jnp.sum(jnp.square(gradient.value.astype(jnp.float32)))
+def squared_norm(gradients: optax.Updates) -> Float[Array, '']:
+  """Sum of squares of arrays and `RowGradient`s, in f32.
+
+  Rows held by other devices are up to the caller.
+  """
+  leaves = jax.tree.leaves(gradients, is_leaf=is_row_gradient)
+  arrays = (x.value if is_row_gradient(x) else x for x in leaves)
+  return sum(jnp.sum(jnp.square(x.astype(jnp.float32))) for x in arrays)
 
 
 def global_norm(gradients: optax.Updates) -> Float[Array, '']:
   """The norm of all, of arrays and `RowGradient`s, in f32."""
-  leaves = jax.tree.leaves(gradients, is_leaf=is_row_gradient)
-  arrays = (x.value if is_row_gradient(x) else x for x in leaves)
-  squares = (jnp.sum(jnp.square(x.astype(jnp.float32))) for x in arrays)
-  return jnp.sqrt(sum(squares, start=jnp.float32(0)))
+  return jnp.sqrt(squared_norm(gradients))
+
+
+def clip_scale(norm: jax.Array, max_norm: float) -> jax.Array:
+  """Factor that brings a gradient's norm to at most `max_norm`; 0: no limit."""
+  return _down_to(norm, max_norm) if max_norm else jnp.ones_like(norm)
+
+
+def _down_to(norm, max_norm):
+  return jnp.minimum(1.0, max_norm / jnp.maximum(norm, max_norm))
+
+
+def scaled(gradients: optax.Updates, scale: Float[Array, '']) -> optax.Updates:
+  """Arrays and `RowGradient`s times a scalar, in their types."""
+
+  def times(x):
+    if is_row_gradient(x):
+      return dataclasses.replace(x, value=x.value * scale)
+    return (x * scale).astype(x.dtype)
+
+  return jax.tree.map(times, gradients, is_leaf=is_row_gradient)
 
 
 def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
@@ -88,16 +110,8 @@ def clip_by_global_norm(max_norm: float) -> optax.GradientTransformation:
 
   def update(gradients, state, params=None):
     del params
-    scale = jnp.minimum(
-      1.0, max_norm / jnp.maximum(global_norm(gradients), max_norm)
-    )
-
-    def scaled(x):
-      if is_row_gradient(x):
-        return dataclasses.replace(x, value=x.value * scale)
-      return (x * scale).astype(x.dtype)
-
-    return jax.tree.map(scaled, gradients, is_leaf=is_row_gradient), state
+    scale = _down_to(global_norm(gradients), max_norm)
+    return scaled(gradients, scale), state
 
   return optax.GradientTransformation(lambda _: optax.EmptyState(), update)
 
@@ -157,12 +171,10 @@ def _apply_to_parts(param, update, key):
     origin = (exchange.first_row(), exchange.column_part())
     return _apply(param, RowGradient(slot, value), key, origin)
 
-  inputs = (param, update.slot, update.value, key)
   specs = (layout.spec, jax.P(layout.rows or None), layout.spec)
   specs += (None if key is None else jax.P(),)
-  return jax.shard_map(
-    on_device, in_specs=specs, out_specs=layout.spec, check_vma=False
-  )(*jax.tree.map(guest.lay, inputs, specs))
+  run = guest.over_free_axes(on_device, specs, layout.spec, check_vma=False)
+  return run(param, update.slot, update.value, key)
 
 
 class MasterState(NamedTuple):
