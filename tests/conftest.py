@@ -28,7 +28,12 @@ jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
-jaxtyping.install_import_hook('jaxsparse', 'beartype.beartype')
+# Where shapes are annotated; other types pyright reads, and preparing a module's
+# checks takes longer than importing it.
+jaxtyping.install_import_hook(
+  ['jaxsparse.nn', 'jaxsparse.ops', 'jaxsparse.training.optimizers'],
+  'beartype.beartype',
+)
 
 
 def pytest_collection_modifyitems(items):
