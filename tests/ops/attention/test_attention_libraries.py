@@ -30,9 +30,7 @@ CALL = libraries.Call(
 
 def make_inputs():
   rng = np.random.default_rng(0)
-  heads = [
-    rng.normal(size=(B, T, n, H)).astype(np.float32) for n in (N, K, K)
-  ]
+  heads = [rng.normal(size=(B, T, n, H)).astype(np.float32) for n in (N, K, K)]
   segments = np.ones((B, T), np.int32)
   # Two documents and padding at the end.
   segments[:, 100:], segments[:, 250:] = 2, 0

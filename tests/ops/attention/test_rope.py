@@ -16,10 +16,13 @@ def test_equals_the_complex_rotation():
   positions = np.array([[0, 1, 2, 3, 4], [7, 0, 1, 90, 5]], np.int32)
 
   @jax.jit
-  def both(*args):
-    return apply_rope(*args), apply_rope_reference(*args)
+  def both(x, positions):
+    return (
+      apply_rope(x, positions, 100.0),
+      apply_rope_reference(x, positions, 100.0),
+    )
 
-  got, expected = both(draw(2, 5, 3, 8), positions, 100.0)
+  got, expected = both(draw(2, 5, 3, 8), positions)
   np.testing.assert_allclose(got, expected, atol=1e-5)
 
 
