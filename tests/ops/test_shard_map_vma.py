@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lanes import few
 
 import jaxsparse
 from jaxsparse import mesh as mesh_lib
@@ -37,11 +38,11 @@ RNG = np.random.default_rng(0)
 
 
 def numbers(*shape):
-  return jnp.asarray(RNG.normal(size=shape), jnp.float32)
+  return RNG.normal(size=shape).astype(np.float32)
 
 
 def integers(high, *shape):
-  return jnp.asarray(RNG.integers(high, size=shape), jnp.int32)
+  return RNG.integers(high, size=shape).astype(np.int32)
 
 
 # Functions of weights and of a device's own integers or numbers.
@@ -138,14 +139,17 @@ CASES = dict(
   pools=(
     by_pools,
     (numbers(M, W), numbers(X, W, 5)),
-    jnp.array([[5, 0, 2, 1], [0, 1, 0, 4]], jnp.int32),
+    np.array([[5, 0, 2, 1], [0, 1, 0, 4]], np.int32),
   ),
   assignment=(
     by_assignment, (numbers(M, W), numbers(X, W, 5)), integers(X, N, M)
   ),
   blocks=(
     by_blocks,
-    (jax.nn.softmax(numbers(1, 2, T, 6)), jnp.full((1, 2, T), 0.6)),
+    (
+      RNG.dirichlet(np.ones(6), size=(1, 2, T)).astype(np.float32),
+      np.full((1, 2, T), 0.6, np.float32),
+    ),
     integers(2, N, 1, T, 6),
   ),
 )  # fmt: skip
@@ -169,25 +173,31 @@ def on_each_device(function):
 
 def check_gradients(function, expected, weight, own):
   with jax.set_mesh(mesh()):
-    own_placed = jax.sharding.reshard(own, jax.P('sparse'))
-    weight_placed = jax.tree.map(
-      lambda x: jax.sharding.reshard(x, jax.P()), weight
-    )
+    own_placed = jax.device_put(own, jax.P('sparse'))
+    weight_placed = jax.device_put(weight, jax.P())
     actual = jax.jit(jax.grad(on_each_device(function)))(
       weight_placed, own_placed
     )
 
-  def loss(weight):
-    return sum(jnp.square(expected(weight, own[i])).sum() for i in range(N))
+  def loss(weight, own):
+    def one(own):
+      return jnp.square(expected(weight, own)).sum()
+
+    # In a loop, which compiles faster than a copy for each device.
+    return jax.lax.map(one, own).sum()
 
   jax.tree.map(
     lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-4),
     actual,
-    jax.jit(jax.grad(loss))(weight),
+    jax.jit(jax.grad(loss))(weight, own),
   )
 
 
-@pytest.mark.parametrize('name', CASES)
+# What is slow here is a part of a case that is kept.
+IN_OTHERS = {'top_m_reference', 'dispatch', 'pools'}
+
+
+@pytest.mark.parametrize('name', few(CASES.keys() - IN_OTHERS, CASES))
 def test_gradients_are_those_of_one_device(name):
   function, weight, own = CASES[name]
   check_gradients(function, function, weight, own)
@@ -199,8 +209,8 @@ def test_rows_of_each_device_where_tokens_are_alike(is_put_back):
   exchange = TableExchange(
     mesh_lib.TABLE_LAYOUTS['rows'], dict(data=1, sparse=N, model=1), M
   )
-  slot = integers(M, T, k)
-  gain = jnp.arange(1.0, k + 1)
+  slot = jax.device_put(integers(M, T, k))
+  gain = np.arange(1, k + 1, dtype=np.float32)
 
   def function(weight, own):
     del own  # The device's number makes its order.
@@ -216,7 +226,8 @@ def test_rows_of_each_device_where_tokens_are_alike(is_put_back):
     y = jnp.where(is_own, weight, 0)
     return y * gain[None] if is_put_back else y
 
-  check_gradients(function, expected, numbers(T, k), jnp.arange(N))
+  own = np.arange(N, dtype=np.int32)
+  check_gradients(function, expected, numbers(T, k), own)
 
 
 ORDERS = dict(
@@ -247,7 +258,7 @@ def test_an_order_varies_as_what_it_sorts(name):
     return own
 
   with jax.set_mesh(mesh()):
-    own = jax.sharding.reshard(integers(M, N * T, k), jax.P('sparse'))
+    own = jax.device_put(integers(M, N * T, k), jax.P('sparse'))
     jax.eval_shape(
       jax.shard_map(
         on_device,
@@ -255,7 +266,7 @@ def test_an_order_varies_as_what_it_sorts(name):
         out_specs=jax.P('sparse'),
       ),
       own,
-      jax.sharding.reshard(integers(M, T, k), jax.P()),
+      jax.device_put(integers(M, T, k), jax.P()),
     )
   assert seen
   assert set(seen) == {frozenset({'sparse'})}

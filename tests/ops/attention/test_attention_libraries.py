@@ -15,6 +15,7 @@ from jaxsparse.ops.attention import libraries
 from jaxsparse.ops.attention.dense import attention
 
 B, T, N, K, H = 1, 256, 4, 2, 16
+ROWS = np.arange(T, dtype=np.int32)[None]
 CALL = libraries.Call(
   length=T,
   num_keys=T,
@@ -29,13 +30,11 @@ CALL = libraries.Call(
 
 def make_inputs():
   rng = np.random.default_rng(0)
-  heads = [
-    jnp.asarray(rng.normal(size=(B, T, n, H)), 'float32') for n in (N, K, K)
-  ]
+  heads = [rng.normal(size=(B, T, n, H)).astype(np.float32) for n in (N, K, K)]
   segments = np.ones((B, T), np.int32)
   # Two documents and padding at the end.
   segments[:, 100:], segments[:, 250:] = 2, 0
-  return heads, jnp.asarray(segments)
+  return heads, segments
 
 
 def value_and_gradients(function, heads):
@@ -57,10 +56,13 @@ def test_a_kernel_is_our_attention(kernel, window, monkeypatch):
   run = functools.partial(getattr(libraries, kernel), interpret=True, **how)
   monkeypatch.setitem(libraries._KERNELS, 'pallas', lambda *x, window: run(*x))
   kernel = functools.partial(
-    libraries.library_attention, 'pallas', segments=segments, window=window
+    libraries.library_attention,
+    'pallas',
+    segments=jax.device_put(segments),
+    window=window,
   )
   got = value_and_gradients(kernel, heads)
-  rows = jnp.arange(T)[None]
+  rows, segments = jax.device_put((ROWS, segments))
   want = value_and_gradients(
     lambda *x: attention(*x, rows, rows, segments, segments, window=window),
     heads,
@@ -75,9 +77,10 @@ def test_auto_takes_a_kernel_that_compiles(monkeypatch):
   monkeypatch.setitem(libraries._KERNELS, 'pallas', kernel)
   monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
   heads, segments = make_inputs()
-  heads = [jnp.tile(x, (2, 1, 1, 1)) for x in heads]
-  segments = jnp.tile(segments, (2, 1))
-  rows = jnp.tile(jnp.arange(T), (2, 1))
+  heads = [np.tile(x, (2, 1, 1, 1)) for x in heads]
+  rows, segments = jax.device_put(
+    [np.tile(x, (2, 1)) for x in (ROWS, segments)]
+  )
   chosen = []
 
   def run(*heads):
@@ -87,10 +90,10 @@ def test_auto_takes_a_kernel_that_compiles(monkeypatch):
     )
 
   with jax.set_mesh(mesh.make_mesh(2, 1, 2, devices=jax.devices()[:4])):
-    placed = [mesh.reshard(x, mesh.act('BTN.')) for x in heads]
+    placed = [jax.device_put(x, mesh.act('BTN.')) for x in heads]
     got = jax.jit(run)(*placed)
   assert chosen == ['pallas']
-  want = attention(*heads, rows, rows, segments, segments)
+  want = jax.jit(attention)(*heads, rows, rows, segments, segments)
   np.testing.assert_allclose(got, want, atol=2e-5)
 
 

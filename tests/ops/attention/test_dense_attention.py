@@ -28,13 +28,13 @@ def make_inputs(shape, dtype=jnp.float32):
   b, t, s, n, k, h = shape
   rng = np.random.default_rng(0)
   heads = [(b, t, n, h), (b, s, k, h), (b, s, k, h)]
-  arrays = [jnp.asarray(rng.normal(size=size), dtype) for size in heads]
+  arrays = [rng.normal(size=size).astype(dtype) for size in heads]
   segments = np.sort(rng.integers(0, 3, (b, s)), axis=1)
   segments[:, -1] = 2
   positions = np.stack(
     [np.arange(s) - np.searchsorted(row, row) for row in segments]
   )
-  positions, segments = jnp.asarray(positions), jnp.asarray(segments)
+  positions, segments = positions.astype(np.int32), segments.astype(np.int32)
   ids = (positions[:, -t:], positions, segments[:, -t:], segments)
   return arrays, ids
 
@@ -43,7 +43,7 @@ def value_and_gradients(function, arrays, ids):
   """One compilation for both: compiling is what takes time here."""
 
   def loss(*arrays):
-    y = function(*arrays, *ids)
+    y = function(*arrays, *map(jnp.asarray, ids))
     return jnp.sin(y).sum(), y
 
   grad = jax.jit(jax.grad(loss, (0, 1, 2), has_aux=True))
@@ -78,8 +78,8 @@ def test_any_mesh_gives_the_same(sizes, num_kv_heads):
 
   expected = value_and_gradients(attention, arrays, ids)
   with jax.set_mesh(mesh.make_mesh(*sizes)):
-    arrays = [mesh.reshard(x, mesh.act('BTNH')) for x in arrays]
-    ids = [mesh.reshard(x, mesh.act('BT')) for x in ids]
+    arrays = [jax.device_put(x, mesh.act('BTNH')) for x in arrays]
+    ids = [jax.device_put(x, mesh.act('BT')) for x in ids]
     sharded = value_and_gradients(attention, arrays, ids)
     assert jax.typeof(sharded[0]).sharding.spec == mesh.act('BTNH')
   for got, want in zip(sharded, expected, strict=True):
@@ -88,7 +88,7 @@ def test_any_mesh_gives_the_same(sizes, num_kv_heads):
 
 def test_padding_gives_zero_and_finite_gradients():
   arrays, ids = make_inputs((2, 4, 4, 2, 2, 4))
-  nothing = jnp.zeros((2, 4), jnp.int32)
+  nothing = np.zeros((2, 4), np.int32)
   ids = (ids[0], ids[1], nothing, nothing)
 
   y, *gradients = value_and_gradients(attention, arrays, ids)
@@ -98,20 +98,26 @@ def test_padding_gives_zero_and_finite_gradients():
 
 
 def test_the_mask_by_hand():
-  positions = jnp.array([[0, 0, 1, 0]])
-  segments = jnp.array([[0, 1, 1, 2]])
+  positions = np.array([[0, 0, 1, 0]], np.int32)
+  segments = np.array([[0, 1, 1, 2]], np.int32)
   expected = [[0, 0, 0, 0], [0, 1, 0, 0], [0, 1, 1, 0], [0, 0, 0, 1]]
-  mask = document_mask(positions, positions, segments, segments)
-  np.testing.assert_array_equal(mask[0], np.array(expected, bool))
+  mask = jax.jit(document_mask)(positions, positions, segments, segments)
+  np.testing.assert_array_equal(mask, np.array([expected], bool))
 
 
 @pytest.mark.parametrize('window', [1, 3])
 def test_a_window_is_what_jax_calls_one_less(window):
   """`jax.nn` counts the positions beside one's own."""
   arrays, _ = make_inputs((2, 7, 7, 4, 2, 8))
-  rows, ones = jnp.tile(jnp.arange(7), (2, 1)), jnp.ones((2, 7), jnp.int32)
-  got = attention(*arrays, rows, rows, ones, ones, window=window)
-  want = jax.nn.dot_product_attention(
-    *arrays, is_causal=True, local_window_size=(window - 1, 0)
-  )
+
+  @jax.jit
+  def both(*arrays):
+    rows, ones = jnp.tile(jnp.arange(7), (2, 1)), jnp.ones((2, 7), jnp.int32)
+    got = attention(*arrays, rows, rows, ones, ones, window=window)
+    want = jax.nn.dot_product_attention(
+      *arrays, is_causal=True, local_window_size=(window - 1, 0)
+    )
+    return got, want
+
+  got, want = both(*arrays)
   np.testing.assert_allclose(got, want, atol=1e-6)

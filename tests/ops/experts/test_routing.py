@@ -12,9 +12,21 @@ from jaxsparse.ops.experts import routing
 
 T, X, k, D = 12, 6, 3, 4
 
+# Compiled as a whole: op by op takes seconds.
+load_balance_loss = jax.jit(routing.load_balance_loss)
+dispatch_order = jax.jit(
+  routing.dispatch_order, static_argnums=1, static_argnames='first_expert'
+)
 
-def draw(*shape, seed=0, dtype=jnp.float32):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), dtype)
+
+def draw(*shape, seed=0):
+  x = np.random.default_rng(seed).normal(size=shape)
+  return jax.device_put(x.astype(np.float32))
+
+
+def softmax(logits):
+  weights = np.exp(np.asarray(logits))
+  return weights / weights.sum(-1, keepdims=True)
 
 
 @pytest.mark.parametrize('kind', ['softmax', 'sigmoid'])
@@ -24,31 +36,39 @@ def test_route_equals_its_reference(kind, normalize, has_bias):
   logits, cotangent = draw(T, X), draw(T, k, seed=1)
   bias = draw(X, seed=2) if has_bias else None
   keywords = dict(kind=kind, normalize=normalize, bias=bias)
-  results = []
-  for function in routing.route, routing.route_reference:
 
-    @jax.jit
-    def run(logits, route=function):
-      weights, vjp, experts = jax.vjp(
-        lambda logits: route(logits, k, **keywords), logits, has_aux=True
-      )
-      return weights, experts, vjp(cotangent)[0]
+  def run(route, logits):
+    weights, vjp, experts = jax.vjp(
+      lambda logits: route(logits, k, **keywords), logits, has_aux=True
+    )
+    return weights, experts, vjp(cotangent)[0]
 
-    results.append(run(logits))
+  @jax.jit
+  def both(logits):
+    return run(routing.route, logits), run(routing.route_reference, logits)
+
+  results = both(logits)
   for actual, expected in zip(*results, strict=True):
     np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6)
   if normalize:
-    np.testing.assert_allclose(results[0][0].sum(-1), 1, rtol=1e-6)
+    weights = np.asarray(results[0][0])
+    np.testing.assert_allclose(weights.sum(-1), 1, rtol=1e-6)
 
 
 def test_a_bias_moves_the_choice_and_not_the_weights():
-  logits, bias = draw(T, X), jnp.zeros(X).at[2].set(10.0)
-  weights, experts = routing.route(logits, k, normalize=False, bias=bias)
+  logits, bias = draw(T, X), 10 * np.eye(X, dtype=np.float32)[2]
+
+  @jax.jit
+  def run(bias):
+    def total(bias):
+      return routing.route(logits, k, bias=bias)[0].sum()
+
+    routed = routing.route(logits, k, normalize=False, bias=bias)
+    return *routed, jax.grad(total)(bias)
+
+  weights, experts, d_bias = map(np.asarray, run(bias))
   assert (experts[:, 0] == 2).all()
-  np.testing.assert_allclose(
-    weights[:, 0], jax.nn.softmax(logits)[:, 2], rtol=1e-6
-  )
-  d_bias = jax.grad(lambda b: routing.route(logits, k, bias=b)[0].sum())(bias)
+  np.testing.assert_allclose(weights[:, 0], softmax(logits)[:, 2], rtol=1e-6)
   assert (d_bias == 0).all()
 
 
@@ -61,41 +81,39 @@ def test_unknown_router():
 def test_load_balance_loss_is_1_when_even_and_grows_with_skew(
   num_experts_per_token,
 ):
-  even = jnp.full((T, X), 1 / X)
-  load = jnp.full(X, T * num_experts_per_token // X, jnp.int32)
-  assert routing.load_balance_loss(even, load) == pytest.approx(1)
-  skewed = (
-    jnp.zeros((T, X))
-    .at[:, :num_experts_per_token]
-    .set(1 / num_experts_per_token)
-  )
-  load = jnp.zeros(X, jnp.int32).at[:num_experts_per_token].set(T)
-  loss = routing.load_balance_loss(skewed, load)
+  even = np.full((T, X), 1 / X, np.float32)
+  load = np.full(X, T * num_experts_per_token // X, np.int32)
+  assert load_balance_loss(even, load) == pytest.approx(1)
+  is_chosen = np.arange(X) < num_experts_per_token
+  skewed = np.tile(is_chosen / np.float32(num_experts_per_token), (T, 1))
+  load = (T * is_chosen).astype(np.int32)
+  loss = load_balance_loss(skewed.astype(np.float32), load)
   assert loss == pytest.approx(X / num_experts_per_token)
 
 
 def test_load_balance_loss_is_the_formula_of_switch():
-  logits = draw(T, X)
-  shares, chosen = jax.nn.softmax(logits), jnp.argmax(logits, -1)
+  logits = np.asarray(draw(T, X))
+  shares, chosen = softmax(logits), np.argmax(logits, -1)
   expected = 0.0
   for i in range(X):
     f = sum(int(c) == i for c in chosen) / T
     expected += X * f * float(sum(shares[:, i])) / T
-  load = jnp.bincount(chosen, length=X).astype(jnp.int32)
-  loss = routing.load_balance_loss(shares, load)
+  load = np.bincount(chosen, minlength=X).astype(np.int32)
+  loss = load_balance_loss(shares, load)
   assert loss == pytest.approx(expected, rel=1e-5)
 
 
 def test_router_z_loss():
   logits = draw(2, T, X)
   expected = np.log(np.exp(np.asarray(logits)).sum(-1)) ** 2
-  assert routing.router_z_loss(logits) == pytest.approx(expected.mean())
+  loss = jax.jit(routing.router_z_loss)(logits)
+  assert loss == pytest.approx(expected.mean())
 
 
 def test_bias_term_is_zero_and_its_gradient_is_the_excess_of_load():
-  load = jnp.array([3, 0, 1], jnp.int32)
-  value, gradient = jax.value_and_grad(routing.bias_balance_term)(
-    jnp.array([0.5, -1.0, 2.0]), load
+  load = np.array([3, 0, 1], np.int32)
+  value, gradient = jax.jit(jax.value_and_grad(routing.bias_balance_term))(
+    np.array([0.5, -1.0, 2.0], np.float32), load
   )
   assert value == 0
   np.testing.assert_allclose(gradient, [5 / 12, -1 / 3, -1 / 12], rtol=1e-6)
@@ -115,7 +133,7 @@ def test_signs_of_the_bias_gradient_even_the_load():
     gradient = jax.grad(routing.bias_balance_term)(bias, load)
     return bias - 0.01 * jnp.sign(gradient), load.max() * X / load.sum()
 
-  bias, before = step(jnp.zeros(X), 0)
+  bias, before = step(np.zeros(X, np.float32), 0)
   for seed in range(1, 80):
     bias, after = step(bias, seed)
   assert before > 1.7
@@ -133,7 +151,7 @@ def test_dispatch_sorts_by_expert(experts):
     'every other': 2 * rng.integers(X // 2, size=(T, k)),
     'none here': np.full((T, k), X),
   }[experts]
-  dispatch = routing.dispatch_order(jnp.asarray(ids, jnp.int32), X)
+  dispatch = dispatch_order(ids.astype(np.int32), X)
   flat = ids.reshape(-1)
   np.testing.assert_array_equal(dispatch.order, np.argsort(flat, kind='stable'))
   np.testing.assert_array_equal(
@@ -144,8 +162,8 @@ def test_dispatch_sorts_by_expert(experts):
 
 
 def test_dispatch_to_some_of_the_experts():
-  experts = jnp.array([[5, 2], [3, 0], [2, 3]], jnp.int32)
-  dispatch = routing.dispatch_order(experts, 2, first_expert=2)
+  experts = np.array([[5, 2], [3, 0], [2, 3]], np.int32)
+  dispatch = dispatch_order(experts, 2, first_expert=2)
   np.testing.assert_array_equal(dispatch.sizes, [2, 2])
   np.testing.assert_array_equal(dispatch.order, [1, 4, 2, 5, 0, 3])
 
@@ -153,8 +171,9 @@ def test_dispatch_to_some_of_the_experts():
 def test_there_and_back_is_the_identity():
   """With weights that sum to 1, experts that do nothing change nothing."""
   x = draw(T, D)
-  weights, experts = routing.route(draw(T, X, seed=1), k)
-  dispatch = routing.dispatch_order(experts, X)
+  weights, experts = jax.jit(lambda x: routing.route(x, k))(draw(T, X, seed=1))
+  dispatch = dispatch_order(experts, X)
+  to_experts = jax.jit(lambda x: routing.to_experts(x, dispatch, k))
 
   @jax.jit
   def there_and_back(x, weights):
@@ -163,10 +182,9 @@ def test_there_and_back_is_the_identity():
 
   np.testing.assert_allclose(there_and_back(x, weights), x, rtol=1e-5)
   check_grads(there_and_back, (x, weights), 1, ['rev'], 1e-2, 1e-2)
-  rows = routing.to_experts(x, dispatch, k)
-  in_order = np.sort(np.asarray(experts).reshape(-1), kind='stable')
-  for row, assignment, expert in zip(
-    rows, dispatch.order, in_order, strict=True
-  ):
+  x, rows, order = map(np.asarray, (x, to_experts(x), dispatch.order))
+  experts = np.asarray(experts).reshape(-1)
+  in_order = np.sort(experts, kind='stable')
+  for row, assignment, expert in zip(rows, order, in_order, strict=True):
     np.testing.assert_array_equal(row, x[assignment // k])
-    assert experts.reshape(-1)[assignment] == expert
+    assert experts[assignment] == expert

@@ -28,20 +28,20 @@ def make_inputs(num_kv_heads, group, width, seed=0):
   segments[1, 10:50], segments[1, 50:120] = 1, 2
   positions[1, 50:120] = np.arange(70)
   # The last sequence is padding alone.
-  own = jnp.asarray([[99], [69], [5], [0]], jnp.int32)
-  own_segments = jnp.asarray([[1], [2], [1], [0]], jnp.int32)
+  own = np.array([[99], [69], [5], [0]], np.int32)
+  own_segments = np.array([[1], [2], [1], [0]], np.int32)
 
   def heads(*shape):
-    return jnp.asarray(rng.normal(size=(4, *shape, width)), jnp.float32)
+    return rng.normal(size=(4, *shape, width)).astype(np.float32)
 
   return (
     heads(1, num_kv_heads * group),
     heads(S, num_kv_heads),
     heads(S, num_kv_heads),
     own,
-    jnp.asarray(positions),
+    positions,
     own_segments,
-    jnp.asarray(segments),
+    segments,
   )
 
 
@@ -72,19 +72,24 @@ def test_it_is_the_definition(
 ):
   monkeypatch.setattr(kernel, '_PROGRAMS', num_programs)
   inputs = make_inputs(num_kv_heads, group, width)
-  y = attention(*inputs, window=window, implementation='pallas')
-  expected = attention_reference(*inputs, window=window)
+
+  @jax.jit
+  def both(*inputs):
+    y = attention(*inputs, window=window, implementation='pallas')
+    return y, attention_reference(*inputs, window=window)
+
+  y, expected = both(*inputs)
   np.testing.assert_allclose(y, expected, atol=1e-5)
-  assert not np.any(y[3])
+  assert not np.any(np.asarray(y)[3])
 
 
 def test_devices_run_it_on_their_own_heads(on_gpu):
   inputs = make_inputs(2, 2, 16)
-  expected = attention_reference(*inputs)
+  expected = jax.jit(attention_reference)(*inputs)
   with jax.set_mesh(mesh.make_mesh(2, 2, 2)):
     dims = ('BT..', 'BS..', 'BS..', 'BT', 'BS', 'BT', 'BS')
     placed = [
-      mesh.reshard(x, mesh.act(d)) for x, d in zip(inputs, dims, strict=True)
+      jax.device_put(x, mesh.act(d)) for x, d in zip(inputs, dims, strict=True)
     ]
     y = jax.jit(functools.partial(attention, implementation='auto'))(*placed)
   np.testing.assert_allclose(y, expected, atol=1e-5)

@@ -1,20 +1,30 @@
 # SPDX-License-Identifier: Apache-2.0
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lanes import few
 
 from jaxsparse.ops.memory import addressing
-from jaxsparse.ops.memory.addressing import look_up, split
 
 # Compiled as a whole: op by op takes seconds.
 shuffle = jax.jit(addressing.shuffle, static_argnums=(1, 2))
+split = jax.jit(addressing.split, static_argnums=1)
+
+GRIDS = [1, 2, 3, 16, 37, 255, 1000]
 
 
-@pytest.mark.parametrize('num_keys', [1, 2, 3, 16, 37, 255, 1000])
-@pytest.mark.parametrize('salt', [0, 7])
+@pytest.mark.parametrize(
+  ('num_keys', 'salt'),
+  few(
+    [*((num_keys, 0) for num_keys in GRIDS), (16, 7), (37, 7)],
+    itertools.product(GRIDS, [0, 7]),
+  ),
+)
 def test_is_a_bijection(num_keys, salt):
-  address = jnp.arange(num_keys**2, dtype=jnp.int32)
+  address = np.arange(num_keys**2, dtype=np.int32)
   virtual = np.asarray(shuffle(address, num_keys, salt))
   np.testing.assert_array_equal(np.sort(virtual), address)
 
@@ -23,10 +33,10 @@ def test_is_a_bijection(num_keys, salt):
 def test_large_grids_do_not_overflow(num_keys):
   rng = np.random.default_rng(0)
   address = np.unique(
-    rng.integers(0, num_keys**2, 300_000, dtype=np.int64)
+    rng.integers(0, num_keys**2, 100_000, dtype=np.int64)
   ).astype(np.uint32)
   address = np.concatenate([address, np.array([num_keys**2 - 1], np.uint32)])
-  virtual = np.asarray(shuffle(jnp.asarray(address), num_keys, 3), np.int64)
+  virtual = np.asarray(shuffle(address, num_keys, 3)).astype(np.int64)
   assert len(np.unique(virtual)) == len(np.unique(address))
   assert virtual.min() >= 0
   assert virtual.max() < num_keys**2
@@ -38,7 +48,7 @@ def test_large_grids_do_not_overflow(num_keys):
 def test_neighbours_spread_over_blocks_and_slots():
   num_keys, expansion = 64, 4
   num_slots = num_keys**2 // expansion
-  virtual = shuffle(jnp.arange(num_keys**2), num_keys, 0)
+  virtual = shuffle(np.arange(num_keys**2, dtype=np.int32), num_keys, 0)
   block, slot = (np.asarray(x) for x in split(virtual, num_slots))
   assert set(block) == set(range(expansion))
   # A row of the grid, and a column of it, meets all blocks about equally.
@@ -61,7 +71,7 @@ def test_square_of_candidates_collides_as_a_random_bijection_does():
   for _ in range(40):
     i, j = (rng.choice(num_keys, 30, replace=False) for _ in range(2))
     address = (i[:, None] * num_keys + j).reshape(-1).astype(np.int32)
-    slot = split(shuffle(jnp.asarray(address), num_keys, 5), num_slots)[1]
+    slot = split(shuffle(address, num_keys, 5), num_slots)[1]
     ours.append(len(np.unique(slot)))
     random = rng.choice(num_keys**2, len(address), replace=False)
     chance.append(len(np.unique(random % num_slots)))
@@ -69,19 +79,19 @@ def test_square_of_candidates_collides_as_a_random_bijection_does():
 
 
 def test_salts_give_different_bijections():
-  first, second = (shuffle(jnp.arange(4096), 64, salt) for salt in (0, 1))
+  address = np.arange(4096, dtype=np.int32)
+  first, second = (np.asarray(shuffle(address, 64, salt)) for salt in (0, 1))
   assert (first == second).mean() < 0.01
 
 
 def test_split_and_table_form():
-  permutation = jnp.asarray(np.random.default_rng(0).permutation(12))
-  virtual = look_up(jnp.array([[0, 5], [11, 3]]), permutation)
-  np.testing.assert_array_equal(
-    virtual, np.asarray(permutation)[[[0, 5], [11, 3]]]
-  )
-  block, slot = split(virtual, 3)
+  permutation = np.random.default_rng(0).permutation(12).astype(np.int32)
+  address = np.array([[0, 5], [11, 3]], np.int32)
+  virtual = np.asarray(jax.jit(addressing.look_up)(address, permutation))
+  np.testing.assert_array_equal(virtual, permutation[address])
+  block, slot = map(np.asarray, split(virtual, 3))
   np.testing.assert_array_equal(block * 3 + slot, virtual)
-  assert int(block.max()) < 4
+  assert block.max() < 4
   assert block.dtype == slot.dtype == jnp.int32
 
 

@@ -14,9 +14,11 @@ T, k, M, W = 7, 9, 23, 12
 
 def inputs(dtype=jnp.float32):
   rng = np.random.default_rng(0)
-  table = jnp.asarray(rng.normal(size=(M, W)), dtype)
-  slot = jnp.asarray(rng.integers(M, size=(T, k)), jnp.int32)
-  return table, slot, jnp.asarray(rng.normal(size=(T, W)), jnp.float32)
+  table = rng.normal(size=(M, W)).astype(dtype)
+  slot = rng.integers(M, size=(T, k)).astype(np.int32)
+  vector = rng.normal(size=(T, W)).astype(np.float32)
+  # Unlike `jnp.asarray`, without a program for each shape.
+  return jax.device_put((table, slot, vector))
 
 
 def run(function, table, slot, vector):
@@ -42,15 +44,15 @@ def test_equals_reference(way):
 
 def test_entries_not_in_use_give_and_get_nothing():
   table, slot, vector = inputs()
-  num_valid = jnp.arange(T, dtype=jnp.int32)
-  in_use = jnp.arange(k)[None] < num_valid[:, None]
+  num_valid = np.arange(T, dtype=np.int32)
+  in_use = np.arange(k)[None] < num_valid[:, None]
 
   def masked(*args):
     return jnp.where(in_use, gathered_dot_reference(*args), 0)
 
   def used(table, slot, vector):
     slot = jnp.where(in_use, slot, M + 5)
-    return gathered_dot(table, slot, vector, num_valid=num_valid)
+    return gathered_dot(table, slot, vector, num_valid=jnp.asarray(num_valid))
 
   jax.tree.map(
     lambda a, e: np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5),
@@ -60,4 +62,5 @@ def test_entries_not_in_use_give_and_get_nothing():
 
 
 def test_narrow_tables_give_wide_products():
-  assert gathered_dot(*inputs(jnp.bfloat16)).dtype == jnp.float32
+  products = jax.eval_shape(gathered_dot, *inputs(jnp.bfloat16))
+  assert products.dtype == jnp.float32

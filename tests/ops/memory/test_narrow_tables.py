@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lanes import few
 
 from jaxsparse import mesh as mesh_lib
 from jaxsparse.ops import chunking
@@ -27,14 +28,25 @@ from jaxsparse.training.optimizers import row_updates
 # Rows enough that a token's reads are little beside them.
 M, W, T, k, X = 2**15, 128, 256, 24, 128
 RNG = np.random.default_rng(0)
-TABLE = jnp.asarray(RNG.normal(size=(M, W)), jnp.bfloat16)
-SLOT = jnp.asarray(RNG.integers(M, size=(T, k)), jnp.int32)
-POOL = jnp.asarray(RNG.integers(4, size=(T, k)), jnp.int32)
-NUM_VALID = jnp.asarray(RNG.integers(k, size=T), jnp.int32)
-WEIGHT = jnp.asarray(RNG.normal(size=(T, k, 2)), jnp.float32)
-VECTOR = jnp.asarray(RNG.normal(size=(T, W)), jnp.float32)
-SIZES = jnp.full(X, T // X, jnp.int32)
-EXPERT = jnp.asarray(RNG.integers(X, size=4), jnp.int32)
+
+
+def normal(*shape, dtype=np.float32):
+  # Unlike `jnp.asarray`, without a program for each shape.
+  return jax.device_put(RNG.normal(size=shape).astype(dtype))
+
+
+def integers(high, *shape):
+  return jax.device_put(RNG.integers(high, size=shape).astype(np.int32))
+
+
+TABLE = normal(M, W, dtype=jnp.bfloat16)
+SLOT = integers(M, T, k)
+POOL = integers(4, T, k)
+NUM_VALID = integers(k, T)
+WEIGHT = normal(T, k, 2)
+VECTOR = normal(T, W)
+SIZES = jax.device_put(np.full(X, T // X, np.int32))
+EXPERT = integers(X, 4)
 
 
 def bag(table, weight, pool=None, num_pools=1, **options):
@@ -62,7 +74,7 @@ def gradient(function):
   return jax.grad(lambda table, x: jnp.square(function(table, x)).sum(), 1)
 
 
-ROWS = jnp.asarray(RNG.normal(size=(T, M // X)), jnp.float32)
+ROWS = normal(T, M // X)
 PROGRAMS = {
   'bag': bag,
   'pools': lambda table, weight: bag(table, weight, POOL, 4),
@@ -87,7 +99,7 @@ CASES = {
       of_experts,
       lambda experts, rows: assigned_matmul(rows, experts, EXPERT),
     ),
-    ROWS[:4],
+    normal(4, M // X),
   ),
 }  # fmt: skip
 
@@ -105,11 +117,14 @@ def compile_without_copy(function, *args, **options):
   return program
 
 
-@pytest.mark.parametrize('name', CASES)
+# Gradients are of programs that also read the table as the bags alone do.
+@pytest.mark.parametrize(
+  'name', few(CASES.keys() - {'pools', 'in use', 'products'}, CASES)
+)
 def test_programs_hold_no_other_copy(name):
   function, x = CASES[name]
   actual = compile_without_copy(function, TABLE, x)(TABLE, x)
-  expected = jax.jit(function)(TABLE.astype(jnp.float32), x)
+  expected = jax.jit(function)(np.asarray(TABLE).astype(np.float32), x)
   atol = 1e-5 * np.abs(expected).max()
   np.testing.assert_allclose(actual, expected, rtol=0, atol=atol)
 
@@ -128,11 +143,11 @@ def test_devices_hold_no_other_copy_of_their_part(scheme):
   with jax.set_mesh(mesh):
     tokens = jax.P(mesh_lib.TOKENS)
     slot, weight, vector = (
-      jax.sharding.reshard(x.reshape(2, -1, *x.shape[1:]), tokens)
+      jax.device_put(np.asarray(x).reshape(2, -1, *x.shape[1:]), tokens)
       for x in (SLOT, WEIGHT, VECTOR)
     )
-    vector = jax.sharding.reshard(vector, jax.P(mesh_lib.TOKENS, None, 'model'))
-    table = jax.sharding.reshard(TABLE, mesh_lib.table(scheme))
+    vector = jax.device_put(vector, jax.P(mesh_lib.TOKENS, None, 'model'))
+    table = jax.device_put(TABLE, mesh_lib.table(scheme))
     program = jax.jit(jax.grad(loss, (0, 1))).lower(weight, vector, table)
     memory = program.compile().memory_analysis()
   assert memory.temp_size_in_bytes < TABLE.nbytes / 2
@@ -142,26 +157,29 @@ def test_devices_hold_no_other_copy_of_their_part(scheme):
 def test_rows_change_in_place(has_key):
   """By a step that first reads them, with and without stochastic rounding."""
   rows = np.sort(RNG.choice(M, 50, replace=False)).astype(np.int32)
-  slot = jnp.append(rows, jnp.arange(M, M + 6, dtype=jnp.int32))
-  value = jnp.asarray(RNG.normal(size=(56, W)), jnp.float32)
+  slot = np.append(rows, np.arange(M, M + 6, dtype=np.int32))
+  value = normal(56, W)
   key = jax.random.key(0) if has_key else None
 
   def step(table, slot, value, key):
     return row_updates.apply_updates(table, RowGradient(slot, value), key)
 
-  expected = np.array(TABLE, np.float32)
-  expected[rows] += value[:50]
+  table = np.asarray(TABLE)
+  expected = table.astype(np.float32)
+  expected[rows] += np.asarray(value)[:50]
   args = (slot, value, key)
   program = compile_without_copy(step, TABLE, *args, donate_argnums=0)
-  actual = np.asarray(program(TABLE + 0, *args).astype(jnp.float32))
+  actual = program(jax.device_put(table), *args)
+  actual = np.asarray(actual).astype(np.float32)
   untouched = np.delete(np.arange(M), rows)
   np.testing.assert_array_equal(actual[untouched], expected[untouched])
   resolution = 2.0**-8 if not has_key else 2.0**-7
   np.testing.assert_allclose(actual, expected, rtol=resolution)
-  assert (actual[rows] != np.asarray(TABLE[rows], np.float32)).mean() > 0.9
+  assert (actual[rows] != table[rows].astype(np.float32)).mean() > 0.9
 
 
 def test_a_step_on_no_row_changes_nothing():
-  update = RowGradient(M + jnp.arange(4, dtype=jnp.int32), jnp.ones((4, W)))
+  rows = M + np.arange(4, dtype=np.int32)
+  update = RowGradient(*jax.device_put((rows, np.ones((4, W), np.float32))))
   new = jax.jit(row_updates.apply_updates)(TABLE, update)
   np.testing.assert_array_equal(new, TABLE)

@@ -6,10 +6,16 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsparse.ops.memory.product_key import (
-  candidates,
-  product_key_top_m,
-  product_key_top_m_reference,
+from jaxsparse.ops.memory import product_key
+from jaxsparse.ops.memory.product_key import candidates
+
+# Compiled as a whole: op by op takes seconds.
+product_key_top_m, product_key_top_m_reference = (
+  jax.jit(function, static_argnums=2)
+  for function in (
+    product_key.product_key_top_m,
+    product_key.product_key_top_m_reference,
+  )
 )
 
 
@@ -26,7 +32,7 @@ def test_counts_of_candidates(num_selected, count):
 )
 def test_equals_brute_force(num_keys, num_selected):
   rng = np.random.default_rng(num_keys)
-  row, column = jnp.asarray(rng.normal(size=(2, 30, 2, num_keys)), jnp.float32)
+  row, column = rng.normal(size=(2, 30, 2, num_keys)).astype(np.float32)
   scores, address = product_key_top_m(row, column, num_selected)
   expected, places = product_key_top_m_reference(row, column, num_selected)
   np.testing.assert_allclose(scores, expected, rtol=1e-6)
@@ -36,14 +42,14 @@ def test_equals_brute_force(num_keys, num_selected):
 
 def test_gradient_reaches_the_kept_scores_only():
   rng = np.random.default_rng(0)
-  row, column = jnp.asarray(rng.normal(size=(2, 3, 2, 8)), jnp.float32)
-  weight = jnp.asarray(rng.normal(size=(3, 2, 4)), jnp.float32)
+  row, column = rng.normal(size=(2, 3, 2, 8)).astype(np.float32)
+  weight = rng.normal(size=(3, 2, 4)).astype(np.float32)
 
   def loss(op):
     return lambda *args: jnp.sum(weight * op(*args, 4)[0])
 
   fast, slow = (
-    jax.grad(loss(op), (0, 1))(row, column)
+    jax.jit(jax.grad(loss(op), (0, 1)))(row, column)
     for op in (product_key_top_m, product_key_top_m_reference)
   )
   for a, b in zip(fast, slow, strict=True):

@@ -47,11 +47,11 @@ def inputs(num_pools=4, num_cores=2, skew='zipf'):
   pool = rng.integers(num_pools, size=(B, T, k)) if num_pools > 1 else None
   cotangent = rng.normal(size=(B, T, num_pools, W))
   return (
-    jnp.asarray(table, jnp.float32),
-    jnp.asarray(slot, jnp.int32),
-    jnp.asarray(weight, jnp.float32),
-    None if pool is None else jnp.asarray(pool, jnp.int32),
-    jnp.asarray(cotangent, jnp.float32),
+    table.astype(np.float32),
+    slot.astype(np.int32),
+    weight.astype(np.float32),
+    None if pool is None else pool.astype(np.int32),
+    cotangent.astype(np.float32),
   )
 
 
@@ -60,7 +60,7 @@ def place(scheme, table, slot, weight, pool, cotangent):
   pools = jax.P(mesh_lib.TOKENS, None, None, 'model')
   specs = (mesh_lib.table(scheme), tokens, tokens, tokens, pools)
   return [
-    x if x is None else jax.sharding.reshard(x, spec)
+    x if x is None else jax.device_put(x, spec)
     for x, spec in zip(
       (table, slot, weight, pool, cotangent), specs, strict=True
     )
@@ -91,6 +91,12 @@ def expected(*case):
   return jax.jit(functools.partial(run, reference))(*inputs(*case))
 
 
+@functools.cache
+def sharded(scheme):
+  bag = functools.partial(sharded_value_bag, scheme=scheme)
+  return jax.jit(functools.partial(run, bag))
+
+
 def check(actual, expected):
   for a, e in zip(actual, expected, strict=True):
     np.testing.assert_allclose(a, e, rtol=1e-5, atol=1e-5)
@@ -99,7 +105,7 @@ def check(actual, expected):
 @pytest.mark.parametrize(
   ('case', 'pools_and_cores', 'skew'),
   few(
-    [(CASES[i], (4, 2), 'zipf') for i in (1, 3, 4, 5)]
+    [(CASES[i], (4, 2), 'zipf') for i in (1, 3, 5)]
     + [(CASES[0], (1, 1), 'zipf'), (CASES[5], (4, 2), 'same')],
     itertools.product(CASES, [(1, 1), (4, 2)], ['zipf', 'same']),
   ),
@@ -107,19 +113,18 @@ def check(actual, expected):
 )
 def test_scheme_equals_one_device(case, pools_and_cores, skew):
   (scheme, sizes), case = case, (*pools_and_cores, skew)
-  bag = functools.partial(sharded_value_bag, scheme=scheme)
   with jax.set_mesh(mesh_lib.make_mesh(*sizes)):
     args = place(scheme, *inputs(*case))
-    pooled, d_table, d_weight = jax.jit(functools.partial(run, bag))(*args)
+    pooled, d_table, d_weight = sharded(scheme)(*args)
   check((pooled, d_table, d_weight), expected(*case))
-  assert d_table.sharding.spec == args[0].sharding.spec
-  assert d_weight.sharding.spec == args[2].sharding.spec
+  for gradient, of in ((d_table, args[0]), (d_weight, args[2])):
+    assert gradient.sharding.spec == jax.typeof(of).sharding.spec
 
 
 @pytest.mark.parametrize(
   ('scheme', 'table_gradient'),
   few(
-    [('columns', 'sorted'), ('rows', 'sorted'), ('grid', 'deterministic')],
+    [('columns', 'sorted'), ('grid', 'deterministic')],
     itertools.product(['columns', 'rows', 'grid'], ['sorted', 'deterministic']),
   ),
 )
@@ -150,12 +155,14 @@ def test_under_remat_and_summed_over_micro_batches(scheme, table_gradient):
     check(jax.jit(in_micro_batches)(*args), expected(4, 2, 'zipf'))
 
 
-@pytest.mark.parametrize('scheme', ['columns', 'rows', 'grid'])
+@pytest.mark.parametrize(
+  'scheme', few(['columns', 'grid'], ['columns', 'rows', 'grid'])
+)
 def test_bag_of_values_scaled_by_pre_values(scheme):
   """Of UltraMemV2: products with one table's rows scale those of another."""
   table, slot, weight, _, cotangent = inputs(1, 2)
-  vector = jnp.cos(jnp.arange(B * T * W, dtype=jnp.float32)).reshape(B, T, W)
-  pre_table = jnp.sin(table)
+  vector = np.cos(np.arange(B * T * W, dtype=np.float32)).reshape(B, T, W)
+  pre_table = np.sin(table)
 
   def layer(bag, products, pre_table, table, slot, weight, vector, cotangent):
     def loss(pre_table, table, weight, vector):
@@ -177,7 +184,7 @@ def test_bag_of_values_scaled_by_pre_values(scheme):
   expected = jax.jit(functools.partial(layer, reference, products))(
     pre_table, table, slot, weight, vector, cotangent
   )
-  sharded = functools.partial(
+  of_scheme = functools.partial(
     layer,
     functools.partial(sharded_value_bag, scheme=scheme),
     functools.partial(sharded_gathered_dot, scheme=scheme),
@@ -187,9 +194,11 @@ def test_bag_of_values_scaled_by_pre_values(scheme):
     table, slot, weight, _, cotangent = place(
       scheme, table, slot, weight, None, cotangent
     )
-    pre_table = jax.sharding.reshard(pre_table, mesh_lib.table(scheme))
-    vector = jax.sharding.reshard(vector, vectors)
-    actual = jax.jit(sharded)(pre_table, table, slot, weight, vector, cotangent)
+    pre_table = jax.device_put(pre_table, mesh_lib.table(scheme))
+    vector = jax.device_put(vector, vectors)
+    actual = jax.jit(of_scheme)(
+      pre_table, table, slot, weight, vector, cotangent
+    )
   for a, e in zip(actual, expected, strict=True):
     np.testing.assert_allclose(a, e, rtol=0, atol=1e-5 * np.abs(e).max())
 
@@ -197,10 +206,9 @@ def test_bag_of_values_scaled_by_pre_values(scheme):
 def test_a_slice_may_begin_inside_a_core():
   """48 columns over 8 devices, 3 cores of 16: device 2 has parts of two."""
   case = (1, 3, 'uniform')
-  bag = functools.partial(sharded_value_bag, scheme='columns')
   with jax.set_mesh(mesh_lib.make_mesh(1, 4, 2)):
     args = place('columns', *inputs(*case))
-    check(jax.jit(functools.partial(run, bag))(*args), expected(*case))
+    check(sharded('columns')(*args), expected(*case))
 
 
 def compiled_text(scheme, with_gradients):
@@ -210,8 +218,8 @@ def compiled_text(scheme, with_gradients):
   def forward(table, slot, weight, pool, cotangent):
     return bag(table, slot, weight, pool, cotangent.shape[2])
 
-  function = functools.partial(run, bag) if with_gradients else forward
-  return jax.jit(function).lower(*args).compile().as_text()
+  function = sharded(scheme) if with_gradients else jax.jit(forward)
+  return function.lower(*args).compile().as_text()
 
 
 # Of one device: its own tokens t, its group's T, its columns w of the table.

@@ -4,7 +4,6 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -29,51 +28,58 @@ OPTIONS = SparseOptions(
 
 
 run = jax.jit(functools.partial(cached_sparse_attention, options=OPTIONS))
+init = jax.jit(lambda: init_sparse_cache(B, K, 64, H, OPTIONS))
+
+
+@jax.jit
+def from_pages(query, cache, tables, num_rows):
+  """By a paged kernel; a page for each block and head, in one pool."""
+  pages = cache.pages(OPTIONS.block)
+  pool_shape = (1, -1, OPTIONS.block, H)
+  paged = paged_attention.paged_attention(
+    (query * H**-0.5).reshape(B * K, N // K, H),
+    pages.key.reshape(pool_shape),
+    pages.value.reshape(pool_shape),
+    tables.reshape(B * K, -1),
+    num_rows.reshape(-1),
+    pages_per_compute_block=1,
+    k_splits=1,
+    interpret=True,
+  )
+  return paged.reshape(query.shape)
 
 
 # The last row of a block, the first of one, and one between.
 @pytest.mark.parametrize('last', [47, 48, 59])
 def test_kept_blocks_are_a_page_table(last):
-  """Of a page for each block and key/value head, in one pool."""
   rng = np.random.default_rng(0)
   query = rng.normal(size=(B, last + 1, N, H))
   key, value = rng.normal(size=(2, B, last + 1, K, H))
   # Of the two heads one keeps fewer blocks.
   coverage = np.broadcast_to([0.1, 0.95], (B, last + 1, K))
-  inputs = [jnp.asarray(x, jnp.float32) for x in (query, key, value, coverage)]
-  segments = jnp.ones((B, last + 1), jnp.int32)
-  cache = init_sparse_cache(B, K, 64, H, OPTIONS)
+  inputs = [x.astype(np.float32) for x in (query, key, value, coverage)]
+  segments = np.ones((B, last + 1), np.int32)
+  cache = init()
   # A prompt, and single tokens after it.
   for begin, end in [(0, 44), *((i, i + 1) for i in range(44, last + 1))]:
     query, key, value, coverage = (x[:, begin:end] for x in inputs)
     arrays = SparseInputs(query, key, value, segments[:, begin:end], coverage)
-    y, cache, stats = run(arrays, cache, jnp.int32(begin))
-  num_kept = np.asarray(stats['kept'][..., 0], int)
+    y, cache, stats = run(arrays, cache, np.int32(begin))
+  num_kept = np.asarray(stats['kept'])[..., 0].astype(int)
   assert num_kept.min() < num_kept.max()
 
-  pages = cache.pages(OPTIONS.block)
-  num_blocks, own = pages.key.shape[2], last // OPTIONS.block
+  num_blocks, own = 64 // OPTIONS.block, last // OPTIONS.block
   tables = np.zeros(
     (B, K, OPTIONS.max_blocks + OPTIONS.window_blocks + 1), np.int32
   )
   for b, k in np.ndindex(B, K):
-    is_kept = np.asarray(cache.is_kept[b, k])
-    blocks = [*np.asarray(cache.kept_block[b, k])[is_kept]]
+    is_kept = np.asarray(cache.is_kept)[b, k]
+    blocks = [*np.asarray(cache.kept_block)[b, k][is_kept]]
     # The open page comes last: kernels mask by the length.
     blocks += range(own - OPTIONS.window_blocks, own + 1)
     tables[b, k, : len(blocks)] = blocks
     tables[b, k] += (b * K + k) * num_blocks
   num_rows = (num_kept + OPTIONS.window_blocks) * OPTIONS.block
   num_rows += last % OPTIONS.block + 1
-  pool_shape = (1, B * K * num_blocks, OPTIONS.block, H)
-  paged = paged_attention.paged_attention(
-    (query * H**-0.5).reshape(B * K, N // K, H),
-    pages.key.reshape(pool_shape),
-    pages.value.reshape(pool_shape),
-    jnp.asarray(tables.reshape(B * K, -1)),
-    jnp.asarray(num_rows.reshape(-1), jnp.int32),
-    pages_per_compute_block=1,
-    k_splits=1,
-    interpret=True,
-  )
-  np.testing.assert_allclose(paged.reshape(y.shape), y, rtol=0, atol=5e-7)
+  paged = from_pages(query, cache, tables, num_rows.astype(np.int32))
+  np.testing.assert_allclose(paged, y, rtol=0, atol=5e-7)
