@@ -10,6 +10,7 @@ import pytest
 from commands import exit_code
 from small_run import save_untrained
 
+from jaxsparse.analysis import plots
 from jaxsparse.config import DCMHAConfig, ModelConfig, SparseAttentionConfig
 from jaxsparse.inference.attention_maps import (
   extract_maps,
@@ -101,6 +102,7 @@ def test_a_sparse_layer_reads_kept_blocks_token_by_token(maps):
 def test_gradient_is_the_change_of_the_logit(params, maps):
   """By how much the logit moves if one query reads a little more of a key."""
   layer, head, query, key = 1, 2, LENGTH - 1, LENGTH - 3
+
   @jax.jit
   def logit_and_values(read):
     probes = {
@@ -174,7 +176,9 @@ def test_grad_cam_is_its_formula(maps):
   assert np.all(of_text[np.triu_indices(LENGTH, 1)] == 0)
 
 
-def test_report_draws_it(workdir, capsys):
+def test_report_draws_it(workdir, capsys, monkeypatch):
+  # Making room for labels takes as long as all else; other tests do it.
+  monkeypatch.setitem(plots.STYLE, 'figure.constrained_layout.use', False)
   text = 'é <b>, look(at): '
   # With the boundary as long as TOKENS: the program of `maps` reads it.
   assert 1 + len(text.encode()) == LENGTH
