@@ -23,7 +23,7 @@ def draw_params(model, deviation=0.05):
 
   def draw(path, x):
     mean = 1 if path[-1].key == 'scale' else 0
-    return jnp.asarray(rng.normal(mean, deviation, x.shape), x.dtype)
+    return jnp.asarray(rng.normal(mean, deviation, x.shape).astype(x.dtype))
 
   return jax.tree.map_with_path(draw, jax.eval_shape(init))
 
