@@ -320,9 +320,7 @@ PROCESSES = {
 }
 
 
-@pytest.mark.parametrize(
-  'name', few(['no such platform', 'no such run'], PROCESSES)
-)
+@pytest.mark.parametrize('name', few(['no such run'], PROCESSES))
 def test_as_a_process(name, folder):
   command = [part.format(folder=folder) for part in PROCESSES[name]]
   done = subprocess.run(

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -19,6 +20,23 @@ from jaxsparse.run import command_line, recipe_files
 PYTHON = [page for page in PAGES if blocks(page, 'python')]
 # Names of recipes that stand for any, and for a reader's own.
 OTHERS = ('NAME', '...', '$config', 'my_recipe.py:small')
+
+
+COMPILED = {
+  name: jax.jit(
+    getattr(nn.Module, name),
+    static_argnums=0,
+    static_argnames=('method', 'mutable'),
+  )
+  for name in ('init_with_output', 'apply')
+}
+
+
+@pytest.fixture(autouse=True)
+def _compiled_layers(monkeypatch):
+  """A layer is one program instead of a hundred small ones."""
+  for name, function in COMPILED.items():
+    monkeypatch.setattr(nn.Module, name, function)
 
 
 @pytest.mark.parametrize('page', PYTHON)

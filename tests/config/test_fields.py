@@ -4,7 +4,9 @@
 The kinds are tested on all fields at once, so that a new field is tested, too.
 """
 
+import copy
 import dataclasses
+import functools
 
 import pytest
 
@@ -58,9 +60,14 @@ def said(function, **values):
   return sentence
 
 
+@functools.cache
+def default(cls):
+  return cls()
+
+
 def checked(cls, **values):
   """Checks fields by hand: a constructor has its types checked in tests."""
-  config = cls()
+  config = copy.copy(default(cls))
   for name, value in values.items():
     setattr(config, name, value)
   fields.check(config)

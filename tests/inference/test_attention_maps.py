@@ -2,7 +2,6 @@
 """Maps of attention: rows, masks, gradients by finite differences, rollouts."""
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +10,7 @@ import pytest
 from commands import exit_code
 from small_run import save_untrained
 
+from jaxsparse.analysis import plots
 from jaxsparse.config import DCMHAConfig, ModelConfig, SparseAttentionConfig
 from jaxsparse.inference.attention_maps import (
   extract_maps,
@@ -20,6 +20,7 @@ from jaxsparse.inference.attention_maps import (
 )
 from jaxsparse.nn.attention.maps import ATTENTION_PROBES, MAPS
 from jaxsparse.nn.transformer import Transformer
+from jaxsparse.run import checkpoint
 
 LENGTH, WINDOW = 19, 5
 CONFIG = ModelConfig(
@@ -29,7 +30,7 @@ CONFIG = ModelConfig(
   num_kv_heads=2,
   head_dim=4,
   mlp_dim=16,
-  vocab_size=31,
+  vocab_size=257,
   attention_pattern=('global', 'local', 'sparse'),
   window=WINDOW,
   dcmha=DCMHAConfig(num_groups=2),
@@ -37,18 +38,20 @@ CONFIG = ModelConfig(
     block=2, tile=2, window_blocks=1, max_blocks=2, coverage_logit=0.0
   ),
 )
-TOKENS = np.random.default_rng(0).integers(31, size=LENGTH).astype(np.int32)
+TOKENS = np.random.default_rng(0).integers(257, size=LENGTH).astype(np.int32)
 
 
 @pytest.fixture(scope='module')
-def params():
-  one = jnp.ones((1, 4), jnp.int32)
-  init = jax.jit(Transformer(CONFIG).init)
-  params = init(jax.random.key(0), one, one, one)['params']
-  # Not the start, at which everything is even.
-  return jax.tree.map(
-    lambda x: x + 0.3 * jax.random.normal(jax.random.key(1), x.shape), params
-  )
+def workdir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('run')
+  (folder / 'metrics.jsonl').write_text('{"step": 1, "loss": 3.0}\n')
+  # Not as a run starts, where everything is even.
+  return save_untrained(folder, CONFIG, deviation=0.3)
+
+
+@pytest.fixture(scope='module')
+def params(workdir):
+  return checkpoint.load_params(workdir)[1]
 
 
 @pytest.fixture(scope='module')
@@ -99,40 +102,32 @@ def test_a_sparse_layer_reads_kept_blocks_token_by_token(maps):
 def test_gradient_is_the_change_of_the_logit(params, maps):
   """By how much the logit moves if one query reads a little more of a key."""
   layer, head, query, key = 1, 2, LENGTH - 1, LENGTH - 3
-  positions = jnp.arange(LENGTH)[None]
 
   @jax.jit
-  def logit(probe):
+  def logit_and_values(read):
     probes = {
       f'block_0{i}': dict(
-        attention=dict(read=probe if i == layer else jnp.zeros_like(probe))
+        attention=dict(read=read if i == layer else jnp.zeros_like(read))
       )
       for i in range(3)
     }
-    logits, _, _ = Transformer(CONFIG).apply(
+    positions = jnp.arange(LENGTH)[None]
+    (logits, _, _), shown = Transformer(CONFIG).apply(
       {'params': params, ATTENTION_PROBES: probes},
       jnp.asarray(TOKENS)[None],
       positions,
       jnp.ones_like(positions),
+      mutable=[MAPS],
     )
-    return logits[0, -1, maps.next_token]
+    value = shown[MAPS]['block_01']['attention']['value'][0]
+    return logits[0, -1, maps.next_token], value
 
-  show = jax.jit(functools.partial(Transformer(CONFIG).apply, mutable=[MAPS]))
-  _, shown = show(
-    {'params': params},
-    jnp.asarray(TOKENS)[None],
-    positions,
-    jnp.ones_like(positions),
-  )
-  value = shown[MAPS]['block_01']['attention']['value'][0]
-  more = (
-    jnp.zeros((1, LENGTH, 4, 4))
-    .at[0, query, head]
-    .set(value[0, key, head // 2])
-  )
+  more = np.zeros((1, LENGTH, 4, 4), np.float32)
+  _, value = logit_and_values(more)
+  more[0, query, head] = value[0, key, head // 2]
   step = 1e-2
-  change = (logit(step * more) - logit(-step * more)) / (2 * step)
-  assert change == pytest.approx(
+  (above, _), (below, _) = map(logit_and_values, (step * more, -step * more))
+  assert (above - below) / (2 * step) == pytest.approx(
     maps.layers[layer].gradient[head, query, key], rel=2e-2
   )
 
@@ -181,12 +176,13 @@ def test_grad_cam_is_its_formula(maps):
   assert np.all(of_text[np.triu_indices(LENGTH, 1)] == 0)
 
 
-def test_report_draws_it(tmp_path, capsys):
-  model = dataclasses.replace(CONFIG, vocab_size=257)
-  save_untrained(tmp_path, model)
-  (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss": 3.0}\n')
-  text = 'é <b>, def look(at): return'
-  assert exit_code(['report', str(tmp_path), f'--attention={text}']) == 0
+def test_report_draws_it(workdir, capsys, monkeypatch):
+  # Making room for labels takes as long as all else; other tests do it.
+  monkeypatch.setitem(plots.STYLE, 'figure.constrained_layout.use', False)
+  text = 'é <b>, look(at): '
+  # With the boundary as long as TOKENS: the program of `maps` reads it.
+  assert 1 + len(text.encode()) == LENGTH
+  assert exit_code(['report', str(workdir), f'--attention={text}']) == 0
   names = [line.split('/')[-1] for line in capsys.readouterr().out.split()]
   assert names == [
     'training.png',
@@ -197,21 +193,19 @@ def test_report_draws_it(tmp_path, capsys):
     'attention.html',
   ]
   for name in names[:-1]:
-    data = (tmp_path / 'plots' / name).read_bytes()
+    data = (workdir / 'plots' / name).read_bytes()
     assert data.startswith(b'\x89PNG')
     assert len(data) > 10_000
-  page = (tmp_path / 'plots' / 'attention.html').read_text()
+  page = (workdir / 'plots' / 'attention.html').read_text()
   assert page.count('data:image/png;base64,') == 4
   assert '>&lt;</span>' in page
   assert '<b>' not in page
 
 
-def test_report_refuses(tmp_path, capsys):
-  save_untrained(tmp_path, dataclasses.replace(CONFIG, vocab_size=257))
-  (tmp_path / 'metrics.jsonl').write_text('{"step": 1, "loss": 3.0}\n')
+def test_report_refuses(workdir, capsys):
   texts = ['', 'x' * 2048, '@nothing.txt', 'no UTF-8 \udcff']
   for text in texts:
-    assert exit_code(['report', str(tmp_path), f'--attention={text}']) == 2
+    assert exit_code(['report', str(workdir), f'--attention={text}']) == 2
   lines = capsys.readouterr().err.strip().splitlines()
   assert len(lines) == len(texts)
   for line in lines:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from small_run import draw_params
 
 from jaxsparse import mesh
 from jaxsparse.config import (
@@ -51,15 +52,16 @@ QUICKLY = {
   'xla_backend_optimization_level': 0,
   'xla_llvm_disable_expensive_passes': True,
 }
-PROMPTS = [[3, 1, 4, 1, 5], [9, 2]]
+PROMPTS = [[5, 1, 7, 7, 2, 0, 3], [8, 4, 9, 2]]
+# With the tokens that are drawn.
+LENGTH = 13
 GREEDY = Sampling(temperature=0.0)
 
 
 @pytest.fixture(scope='module')
 def params():
-  one = jnp.ones((1, 4), jnp.int32)
-  init = jax.jit(Transformer(CONFIG).init, compiler_options=QUICKLY)
-  return init(jax.random.key(0), one, one, one)['params']
+  # So large that the likeliest token hangs on what is read.
+  return draw_params(CONFIG, deviation=0.3)
 
 
 def generate(params, prompts=PROMPTS, max_tokens=6, sampling=None, seed=0):
@@ -70,21 +72,28 @@ def generate(params, prompts=PROMPTS, max_tokens=6, sampling=None, seed=0):
 
 
 @pytest.fixture(scope='module')
-def forward():
-  return jax.jit(Transformer(CONFIG).apply, compiler_options=QUICKLY)
+def forward(params):
+  """(tokens, positions and segment_ids [2, T]) -> logits [2, LENGTH, V]."""
+  apply = jax.jit(Transformer(CONFIG).apply, compiler_options=QUICKLY)
+
+  def padded(inputs):
+    more = [(0, 0), (0, LENGTH - inputs[0].shape[1])]
+    logits, _, _ = apply({'params': params}, *(np.pad(x, more) for x in inputs))
+    return np.asarray(logits)
+
+  return padded
 
 
 def test_greedy_generation_of_a_ragged_batch(params, forward):
   """Each token is the likeliest one by the full forward of all before it."""
-  drawn = generate(params, sampling=GREEDY)
-  positions = jnp.arange(11)[None]
-  for row, prompt in zip(drawn.tolist(), PROMPTS, strict=True):
+  drawn = generate(params, sampling=GREEDY).tolist()
+  inputs = np.zeros((3, 2, LENGTH), np.int32)
+  for i, (row, prompt) in enumerate(zip(drawn, PROMPTS, strict=True)):
     length = len(prompt) + len(row)
-    tokens = jnp.array([prompt + row + [0] * (11 - length)])
-    segment_ids = (positions < length).astype(jnp.int32)
-    logits, _, _ = forward({'params': params}, tokens, positions, segment_ids)
-    best = jnp.argmax(logits[0], axis=-1)[len(prompt) - 1 : length - 1]
-    assert best.tolist() == row
+    inputs[:, i, :length] = prompt + row, range(length), np.ones(length)
+  best = forward(tuple(inputs)).argmax(-1).tolist()
+  for row, prompt, of_row in zip(drawn, PROMPTS, best, strict=True):
+    assert of_row[len(prompt) - 1 :][: len(row)] == row
 
 
 SPARSE = dataclasses.replace(
@@ -154,28 +163,28 @@ def test_a_bounded_history_wants_prompts_of_one_length():
   bounded = dataclasses.replace(
     SPARSE, sparse=dataclasses.replace(SPARSE.sparse, history_blocks=2)
   )
-  with pytest.raises(UserError, match='got lengths 5 and 2'):
+  with pytest.raises(UserError, match='got lengths 7 and 4'):
     generate_tokens(bounded, {}, PROMPTS, 6, GREEDY)
 
 
 def test_a_prompt_is_read_in_chunks(params, forward, monkeypatch):
   """And what is told of it on the way is the full forward's loss."""
-  prompts, readings = [[5, 1, 7, 7, 2, 0, 3, 11], [8, 4, 9, 2, 6]], []
-  at_once = generate(params, prompts, 3, GREEDY)
+  readings = []
+  at_once = generate(params, sampling=GREEDY)
   monkeypatch.setattr(long_input, 'CHUNK', 3)
   in_chunks = np.stack(
     list(
       generate_tokens(
-        CONFIG, params, prompts, 3, GREEDY, on_reading=readings.append
+        CONFIG, params, PROMPTS, 6, GREEDY, on_reading=readings.append
       )
     ),
     axis=1,
   )
   np.testing.assert_array_equal(in_chunks, at_once)
   assert [(r.begin, r.end) for r in readings] == [(0, 3), (3, 6)]
-  inputs = left_pad(prompts)
-  logits, _, _ = forward({'params': params}, *inputs)
-  losses = token_losses(logits[:, :-1], jnp.asarray(inputs[0][:, 1:]))
+  inputs = left_pad(PROMPTS)
+  logits = forward(inputs)[:, : inputs[0].shape[1] - 1]
+  losses = np.asarray(jax.jit(token_losses)(logits, inputs[0][:, 1:]))
   is_token = inputs[2][:, :-1] > 0
   for r in readings:
     part = losses[:, r.begin : r.end], is_token[:, r.begin : r.end]
@@ -207,12 +216,15 @@ def test_tokens_come_one_by_one_and_reading_may_stop(params):
 
 
 def test_the_cache_is_written_in_place(params):
-  inputs = tuple(map(jnp.asarray, left_pad(PROMPTS)))
-  cache = init_cache(CONFIG, 2, 8)
+  inputs = left_pad(PROMPTS)
+  # As it is generated elsewhere: compiled once.
+  cache = jax.eval_shape(lambda: init_cache(CONFIG, 2, LENGTH - 1))
   compiled = decode_step.lower(
     CONFIG, GREEDY, params, cache, inputs, 0, 0
   ).compile()
-  num_bytes = sum(leaf.nbytes for leaf in jax.tree.leaves(cache))
+  num_bytes = sum(
+    leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)
+  )
   assert compiled.memory_analysis().alias_size_in_bytes == num_bytes
 
 

@@ -18,7 +18,7 @@ from jaxsparse.inference.sampling import Sampling
 from jaxsparse.nn.transformer import Transformer, init_cache
 
 CONFIG = ModelConfig(
-  num_layers=2,
+  num_layers=1,
   model_dim=16,
   num_heads=2,
   num_kv_heads=1,
@@ -31,8 +31,8 @@ SPARSE = dataclasses.replace(
   attention_pattern=('sparse',),
   sparse=SparseAttentionConfig(block=4, tile=4, window_blocks=1, max_blocks=2),
 )
-# Keys and values of two layers in float32, a position and a document.
-ROW = 2 * 2 * 4 * 4 + 4 + 4
+# A key and a value in float32, a position and a document.
+ROW = 2 * 4 * 4 + 4 + 4
 
 
 @pytest.fixture
@@ -116,24 +116,24 @@ def test_devices_of_a_cpu_share_the_hosts(free):
 def test_generation_counts_what_its_programs_hold(free, monkeypatch):
   """Before it makes a cache; where memory is ample it does not ask them."""
   monkeypatch.setattr(decoding, 'chunk_size', lambda config: 512)
-  config = dataclasses.replace(CONFIG, num_layers=1)
   one = np.ones((1, 1), np.int32)
-  init = functools.partial(Transformer(config).init, jax.random.key(0))
+  init = functools.partial(Transformer(CONFIG).init, jax.random.key(0))
   params = jax.eval_shape(init, one, one, one)['params']
   made = []
   monkeypatch.setattr(
     decoding, '_generate', lambda *args: iter(made.append(args) or ())
   )
-  prompt = np.ones(600, np.int32)
+  # After a chunk a token is left, which the step of drawing reads.
+  prompt = np.ones(513, np.int32)
 
   def generate():
-    decoding.generate_tokens(config, params, [prompt], 400, Sampling())
+    decoding.generate_tokens(CONFIG, params, [prompt], 400, Sampling())
 
-  cache = 1000 * (ROW + 8) // 2
+  cache = 913 * ROW
   # Scores of a chunk, of two heads.
-  scores = 4 * 2 * 512 * 1000
+  scores = 4 * 2 * 512 * 913
   free(cache + scores // 2)
-  with pytest.raises(UserError, match='prompt of 600 tokens'):
+  with pytest.raises(UserError, match='prompt of 513 tokens'):
     generate()
   assert not made
   free(10 * (cache + scores))

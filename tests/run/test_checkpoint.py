@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Checkpoints: any mesh, damage noticed, full disks reported."""
 
+import functools
 import gc
 import json
 import math
@@ -37,6 +38,12 @@ def make_state():
   }
 
 
+@functools.cache
+def state():
+  """Compiled once, on no mesh."""
+  return jax.jit(make_state)()
+
+
 def record_of(step):
   return {'data': [1, {'lane': step}]}
 
@@ -48,6 +55,20 @@ def save(workdir, shape=(8, 1, 1), steps=(1,), keep=2):
     for step in steps:
       checkpoints.save(step, params, optimizer, record_of(step))
     checkpoints.close()
+
+
+@pytest.fixture(scope='module')
+def saved(tmp_path_factory):
+  """Checkpoints of two steps; only to be read."""
+  folder = tmp_path_factory.mktemp('saved')
+  save(folder, steps=(1, 2))
+  return folder
+
+
+@pytest.fixture
+def two_steps(saved, tmp_path):
+  """A copy of them that a test may change."""
+  return shutil.copytree(saved, tmp_path / 'copy')
 
 
 def restore(workdir, shape=(1, 1, 1), say=print):
@@ -63,29 +84,26 @@ def largest_file(folder):
 
 
 @pytest.mark.parametrize('shape', SHAPES)
-def test_restores_on_every_mesh(tmp_path, shape):
-  save(tmp_path, (8, 1, 1))
-  step, params, optimizer, record = restore(tmp_path, shape)
-  expected, _ = make_state()
-  assert (step, record) == (1, record_of(1))
+def test_restores_on_every_mesh(saved, shape):
+  step, params, optimizer, record = restore(saved, shape)
+  expected, _ = state()
+  assert (step, record) == (2, record_of(2))
   assert int(optimizer['step']) == 7
   assert params['kernel'].sharding.spec == jax.P('data', 'model')
   assert len(params['kernel'].sharding.device_set) == np.prod(shape)
   jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
-def test_another_optimizer_is_no_damage(tmp_path):
-  save(tmp_path)
-
+def test_another_optimizer_is_no_damage(two_steps):
   def with_more_state():
     params, optimizer = make_state()
     return params, optimizer | {'v': jnp.zeros(3)}
 
   abstract = jax.eval_shape(with_more_state)
-  checkpoints = checkpoint.Checkpoints(tmp_path, 2)
+  checkpoints = checkpoint.Checkpoints(two_steps, 2)
   with pytest.raises(UserError, match='has 5 arrays where this run has 6'):
     checkpoints.restore(*abstract, print)
-  assert checkpoints.steps() == [1]
+  assert checkpoints.steps() == [1, 2]
 
 
 def test_keeps_the_last_and_reads_params_alone(tmp_path):
@@ -124,17 +142,16 @@ DAMAGES = {
 
 @pytest.mark.parametrize('damage', DAMAGES)
 @pytest.mark.parametrize('part', ['params', 'optimizer'])
-def test_damage_falls_back(tmp_path, damage, part):
-  save(tmp_path, steps=(1, 2))
-  DAMAGES[damage](largest_file(tmp_path / 'checkpoints' / '2' / part))
+def test_damage_falls_back(two_steps, damage, part):
+  DAMAGES[damage](largest_file(two_steps / 'checkpoints' / '2' / part))
   said = []
-  assert restore(tmp_path, say=said.append)[0] == 1
+  assert restore(two_steps, say=said.append)[0] == 1
   assert len(said) == 1
   assert said[0].startswith('The checkpoint of step 2 is damaged (')
-  assert (tmp_path / 'damaged' / '2').exists()
+  assert (two_steps / 'damaged' / '2').exists()
   # What was set aside no longer stands in the way of the same step.
-  save(tmp_path, steps=(2,))
-  assert restore(tmp_path)[0] == 2
+  save(two_steps, steps=(2,))
+  assert restore(two_steps)[0] == 2
 
 
 def contents(folder):
@@ -145,22 +162,21 @@ def contents(folder):
 
 
 @pytest.mark.parametrize('damage', DAMAGES)
-def test_params_are_checked_when_loaded_for_use(tmp_path, damage):
-  save(tmp_path, steps=(1, 2))
-  DAMAGES[damage](largest_file(tmp_path / 'checkpoints' / '2' / 'params'))
-  older = largest_file(tmp_path / 'checkpoints' / '1' / 'params')
-  before, said = contents(tmp_path), []
-  step, params = checkpoint.load_params(tmp_path, say=said.append)
+def test_params_are_checked_when_loaded_for_use(two_steps, damage):
+  DAMAGES[damage](largest_file(two_steps / 'checkpoints' / '2' / 'params'))
+  older = largest_file(two_steps / 'checkpoints' / '1' / 'params')
+  before, said = contents(two_steps), []
+  step, params = checkpoint.load_params(two_steps, say=said.append)
   assert step == 1
-  jax.tree.map(np.testing.assert_array_equal, params, make_state()[0])
+  jax.tree.map(np.testing.assert_array_equal, params, state()[0])
   assert len(said) == 1
   assert said[0].startswith('The checkpoint of step 2 is damaged (')
   with pytest.raises(UserError, match=r'of step 2 .* choose another of \[1, 2'):
-    checkpoint.load_params(tmp_path, 2)
-  assert contents(tmp_path) == before
+    checkpoint.load_params(two_steps, 2)
+  assert contents(two_steps) == before
   DAMAGES[damage](older)
   with pytest.raises(UserError, match='none of the checkpoints'):
-    checkpoint.load_params(tmp_path, say=said.append)
+    checkpoint.load_params(two_steps, say=said.append)
 
 
 DAMAGES_OF_ANY = DAMAGES | {
@@ -174,7 +190,7 @@ DAMAGES_OF_ANY = DAMAGES | {
 def test_any_file_may_be_damaged(tmp_path, damage):
   """What is read is bit for bit one of the two that were saved."""
   save(tmp_path / 'whole', steps=(1, 2))
-  expected, optimizer = make_state()
+  expected, optimizer = state()
   newest = tmp_path / 'whole' / 'checkpoints' / '2'
   files = sorted(p for p in newest.rglob('*') if p.is_file())
   assert len(files) > 10
@@ -197,7 +213,7 @@ def as_older(folder):
   """Rewrites a checkpoint's metadata as jaxsparse did before August 2026."""
   path = folder / '_CHECKPOINT_METADATA'
   metadata = json.loads(path.read_text())
-  params, optimizer = jax.jit(make_state)()
+  params, optimizer = state()
   metadata['custom_metadata'] = {
     'fingerprints': fingerprints.sums(
       {'params': params, 'optimizer': optimizer}
@@ -207,24 +223,22 @@ def as_older(folder):
   path.write_text(json.dumps(metadata))
 
 
-def test_older_checkpoints(tmp_path):
-  save(tmp_path, steps=(1, 2))
+def test_older_checkpoints(two_steps):
   for step in (1, 2):
-    as_older(tmp_path / 'checkpoints' / str(step))
-  assert checkpoint.load_params(tmp_path)[0] == 2
-  assert restore(tmp_path)[::3] == (2, {'data': 5})
-  assert checkpoint.read_record(tmp_path) == {'data': 5}
-  flip_bit(largest_file(tmp_path / 'checkpoints' / '2' / 'params'))
-  assert checkpoint.load_params(tmp_path)[0] == 1
-  assert restore(tmp_path)[0] == 1
+    as_older(two_steps / 'checkpoints' / str(step))
+  assert checkpoint.load_params(two_steps)[0] == 2
+  assert restore(two_steps)[::3] == (2, {'data': 5})
+  assert checkpoint.read_record(two_steps) == {'data': 5}
+  flip_bit(largest_file(two_steps / 'checkpoints' / '2' / 'params'))
+  assert checkpoint.load_params(two_steps)[0] == 1
+  assert restore(two_steps)[0] == 1
 
 
-def test_all_damaged_is_not_a_fresh_start(tmp_path):
-  save(tmp_path, steps=(1, 2))
+def test_all_damaged_is_not_a_fresh_start(two_steps):
   for step in (1, 2):
-    flip_bit(largest_file(tmp_path / 'checkpoints' / str(step) / 'params'))
+    flip_bit(largest_file(two_steps / 'checkpoints' / str(step) / 'params'))
   with pytest.raises(UserError, match='none of the checkpoints'):
-    restore(tmp_path)
+    restore(two_steps)
 
 
 def change_digit(path):
@@ -244,26 +258,24 @@ RECORD_DAMAGES = {
 
 
 @pytest.mark.parametrize('damage', RECORD_DAMAGES)
-def test_a_damaged_record_falls_back(tmp_path, damage):
-  save(tmp_path, steps=(1, 2))
-  assert checkpoint.read_record(tmp_path) == record_of(2)
+def test_a_damaged_record_falls_back(two_steps, damage):
+  assert checkpoint.read_record(two_steps) == record_of(2)
   RECORD_DAMAGES[damage](
-    tmp_path / 'checkpoints' / '2' / '_CHECKPOINT_METADATA'
+    two_steps / 'checkpoints' / '2' / '_CHECKPOINT_METADATA'
   )
-  assert checkpoint.read_record(tmp_path) == record_of(1)
+  assert checkpoint.read_record(two_steps) == record_of(1)
   said = []
-  step, _, _, record = restore(tmp_path, say=said.append)
+  step, _, _, record = restore(two_steps, say=said.append)
   assert (step, record) == (1, record_of(1))
   assert said[0].startswith('The checkpoint of step 2 is damaged (')
 
 
-def test_damage_of_an_older_step_stops_no_save(tmp_path):
-  save(tmp_path, steps=(1, 2))
+def test_damage_of_an_older_step_stops_no_save(two_steps):
   for name in ('1', '2'):
-    metadata = tmp_path / 'checkpoints' / name / '_CHECKPOINT_METADATA'
+    metadata = two_steps / 'checkpoints' / name / '_CHECKPOINT_METADATA'
     metadata.write_text('[]')
-  save(tmp_path, steps=(3, 4, 5))
-  assert checkpoint.load_params(tmp_path)[0] == 5
+  save(two_steps, steps=(3, 4, 5))
+  assert checkpoint.load_params(two_steps)[0] == 5
 
 
 def test_what_a_killed_save_left_is_removed(tmp_path):
@@ -289,7 +301,7 @@ def test_arrays_may_be_overwritten_after_save(tmp_path):
 def test_deleted_between_saves(tmp_path):
   checkpoints = checkpoint.Checkpoints(tmp_path, 2)
   for step in range(1, 5):
-    checkpoints.save(step, *make_state(), {})
+    checkpoints.save(step, *state(), {})
     checkpoints.wait()
     if step == 3:
       shutil.rmtree(tmp_path / 'checkpoints')
@@ -309,12 +321,12 @@ def test_deleted_while_it_is_written(tmp_path, monkeypatch):
   monkeypatch.setattr(
     checkpoint.ocp, 'save_checkpointables_async', lambda *_, **__: Failing()
   )
-  checkpoints.save(1, *make_state(), {})
+  checkpoints.save(1, *state(), {})
   with pytest.raises(UserError, match='step 1 was deleted'):
     checkpoints.wait()
-  checkpoints.save(2, *make_state(), {})
+  checkpoints.save(2, *state(), {})
   monkeypatch.setattr(checkpoint.ocp, 'save_checkpointables_async', start)
-  checkpoints.save(3, *make_state(), {})
+  checkpoints.save(3, *state(), {})
   assert checkpoints.steps() == [3]
   checkpoints.close()
   assert checkpoint.load_params(tmp_path)[0] == 3
@@ -333,14 +345,14 @@ def test_a_file_in_place_of_the_folder(tmp_path):
 )
 def test_saves_leave_no_threads_and_descriptors_behind(tmp_path, count):
   def used():
+    checkpoints.wait()  # A save that is under way holds files open.
     gc.collect()  # Orbax's event loops hold three descriptors each until then.
     folders = [pathlib.Path('/proc/self', kind) for kind in ('fd', 'task')]
     return [len(list(folder.iterdir())) for folder in folders]
 
-  params, optimizer = jax.jit(make_state)()
   checkpoints = checkpoint.Checkpoints(tmp_path, 1)
   for step in range(count * 5 // 4):
-    checkpoints.save(step, params, optimizer, {})
+    checkpoints.save(step, *state(), {})
     if step == count // 4:
       before = used()
   after = used()
@@ -351,7 +363,6 @@ def test_saves_leave_no_threads_and_descriptors_behind(tmp_path, count):
 
 def test_keeps_the_best_beside_the_newest(tmp_path):
   losses = {1: 4.0, 2: 2.0, 3: math.nan, 4: 3.0, 5: 5.0, 6: 2.5}
-  state = jax.jit(make_state)()
 
   def run(steps, keep_best):
     checkpoints = checkpoint.Checkpoints(tmp_path, 1, keep_best)
@@ -359,7 +370,7 @@ def test_keeps_the_best_beside_the_newest(tmp_path):
       if step < steps[0]:
         checkpoints.note_loss(step, loss)
     for step in steps:
-      checkpoints.save(step, *state, {})
+      checkpoints.save(step, *state(), {})
       checkpoints.note_loss(step, losses[step])
     checkpoints.close()
     return checkpoint.stored.steps_in(tmp_path)
@@ -409,9 +420,9 @@ def test_full_disk_takes_no_older_checkpoint(tmp_path):
     save(tmp_path, keep=1)
     checkpoints = checkpoint.Checkpoints(tmp_path, 1)
     (tmp_path / 'filler').write_bytes(bytes(2**17))
-    checkpoints.save(2, *make_state(), {})
+    checkpoints.save(2, *state(), {})
     with pytest.raises(UserError, match='could not be written'):
-      checkpoints.save(3, *make_state(), {})
+      checkpoints.save(3, *state(), {})
     assert checkpoints.steps() == [1]
     checkpoints.close()
     assert checkpoint.load_params(tmp_path)[0] == 1

@@ -7,6 +7,7 @@ goes through what `train.py` reads, `jaxsparse.cli.cost` and the flags of
 """
 
 import dataclasses
+import functools
 import random
 
 import jax
@@ -71,6 +72,7 @@ GENERATE = (
 STRAY = ('--lr=1', '-x', 'word', '--workdi', '--', '--a\0')
 
 
+@functools.cache
 def fitting(path: str) -> list[str]:
   """The texts that are of the field's type."""
   holder = Config
@@ -88,9 +90,6 @@ def fitting(path: str) -> list[str]:
   return found
 
 
-FITTING = {path: fitting(path) for path in PATHS}
-
-
 def draw(rng: random.Random) -> list[str]:
   """Flags of one case."""
   flags = []
@@ -98,7 +97,7 @@ def draw(rng: random.Random) -> list[str]:
     is_field = rng.random() < 0.9
     path = rng.choice(PATHS if is_field else BROKEN_PATHS)
     fits = is_field and rng.random() < 0.6
-    value = rng.choice(FITTING[path] if fits else ODD)
+    value = rng.choice(fitting(path) if fits else ODD)
     flag = f'--config.{path}'
     form = rng.random()
     if form < 0.05:
@@ -176,9 +175,9 @@ def num_accepted(seeds, capsys) -> int:
 
 def test_overrides_end_in_a_sentence_or_a_model(capsys):
   # Both ends are come to.
-  assert 5 < num_accepted(range(60), capsys) < 45
+  assert 1 < num_accepted(range(15), capsys) < 12
 
 
 @pytest.mark.slow
-def test_2000_overrides(capsys):
-  assert num_accepted(range(60, 2060), capsys) > 150
+def test_2045_overrides(capsys):
+  assert num_accepted(range(15, 2060), capsys) > 150

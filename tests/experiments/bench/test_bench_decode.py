@@ -80,7 +80,7 @@ def test_all_models_have_a_complete_record(report):
 @pytest.mark.parametrize(
   ('group', 'family'),
   few(
-    [(1, 'own'), (8, '680m')],
+    [(8, 'own')],
     itertools.product([1, 4, 8], decode_models.FAMILIES),
   ),
 )
@@ -123,7 +123,7 @@ def test_the_family_of_680m_is_the_published_one(monkeypatch, tmp_path):
 
 @pytest.mark.parametrize('name', few(['ultramem'], ['dense', 'ultramem']))
 def test_the_cache_stays_in_place(name):
-  options = _options(context=512, layers=4, models=name)
+  options = _options(context=512, models=name)
   model = decode_models.make_models(options, 1)[name]
   cell = decode.Cell(
     {name: model}, {name: decode_models.draw_params(model)}, options, 16,
@@ -192,8 +192,10 @@ def test_no_step_casts_all_experts(batch_size):
   """In bf16 a copy in f32 would be twice what the baseline must read."""
   options = _options(models='moe', dtype='bfloat16')
   model = decode_models.make_models(options, 1)['moe']
-  params = decode_models.draw_params(model)
-  cache = decode_program.fill_cache(model, batch_size, 8)
+  params = jax.eval_shape(lambda: decode_models.draw_params(model))
+  cache = jax.eval_shape(
+    lambda: decode_program.fill_cache(model, batch_size, 8)
+  )
   tokens = decode_program.draw_tokens(
     'uniform', 2, batch_size, model.vocab_size
   )
