@@ -323,10 +323,11 @@ def test_a_shared_table_and_a_part_of_the_parameters():
 
 
 def test_mutable_collections_and_an_auxiliary_value_are_kept():
-  _, ((value, sown), _), ((desired, as_sown), _) = of_shared()
+  params, ((value, sown), rows), ((desired, as_sown), dense) = of_shared()
   np.testing.assert_allclose(value, desired, rtol=1e-6)
   assert set(sown) == {'intermediates'}
   close(sown, as_sown)
+  close(dense_tables(rows, params), dense, atol=1e-4)
 
 
 def test_parameters_of_another_making_are_refused():
