@@ -17,6 +17,7 @@ import sys
 import tarfile
 
 import pytest
+from commands import exit_code
 
 ROOT = pathlib.Path(__file__).parents[1]
 FIXTURES = pathlib.Path(__file__).parent / 'fixtures'
@@ -64,11 +65,13 @@ def test_the_run_goes_on_with_its_old_losses(folder):
   assert after == pytest.approx(before, rel=1e-6)
 
 
-def test_old_parameters_are_sampled_and_pictures_drawn(folder):
-  said = run(
-    folder, '-m', 'jaxsparse', 'generate', '--workdir=w', '--prompt=sun',
-    '--max_tokens=4',
-  )  # fmt: skip
-  assert said.startswith('sun')
-  assert 'training.png' in run(folder, '-m', 'jaxsparse', 'report', 'w')
+def test_old_parameters_are_sampled_and_pictures_drawn(
+  folder, monkeypatch, capsys
+):
+  monkeypatch.chdir(folder)
+  argv = ['generate', '--workdir=w', '--prompt=sun', '--max_tokens=4']
+  assert exit_code(argv) == 0
+  assert capsys.readouterr().out.startswith('sun')
+  assert exit_code(['report', 'w']) == 0
+  assert 'training.png' in capsys.readouterr().out
   assert (folder / 'w/plots/training.png').stat().st_size > 10_000

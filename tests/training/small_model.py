@@ -34,9 +34,10 @@ CONFIG = Config(
       num_keys=16,
       key_dim=8,
       num_selected=6,
-      value_dim=8,
+      # Wide enough to be split.
+      value_dim=16,
       query_conv_taps=3,
-      placements=((0, 1), (1, 1)),
+      placements=((0, 1),),
     ),
   ),
   data=DataConfig(seq_len=16, batch_size=16),
@@ -96,12 +97,17 @@ def first_state(config):
 
 
 @functools.cache
+def compiled_step(config):
+  """The train step, which keeps the state that it is given."""
+  return jax.jit(functools.partial(train_step, config), donate_argnums=0)
+
+
+@functools.cache
 def run(config, shape):
   """Losses of the first steps, and the state after them."""
   with jax.set_mesh(make_mesh(shape)):
     state = first_state(config)
-    step = jax.jit(functools.partial(train_step, config), donate_argnums=0)
-    losses = []
+    step, losses = compiled_step(config), []
     for seed in range(3):
       state, metrics = step(state, evaluation.to_global(make_batch(seed)))
       losses.append(float(metrics['loss']))
@@ -112,10 +118,14 @@ def losses_on_one_device():
   return run(CONFIG, (1, 1, 1))[0]
 
 
-def with_tables(scheme='auto', value_optimizer='adamw', **settings):
-  """CONFIG with a table wide enough to be split, and its optimizer."""
+def with_tables(
+  scheme='auto', value_optimizer='adamw', placements=((0, 1),), **settings
+):
+  """CONFIG with its tables split, and with their optimizer."""
   memory = dataclasses.replace(
-    CONFIG.model.memory, table=TableConfig(scheme=scheme), value_dim=16
+    CONFIG.model.memory,
+    table=TableConfig(scheme=scheme),
+    placements=placements,
   )
   return dataclasses.replace(
     CONFIG,

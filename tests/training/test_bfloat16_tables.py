@@ -98,7 +98,7 @@ def step(value_optimizer, where=ONE, *, value_master=False):
 @pytest.mark.parametrize(
   'value_optimizer',
   [
-    'adamw',
+    pytest.param('adamw', marks=pytest.mark.slow),
     'row_adam',
     pytest.param('lazy_row_adam', marks=pytest.mark.slow),
     pytest.param('row_adagrad', marks=pytest.mark.slow),

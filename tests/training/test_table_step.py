@@ -23,10 +23,12 @@ from jaxsparse.training import evaluation
 from jaxsparse.training.step import init_state, train_step
 from jaxsparse.training.table_step import split_tables
 
+TWO = ((0, 1), (1, 1))
+
 
 @functools.cache
-def run_rows(value_optimizer, scheme, shape, **settings):
-  return run(with_tables(scheme, value_optimizer, **settings), shape)
+def run_rows(value_optimizer, scheme, shape):
+  return run(with_tables(scheme, value_optimizer, TWO), shape)
 
 
 @pytest.mark.parametrize(
@@ -83,8 +85,9 @@ def test_first_step_by_rows_is_the_dense_one():
       metrics, params = first_step(config)
     return metrics, params['block_01']['memory']['value_table']
 
-  dense, table = first(with_tables(clip_norm=0.1))
-  rows, row_table = first(with_tables('rows', 'row_adam', clip_norm=0.1))
+  settings = dict(placements=TWO, clip_norm=0.1)
+  dense, table = first(with_tables(**settings))
+  rows, row_table = first(with_tables('rows', 'row_adam', **settings))
   np.testing.assert_allclose(rows['grad_norm'], dense['grad_norm'], rtol=1e-5)
   assert dense['grad_norm'] > 0.1
   # Adam's first step is of the full rate, but for gradients near epsilon.

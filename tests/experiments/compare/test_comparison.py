@@ -38,6 +38,13 @@ def finished(tmp_path_factory):
   return facts_suite(folder / 'cache'), folder / 'work', starts
 
 
+@pytest.fixture(scope='module')
+def planned(finished):
+  """Its runs; their sizes take a while to find."""
+  suite, work, _ = finished
+  return runs.plan(suite, str(work))
+
+
 def test_finished_runs_are_not_trained_again(finished):
   _, _, starts = finished
   # Two starts, the second stopped; one to go on; none when all is done.
@@ -63,14 +70,14 @@ def test_results_stand_alone(finished):
   assert list(sparse['usage_fraction']) == ['block_00']
 
 
-def test_one_start_at_a_time(finished, tmp_path):
+def test_one_start_at_a_time(finished, planned, tmp_path):
   suite, work, _ = finished
   with (
     workdir_lock.held(work),
     pytest.raises(UserError, match='is in use by process'),
   ):
     entry.compare(suite, str(work))
-  run = runs.plan(suite, str(tmp_path))[0]
+  run = dataclasses.replace(planned[0], folder=tmp_path / 'run')
   with (
     workdir_lock.held(run.folder),
     pytest.raises(UserError, match='is in use by process'),
@@ -79,9 +86,8 @@ def test_one_start_at_a_time(finished, tmp_path):
 
 
 @pytest.mark.parametrize('content', [b'', b'[]', b'{}', b'\xff'])
-def test_a_damaged_result_is_named(content, finished, tmp_path):
-  suite, work, _ = finished
-  run = dataclasses.replace(runs.plan(suite, str(work))[0], folder=tmp_path)
+def test_a_damaged_result_is_named(content, planned, tmp_path):
+  run = dataclasses.replace(planned[0], folder=tmp_path)
   (tmp_path / runs.RESULT).write_bytes(content)
   with pytest.raises(UserError, match='is damaged: remove it'):
     runs.finished(run)
@@ -106,10 +112,9 @@ def test_another_config_is_refused_in_the_same_workdir(finished):
     entry.compare(changed, str(work))
 
 
-def test_a_result_from_before_a_field_existed_stands(finished, tmp_path):
+def test_a_result_from_before_a_field_existed_stands(planned, tmp_path):
   """Without it the model was what it is with its default, no other."""
-  suite, work, _ = finished
-  run = runs.plan(suite, str(work))[1]
+  run = planned[1]
   result = json.loads((run.folder / runs.RESULT).read_text())
   run = dataclasses.replace(run, folder=tmp_path)
   del result['config']['model']['rope_fraction']
@@ -125,27 +130,25 @@ def test_a_result_from_before_a_field_existed_stands(finished, tmp_path):
     runs.finished(run)
 
 
-def test_other_batches_are_refused(finished, tmp_path):
-  suite, work, _ = finished
+def test_other_batches_are_refused(finished, planned, tmp_path):
+  _, work, _ = finished
   results = json.loads((work / 'comparison.json').read_text())['runs']
   other = dict(results[0], batches='those of another text')
-  run = runs.plan(suite, str(tmp_path))[0]
+  run = dataclasses.replace(planned[0], folder=tmp_path / 'run')
   with pytest.raises(UserError, match='would train on other batches'):
     runs.train(run, Reporter(is_silent=True), [other])
 
 
 def test_seeds_are_complete_one_after_another(tmp_path):
   suite = facts_suite(tmp_path, seeds=(0, 1), people=(12, 24))
-  planned = [
-    (run.seed, run.people, run.architecture) for run in runs.plan(suite, 'work')
-  ]
-  assert planned == [
+  found = runs.plan(suite, 'work')
+  assert [(run.seed, run.people, run.architecture) for run in found] == [
     (seed, people, name)
     for seed in (0, 1)
     for people in (12, 24)
     for name in ('dense', 'ultramem')
   ]
-  assert len({run.folder for run in runs.plan(suite, 'work')}) == 8
+  assert len({run.folder for run in found}) == 8
 
 
 def test_steps_are_such_that_facts_are_seen_equally_often(tmp_path):

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from lanes import few
 
 from jaxsparse import mesh as mesh_lib
 from jaxsparse.config import MemoryConfig, TableConfig
@@ -45,34 +46,39 @@ def _params(config, model_dim, seed=0):
   rng = np.random.default_rng(seed)
   declared = parameters(config, model_dim, 1)
   return {
-    name: jnp.asarray(rng.normal(0.3, 0.5, size), jnp.float32)
+    name: rng.normal(0.3, 0.5, size).astype(np.float32)
     for name, (_, _, size) in declared.items()
   }
 
 
 def _input(shape=(2, 6, 8), seed=1):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), 'float32')
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 @functools.partial(
   jax.jit, static_argnames=('config', 'salt', 'first_row', 'num_rows')
 )
-def _forward(params, x, config, **options):
+def _compiled_forward(params, x, config, **options):
   return memory_forward(params, x, config, **options)
+
+
+def _forward(params, x, config, **options):
+  """In NumPy: JAX compiles every operation of its arrays outside of jit."""
+  return jax.device_get(_compiled_forward(params, x, config, **options))
 
 
 # The official layers.
 
 
 def _v2_params(arrays, prefix=''):
-  get = lambda name: jnp.asarray(arrays[prefix + name])  # noqa: E731
+  get = lambda name: arrays[prefix + name]  # noqa: E731
   return {
     # Half of the official query map is for other ranks and never used.
     'query': get('query_proj.weight')[:16].T.reshape(32, 2, 8),
     'query_scale': get('query_norm.weight'),
     'keys': get('keys'),
     'key_scale': get('keys_norm.weight'),
-    'cores': jnp.stack([get(f'tucker_core.{i}') for i in range(2)]),
+    'cores': np.stack([get(f'tucker_core.{i}') for i in range(2)]),
     'value_table': get('full.values_for_look_up'),
     'pre_value_table': get('full.pre_values_for_look_up'),
     'pre_value_map': get('pre_values_proj.weight').T,
@@ -81,7 +87,7 @@ def _v2_params(arrays, prefix=''):
 
 
 def _memplus_params(arrays, prefix=''):
-  get = lambda name: jnp.asarray(arrays[prefix + name])  # noqa: E731
+  get = lambda name: arrays[prefix + name]  # noqa: E731
   query = get('query_proj.weight').T.reshape(32, 2, 2, 8)
   return {
     'query': query.swapaxes(1, 2),
@@ -130,7 +136,7 @@ def _run_official(case, **options):
     d_params, d_x = vjp(cotangent)
     return dict(y=y, x=d_x, **d_params), read
 
-  return run(to_params(arrays), jnp.asarray(arrays['x']))
+  return jax.device_get(run(to_params(arrays), arrays['x']))
 
 
 def _errors(case, actual):
@@ -151,7 +157,7 @@ def test_equals_the_official_ultramem_v2():
     actual, _ = _run_official(
       'v2',
       directions=tuple(
-        jnp.asarray(arrays[f'tucker_core_{s}']).reshape(1, 2) for s in 'uv'
+        jnp.asarray(arrays[f'tucker_core_{s}'].reshape(1, 2)) for s in 'uv'
       ),
       permutation=jnp.asarray(arrays['shuffle_index']),
     )
@@ -190,18 +196,16 @@ THROUGH_SOFTMAX = ('x', 'query', 'query_scale', 'keys')
 
 def test_equals_the_official_memory_plus(monkeypatch):
   with jax.enable_x64(True):
-    options = dict(permutation=jnp.arange(144))
+    options = dict(permutation=jnp.asarray(np.arange(144)))
     _, read = _run_official('memplus', **options)
-    softmax = np.asarray(read['weights'])[..., 0].reshape(14, 12)
-    weights = _official_weights(
-      np.asarray(read['slots']).reshape(14, 12), softmax
-    )
+    softmax = read['weights'][..., 0].reshape(14, 12)
+    weights = _official_weights(read['slots'].reshape(14, 12), softmax)
     assert np.abs(weights - softmax).max() < 1e-7
     activate = retrieval._activate
 
     def with_official_weights(scores, activation):
       weight = activate(scores, activation)
-      official = jnp.asarray(weights).reshape(weight.shape)
+      official = weights.reshape(weight.shape)
       return weight + jax.lax.stop_gradient(official - weight)
 
     monkeypatch.setattr(retrieval, '_activate', with_official_weights)
@@ -263,11 +267,16 @@ def _weights(cells, config):
   cells = cells.reshape(*cells.shape[:3], -1)
   kept = cells >= np.sort(cells)[..., -config.num_selected, None]
   activation = dict(
-    softmax=lambda x: jax.nn.softmax(x, where=kept),
-    sigmoid=jax.nn.sigmoid,
-    relu=jax.nn.relu,
+    softmax=_softmax,
+    sigmoid=lambda x: 1 / (1 + np.exp(-x)),
+    relu=lambda x: np.maximum(x, 0),
   )[config.score_activation]
-  return np.where(kept, activation(cells.astype('float32')), 0)
+  return np.where(kept, activation(np.where(kept, cells, -np.inf)), 0)
+
+
+def _softmax(x):
+  weights = np.exp(x - x.max(-1, keepdims=True))
+  return weights / weights.sum(-1, keepdims=True)
 
 
 @pytest.mark.parametrize(
@@ -281,14 +290,19 @@ def test_pkm_is_a_softmax_over_the_best_of_all_sums(query_norm, key_norm):
   )  # fmt: skip
   params, x = _params(config, 8), _input()
   assert ('query_scale' in params) == (query_norm != 'none')
-  y, _ = _forward(params, x, config, permutation=jnp.arange(36))
+  y, _ = _forward(params, x, config, permutation=np.arange(36))
   weights = _weights(_cells(params, x, config), config)
-  expected = jnp.einsum('btpn,nd->btd', weights, params['value_table'])
+  expected = np.einsum('btpn,nd->btd', weights, params['value_table'])
   np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize('activation', ['gelu', 'relu'])
-@pytest.mark.parametrize('score_activation', ['softmax', 'sigmoid', 'relu'])
+@pytest.mark.parametrize(
+  ('score_activation', 'activation'),
+  few(
+    [('softmax', 'gelu'), ('sigmoid', 'relu'), ('relu', 'gelu')],
+    itertools.product(['softmax', 'sigmoid', 'relu'], ['gelu', 'relu']),
+  ),
+)
 def test_peer_adds_up_one_neuron_experts(score_activation, activation):
   config = MemoryConfig.peer(
     num_keys=6, key_dim=4, num_heads=2, num_selected=5, value_dim=8,
@@ -297,15 +311,15 @@ def test_peer_adds_up_one_neuron_experts(score_activation, activation):
   )  # fmt: skip
   params, x = _params(config, 8), _input()
   assert params['keys'].shape[0] == 1
-  y, read = _forward(params, x, config, permutation=jnp.arange(36))
+  y, read = _forward(params, x, config, permutation=np.arange(36))
   # Or ReLU would be the identity.
   assert np.any(read['scores'] < 0)
   weights = _weights(_cells(params, x, config), config)
-  inner = jnp.einsum('btd,nd->btn', x, params['pre_value_table'])
-  expected = jnp.einsum(
+  inner = np.einsum('btd,nd->btn', x, params['pre_value_table'])
+  expected = np.einsum(
     'btpn,btn,nd->btd',
     weights,
-    getattr(jax.nn, activation)(inner),
+    jax.jit(getattr(jax.nn, activation))(inner),
     params['value_table'],
   )
   np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
@@ -321,7 +335,7 @@ def test_v2_keeps_the_best_cells_of_all_pairings(cores_per_pairing):
   assert config.query == 'per_rank'
   params, x = _params(config, 8), _input()
   # All ten rows and columns are candidates, so the pre-filter decides nothing.
-  _, read = _forward(params, x, config, permutation=jnp.arange(100))
+  _, read = _forward(params, x, config, permutation=np.arange(100))
   cells = _cells(params, x, config).reshape(2, 6, 1, 100)
   best = np.argsort(-cells)[..., :10]
   np.testing.assert_array_equal(read['slots'], best[:, :, 0] % 25)
@@ -345,7 +359,8 @@ def test_v2_with_square_maps_is_peer_without_activation():
   same = {name: getattr(config, name) for name in names}
   as_peer = MemoryConfig.peer(pre_value_activation='identity', **same, **sizes)
   params, x = _params(config, 8), _input()
-  maps = dict(pre_value_map=jnp.eye(8), output=jnp.eye(8)[None])
+  eye = np.eye(8, dtype=np.float32)
+  maps = dict(pre_value_map=eye, output=eye[None])
   assert not maps.keys() & parameters(as_peer, 8, 1).keys()
   y, read = _forward(params | maps, x, config)
   del params['pre_value_map'], params['output']
@@ -357,19 +372,24 @@ def test_v2_with_square_maps_is_peer_without_activation():
 def test_tdqkr_with_a_constant_rank_is_pkm():
   """(s, 1) and (1, t) bound by the identity are s + t."""
   rng = np.random.default_rng(0)
-  row, column = jnp.asarray(rng.normal(size=(2, 5, 2, 7)), jnp.float32)
-  one = jnp.ones_like(row)
-  scores, address = tucker_top_m(
-    jnp.stack([row, one], -1),
-    jnp.stack([one, column], -1),
-    jnp.broadcast_to(jnp.eye(2), (1, 2, 2, 2)),
-    4,
-    directions=tuple(
-      jnp.broadcast_to(jnp.asarray(v, jnp.float32), (2, 2))
-      for v in ([1, 0], [0, 1])
-    ),
-  )
-  expected, same = product_key_top_m(row, column, 4)
+  sums = rng.normal(size=(2, 5, 2, 7)).astype(np.float32)
+
+  @jax.jit
+  def run(row, column):
+    one = jnp.ones_like(row)
+    by_core = tucker_top_m(
+      jnp.stack([row, one], -1),
+      jnp.stack([one, column], -1),
+      jnp.broadcast_to(jnp.eye(2), (1, 2, 2, 2)),
+      4,
+      directions=tuple(
+        jnp.broadcast_to(jnp.asarray(v, jnp.float32), (2, 2))
+        for v in ([1, 0], [0, 1])
+      ),
+    )
+    return *by_core, *product_key_top_m(row, column, 4)
+
+  scores, address, expected, same = jax.device_get(run(*sums))
   np.testing.assert_allclose(scores[..., 0], expected, rtol=1e-6)
   np.testing.assert_array_equal(np.sort(address), np.sort(same))
 
@@ -402,11 +422,11 @@ def test_blocks_read_windows_of_their_own():
       mlp_dim=8, vocab_size=11, memory=memory,
     )
   )  # fmt: skip
-  tokens = jnp.arange(12).reshape(2, 6) % 11
-  inputs = (tokens, tokens, jnp.ones_like(tokens))
+  tokens = np.arange(12, dtype=np.int32).reshape(2, 6) % 11
+  inputs = tuple(map(jnp.asarray, (tokens, tokens, np.ones_like(tokens))))
   rng = np.random.default_rng(0)
   params = jax.tree.map(
-    lambda a: jnp.asarray(rng.normal(size=a.shape), a.dtype),
+    lambda a: rng.normal(size=a.shape).astype(a.dtype),
     jax.eval_shape(model.init, jax.random.key(0), *inputs)['params'],
   )
 
@@ -422,7 +442,7 @@ def test_blocks_read_windows_of_their_own():
 
   both = run(params)
   for i in (0, 1):
-    is_own = jnp.arange(72)[:, None] // 36 == i
+    is_own = np.arange(72)[:, None] // 36 == i
     tables = {name: x * is_own for name, x in params['memory'].items()}
     outputs = run(params | dict(memory=tables))
     assert not np.any(outputs[1 - i])
@@ -437,10 +457,18 @@ def test_memory_plus_normalises_keys():
     num_keys=6, key_dim=4, num_heads=2, num_selected=5, value_dim=8
   )
   params, x = _params(config, 8), _input()
-  y, _ = _forward(params, x, config)
-  longer, _ = _forward(params | dict(keys=3 * params['keys']), x, config)
+
+  @jax.jit
+  def run(params, x):
+    def loss(params):
+      y, _ = memory_forward(params, x, config)
+      return jnp.sum(y**2), y
+
+    return jax.grad(loss, has_aux=True)(params)
+
+  gradient, y = run(params, x)
+  _, longer = run(params | dict(keys=3 * params['keys']), x)
   np.testing.assert_allclose(longer, y, rtol=1e-3, atol=1e-4)
-  gradient = jax.grad(lambda p: jnp.sum(_forward(p, x, config)[0] ** 2))(params)
   assert np.abs(gradient['key_scale']).max() > 0
 
 
@@ -464,13 +492,18 @@ def test_matched_init_follows_equation_26():
 
 def _drawn(config, model_dim, num_layers, **rows):
   """Initial values, the tables with as many rows as are given."""
-  keys = iter(jax.random.split(jax.random.key(0), 16))
-  return {
-    name: init(next(keys), (rows.get(name, shape[0]), *shape[1:]))
-    for name, (init, _, shape) in parameters(
-      config, model_dim, num_layers
-    ).items()
-  }
+
+  @jax.jit
+  def draw(key):
+    keys = iter(jax.random.split(key, 16))
+    return {
+      name: init(next(keys), (rows.get(name, shape[0]), *shape[1:]))
+      for name, (init, _, shape) in parameters(
+        config, model_dim, num_layers
+      ).items()
+    }
+
+  return draw(jax.random.key(0))
 
 
 def _over_cores(config, params, x, **options):
@@ -481,7 +514,8 @@ def _over_cores(config, params, x, **options):
   """
   high = initial_scales(config, x.shape[-1], 1).cores
   shape = (24, *params['cores'].shape)
-  cores = high * jax.random.uniform(jax.random.key(2), shape)
+  rng = np.random.default_rng(2)
+  cores = (high * rng.uniform(size=shape)).astype(np.float32)
   found = [
     _forward(params | dict(cores=core), x, config, **options) for core in cores
   ]
@@ -493,7 +527,7 @@ def test_matched_init_writes_what_the_mlp_writes():
   config = MemoryConfig.ultramem_v2(
     num_keys=64, key_dim=32, num_selected=16, value_dim=48, pre_value_dim=48
   )
-  x = jax.random.normal(jax.random.key(1), (2, 64, 96))
+  x = _input((2, 64, 96))
   ys, scores = _over_cores(config, _drawn(config, 96, 6), x)
   mlp = MLP(256, num_layers=6)
   mlp_y = jax.jit(lambda x: mlp.init_with_output(jax.random.key(3), x)[0][0])(x)
@@ -512,20 +546,21 @@ def test_release_init_gives_the_measured_scores():
     num_keys=1138, key_dim=192, num_selected=32, value_dim=192,
     pre_value_dim=192, expansion=1, query='shared', init='release',
   )  # fmt: skip
-  x = jax.random.normal(jax.random.key(1), (1, 48, 768))
+  x = _input((1, 48, 768))
   # Rows are alike, so few of them do.
   rows = dict.fromkeys(('value_table', 'pre_value_table'), 2**12)
   params = _drawn(config, 768, 20, **rows)
-  cores = jax.random.uniform(jax.random.key(4), (100, 2, 1, 2, 2))
-  leading = np.linalg.svd(np.asarray(cores.sum(1)), compute_uv=False)[:, 0, 0]
+  rng = np.random.default_rng(4)
+  cores = rng.uniform(size=(100, 2, 1, 2, 2)).astype(np.float32)
+  leading = np.linalg.svd(cores.sum(1), compute_uv=False)[:, 0, 0]
   draw = np.argmin(np.abs(leading - 1.42))
   y, read = _forward(
     params | dict(cores=cores[draw]),
     x,
     config,
-    permutation=jnp.arange(1138**2) % 2**12,
+    permutation=np.arange(1138**2) % 2**12,
   )
-  scores = np.asarray(read['scores'])
+  scores = read['scores']
   size = math.sqrt((scores**2).mean())
   np.testing.assert_allclose(scores.mean(), 0.266, rtol=0.05)
   # Scores spread by how much the two cores differ: 0.10 in that draw.

@@ -3,6 +3,8 @@
 
 import functools
 import itertools
+import re
+from typing import NamedTuple
 
 import flax.linen as nn
 import jax
@@ -33,6 +35,8 @@ CONFIG = MemoryConfig(
   num_keys=32, key_dim=8, num_selected=4, value_dim=8, pre_value_dim=8,
   aux_loss_weight=0.0,
 )  # fmt: skip
+# Quick to compile.
+OTHER = MemoryConfig.pkm(num_keys=32, key_dim=8, num_selected=4, value_dim=16)
 AXES = {
   'whole': mesh_lib.Axes(batch=('dp',), columns=()),
   'columns': mesh_lib.Axes(batch=('dp',), columns=('tp',)),
@@ -51,7 +55,7 @@ class Model(nn.Module):
     layer = functools.partial(MemoryLayer, CONFIG, axes=self.axes)
     twice = layer(name='whatever')
     x = x + twice(x)[0]
-    x = x + nn.remat(MemoryLayer)(CONFIG, axes=self.axes, name='other')(x)[0]
+    x = x + nn.remat(MemoryLayer)(OTHER, axes=self.axes, name='other')(x)[0]
     x = nn.LayerNorm()(x)
     return nn.Dense(4)(x + twice(x)[0])
 
@@ -61,23 +65,31 @@ def loss(apply, params, x, axes=mesh_lib.DEFAULT_AXES):
   return jnp.mean(jnp.square(y - jnp.arange(4.0)[None, None]))
 
 
-def plain_apply(module, params, *args):
-  return module.apply({'params': params}, *args)
+def plain_apply(module, params, *args, **kwargs):
+  return module.apply({'params': params}, *args, **kwargs)
+
+
+def drawn(model, x):
+  """Parameters from NumPy, as a compiled draw takes seconds."""
+  rng = np.random.default_rng(1)
+  return jax.tree.map(
+    lambda p: rng.normal(0.0, 0.3, p.shape).astype(p.dtype),
+    jax.eval_shape(model.init, jax.random.key(0), x)['params'],
+  )
 
 
 @functools.cache
 def start():
-  """Inputs, parameters, and value and gradients of one device."""
-  x = jnp.asarray(np.random.default_rng(0).normal(size=(4, 8, 16)), jnp.float32)
-  params = jax.jit(Model().init)(jax.random.key(0), x)['params']
-  dense = jax.value_and_grad(functools.partial(loss, plain_apply))
-  return x, params, jax.jit(dense)(params, x)
+  """Parameters and inputs."""
+  x = np.random.default_rng(0).normal(size=(4, 8, 16)).astype(np.float32)
+  return drawn(Model(), x), x
 
 
 def is_table(path):
   return path[-1].key.endswith('_table')
 
 
+@jax.jit
 def dense_tables(gradients, params):
   """What the gradients say of each table, as an array."""
   zeros = jax.tree.map(jnp.zeros_like, params)
@@ -111,46 +123,6 @@ def placed(mesh, axes, params, x):
   return jax.tree.map_with_path(place, params), x
 
 
-def test_gradients_are_those_of_jax_by_rows():
-  x, params, (desired, dense) = start()
-  run = jax.jit(row_value_and_grad(loss))
-  value, gradients = run(params, x)
-  np.testing.assert_allclose(value, desired, rtol=1e-6)
-  leaves = jax.tree.leaves_with_path(gradients, is_leaf=is_row_gradient)
-  assert [is_table(p) for p, g in leaves] == [
-    is_row_gradient(g) for p, g in leaves
-  ]
-  close(jax.jit(dense_tables)(gradients, params), dense)
-  np.testing.assert_allclose(
-    global_norm(gradients), optax.global_norm(dense), rtol=1e-5
-  )
-
-
-@pytest.mark.parametrize(
-  ('cut', 'kind'),
-  few(
-    [('both', EXPLICIT), ('rows', AUTO), ('columns', EXPLICIT)],
-    itertools.product(AXES, [AUTO, EXPLICIT]),
-  ),
-)
-def test_on_a_mesh_with_other_names(cut, kind):
-  x, params, (desired, dense) = start()
-  mesh, axes = make_mesh(kind), AXES[cut]
-  params, x = placed(mesh, axes, params, x)
-  with jax.set_mesh(mesh):
-
-    @jax.jit
-    def run(params, x):
-      value, gradients = row_value_and_grad(functools.partial(loss, axes=axes))(
-        params, x
-      )
-      return value, dense_tables(gradients, params)
-
-    value, gradients = run(params, x)
-  np.testing.assert_allclose(value, desired, rtol=1e-5)
-  close(gradients, dense)
-
-
 def optimizer_of(tables, params):
   labels = jax.tree.map_with_path(
     lambda path, _: 'tables' if is_table(path) else 'rest', params
@@ -166,45 +138,104 @@ TABLES = dict(
 )
 
 
-def steps_of(optimizer, axes, num_steps=2):
-  """A function that takes a few steps, with clipping."""
-  value_and_grad = row_value_and_grad(functools.partial(loss, axes=axes))
-  clip = clip_by_global_norm(0.5)
+class Steps(NamedTuple):
+  """Two steps: loss, gradients and their norm at the first, and the end."""
 
-  def run(params, x):
-    state = optimizer.init(params)
-    for i in range(num_steps):
-      _, gradients = value_and_grad(params, x + i)
-      gradients, _ = clip.update(gradients, clip.init(params))
-      updates, state = optimizer.update(gradients, state, params)
-      params = apply_updates(params, updates)
-    return optimizer.finalize(params, state)[0]
-
-  return run
+  value: jax.Array
+  gradients: dict
+  norm: jax.Array
+  params: dict
 
 
-@functools.cache
-def trained(name):
-  x, params, _ = start()
+def two_steps(value_and_grad, norm, clip, optimizer, add, params, x):
+  def step(carry, shift):
+    params, state = carry
+    value, gradients = value_and_grad(params, x + shift)
+    clipped, _ = clip.update(gradients, clip.init(params))
+    updates, state = optimizer.update(clipped, state, params)
+    return (add(params, updates), state), (value, gradients, norm(gradients))
+
+  # A loop is traced and compiled once for both.
+  end, found = jax.lax.scan(step, (params, optimizer.init(params)), SHIFTS)
+  return end, jax.tree.map(lambda x: x[0], found)
+
+
+SHIFTS = np.arange(2.0, dtype=np.float32)
+
+
+def steps_of(name, axes, params, x):
+  """`Steps` by rows, on the mesh in use."""
   optimizer = optimizer_of(TABLES[name](), params)
-  return jax.jit(steps_of(optimizer, mesh_lib.DEFAULT_AXES))(params, x)
-
-
-def test_row_adam_is_adam():
-  x, params, _ = start()
-  optimizer = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(1e-2))
+  value_and_grad = row_value_and_grad(functools.partial(loss, axes=axes))
 
   @jax.jit
   def run(params, x):
-    state = optimizer.init(params)
-    for i in range(2):
-      gradients = jax.grad(functools.partial(loss, plain_apply))(params, x + i)
-      updates, state = optimizer.update(gradients, state, params)
-      params = optax.apply_updates(params, updates)
-    return params
+    end, found = two_steps(
+      value_and_grad, global_norm, clip_by_global_norm(0.5), optimizer,
+      apply_updates, params, x,
+    )  # fmt: skip
+    return *found, optimizer.finalize(*end)[0]
 
+  return Steps(*run(params, x))
+
+
+@functools.cache
+def by_rows(name='row_adam'):
+  return steps_of(name, mesh_lib.DEFAULT_AXES, *start())
+
+
+@functools.cache
+def dense():
+  """`Steps` of JAX's gradients with optax's Adam."""
+
+  @jax.jit
+  def run(params, x):
+    (params, _), found = two_steps(
+      jax.value_and_grad(functools.partial(loss, plain_apply)),
+      optax.global_norm, optax.clip_by_global_norm(0.5), optax.adam(1e-2),
+      optax.apply_updates, params, x,
+    )  # fmt: skip
+    return *found, params
+
+  return Steps(*run(*start()))
+
+
+def test_gradients_are_those_of_jax_by_rows():
+  rows, desired = by_rows(), dense()
+  np.testing.assert_allclose(rows.value, desired.value, rtol=1e-6)
+  leaves = jax.tree.leaves_with_path(rows.gradients, is_leaf=is_row_gradient)
+  assert [is_table(p) for p, g in leaves] == [
+    is_row_gradient(g) for p, g in leaves
+  ]
+  close(dense_tables(rows.gradients, start()[0]), desired.gradients)
+  np.testing.assert_allclose(rows.norm, desired.norm, rtol=1e-5)
+
+
+def test_row_adam_is_adam():
   # Where a gradient is nearly 0, rounding decides much of Adam's first steps.
-  close(trained('row_adam'), run(params, x), atol=2e-4)
+  close(by_rows().params, dense().params, atol=2e-4)
+
+
+@pytest.mark.parametrize(
+  ('cut', 'kind'),
+  # The steps below have the gradients of another cut.
+  few([('rows', AUTO)], itertools.product(AXES, [AUTO, EXPLICIT])),
+)
+def test_on_a_mesh_with_other_names(cut, kind):
+  mesh, axes = make_mesh(kind), AXES[cut]
+  params, x = placed(mesh, axes, *start())
+  with jax.set_mesh(mesh):
+
+    @jax.jit
+    def run(params, x):
+      value, gradients = row_value_and_grad(functools.partial(loss, axes=axes))(
+        params, x
+      )
+      return value, dense_tables(gradients, params)
+
+    value, gradients = run(params, x)
+  np.testing.assert_allclose(value, dense().value, rtol=1e-5)
+  close(gradients, dense().gradients)
 
 
 @pytest.mark.parametrize(
@@ -218,18 +249,19 @@ def test_row_adam_is_adam():
   ],
 )
 def test_optimizers_take_the_same_steps_on_a_mesh(name, cut, kind):
-  x, params, _ = start()
   mesh, axes = make_mesh(kind), AXES[cut]
-  params, x = placed(mesh, axes, params, x)
+  params, x = placed(mesh, axes, *start())
   with jax.set_mesh(mesh):
-    run = jax.jit(steps_of(optimizer_of(TABLES[name](), params), axes))
-    actual = run(params, x)
-  close(actual, trained(name), atol=2e-4)
+    actual = steps_of(name, axes, params, x)
+    gradients = dense_tables(actual.gradients, params)
+  np.testing.assert_allclose(actual.value, dense().value, rtol=1e-5)
+  close(gradients, dense().gradients)
+  close(actual.params, by_rows(name).params, atol=2e-4)
 
 
 def test_no_array_of_a_tables_size_is_made():
-  """A table has 1,024 rows of 8; no zeros of this shape are filled."""
-  x, params, _ = start()
+  """Tables have 1,024 rows of 8 or 16; no zeros of these shapes are filled."""
+  params, x = start()
   optimizer = optimizer_of(row_adagrad(1e-2), params)
 
   @functools.partial(jax.jit, donate_argnums=(0, 1))
@@ -238,11 +270,12 @@ def test_no_array_of_a_tables_size_is_made():
     updates, state = optimizer.update(gradients, state, params)
     return apply_updates(params, updates), state
 
-  text = step.lower(params, optimizer.init(params), x).compile().as_text()
+  state = jax.eval_shape(optimizer.init, params)
+  text = step.lower(params, state, x).compile().as_text()
   zeros = [
     line
     for line in text.splitlines()
-    if ' = f32[1024,8]' in line and ' broadcast(' in line
+    if re.search(r' = f32\[1024,(8|16)\].* broadcast\(', line)
   ]
   assert not zeros
 
@@ -262,25 +295,43 @@ SHARED = MemoryConfig(
 )  # fmt: skip
 
 
-def test_a_shared_table_and_a_part_of_the_parameters():
-  x, _, _ = start()
-  params = dict(
-    inner=jax.jit(Shared().init)(jax.random.key(1), x)['params'], scale=2.0
-  )
+@functools.cache
+def of_shared():
+  """Loss, what was sown, gradients by rows, and all three of JAX."""
+  x = start()[1]
+  params = dict(inner=drawn(Shared(), x), scale=2.0)
 
   def loss(apply, params, x):
-    return (
-      jnp.sum(jnp.sin(apply(Shared(), params['inner'], x))) * params['scale']
-    )
+    y, sown = apply(Shared(), params['inner'], x, mutable=['intermediates'])
+    return jnp.sum(jnp.sin(y)) * params['scale'], sown
 
-  _, gradients = jax.jit(row_value_and_grad(loss))(params, x)
+  @jax.jit
+  def run(params, x):
+    by_rows = row_value_and_grad(loss, has_aux=True)(params, x)
+    dense = jax.value_and_grad(
+      functools.partial(loss, plain_apply), has_aux=True
+    )
+    return by_rows, dense(params, x)
+
+  return params, *run(params, x)
+
+
+def test_a_shared_table_and_a_part_of_the_parameters():
+  params, (_, gradients), (_, desired) = of_shared()
   assert isinstance(gradients['inner']['store']['value_table'], RowGradient)
-  dense = jax.jit(jax.grad(functools.partial(loss, plain_apply)))(params, x)
-  close(jax.jit(dense_tables)(gradients, params), dense, atol=1e-4)
+  close(dense_tables(gradients, params), desired, atol=1e-4)
+
+
+def test_mutable_collections_and_an_auxiliary_value_are_kept():
+  params, ((value, sown), rows), ((desired, as_sown), dense) = of_shared()
+  np.testing.assert_allclose(value, desired, rtol=1e-6)
+  assert set(sown) == {'intermediates'}
+  close(sown, as_sown)
+  close(dense_tables(rows, params), dense, atol=1e-4)
 
 
 def test_parameters_of_another_making_are_refused():
-  x, params, _ = start()
+  params, x = start()
 
   def loss(apply, params, x):
     copies = jax.tree.map(lambda p: p * 1, params)
@@ -288,19 +339,3 @@ def test_parameters_of_another_making_are_refused():
 
   with pytest.raises(UserError, match='apply must get the params of loss'):
     row_value_and_grad(loss)(params, x)
-
-
-def test_mutable_collections_and_an_auxiliary_value_are_kept():
-  x, params, (desired, dense) = start()
-
-  def loss(apply, params, x):
-    y, sown = apply(Model(), params, x, mutable=['intermediates'])
-    total = jnp.mean(jnp.square(y - jnp.arange(4.0)[None, None]))
-    return total, sown
-
-  (value, sown), gradients = jax.jit(row_value_and_grad(loss, has_aux=True))(
-    params, x
-  )
-  np.testing.assert_allclose(value, desired, rtol=1e-6)
-  assert set(sown) == {'intermediates'}
-  close(jax.jit(dense_tables)(gradients, params), dense)

@@ -2,7 +2,6 @@
 """What absent rows miss, against dense AdamW step by step in f64."""
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
@@ -40,19 +39,27 @@ def caught_up(missed, rates, start):
   if missed.weight_decay:
     each = np.log1p(-missed.weight_decay * rates)
     decay = np.array([each[NUM_STEPS - gap :].sum() for gap in GAPS])
-    decay = jnp.asarray(decay, jnp.float32)
-  roots = jnp.asarray(np.tile(ROOTS * missed.epsilon, (len(GAPS), 1)))
-  step = jnp.asarray(NUM_STEPS)
-  shift, _, _ = jax.jit(missed.catch_up)(
-    jnp.full_like(roots, start),
-    MOMENT * roots,
-    jnp.square(roots),
-    jnp.asarray(NUM_STEPS - GAPS),
-    step,
-    missed.recent(step),
+    decay = decay.astype(np.float32)
+  roots = np.tile(np.float32(ROOTS * missed.epsilon), (len(GAPS), 1))
+  return catch_up(
+    missed,
+    np.full_like(roots, start),
+    np.float32(MOMENT) * roots,
+    np.square(roots),
+    NUM_STEPS - GAPS,
+    NUM_STEPS,
     decay,
   )
-  return shift
+
+
+def catch_up(missed, p, m, v, last, step, decay):
+  """What the steps since `last` add to the parameters, in one program."""
+
+  @jax.jit
+  def run(p, m, v, last, step, decay):
+    return missed.catch_up(p, m, v, last, step, missed.recent(step), decay)[0]
+
+  return np.asarray(run(p, m, v, last, step, decay))
 
 
 @pytest.mark.parametrize(
@@ -75,7 +82,8 @@ def test_all_absences_end_where_dense_adamw_does(seed):
     epsilon=10 ** rng.uniform(-15, -8),
     weight_decay=seed % 2 * rng.uniform(0, 0.5),
   )
-  rates = np.asarray(missed.rate(jnp.arange(1, NUM_STEPS + 1)), np.float64)
+  rates = jax.jit(missed.rate)(np.arange(1, NUM_STEPS + 1))
+  rates = np.asarray(rates, np.float64)
   moved, expected = dense_adamw(missed, rates, [0.0, 0.5])
   moved = np.abs(moved).max(0)
   error = np.abs(caught_up(missed, rates, 0.5) - expected)
@@ -87,10 +95,6 @@ def test_all_absences_end_where_dense_adamw_does(seed):
 def test_a_long_absence_with_b1_near_the_root_of_b2():
   """Momentum outlasts the horizon; the whole tail would move it by 18."""
   missed = MissedSteps(1e-3, 0.9746, 0.95, epsilon=1e-12, weight_decay=0.0)
-  one = jnp.ones((1, 1))
-  step = jnp.asarray(1150)
-  shift, _, _ = missed.catch_up(
-    0 * one, 0.3 * one, 0.04 * one, jnp.asarray([50]), step,
-    missed.recent(step), None,
-  )  # fmt: skip
+  p, m, v = np.array([0, 0.3, 0.04], np.float32)[:, None, None]
+  shift = catch_up(missed, p, m, v, np.array([50]), 1150, None)
   np.testing.assert_allclose(shift, -1.471, rtol=1e-3)

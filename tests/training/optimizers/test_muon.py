@@ -102,10 +102,15 @@ def test_a_step_is_that_of_the_formula(shape):
 
 def test_state_and_iterations_of_bfloat16_are_in_float32():
   params, grads = (
-    {'mlp': {'up': jnp.asarray(draw(seed)[2], jnp.bfloat16)}} for seed in (0, 1)
+    {'mlp': {'up': draw(seed)[2].astype(jnp.bfloat16)}} for seed in (0, 1)
   )
   optimizer = optimizer_lib.make_optimizer(CONFIG, 10)
-  updates, state = optimizer.update(grads, optimizer.init(params), params)
+
+  @jax.jit
+  def step(params, grads):
+    return optimizer.update(grads, optimizer.init(params), params)
+
+  updates, state = step(params, grads)
   momentum = state.inner_states['matrices'].inner_state[0].trace
   assert momentum['mlp']['up'].dtype == jnp.float32
   x, g = (np.asarray(of['mlp']['up'], np.float32) for of in (params, grads))

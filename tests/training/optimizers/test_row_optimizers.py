@@ -32,7 +32,7 @@ WARMUP = optax.warmup_cosine_decay_schedule(0.0, 1e-2, 20, 120, 1e-3)
 
 
 def _table(seed=0, dtype=jnp.float32):
-  return jax.random.normal(jax.random.key(seed), (M, W)).astype(dtype)
+  return np.random.default_rng(seed).normal(size=(M, W)).astype(dtype)
 
 
 def _gradients(num_steps, is_touched, scale=1.0):
@@ -47,7 +47,15 @@ def _gradients(num_steps, is_touched, scale=1.0):
     dense[step, others] = 0
     value[step, : len(rows)] = dense[step, rows]
     slot[step] = np.concatenate([rows, M + others])
-  return jnp.asarray(dense), RowGradient(jnp.asarray(slot), jnp.asarray(value))
+  return dense, RowGradient(jnp.asarray(slot), jnp.asarray(value))
+
+
+def _cut(gradients, index):
+  """Of some steps or windows; cut by NumPy, which compiles nothing."""
+  slot, value = (
+    jnp.asarray(np.asarray(x)[index]) for x in (gradients.slot, gradients.value)
+  )
+  return RowGradient(slot, value)
 
 
 def _every_7th(step, row):
@@ -55,8 +63,13 @@ def _every_7th(step, row):
   return (step + row) % 7 == 0 and row < M - 1
 
 
+def _train(*args):
+  """Parameters and state in NumPy, whose operations nothing compiles."""
+  return jax.device_get(_compiled_train(*args))
+
+
 @functools.partial(jax.jit, static_argnums=0)
-def _train(optimizer, params, gradients, state=None):
+def _compiled_train(optimizer, params, gradients, state=None):
   def step(carry, gradient):
     params, state = carry
     updates, state = optimizer.update(gradient, state, params)
@@ -66,16 +79,28 @@ def _train(optimizer, params, gradients, state=None):
   return jax.lax.scan(step, carry, gradients)[0]
 
 
+def _materialize(*args, **settings):
+  return jax.device_get(_compiled_materialize(*args, **settings))
+
+
+_compiled_materialize = jax.jit(
+  materialize, static_argnums=2, static_argnames=('b1', 'b2', 'weight_decay')
+)
+
+
 def _train_both(dense, by_rows, *args):
   dense_gradients, gradients = _gradients(*args)
   expected, _ = _train(dense, _table(), dense_gradients)
   return expected, *_train(by_rows, _table(), gradients)
 
 
+ADAMW = optax.adamw(WARMUP, 0.9, 0.99, weight_decay=0.1)
+
+
 @pytest.mark.parametrize('catch_up', [True, False])
 def test_equals_dense_adamw_when_all_rows_are_touched(catch_up):
   expected, actual, _ = _train_both(
-    optax.adamw(WARMUP, 0.9, 0.99, weight_decay=0.1),
+    ADAMW,
     row_adam(WARMUP, 0.9, 0.99, weight_decay=0.1, catch_up=catch_up),
     20,
     lambda step, row: True,
@@ -112,25 +137,23 @@ def test_catch_up_ends_where_dense_adamw_does(weight_decay, rate):
   )
   # Rows are still on their way to where their return will find them.
   assert np.abs(actual - expected).max() > 1e-3
-  actual, _ = materialize(actual, state, rate, **hyper)
+  actual, _ = _materialize(actual, state, rate, **hyper)
   np.testing.assert_allclose(actual, expected, rtol=0, atol=5e-6)
 
 
 def test_training_goes_on_from_what_was_caught_up():
   optimizer = row_adam(WARMUP, weight_decay=0.1)
   _, gradients = _gradients(40, _every_7th)
-  first, second = (
-    jax.tree.map(lambda x, s=part: x[s], gradients)
-    for part in (slice(20), slice(20, None))
-  )
-  params, state = _train(optimizer, _table(), first)
+  first, second = _cut(gradients, slice(20)), _cut(gradients, slice(20, None))
+  state = jax.jit(optimizer.init)(_table())
+  params, state = _train(optimizer, _table(), first, state)
   ends = []
   for start in (
     (params, state),
-    materialize(params, state, WARMUP, weight_decay=0.1),
+    _materialize(params, state, WARMUP, weight_decay=0.1),
   ):
     end = _train(optimizer, start[0], second, start[1])
-    ends.append(materialize(*end, WARMUP, weight_decay=0.1)[0])
+    ends.append(_materialize(*end, WARMUP, weight_decay=0.1)[0])
   np.testing.assert_allclose(*ends, rtol=0, atol=2e-6)
 
 
@@ -176,7 +199,7 @@ def test_catch_up_beyond_the_horizon():
   )
   moved = np.abs(expected - _table())[: M - 1].mean()
   assert moved > 0.05
-  for params in (actual, materialize(actual, state, rate, **hyper)[0]):
+  for params in (actual, _materialize(actual, state, rate, **hyper)[0]):
     is_up_to_date = params is not actual
     error = np.abs(params - expected).max()
     assert (error < 1e-4) == is_up_to_date
@@ -187,7 +210,7 @@ def test_epsilon_near_the_gradients_is_caught_up_closely():
   expected, actual, state = _train_both(
     optax.adamw(1e-2, weight_decay=0.0), row_adam(1e-2), 120, _every_7th, 1e-7
   )
-  actual, _ = materialize(actual, state, 1e-2)
+  actual, _ = _materialize(actual, state, 1e-2)
   moved = np.abs(expected - _table()).max()
   np.testing.assert_allclose(actual, expected, rtol=0, atol=5e-3 * moved)
 
@@ -224,10 +247,10 @@ def test_split_table_equals_whole(name):
 
   mesh = jax.make_mesh((2, 4), ('rows', 'columns'))
   with jax.set_mesh(mesh):
-    params = jax.sharding.reshard(_table(dtype=dtype), spec(_table()))
+    params = jax.device_put(_table(dtype=dtype), spec(_table()))
     state = jax.jit(split.init)(params)
     specs = jax.tree.map(spec, state)
-    state = jax.tree.map(jax.sharding.reshard, state, specs)
+    state = jax.tree.map(jax.device_put, state, specs)
 
     def step(params, state, slot, value):
       first_row = M // 2 * jax.lax.axis_index('rows')
@@ -250,8 +273,9 @@ def test_split_table_equals_whole(name):
         out_specs=(spec(params), specs),
       )
     )
-    for slot, value in zip(gradients.slot, gradients.value, strict=True):
-      value = jax.sharding.reshard(value, jax.P(None, 'columns'))
+    slots, values = map(np.asarray, (gradients.slot, gradients.value))
+    for slot, value in zip(slots, values, strict=True):
+      value = jax.device_put(value, jax.P(None, 'columns'))
       params, state = sharded(params, state, slot, value)
   np.testing.assert_allclose(params, expected, rtol=1e-6, atol=1e-6)
 
@@ -268,16 +292,15 @@ def test_rows_of_a_step_in_several_calls(optimizer):
   @functools.partial(jax.jit, donate_argnums=(0, 1))
   def in_windows(params, state, gradient):
     step = state.count
-    for i in range(0, M, 5):
-      window = RowGradient(gradient.slot[i : i + 5], gradient.value[i : i + 5])
+    for rows in (slice(7), slice(7, M)):
+      window = RowGradient(gradient.slot[rows], gradient.value[rows])
       updates, state = optimizer.update(window, state, params, step=step)
       params = apply_updates(params, updates)
     return params, state
 
-  params, state = _table(), optimizer.init(_table())
+  params, state = _table(), jax.jit(optimizer.init)(_table())
   for i in range(15):
-    gradient = RowGradient(gradients.slot[i], gradients.value[i])
-    params, state = in_windows(params, state, gradient)
+    params, state = in_windows(params, state, _cut(gradients, i))
   jax.tree.map(
     functools.partial(np.testing.assert_allclose, rtol=1e-6, atol=1e-6),
     (params, state),
@@ -286,7 +309,8 @@ def test_rows_of_a_step_in_several_calls(optimizer):
 
 
 def test_beside_dense_leaves_in_partition_and_chain():
-  params = {'dense': jnp.ones((3, 2)), 'table': _table()}
+  ones = np.ones((3, 2), np.float32)
+  params = {'dense': ones, 'table': _table()}
   labels = {'dense': 'dense', 'table': 'rows'}
   optimizer = optax.chain(
     optax.identity(),
@@ -296,13 +320,13 @@ def test_beside_dense_leaves_in_partition_and_chain():
   )
   dense, gradients = _gradients(2, lambda step, row: row % 2 == step)
   actual, state = _train(
-    optimizer, params, {'dense': jnp.ones((2, 3, 2)), 'table': gradients}
+    optimizer, params, {'dense': np.stack([ones, ones]), 'table': gradients}
   )
   reference = optax.adamw(1e-2, weight_decay=0.0)
   expected, _ = _train(reference, _table(), dense)
   assert np.all(np.asarray(actual['dense']) < 0.99)
   inner = state[1].inner_states['rows'].inner_state
-  brought, _ = materialize(actual, inner, 1e-2)
+  brought, _ = _materialize(actual, inner, 1e-2)
   np.testing.assert_allclose(brought['table'], expected, rtol=0, atol=1e-6)
   np.testing.assert_array_equal(brought['dense'], actual['dense'])
 
@@ -376,6 +400,6 @@ def test_refuses_what_cannot_work(make, message):
 
 def test_refuses_dense_gradients():
   optimizer = row_adagrad(1e-3)
-  state = optimizer.init(_table())
+  state = jax.eval_shape(optimizer.init, _table())
   with pytest.raises(UserError, match='must hold RowGradients only'):
-    optimizer.update(_table(), state, _table())
+    optimizer.update(jnp.asarray(_table()), state, jnp.asarray(_table()))
