@@ -168,7 +168,7 @@ def make_mesh(lengths: dict, *types) -> jax.sharding.Mesh:
   )
 
 
-# In the default lane layers are on a mesh of Explicit axes, the one of pre-values
+# In the default lane layers are on a mesh of Explicit axes, that of pre-values
 # in the test of two axes, and one of each kind is on a mesh of Auto ones.
 FEW = [
   (name, EXPLICIT, 'three', 2)
