@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every recipe in `configs/`, discovered, and what makes its config."""
 
+import dataclasses
 import functools
 import pathlib
 import re
@@ -29,3 +30,20 @@ def check_groups(params):
     elif name in ('value_table', 'pre_value_table'):
       expected = 'values'
     assert group == expected, jax.tree_util.keystr(path)
+
+
+def cut(model):
+  """The model's first blocks: as few as have one of each kind.
+
+  That is one memory layer, or two that share tables.
+  """
+  memory, num_blocks = model.memory, len(model.attention_pattern)
+  if memory:
+    step = int(memory.placements[0][1] > memory.placements[0][0])
+    count = 2 if memory.shared_rows else 1
+    placements = ((0, step), (1, 1 + step))[
+      : min(count, len(memory.placements))
+    ]
+    num_blocks = max(num_blocks, placements[-1][1] + 1)
+    memory = dataclasses.replace(memory, placements=placements)
+  return dataclasses.replace(model, num_layers=num_blocks, memory=memory)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Every recipe: discovered, validated and traced at pod scale without devices.
 
-One train step of each, cut to its first three blocks, is traced on an abstract
+One train step of each, cut to a block of each kind, is traced on an abstract
 mesh of 4,096 devices (fewer where experts do not divide over 64), which proves
 that its shapes divide and that no sharding is left undecided. The leaves of the
 same trace are counted against the closed form. The slow lane traces all blocks.
@@ -15,7 +15,7 @@ import re
 import jax
 import jax.numpy as jnp
 import pytest
-from recipes import CONFIGS, RECIPES, check_groups
+from recipes import CONFIGS, RECIPES, check_groups, cut
 
 from jaxsparse import config as config_lib
 from jaxsparse import mesh
@@ -27,7 +27,6 @@ from jaxsparse.training.step import init_state, train_step
 # 16 on `data`: the tables' rows, num_keys ** 2, divide by 16 in every recipe,
 # and by more in some only.
 DATA, SPARSE, MODEL = 16, 64, 4
-NUM_BLOCKS = 3
 
 # What the tokenizer of the byte recipes has: 256 bytes and the boundary.
 BYTES = 257
@@ -73,8 +72,15 @@ MAX_MILLIONS = {
 # Another model of the same kind, but for sizes, is in the default suite.
 LARGER = (':680m', ':1b', ':1b6', ':834m', ':1b4', ':2b8', ':6b9')
 LARGER += (':405m', ':227m', ':227m_release', 'pkm:151m', 'moe:151m')
+# Of whose kind another, with more to it, is there: 'dense:151m',
+# 'ultramem:151m' and 'olmoe:tiny'; the last joins parts that are all there, and
+# is traced on one device.
+LESS = ('dense:tiny', 'ultramem:tiny', 'moe:tiny', 'joined:tiny')
 TRACED = [
-  pytest.param(name, marks=pytest.mark.slow) if name.endswith(LARGER) else name
+  pytest.param(
+    name,
+    marks=[pytest.mark.slow] if name.endswith(LARGER) or name in LESS else [],
+  )
   for name in sorted(RECIPES)
 ]
 
@@ -86,18 +92,6 @@ def _mesh(config):
     (DATA, sparse, MODEL),
     mesh.AXES,
     axis_types=(jax.sharding.AxisType.Explicit,) * 3,
-  )
-
-
-def _cut(model):
-  """The model's first blocks, with a memory layer or two where it has any."""
-  memory = model.memory
-  if memory:
-    step = int(memory.placements[0][1] > memory.placements[0][0])
-    placements = ((0, step), (1, 1 + step))[: len(memory.placements)]
-    memory = dataclasses.replace(memory, placements=placements)
-  return dataclasses.replace(
-    model, num_layers=min(model.num_layers, NUM_BLOCKS), memory=memory
   )
 
 
@@ -184,7 +178,7 @@ def _trace(name, is_whole=False):
   """Shapes before and after a step: of parameters and optimizer state."""
   config = _pod_config(name)
   if not is_whole:
-    config = dataclasses.replace(config, model=_cut(config.model))
+    config = dataclasses.replace(config, model=cut(config.model))
   return _trace_on(_mesh(config), config)
 
 
@@ -230,7 +224,7 @@ ON_ONE_DEVICE = [
 def test_train_step_traces_on_one_device(name):
   """Axes of length 1 have a place in every product, too."""
   config = _pod_config(name)
-  config = dataclasses.replace(config, model=_cut(config.model))
+  config = dataclasses.replace(config, model=cut(config.model))
   devices = jax.sharding.AbstractMesh(
     (1, 1, 1), mesh.AXES, axis_types=(jax.sharding.AxisType.Explicit,) * 3
   )
@@ -256,7 +250,7 @@ def test_recipe_stays_within_its_size(name):
 @pytest.mark.parametrize('name', TRACED)
 def test_counting_leaves_gives_the_closed_form(name):
   (params, _), _, _ = _trace(name)
-  expected = cost.count_parameters(_cut(_pod_config(name).model))
+  expected = cost.count_parameters(cut(_pod_config(name).model))
   leaves = [
     (jax.tree_util.keystr(path), leaf.size)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)

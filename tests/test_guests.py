@@ -17,6 +17,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from lanes import few
+from parameters import draw, place
 
 from jaxsparse import mesh as mesh_lib
 from jaxsparse.config import (
@@ -34,23 +35,25 @@ from jaxsparse.nn.memory.layer import MemoryLayer
 from jaxsparse.nn.transformer import Transformer
 
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
-SEED, WIDTH, VOCABULARY = 3, 32, 32
+SEED, WIDTH, VOCABULARY = 3, 16, 32
 
 MEMORY = MemoryConfig(
   num_keys=16, key_dim=8, num_selected=4, value_dim=8, placements=((0, 1),)
 )
-EXPERTS = MoEConfig(num_experts=8, expert_dim=16, num_experts_per_token=2)
+EXPERTS = MoEConfig(num_experts=8, expert_dim=8, num_experts_per_token=2)
 MODEL = ModelConfig(
   num_layers=2, model_dim=WIDTH, num_heads=4, num_kv_heads=2, head_dim=8,
   mlp_dim=32, vocab_size=VOCABULARY, memory=MEMORY, moe=EXPERTS,
 )  # fmt: skip
+# Of a mixture with gates, as the transformer has it, the program is half as
+# large again.
 LAYERS = dict(
   memory=functools.partial(MemoryLayer, MEMORY),
   pre_values=functools.partial(
     MemoryLayer,
     dataclasses.replace(MEMORY, pre_value_dim=8, query_conv_taps=3),
   ),
-  moe=functools.partial(MoE, EXPERTS),
+  moe=functools.partial(MoE, EXPERTS, kind='gelu'),
   mlp=functools.partial(MLP, 16),
   attention=functools.partial(Attention, MODEL),
   composed=functools.partial(
@@ -121,7 +124,7 @@ def gradient(layer: nn.Module, params: dict, x: jax.Array) -> tuple:
 def expected(name: str) -> tuple:
   """Parameters, and what one device makes of them."""
   layer, x = LAYERS[name](), inputs_of(name)
-  params = jax.jit(layer.init)(jax.random.key(SEED), x)['params']
+  params = jax.device_put(draw(layer.init, x, deviation=0.2)['params'])
   return params, jax.jit(functools.partial(gradient, layer))(params, x)
 
 
@@ -165,24 +168,26 @@ def make_mesh(lengths: dict, *types) -> jax.sharding.Mesh:
   )
 
 
-# Every layer with each of them in the default lane.
-FEW = {
-  (EXPLICIT, 'three', 2),
-  (AUTO, 'two', 1),
-}
+# In the default lane layers are on a mesh of Explicit axes, that of pre-values
+# in the test of two axes, and one of each kind is on a mesh of Auto ones.
+FEW = [
+  (name, EXPLICIT, 'three', 2)
+  for name in LAYERS.keys() - {'transformer', 'pre_values'}
+]
+FEW += [
+  (name, AUTO, 'two', 1) for name in ('memory', 'moe', 'mlp', 'attention')
+]
 CASES = [
-  pytest.param(
-    kind, name, i,
-    id=f'{kind.name}-{name}-{i}',
-    marks=[] if (kind, name, i) in FEW else pytest.mark.slow,
-  )
-  for kind, name in itertools.product((AUTO, EXPLICIT), MESHES)
-  for i in range(len(splits(MESHES[name][0])))
-]  # fmt: skip
+  (name, kind, mesh_name, i)
+  for name in LAYERS
+  for kind, mesh_name in itertools.product((AUTO, EXPLICIT), MESHES)
+  for i in range(len(splits(MESHES[mesh_name][0])))
+]
 
 
-@pytest.mark.parametrize(('kind', 'mesh_name', 'split'), CASES)
-@pytest.mark.parametrize('name', few(LAYERS.keys() - {'transformer'}, LAYERS))
+@pytest.mark.parametrize(
+  ('name', 'kind', 'mesh_name', 'split'), few(FEW, CASES)
+)
 def test_on_a_mesh_with_other_names(name, kind, mesh_name, split):
   lengths, axes = MESHES[mesh_name]
   spec = splits(lengths)[split]
@@ -219,7 +224,10 @@ def test_columns_of_two_axes_keep_their_order(kind, columns):
   close(actual, desired)
 
 
-@pytest.mark.parametrize('name', few(LAYERS.keys() - {'transformer'}, LAYERS))
+@pytest.mark.parametrize(
+  'name',
+  few(['memory', 'moe', 'mlp', 'attention', 'dcmha'], LAYERS),
+)
 def test_inside_a_callers_shard_map(name):
   """All axes are Manual: each device runs the layer on its own tokens."""
   params, ((_, (y, _)), gradients) = expected(name)
@@ -285,8 +293,7 @@ CUTS = [((), ('tp',)), (('tp',), ()), (('dp',), ('tp',)), (('dp', 'tp'), ())]
 @pytest.mark.parametrize(
   ('name', 'rows', 'columns'),
   few(
-    [('pre_values', *CUTS[i]) for i in (0, 3)]
-    + [('moe', *CUTS[i]) for i in (1, 2)],
+    [('pre_values', *CUTS[i]) for i in (0, 3)] + [('moe', *CUTS[2])],
     [(name, *cut) for name in ('pre_values', 'moe') for cut in CUTS],
   ),
 )
@@ -336,7 +343,7 @@ class Stack(nn.Module):
 def test_under_jax_transformations(kind):
   """vmap, remat, arguments placed with no mesh set, scan and vmap of layers."""
   lengths, axes = MESHES['two']
-  params, ((_, (y, _)), _) = expected('memory')
+  params, ((_, (y, _)), gradients) = expected('memory')
   mesh, layer = make_mesh(lengths, kind), LAYERS['memory'](axes=axes)
   x = jax.device_put(inputs_of('memory'), jax.NamedSharding(mesh, jax.P('dp')))
   params = placed(params, axes, mesh)
@@ -344,52 +351,53 @@ def test_under_jax_transformations(kind):
   def run(params, x):
     return outputs(layer, params, x)[0]
 
+  def transformed(params, x):
+    both = jax.vmap(run, (None, 0))(params, jnp.stack([x, x + 1]))
+    remat = jax.checkpoint(functools.partial(loss, layer))
+    return both[0], jax.grad(remat, has_aux=True)(params, x)[0]
+
   close(jax.jit(run)(params, x), y)
   with jax.set_mesh(mesh):
-    both = jax.jit(jax.vmap(run, (None, 0)))(params, jnp.stack([x, x + 1]))
-    close(both[0], y)
-    value = jax.jit(
-      lambda p, x: jax.grad(lambda p: jax.checkpoint(run)(p, x).sum())(p)
-    )(params, x)
-    plain = jax.jit(jax.grad(lambda p: run(p, inputs_of('memory')).sum()))
+    close(jax.jit(transformed)(params, x), (y, gradients[0]))
     stack = Stack(functools.partial(LAYERS['memory'], axes=axes))
-    variables = jax.jit(stack.init)(jax.random.key(0), x)
+    variables = place(draw(stack.init, x), stack.init, x)
+    through = jax.jit(stack.apply)(variables, x)
     tables = [
       leaf
       for path, leaf in jax.tree.leaves_with_path(variables)
       if path[-1].key == 'value_table'
     ]
     assert all(t.shape[0] == 2 for t in tables)
-    through = jax.jit(stack.apply)(variables, x)
-  close(value, plain(expected('memory')[0]))
-  whole = jax.device_get(variables)
-  close(through, jax.jit(Stack(LAYERS['memory']).apply)(whole, x[:]))
+  whole = jax.jit(Stack(LAYERS['memory']).apply)
+  close(through, whole(jax.device_get(variables), inputs_of('memory')))
 
 
-def test_a_table_is_placed_as_its_axes_say_and_stays():
-  """After `init`, and after a donated step on either kind of mesh."""
+# What a compiler decides on Auto axes is part of the types on Explicit ones.
+@pytest.mark.parametrize('kind', few([AUTO], [AUTO, EXPLICIT]))
+def test_a_table_is_placed_as_its_axes_say_and_stays(kind):
+  """After `init`, and after a donated step."""
   lengths, _ = MESHES['two']
   axes = mesh_lib.Axes(batch=('dp',), rows=('dp',), columns=('tp',))
-  for kind in (AUTO, EXPLICIT):
-    mesh, layer = make_mesh(lengths, kind), LAYERS['memory'](axes=axes)
-    x = jax.device_put(
-      inputs_of('memory'), jax.NamedSharding(mesh, jax.P('dp'))
-    )
+  mesh, layer = make_mesh(lengths, kind), LAYERS['memory'](axes=axes)
+  x = jax.device_put(inputs_of('memory'), jax.NamedSharding(mesh, jax.P('dp')))
 
-    @functools.partial(jax.jit, donate_argnums=0)
-    def step(params, x, layer=layer):
-      _, gradients = gradient(layer, params, x)
-      return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients[0])
+  key = jax.random.key(SEED)
+  whole = jax.jit(LAYERS['memory']().init)(key, inputs_of('memory'))
 
-    with jax.set_mesh(mesh):
-      params = jax.jit(layer.init)(jax.random.key(SEED), x)['params']
-      assert params['value_table'].sharding.spec == jax.P('dp', 'tp')
-      close(params, expected('memory')[0])
-      text = step.lower(params, x).compile().as_text()
-      params = step(params, x)
+  @functools.partial(jax.jit, donate_argnums=0)
+  def step(params, x):
+    _, gradients = gradient(layer, params, x)
+    return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients[0])
+
+  with jax.set_mesh(mesh):
+    params = jax.jit(layer.init)(key, x)['params']
     assert params['value_table'].sharding.spec == jax.P('dp', 'tp')
-    # Nobody gathers the table: 256 rows of 8, here in 4 pieces.
-    assert 'f32[256,8]' not in text
+    close(params, whole['params'])
+    compiled = step.lower(params, x).compile()
+    params = compiled(params, x)
+  assert params['value_table'].sharding.spec == jax.P('dp', 'tp')
+  # Nobody gathers the table: 256 rows of 8, here in 4 pieces.
+  assert 'f32[256,8]' not in compiled.as_text()
 
 
 def test_one_layer_under_two_meshes_and_none():
@@ -433,9 +441,14 @@ def test_in_nnx(kind):
   lengths, axes = MESHES['two']
   mesh = make_mesh(lengths, kind)
   x = jax.device_put(inputs_of('moe'), jax.NamedSharding(mesh, jax.P('dp')))
-  with jax.set_mesh(mesh):
+
+  @nnx.jit
+  def make(x):
     layer = nnx.bridge.ToNNX(LAYERS['moe'](axes=axes), rngs=nnx.Rngs(SEED))
-    nnx.bridge.lazy_init(layer, x)
+    return nnx.bridge.lazy_init(layer, x)
+
+  with jax.set_mesh(mesh):
+    layer = make(x)
     y = nnx.jit(lambda layer, x: layer(x)[0])(layer, x)
   params = {
     name: jax.device_get(getattr(layer, name)[...])
@@ -458,7 +471,6 @@ INPUTS = [
   few(
     [
       (AUTO, *INPUTS[0]),
-      (EXPLICIT, *INPUTS[1]),
       (EXPLICIT, *INPUTS[2]),
       (AUTO, *INPUTS[3]),
     ],
@@ -497,7 +509,7 @@ def test_outside_of_jit(kind):
   close(actual, y)
 
 
-@pytest.mark.parametrize('name', ['memory', 'moe'])
+@pytest.mark.parametrize('name', few(['memory'], ['memory', 'moe']))
 def test_in_double_precision(name):
   lengths, axes = MESHES['two']
   mesh, layer = make_mesh(lengths, EXPLICIT), LAYERS[name](axes=axes)

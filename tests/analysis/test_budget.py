@@ -2,8 +2,10 @@
 """Sizes meet the budget, or a sentence says why they can't."""
 
 import dataclasses
+import itertools
 
 import pytest
+from lanes import few
 
 from jaxsparse.analysis import budget, cost
 from jaxsparse.config import MemoryConfig, ModelConfig, MoEConfig
@@ -31,8 +33,13 @@ def test_dense_is_the_base():
   assert fit(Architecture()) == BASE
 
 
-@pytest.mark.parametrize('total', [1_200_000, 2_000_000, 9_000_000])
-@pytest.mark.parametrize('expansion', [1, 4])
+@pytest.mark.parametrize(
+  ('total', 'expansion'),
+  few(
+    [(1_200_000, 4), (2_000_000, 1), (9_000_000, 4)],
+    itertools.product([1_200_000, 2_000_000, 9_000_000], [1, 4]),
+  ),
+)
 def test_memory_meets_the_budget(total, expansion):
   memory = dataclasses.replace(MEMORY, expansion=expansion)
   model = fit(Architecture(memory=memory), total)

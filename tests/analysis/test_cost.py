@@ -11,6 +11,7 @@ import functools
 import jax
 import jax.numpy as jnp
 import pytest
+from lanes import few
 from recipes import RECIPES
 
 from jaxsparse.analysis import cost, memory_cost
@@ -237,7 +238,16 @@ def test_tiny_recipes_have_equal_flops(name):
   assert sparse == pytest.approx(dense, rel=0.01)
 
 
-@pytest.mark.parametrize('name', TINY)
+# The mixture, all that attention adds, and memory layers of every kind but that
+# with the plainest scores.
+COUNTED = [
+  f'{family}:tiny'
+  for family in ('dense', 'olmoe', 'joined', 'ultramem', 'ultramem_v2')
+]
+COUNTED += ['memory_plus:tiny', 'peer:tiny']
+
+
+@pytest.mark.parametrize('name', few(COUNTED, TINY))
 def test_tiny_recipes_have_the_flops_that_xla_counts(name, monkeypatch):
   """XLA adds norms, softmax and the like: up to 3 % at this size.
 

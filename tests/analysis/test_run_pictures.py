@@ -14,27 +14,31 @@ from jaxsparse.config import Config, MemoryConfig, ModelConfig, saved_config
 
 @pytest.fixture
 def workdir(tmp_path):
+  """Of a dense model: one picture."""
   (tmp_path / 'config.json').write_text(saved_config.to_json(Config()))
-  rows = [
-    {
-      'step': step,
-      'loss': 3 - step / 10,
-      'block_00/moe/usage_max': 1.5,
-      'block_00/moe/usage_kl': 0.1,
-      'block_01/memory/usage_fraction': 0.5,
-      'block_01/memory/usage_kl': 1.0,
-      'block_02/attention/kept_share': 0.3,
-      'block_02/attention/router_entropy': 2.0,
-    }
-    for step in range(1, 5)
-  ]
-  lines = ''.join(json.dumps(row) + '\n' for row in rows)
-  (tmp_path / 'metrics.jsonl').write_text(lines)
+  write_metrics(tmp_path, {})
   return tmp_path
+
+
+def write_metrics(workdir, of_layers):
+  lines = (
+    json.dumps({'step': step, 'loss': 3 - step / 10} | of_layers) + '\n'
+    for step in range(1, 5)
+  )
+  (workdir / 'metrics.jsonl').write_text(''.join(lines))
 
 
 def test_report_draws_what_there_is(workdir, capsys):
   assert exit_code(['report', str(workdir)]) == 0
+  of_layers = {
+    'block_00/moe/usage_max': 1.5,
+    'block_00/moe/usage_kl': 0.1,
+    'block_01/memory/usage_fraction': 0.5,
+    'block_01/memory/usage_kl': 1.0,
+    'block_02/attention/kept_share': 0.3,
+    'block_02/attention/router_entropy': 2.0,
+  }
+  write_metrics(workdir, of_layers)
   counts = {
     'block_00 experts': np.array([5, 1, 0, 2]),
     'block_01': np.array([0, 3, 1, 0, 9]),

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from compiled import payloads
+from parameters import draw, place
 
 from jaxsparse import mesh as mesh_lib
 from jaxsparse.config.errors import UserError
@@ -28,14 +29,15 @@ CONFIG = MoEConfig(
   router='sigmoid', balance_loss_weight=0.1, router_z_loss_weight=0.1,
   bias_update_rate=0.01,
 )  # fmt: skip
-X = jax.random.normal(KEY, (B, T, D))
+X = np.random.default_rng(0).normal(size=(B, T, D)).astype(np.float32)
 
 
 def init(layer, x=X):
   """Parameters, with a bias and a router that prefer some of the experts."""
-  params = jax.jit(layer.init)(KEY, x)['params']
+  params = draw(layer.init, x)['params']
   if 'router_bias' in params:
-    params['router_bias'] = jnp.linspace(-0.2, 0.2, layer.config.num_experts)
+    bias = np.linspace(-0.2, 0.2, layer.config.num_experts, dtype=np.float32)
+    params['router_bias'] = bias
   return {'params': params}
 
 
@@ -88,27 +90,34 @@ def test_mixture_is_its_definition(kind, changes):
   (y, metrics), state = jax.jit(
     functools.partial(layer.apply, mutable='intermediates')
   )(params, X)
-  p, flat = params['params'], X.reshape(-1, D)
-  weights, experts = route_reference(
-    flat @ p['router'],
-    config.num_experts_per_token,
-    kind=config.router,
-    normalize=config.normalize_weights,
-    bias=p.get('router_bias'),
-  )
-  names = ('gate', 'up', 'down') if kind == 'swiglu' else ('up', 'down')
-  matrices = {name: p[name] for name in names}
-  sums = expert_mlp_reference(
-    flat, weights, experts, matrices, gelu=kind.removeprefix('gelu_')
-  ).reshape(X.shape)
-  if config.num_shared:
-    width = config.num_shared * config.expert_dim
-    sums += MLP(width, kind).apply({'params': p['shared']}, X)[0]
+  p = params['params']
+
+  @jax.jit
+  def definition(p, x):
+    flat = x.reshape(-1, D)
+    weights, experts = route_reference(
+      flat @ p['router'],
+      config.num_experts_per_token,
+      kind=config.router,
+      normalize=config.normalize_weights,
+      bias=p.get('router_bias'),
+    )
+    names = ('gate', 'up', 'down') if kind == 'swiglu' else ('up', 'down')
+    matrices = {name: p[name] for name in names}
+    sums = expert_mlp_reference(
+      flat, weights, experts, matrices, gelu=kind.removeprefix('gelu_')
+    ).reshape(x.shape)
+    if config.num_shared:
+      width = config.num_shared * config.expert_dim
+      sums += MLP(width, kind).apply({'params': p['shared']}, x)[0]
+    return sums, experts
+
+  sums, experts = definition(p, X)
   check(y, sums)
   assert ('router_bias' in p) == (config.bias_update_rate > 0)
   sown = state['intermediates']['experts'][0]
   np.testing.assert_array_equal(sown.reshape(experts.shape), experts)
-  load = np.bincount(experts.reshape(-1), minlength=8)
+  load = np.bincount(np.ravel(experts), minlength=8)
   assert metrics['usage_fraction'] == pytest.approx((load > 0).mean())
   assert metrics['usage_max'] == pytest.approx(load.max() / load.mean())
   assert 0 < metrics['router_entropy'] <= np.log(8)
@@ -117,7 +126,7 @@ def test_mixture_is_its_definition(kind, changes):
 def test_initial_variances():
   config = MoEConfig(num_experts=32, expert_dim=128)
   layer = MoE(config, num_layers=8)
-  params = jax.jit(layer.init)(KEY, jnp.zeros((1, 1, 64)))['params']
+  params = jax.jit(layer.init)(KEY, np.zeros((1, 1, 64), np.float32))['params']
   for name, variance in dict(
     router=1 / 64, gate=1 / 64, up=1 / 64, down=1 / (2 * 8 * 128)
   ).items():
@@ -140,15 +149,14 @@ def test_every_mesh_computes_the_same(sizes, is_partial, kind, config):
   params, results = expected(kind, config)
   layer = MoE(config, kind, is_partial=is_partial)
   with jax.set_mesh(mesh_lib.make_mesh(*sizes)):
-    specs = shardings(layer)
-
-    @jax.jit
-    def on_mesh(params, x):
-      return run(layer, jax.tree.map(mesh_lib.reshard, params, specs), place(x))
-
-    actual = on_mesh(params, X)
+    on_mesh = jax.jit(lambda params, x: run(layer, params, place_tokens(x)))
+    placed = place(params, initial(layer), X)
+    actual = on_mesh(placed, X)
   check(actual, results)
-  got = jax.tree.map(lambda x: x.sharding.spec, actual[2])
+  got, specs = (
+    jax.tree.map(lambda x: x.sharding.spec, tree)
+    for tree in (actual[2], placed)
+  )
   assert jax.tree.leaves(got) == jax.tree.leaves(specs)
   assert specs['params']['up'] == jax.P('sparse', 'data', 'model')
 
@@ -158,7 +166,9 @@ def test_a_mesh_adds_up_the_parts_of_swiglu():
   params = init(layer)
   expected = jax.jit(layer.apply)(params, X)
   with jax.set_mesh(mesh_lib.make_mesh(1, 4, 2)):
-    y, metrics = jax.jit(lambda p, x: layer.apply(p, place(x)))(params, X)
+    y, metrics = jax.jit(lambda p, x: layer.apply(p, place_tokens(x)))(
+      params, X
+    )
   check((y, metrics), expected)
   assert y.sharding.spec == jax.P(mesh_lib.TOKENS, None, None)
 
@@ -196,21 +206,20 @@ def test_only_tokens_and_their_choices_are_sent(sizes, group):
   assert payloads(program.as_text()) == sorted(expected)
 
 
-def shardings(layer):
-  """Those of the layer's own initial values."""
-  shapes = jax.eval_shape(lambda x: layer.init(KEY, place(x)), X)
-  return jax.tree.map(lambda x: x.sharding.spec, shapes)
-
-
-def place(x):
+def place_tokens(x):
   return mesh_lib.reshard(x, mesh_lib.act('BTD'))
+
+
+def initial(layer):
+  """The layer's own initial values, of tokens that lie on the mesh."""
+  return lambda key, x: layer.init(key, place_tokens(x))
 
 
 def test_initial_values_are_the_same_on_a_mesh():
   layer = MoE(CONFIG)
   params = jax.jit(layer.init)(KEY, X)
   with jax.set_mesh(mesh_lib.make_mesh(2, 2, 2)):
-    placed = jax.jit(lambda x: layer.init(KEY, place(x)))(X)
+    placed = jax.jit(initial(layer))(KEY, X)
   check(placed, params, atol=0)
 
 
@@ -242,7 +251,7 @@ def test_bf16_keeps_the_choice_of_experts():
     params, X
   )
   assert low.dtype == jnp.bfloat16
-  check(low.astype(jnp.float32), y, rtol=0.05, atol=0.05)
+  check(np.asarray(low, np.float32), y, rtol=0.05, atol=0.05)
   check(low_metrics, metrics)
 
 
@@ -252,10 +261,10 @@ def test_the_bias_gets_the_load_as_its_gradient():
     CONFIG, balance_loss_weight=0.0, router_z_loss_weight=0.0, num_shared=0
   )
   layer = MoE(config)
-  x = jax.random.normal(KEY, (8, 32, D)) + 0.7
+  x = np.random.default_rng(1).normal(0.7, size=(8, 32, D)).astype(np.float32)
 
   @jax.jit
-  def step(params):
+  def step(params, x):
     def loss(params):
       _, metrics = layer.apply(params, x)
       return metrics['aux_loss'], metrics
@@ -264,10 +273,11 @@ def test_the_bias_gets_the_load_as_its_gradient():
     params = jax.tree.map(lambda p, g: p - 0.01 * jnp.sign(g), params, gradient)
     return params, metrics
 
-  params = start = jax.jit(layer.init)(KEY, x)
+  params = start = draw(layer.init, x)
+  start['params']['router_bias'] = np.zeros(8, np.float32)
   loads = []
   for _ in range(40):
-    params, metrics = step(params)
+    params, metrics = step(params, x)
     assert metrics['aux_loss'] == 0
     loads.append(float(metrics['usage_max']))
   del params['params']['router_bias'], start['params']['router_bias']
@@ -282,4 +292,4 @@ def test_uneven_splits_are_told_in_a_sentence():
       config = dataclasses.replace(CONFIG, **changes)
       (name,) = changes
       with pytest.raises(UserError, match=f'{name} must be a multiple of'):
-        MoE(config).init(KEY, place(X))
+        MoE(config).init(KEY, place_tokens(jnp.asarray(X)))

@@ -13,15 +13,15 @@ T, P, Q, WIDTH, RANKS = 7, 2, 5, 4, 3
 
 
 def draw(*shape, seed=0):
-  return jnp.asarray(np.random.default_rng(seed).normal(size=shape), 'float32')
+  return np.random.default_rng(seed).normal(size=shape).astype(np.float32)
 
 
 @pytest.mark.parametrize('num_queries', [1, RANKS])
 def test_one_product_scores_all_ranks(num_queries):
   query = draw(T, 2, num_queries, WIDTH)
   keys = draw(P, 2, Q, WIDTH, RANKS, seed=1)
-  every = jnp.broadcast_to(query, (T, 2, RANKS, WIDTH))
-  sides = retrieval._by_one_product(query, keys)
+  every = np.broadcast_to(query, (T, 2, RANKS, WIDTH))
+  sides = jax.jit(retrieval._by_one_product)(query, keys)
   for s, scores in enumerate(sides):
     expected = np.einsum('trk,pqkr->tpqr', every[:, s], keys[:, s])
     np.testing.assert_allclose(scores, expected, atol=1e-5)
@@ -41,9 +41,13 @@ def test_narrow_keys_meet_the_whole_query():
 @pytest.mark.parametrize('num_quadrants', [1, 2])
 def test_candidates_of_both_axes_at_once(num_quadrants):
   axes = draw(T, P, 16), draw(T, P, 16, seed=1)
-  together = tucker._candidates_together(axes, 4, num_quadrants)
-  for axis, found in zip(axes, together, strict=True):
-    apart = tucker._candidates(axis, 4, num_quadrants)
+
+  @jax.jit
+  def both(axes):
+    together = tucker._candidates_together(axes, 4, num_quadrants)
+    return together, [tucker._candidates(x, 4, num_quadrants) for x in axes]
+
+  for found, apart in zip(*both(axes), strict=True):
     np.testing.assert_array_equal(found, apart)
 
 
@@ -51,13 +55,16 @@ def test_candidates_of_both_axes_at_once(num_quadrants):
 def test_few_tokens_are_pooled_by_a_matmul(num_pools, num_cores):
   rng = np.random.default_rng(0)
   slot, pool = (
-    jnp.asarray(rng.integers(n, size=(T, 6)), jnp.int32)
-    for n in (20, num_pools)
+    rng.integers(n, size=(T, 6), dtype=np.int32) for n in (20, num_pools)
   )
   pool = pool if num_pools > 1 else None
-  args = draw(20, 8), slot, draw(T, 6, num_cores, seed=1), pool, num_pools
-  np.testing.assert_allclose(
-    value_bag._forward_gathered(*args),
-    value_bag.value_bag_reference(*args),
-    atol=1e-5,
-  )
+  args = draw(20, 8), slot, draw(T, 6, num_cores, seed=1), pool
+
+  @jax.jit
+  def both(*args):
+    return (
+      value_bag._forward_gathered(*args, num_pools),
+      value_bag.value_bag_reference(*args, num_pools),
+    )
+
+  np.testing.assert_allclose(*both(*args), atol=1e-5)

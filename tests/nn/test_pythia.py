@@ -4,9 +4,9 @@
 import math
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from parameters import draw
 from recipes import RECIPES
 
 from jaxsparse.analysis import cost
@@ -31,22 +31,12 @@ CONFIG = ModelConfig(
   parallel_block=True,
   rope_fraction=ROTATED / H,
 )
-TOKENS = np.array([[3, 1, 4, 1, 5, 9]])
+TOKENS = np.array([[3, 1, 4, 1, 5, 9]], np.int32)
 
 
 def make_params():
-  one = jnp.asarray(TOKENS)
-  params = jax.jit(Transformer(CONFIG).init)(jax.random.key(0), one, one, one)
-  # Biases begin at 0.
-  leaves, tree = jax.tree.flatten(params['params'])
-  keys = jax.random.split(jax.random.key(1), len(leaves))
-  return jax.tree.unflatten(
-    tree,
-    [
-      x + 0.3 * jax.random.normal(key, x.shape)
-      for x, key in zip(leaves, keys, strict=True)
-    ],
-  )
+  """With biases, which begin at 0."""
+  return draw(Transformer(CONFIG).init, TOKENS, TOKENS, TOKENS)['params']
 
 
 def layer_norm(x, p):
@@ -87,14 +77,14 @@ def forward(p):
 
 def test_it_is_its_formula():
   params = make_params()
-  positions = jnp.arange(T)[None]
+  positions = np.arange(T, dtype=np.int32)[None]
   logits, _, _ = jax.jit(Transformer(CONFIG).apply)(
     {'params': params},
-    jnp.asarray(TOKENS),
+    TOKENS,
     positions,
-    jnp.ones_like(positions),
+    np.ones_like(positions),
   )
-  np.testing.assert_allclose(logits[0], forward(params), atol=2e-5)
+  np.testing.assert_allclose(np.asarray(logits)[0], forward(params), atol=2e-5)
 
 
 def test_leaves_are_counted():

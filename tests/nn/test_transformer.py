@@ -11,6 +11,7 @@ import pytest
 from compiled import payloads
 from flax import traverse_util
 from lanes import few
+from parameters import draw, place
 
 from jaxsparse import mesh
 from jaxsparse.config import (
@@ -56,8 +57,8 @@ SPARSE = SparseAttentionConfig(
 )
 MODELS = dict(
   pythia=make_config(
-    num_kv_heads=4, mlp='gelu', tie_embeddings=False, norm='layer',
-    use_bias=True, parallel_block=True, rope_fraction=0.5,
+    num_layers=1, num_kv_heads=4, mlp='gelu', tie_embeddings=False,
+    norm='layer', use_bias=True, parallel_block=True, rope_fraction=0.5,
   ),
   qk_norm=make_config(use_qk_norm=True),
   memory=make_config(((0, 1), (1, 1))),
@@ -82,9 +83,11 @@ MODELS = dict(
     sparse=SPARSE,
   ),
   experts=make_config(
+    num_layers=1,
+    mlp='gelu',
     moe=MoEConfig(
       num_experts=4, expert_dim=12, num_shared=1, bias_update_rate=1e-3
-    )
+    ),
   ),
   memory_plus=dataclasses.replace(
     make_config(),
@@ -113,12 +116,9 @@ all_models = pytest.mark.parametrize(
 )
 
 
-def init_params(config, batch=B):
-  return jit(Transformer(config).init)(KEY, *one_document(batch=batch))
-
-
-# Without a mesh.
-make_params = functools.cache(init_params)
+@functools.cache
+def make_params(config):
+  return draw(Transformer(config).init, *one_document())
 
 
 def one_document(seed=0, batch=B, length=T):
@@ -186,7 +186,8 @@ def test_decoding_equals_the_full_forward(name):
   prompt_positions = np.maximum(np.arange(4) - starts[:, None], 0)
   prompt_segments = (np.arange(4) >= starts[:, None]).astype(np.int32)
   inputs = (prompt, prompt_positions.astype(np.int32), prompt_segments)
-  logits, cache = apply(params, *inputs, init_cache(config, B, T + 2))
+  cache = jit(functools.partial(init_cache, config, B, T + 2))()
+  logits, cache = apply(params, *inputs, cache)
   np.testing.assert_allclose(logits[0], expected[0, :4], atol=1e-5)
   np.testing.assert_allclose(logits[1, 2:], expected[1, :2], atol=1e-5)
   for step in range(4, T):
@@ -197,21 +198,25 @@ def test_decoding_equals_the_full_forward(name):
   assert cache['shared']['index'] == T
 
 
-def streams(config, params=None):
+def captured(config, params):
   """What every module returned in one pass, by path."""
-  params = params or make_params(config)
   _, state = jit(
     lambda params, *inputs: Transformer(config).apply(
       params, *inputs, capture_intermediates=True
     )
   )(params, *one_document())
   flat = traverse_util.flatten_dict(state['intermediates'], sep='/')
-  return {path: value[0] for path, value in flat.items()}
+  return {path: jax.device_get(value[0]) for path, value in flat.items()}
 
 
-def normalised(x, config):
-  mean_square = jnp.square(x).mean(-1, keepdims=True)
-  return x / jnp.sqrt(mean_square + config.norm_epsilon)
+@functools.cache
+def streams(config):
+  return captured(config, make_params(config))
+
+
+def normalised(x, config, scale):
+  mean_square = np.square(x).mean(-1, keepdims=True)
+  return x / np.sqrt(mean_square + config.norm_epsilon) * scale
 
 
 BOUNDED = dataclasses.replace(
@@ -266,12 +271,13 @@ def test_decoding_traces_on_a_mesh(name, sizes, batch):
 def test_same_block_placement_is_a_parallel_branch():
   config = MODELS['conv']
   seen = streams(config)
+  params = make_params(config)['params']['block_02']
   middle = seen['block_00/__call__'][0] + seen['block_01/attention/__call__'][0]
   branches = ('block_01/mlp/__call__', 'block_01/memory/__call__')
   expected = middle + sum(seen[branch][0] for branch in branches)
   np.testing.assert_allclose(
     seen['block_02/attention_norm/__call__'],
-    normalised(expected, config),
+    normalised(expected, config, params['attention_norm']['scale']),
     atol=1e-5,
   )
 
@@ -286,7 +292,7 @@ def test_a_memory_on_its_way_touches_no_block():
     for path, leaf in traverse_util.flatten_dict(params['params']).items()
     if 'memory' not in path
   }
-  expected = streams(without, {'params': traverse_util.unflatten_dict(dense)})
+  expected = captured(without, {'params': traverse_util.unflatten_dict(dense)})
   seen = streams(with_memory)
   arrives = [0.0, 0.0, seen['block_00/memory/__call__'][0]]
   for i, y in enumerate(arrives):
@@ -308,8 +314,9 @@ def test_two_memories_in_flight_land_where_they_should(name):
     )
     x = x + attention + mlp + landed[i]
     np.testing.assert_allclose(seen[f'block_0{i}/__call__'][0], x, atol=1e-5)
+  scale = make_params(config)['params']['final_norm']['scale']
   np.testing.assert_allclose(
-    seen['final_norm/__call__'], normalised(x, config), atol=1e-5
+    seen['final_norm/__call__'], normalised(x, config, scale), atol=1e-5
   )
 
 
@@ -358,13 +365,15 @@ def test_dropout_is_off_unless_asked_for():
   config = dataclasses.replace(MODELS['qk_norm'], dropout_rate=0.5)
   params, inputs = make_params(MODELS['qk_norm']), one_document()
   expected = logits_of(MODELS['qk_norm'], *inputs)
-  quiet, _ = jitted(config)(params, *inputs, None)
+
+  @jit
+  def both(*args):
+    apply = Transformer(config).apply
+    noisy = apply(*args, deterministic=False, rngs=dict(dropout=KEY))
+    return apply(*args)[0], noisy[0]
+
+  quiet, noisy = both(params, *inputs)
   np.testing.assert_allclose(quiet, expected, atol=1e-6)
-  noisy, _, _ = jit(
-    lambda *args: Transformer(config).apply(
-      *args, deterministic=False, rngs=dict(dropout=KEY)
-    )
-  )(params, *inputs)
   assert np.abs(noisy - expected).max() > 0.1
 
 
@@ -384,8 +393,10 @@ def unsharded():
 )
 def test_any_mesh_gives_the_same_loss_and_gradients(unsharded, sizes):
   config, value, _, gradients, _ = unsharded
+  whole = make_params(config)
   with jax.set_mesh(mesh.make_mesh(*sizes)):
-    params = init_params(config, batch=8)
+    inputs = one_document(batch=8)
+    params = place(whole, Transformer(config).init, *inputs)
     sharded, _, sharded_gradients, _ = loss_and_gradients(config, params, 8)
     query = jax.typeof(sharded_gradients['block_00/attention/query'])
     assert query.sharding.spec == mesh.param('DNH')
@@ -432,10 +443,11 @@ def test_sizes_that_do_not_fit_are_named(fields, batch, word):
 
 
 def test_leaves_and_initial_scale():
-  params = make_params(MODELS['qk_norm'])['params']
+  model, inputs = Transformer(MODELS['qk_norm']), one_document()
+  (logits, *_), params = jit(model.init_with_output)(KEY, *inputs)
+  params = params['params']
   assert set(params) == {'embed', 'final_norm', 'block_00', 'block_01'}
   names = {'attention_norm', 'attention', 'mlp_norm', 'mlp'}
   assert set(params['block_01']) == names
-  logits = logits_of(MODELS['qk_norm'], *one_document())
   assert logits.dtype == np.float32
   assert 0.5 < np.std(logits) < 3

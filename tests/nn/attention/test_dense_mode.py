@@ -2,11 +2,13 @@
 """Sparse blocks in full: dense to begin with, and with a least number kept."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from parameters import draw
 
 from jaxsparse.analysis import cost
 from jaxsparse.config import Config, ModelConfig, saved_config
@@ -41,25 +43,37 @@ T = 24
 
 @pytest.fixture(scope='module')
 def params():
-  token = jnp.zeros((1, 1), jnp.int32)
-  init = jax.jit(Transformer(DENSE).init)
-  return init(jax.random.key(0), token, token, token + 1)['params']
+  return draw_alike(DENSE)
+
+
+def draw_alike(config):
+  """Parameters with which all rows are to cover alike, as at the start."""
+  params = draw(Transformer(config).init, *inputs())['params']
+  of_sparse = params['block_01']['attention']['sparse']
+  of_sparse |= {name: 0 * of_sparse[name] for name in ('coverage', 'gate')}
+  of_sparse['coverage_bias'][:] = config.sparse.coverage_logit
+  return params
 
 
 def inputs():
-  tokens = jax.random.randint(jax.random.key(1), (2, T), 0, SPARSE.vocab_size)
-  return tokens, jnp.tile(jnp.arange(T), (2, 1)), jnp.ones((2, T), jnp.int32)
+  rng = np.random.default_rng(1)
+  tokens = rng.integers(SPARSE.vocab_size, size=(2, T), dtype=np.int32)
+  positions = np.tile(np.arange(T, dtype=np.int32), (2, 1))
+  return tokens, positions, np.ones_like(tokens)
 
 
-def logits(config, params, *rest):
-  run = jax.jit(Transformer(config).apply)
-  return run({'params': params}, *inputs(), *rest)
+@functools.cache
+def jitted(config):
+  return jax.jit(Transformer(config).apply)
+
+
+def logits(config, params):
+  return jitted(config)({'params': params}, *inputs())
 
 
 def test_its_parameters_are_those_of_sparse_attention(params):
-  token = jnp.zeros((1, 1), jnp.int32)
   of_sparse = jax.eval_shape(
-    Transformer(SPARSE).init, jax.random.key(0), token, token, token + 1
+    Transformer(SPARSE).init, jax.random.key(0), *inputs()
   )['params']
   shapes = jax.tree.map(jnp.shape, params)
   assert shapes == jax.tree.map(jnp.shape, of_sparse)
@@ -90,11 +104,8 @@ def test_it_is_plain_attention_to_the_bit(params):
 
 def test_its_cache_gives_the_same(params):
   whole, *_ = logits(DENSE, params)
-  run, cache, found = (
-    jax.jit(Transformer(DENSE).apply),
-    init_cache(DENSE, 2, T),
-    [],
-  )
+  run, found = jitted(DENSE), []
+  cache = jax.jit(functools.partial(init_cache, DENSE, 2, T))()
   for part in (slice(0, 13), slice(13, 14), slice(14, T)):
     y, cache, _ = run(
       {'params': params}, *(x[:, part] for x in inputs()), cache
@@ -113,15 +124,16 @@ def test_an_indexer_learns_of_all_blocks():
 
   few = dataclasses.replace(DENSE.sparse, max_blocks=1)
   dense = with_indexer(dataclasses.replace(DENSE, sparse=few))
-  init = jax.jit(Transformer(dense).init)
-  params = init(jax.random.key(0), *(x[:1, :1] for x in inputs()))['params']
+  params = draw_alike(dense)
   _, _, of_sparse = logits(with_indexer(SPARSE), params)
 
-  def both(params):
-    y, _, metrics = Transformer(dense).apply({'params': params}, *inputs())
+  def both(params, *inputs):
+    y, _, metrics = Transformer(dense).apply({'params': params}, *inputs)
     return jnp.stack([jnp.sin(y).sum(), metrics['aux_loss']]), (y, metrics)
 
-  slopes, (y, metrics) = jax.jit(jax.jacobian(both, has_aux=True))(params)
+  slopes, (y, metrics) = jax.jit(jax.jacobian(both, has_aux=True))(
+    params, *inputs()
+  )
   np.testing.assert_array_equal(y, logits(DENSE, params)[0])
   layer = 'block_01/attention'
   assert set(metrics) == {
