@@ -5,6 +5,7 @@ import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse import mesh
@@ -79,8 +80,14 @@ def decode_step(
   Returns:
     The next tokens [B], the extended cache, and the next call's inputs.
   """
+  batch_size, length = inputs[0].shape
+  last = None
+  if length > 1:
+    last = mesh.reshard(
+      jnp.full(batch_size, length - 1, jnp.int32), mesh.act('B')
+    )
   logits, cache, _ = Transformer(config).apply(
-    {'params': params}, *inputs, cache
+    {'params': params}, *inputs, cache, logits_at=last
   )
   key = jax.random.fold_in(jax.random.key(seed), step)
   # Few enough to draw on every device alike, without a rule for the mesh.

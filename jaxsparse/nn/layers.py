@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Num
 from jaxsparse import mesh
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.leading import Leading, require_floats
+from jaxsparse.ops.token_product import token_product
 
 Metrics = dict[str, jax.typing.ArrayLike]
 # Those that training adds to the loss, each the sum over all layers.
@@ -162,9 +163,7 @@ def project_to_vocabulary(
 ) -> Float[Array, '*S V']:
   """Logits, accumulated and returned in float32."""
   lead = Leading.of(x)
-  logits = jnp.einsum(
-    'btd,vd->btv', lead.flat(x), table, preferred_element_type=jnp.float32
-  )
+  logits = token_product('d,vd->v', lead.flat(x), table, dtype=jnp.float32)
   return lead.restored(logits)
 
 
@@ -203,7 +202,7 @@ class MLP(nn.Module):
 
     def project(name: str) -> jax.Array:
       matrix = weight(self, name, 'DF', (model_dim, width), reading, x.dtype)
-      return self._biased(jnp.einsum('btd,df->btf', x, matrix), name, 'F')
+      return self._biased(token_product('d,df->f', x, matrix), name, 'F')
 
     if self.kind == 'swiglu':
       hidden = nn.silu(project('gate')) * project('up')
@@ -211,7 +210,7 @@ class MLP(nn.Module):
       hidden = nn.gelu(project('up'), approximate=self.kind == 'gelu')
     down = weight(self, 'down', 'FD', (width, model_dim), writing, x.dtype)
     spec = mesh.partial('BTD') if self.is_partial else mesh.act('BTD')
-    y = jnp.einsum('btf,fd->btd', hidden, down, out_sharding=spec)
+    y = token_product('f,fd->d', hidden, down, out_sharding=spec)
     return lead.restored(self._biased(y, 'down', 'D')), {}
 
   def _biased(self, y, name, dim):

@@ -107,6 +107,27 @@ class Leading:
     new = (math.prod(shape[:-1]), length, *rest)
     return jax.lax.reshape(x, new, out_sharding=spec)
 
+  def flat_at(self, index: Any, name: str) -> Any:
+    """What numbers a position of each sequence, as [B]; None as None.
+
+    Raises:
+      UserError: it has another shape, or its numbers are no integers.
+    """
+    if index is None:
+      return None
+    require_integers(index, name)
+    require(
+      index.shape == self.shape[:-1],
+      f'{name} must have the shape {list(self.shape[:-1])}, a position for '
+      f'each sequence, got {list(index.shape)}.',
+    )
+    return jax.lax.reshape(index, (index.size,), out_sharding=mesh.act('B'))
+
+  def of_one(self) -> 'Leading':
+    """The dimensions of one position for each sequence."""
+    last = (1,) if self.shape else ()
+    return dataclasses.replace(self, shape=(*self.shape[:-1], *last))
+
   def places(
     self, positions: Any, segment_ids: Any
   ) -> tuple[jax.Array, jax.Array]:

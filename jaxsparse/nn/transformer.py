@@ -97,7 +97,8 @@ class Transformer(nn.Module):
     segment_ids: Int[Array, '*S'] | None = None,
     cache: Cache | None = None,
     deterministic: bool = True,
-  ) -> tuple[Float[Array, '*S V'], Cache | None, Metrics]:
+    logits_at: Int[Array, '*B'] | None = None,
+  ) -> tuple[Float[Array, '... V'], Cache | None, Metrics]:
     """Scores of the token after each of `tokens`.
 
     Args:
@@ -109,15 +110,17 @@ class Transformer(nn.Module):
       cache: what `init_cache` made and earlier calls returned; None when
         nothing comes before `tokens`.
       deterministic: False for dropout, which needs the rng 'dropout'.
+      logits_at: of each sequence the one position in `tokens` whose scores are
+        wanted; by default all. A prompt's others cost as much as some blocks.
 
     Returns:
-      Logits in float32; the extended cache; float32 scalars such as
+      Logits in float32, with `logits_at` of one position; the extended cache; float32 scalars such as
       'block_01/memory/usage_kl', and sums over all layers: 'aux_loss', and
       with sparse attention 'sparsity_loss'.
 
     Raises:
-      UserError: a size does not fit the mesh, vocab_size is not set, or
-        `tokens` are no integers.
+      UserError: a size does not fit the mesh, vocab_size is not set, `tokens`
+        are no integers, or `logits_at` has another shape than a sequence each.
     """
     lead = Leading.of_tokens(tokens)
     num_sequences = 0 if lead.is_empty else math.prod(lead.shape[:-1])
@@ -129,11 +132,16 @@ class Transformer(nn.Module):
       lead.flat(segment_ids, 'segment_ids'),
       None if lead.is_empty else cache,
       deterministic,
+      None if lead.is_empty else lead.flat_at(logits_at, 'logits_at'),
     )
+    if logits_at is not None:
+      lead = lead.of_one()
     cache = cache if lead.is_empty else new_cache
     return lead.restored(logits), cache, lead.metrics(metrics)
 
-  def _run(self, tokens, positions, segment_ids, cache, deterministic):
+  def _run(
+    self, tokens, positions, segment_ids, cache, deterministic, logits_at
+  ):
     """`__call__` of sequences [B, T]."""
     config = self.config
     tokens, positions, segment_ids = (
@@ -146,6 +154,8 @@ class Transformer(nn.Module):
     x, cache, metrics = self._blocks(
       embed(tokens), positions, segment_ids, cache, deterministic
     )
+    if logits_at is not None:
+      x = mesh.over_tokens(_rows_at)(x, logits_at)
     norm = NORMS[config.norm]
     x = norm(config.norm_epsilon, dtype=config.dtype, name='final_norm')(x)
     if config.tie_embeddings:
@@ -197,6 +207,10 @@ class Transformer(nn.Module):
         names = attention_cache.shared_names(config, i)
         new_cache['shared'] |= {name: extended[name] for name in names}
     return x, new_cache, metrics
+
+
+def _rows_at(x: Float[Array, 'B T D'], index: Int[Array, 'B']):
+  return jnp.take_along_axis(x, index[:, None, None], axis=1)
 
 
 def _block_cache(cache: Cache | None, block: int) -> Cache | None:

@@ -20,6 +20,7 @@ from jaxsparse.experiments.bench import (
   measuring,
   memory_layer,
   top_m,
+  train,
   train_step,
   value_bag,
 )
@@ -29,6 +30,7 @@ BENCHES = dict(
   value_bag=value_bag,
   grouped_matmul=grouped_matmul,
   top_m=top_m,
+  train=train,
   memory_layer=memory_layer,
   train_step=train_step,
   attention=attention,

@@ -9,7 +9,6 @@ import functools
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from jaxsparse import mesh
@@ -25,6 +24,7 @@ from jaxsparse.nn.layers import Metrics, RMSNorm, bias, init_variances, weight
 from jaxsparse.nn.leading import Leading
 from jaxsparse.ops.attention.dense import attention
 from jaxsparse.ops.attention.rope import apply_rope
+from jaxsparse.ops.token_product import token_product
 
 
 class Attention(nn.Module):
@@ -110,8 +110,8 @@ class Attention(nn.Module):
     output = weight(self, 'output', 'NHD', shape, writing, config.dtype)
     # G for the heads: einsum contracts letters by the alphabet, and with H
     # before N it would transpose the matrix, in decoding at every step.
-    y = jnp.einsum(
-      'btgh,ghd->btd', encoded, output, out_sharding=mesh.act('BTD')
+    y = token_product(
+      'gh,ghd->d', encoded, output, out_sharding=mesh.act('BTD')
     )
     if config.use_bias:
       b = bias(self, 'output_bias', 'D', (model_dim,), y.ndim)
@@ -186,7 +186,7 @@ class Attention(nn.Module):
     def project(name: str, dims: str, num_heads: int) -> jax.Array:
       shape = (model_dim, num_heads, config.head_dim)
       matrix = weight(self, name, dims, shape, reading, config.dtype)
-      heads = jnp.einsum('btd,dnh->btnh', x, matrix)
+      heads = token_product('d,dnh->nh', x, matrix)
       if not config.use_bias:
         return heads
       b = bias(self, f'{name}_bias', dims[1:], shape[1:], heads.ndim)

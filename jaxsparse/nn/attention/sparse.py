@@ -42,6 +42,7 @@ from jaxsparse.ops.sparse_attention.sparse_inputs import (
   SparseInputs,
   SparseOptions,
 )
+from jaxsparse.ops.token_product import token_product
 
 # Letters of a cache's arrays; Z and k are no letters of the mesh.
 _CACHE_DIMS = SparseCache(
@@ -258,10 +259,10 @@ class SparseAttention(nn.Module):
       mesh.sharded(init, mesh.param('K')),
       (config.num_kv_heads,),
     )
-    gates = jax.nn.sigmoid(jnp.einsum('btd,dng->btng', x, gate))
+    gates = jax.nn.sigmoid(token_product('d,dng->ng', x, gate))
     if config.sparse.combine == 'merged':
       gates *= 2
-    logits = jnp.einsum('btd,dk->btk', x, matrix)
+    logits = token_product('d,dk->k', x, matrix)
     coverage = jax.nn.sigmoid(logits + bias[None, None])
     return gates, coverage
 
@@ -277,11 +278,8 @@ class SparseAttention(nn.Module):
       matrix = weight(
         self, name, dims, (model_dim, *shape), 1 / model_dim, x.dtype
       )
-      y = jnp.einsum(
-        f'btd,d{letters}->bt{letters}',
-        x,
-        matrix,
-        preferred_element_type=jnp.float32,
+      y = token_product(
+        f'd,d{letters}->{letters}', x, matrix, dtype=jnp.float32
       )
       return mesh.reshard(y, mesh.act('BT' + '.' * len(shape)))
 

@@ -45,6 +45,7 @@ from jaxsparse.ops.memory.tucker import (
   lower_singular_loss,
   singular_values,
 )
+from jaxsparse.ops.token_product import token_product
 
 Metrics = dict[str, jax.Array]
 
@@ -298,8 +299,8 @@ def _vectors(weights, x):
   """What meets the rows of pre-values [B, T, U], split over `model`."""
   if 'pre_value_map' not in weights:
     return mesh.reshard(x, mesh.act('BTW'))
-  return jnp.einsum(
-    'btd,du->btu',
+  return token_product(
+    'd,du->u',
     x,
     weights['pre_value_map'].astype(x.dtype),
     out_sharding=mesh.act('BTW'),
@@ -311,10 +312,10 @@ def _output(weights, x, pooled, is_partial):
   if 'output' not in weights:
     return mesh.reshard(pooled.sum(axis=2), mesh.act('BTD'))
   if 'gate' in weights:
-    gate = jnp.einsum('btd,dew->btew', x, weights['gate'].astype(x.dtype))
+    gate = token_product('d,dew->ew', x, weights['gate'].astype(x.dtype))
     pooled *= jax.nn.silu(gate)
-  return jnp.einsum(
-    'btew,ewd->btd',
+  return token_product(
+    'ew,ewd->d',
     pooled,
     weights['output'].astype(x.dtype),
     out_sharding=mesh.partial('BTD') if is_partial else mesh.act('BTD'),

@@ -21,6 +21,7 @@ from jaxsparse.config import MemoryConfig
 from jaxsparse.ops.memory import addressing, usage
 from jaxsparse.ops.memory.product_key import product_key_top_m
 from jaxsparse.ops.memory.tucker import Directions, tucker_top_m
+from jaxsparse.ops.token_product import token_product
 
 # The inputs before the first position, and their segment ids.
 Context = tuple[Float[Array, '*C S D'], Int[Array, '*C S']]
@@ -72,7 +73,8 @@ def retrieve(
     )
   # [D, 2, q] with heads or ranks before the width where they have their own.
   matrix = weights['query'].astype(x.dtype)
-  query = jnp.tensordot(h, matrix, axes=1)
+  dims = 'xyz'[: matrix.ndim - 1]
+  query = token_product(f'd,d{dims}->{dims}', h, matrix)
   if 'query_bias' in weights:
     query += weights['query_bias'].astype(x.dtype)[None, None]
   query = norm(query, weights.get('query_scale'), -1, config.query_norm)

@@ -1,0 +1,75 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Products of every token with a matrix, on tokens in one dimension.
+
+XLA's CPU multiplies [B, T, D] by a matrix as it does [B * T, D], but lays out
+what comes before and after for three dimensions: an MLP with its gradients
+takes 1.8 times as long (JAX 0.10.2, 16 x 128 tokens, D 128, F 352).
+"""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from jaxsparse import mesh
+
+
+def token_product(
+  letters: str,
+  x: Float[Array, 'B T ...'],
+  matrix: Float[Array, '...'],
+  out_sharding: jax.P | None = None,
+  dtype: jax.typing.DTypeLike | None = None,
+) -> Float[Array, 'B T ...']:
+  """`jnp.einsum` of each token's dimensions with a matrix.
+
+  Args:
+    letters: of a token, of the matrix and of what comes out: 'd,df->f' makes
+      [B, T, F] of [B, T, D] and [D, F].
+    x: of tokens.
+    matrix: the same for all tokens.
+    out_sharding: of the result, where it is not as its sides have it.
+    dtype: of the sums and the result, by default that of the sides.
+  """
+  left, right = letters.split(',')
+  matrix_letters, out = right.split('->')
+  if out_sharding is not None and out_sharding.unreduced:
+    # No reshape of what is still to be added up.
+    return jnp.einsum(
+      f'BT{left},{matrix_letters}->BT{out}',
+      x,
+      matrix,
+      preferred_element_type=dtype,
+      out_sharding=out_sharding,
+    )
+  num_rows, length = x.shape[:2]
+  y = jnp.einsum(
+    f'S{left},{matrix_letters}->S{out}',
+    _reshaped(x, (num_rows * length, *x.shape[2:]), slice(1, 2)),
+    matrix,
+    preferred_element_type=dtype,
+    out_sharding=_without(out_sharding, slice(1, 2)),
+  )
+  return _reshaped(y, (num_rows, length, *y.shape[1:]), slice(1, 1), (None,))
+
+
+def token_product_reference(
+  letters: str, x: Float[Array, 'B T ...'], matrix: Float[Array, '...']
+) -> Float[Array, 'B T ...']:
+  """The same in the dimensions that `x` has; tests only."""
+  left, right = letters.split(',')
+  matrix_letters, out = right.split('->')
+  return jnp.einsum(f'BT{left},{matrix_letters}->BT{out}', x, matrix)
+
+
+def _reshaped(x, shape, place, axes=()):
+  spec = _without(mesh.spec_of(x), place, axes)
+  return x.reshape(shape, out_sharding=spec)
+
+
+def _without(spec, place, axes=()):
+  """`spec` with `axes` in place of those at `place`."""
+  if spec is None:
+    return None
+  entries = list(spec)
+  entries[place] = axes
+  return jax.P(*entries)
