@@ -12,10 +12,6 @@ import pathlib
 import time
 import uuid
 
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog
-
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError
 from jaxsparse.run import workdir as workdir_lib
@@ -39,28 +35,44 @@ class TensorBoard:
   def __init__(self, folder: pathlib.Path, first_step: int):
     """Hides what a longer run before this one wrote after `first_step`."""
     folder.mkdir(parents=True, exist_ok=True)
+    self._folder, self._first_step = folder, first_step
+    self._events = None
+
+  def _open(self) -> None:
+    # It imports PyTorch where there is one: not before the first row.
+    from tensorboardX.event_file_writer import EventsWriter
+    from tensorboardX.proto.event_pb2 import SessionLog
+
     # By the names' time alone, in seconds, two starts could be one.
-    number = len(list(folder.iterdir()))
-    self._events = EventsWriter(str(folder / 'events'), f'.{number:04}')
+    number = len(list(self._folder.iterdir()))
+    self._events = EventsWriter(str(self._folder / 'events'), f'.{number:04}')
     start = SessionLog(status=SessionLog.START)
-    self._add(step=first_step + 1, session_log=start)
+    self._add(step=self._first_step + 1, session_log=start)
     self.flush()
 
   def _add(self, **fields) -> None:
+    from tensorboardX.proto.event_pb2 import Event
+
     self._events.write_event(Event(wall_time=time.time(), **fields))
 
   def write(self, step: int, scalars: dict[str, float | int]) -> None:
+    from tensorboardX import summary
+
+    if self._events is None:
+      self._open()
     for name, value in scalars.items():
       self._add(step=step, summary=summary.scalar(name, value))
     if time.monotonic() - self._flushed > _SECONDS:
       self.flush()
 
   def flush(self) -> None:
-    self._events.flush()
-    self._flushed = time.monotonic()
+    if self._events is not None:
+      self._events.flush()
+      self._flushed = time.monotonic()
 
   def close(self) -> None:
-    self._events.close()
+    if self._events is not None:
+      self._events.close()
 
 
 class WandB:

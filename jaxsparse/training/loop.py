@@ -20,6 +20,7 @@ from jaxsparse.run.interrupt import Agreement, StopRequest, stop_on_signals
 from jaxsparse.run.metrics import validation_losses
 from jaxsparse.run.progress import Reporter
 from jaxsparse.training import evaluation, former_state, resume
+from jaxsparse.training.compile_beside import abstract_batch, compiling_beside
 from jaxsparse.training.step import (
   TrainState,
   finalize,
@@ -85,7 +86,9 @@ def fit(
   train = jax.jit(functools.partial(train_step, config), donate_argnums=0)
   finalized = jax.jit(functools.partial(finalize, config))
   with stop_on_signals(config.train.stop_signals) as stop:
-    state = _restore_or_init(config, workdir, checkpoints, data, reporter)
+    state = _restore_or_init(
+      config, workdir, checkpoints, data, reporter, train
+    )
     # Of what is in use, which may no longer be what the workdir holds.
     origin = provenance.record(config, workdir)
     reports = None
@@ -157,6 +160,7 @@ def _restore_or_init(
   checkpoints: checkpoint.Checkpoints,
   data: TrainingData,
   reporter: Reporter,
+  train: Callable,
 ) -> TrainState:
   init = functools.partial(init_state, config)
   abstract = mesh.abstract(init, mesh=jax.sharding.get_mesh())
@@ -174,7 +178,8 @@ def _restore_or_init(
   if restored is None:
     checkpoint.check_disk_space(workdir, room)
     reporter.say('Compiling the first parameters ...')
-    return jax.jit(init)()
+    with compiling_beside(train, abstract, abstract_batch(config)):
+      return jax.block_until_ready(jax.jit(init)())
   step, params, optimizer, record = restored
   data.batches.set_state(record['data'])
   reporter.say(f'Going on from the checkpoint of step {step}.')
