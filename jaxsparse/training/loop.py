@@ -162,7 +162,7 @@ def _restore_or_init(
   reporter: Reporter,
   train: Callable,
 ) -> TrainState:
-  init = functools.partial(init_state, config)
+  init = jax.jit(functools.partial(init_state, config))  # Traced once.
   abstract = mesh.abstract(init, mesh=jax.sharding.get_mesh())
   num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
   # One more than are kept: the oldest goes when the newest is complete.
@@ -179,7 +179,7 @@ def _restore_or_init(
     checkpoint.check_disk_space(workdir, room)
     reporter.say('Compiling the first parameters ...')
     with compiling_beside(train, abstract, abstract_batch(config)):
-      return jax.block_until_ready(jax.jit(init)())
+      return jax.block_until_ready(init())
   step, params, optimizer, record = restored
   data.batches.set_state(record['data'])
   reporter.say(f'Going on from the checkpoint of step {step}.')
