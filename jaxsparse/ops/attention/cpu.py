@@ -9,6 +9,28 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 
+# Rows from which attention in two parts is faster than all at once.
+_SPLIT_ROWS = 64
+
+
+def wants_heads_first(num_rows: int) -> bool:
+  """Whether [B, N, T, H] is the better order of heads before their products.
+
+  A CPU's batched products want it, and copy what lies otherwise. Turned over
+  before it is rotated, the copy is that of the rotation.
+  """
+  return jax.default_backend() == 'cpu' and num_rows > 1
+
+
+def leaves_out_later_keys(num_rows: int) -> bool:
+  """Whether the first half of the rows is better served without the second.
+
+  A quarter of all scores is then not made.
+  """
+  is_worth_it = num_rows >= _SPLIT_ROWS and num_rows % 2 == 0
+  return jax.default_backend() == 'cpu' and is_worth_it
+
+
 def composes_faster(a: Float[Array, 'B T G M S']) -> bool:
   """Whether `compose` here is the faster form: on a CPU, of many queries."""
   num_heads = a.shape[2] * a.shape[3]

@@ -87,9 +87,9 @@ def attention(
     pre: composes heads before the softmax and the mask.
     post: composes heads after the softmax.
     chunk: queries at once; 0 for all.
-    implementation: 'xla' as above, or a kernel, see
-      `libraries.choose`; then the keys' rows must be the queries', or
-      there is one query, which gets no gradient.
+    implementation: 'xla' as above, or a kernel, see `libraries.choose`; then
+      the keys' rows must be the queries', in the order of time, or there is
+      one query, which gets no gradient.
 
   Returns:
     Sums of the values by the softmax, in float32, or by what `post` makes of
@@ -141,8 +141,14 @@ def attention(
     base = placed(mix.base, f'{letter}..')
     mixes[name] = dataclasses.replace(mix, base=base)
   length = query.shape[1]
+  # As for kernels: the keys' rows are the queries', in the order of time.
+  has_own_keys = (
+    implementation == 'auto' and key.shape[1] == length and not mixes
+  )
   if chunk and length > chunk:
     out = _in_chunks(queries, keys, mixes, window, chunk)
+  elif has_own_keys and cpu.leaves_out_later_keys(length):
+    out = _in_halves(queries, keys, window)
   else:
     out = _attend(queries, keys, mixes, window)
   return mesh.reshard(out, mesh.act('BTNH'))
@@ -158,6 +164,18 @@ def _head_letter(mixes: _Mixes):
     m.num_groups % num_shards for m in mixes.values()
   )
   return 'N' if is_split else '.'
+
+
+def _in_halves(queries: _Side, keys: _Side, window: int):
+  """The first half of the rows, which see no later ones, and the second."""
+  half = queries['positions'].shape[1] // 2
+  first, second = (
+    jax.tree.map(lambda x, s=s: x[:, s], queries)
+    for s in (slice(half), slice(half, None))
+  )
+  early = jax.tree.map(lambda x: x[:, :half], keys)
+  parts = _attend(first, early, {}, window), _attend(second, keys, {}, window)
+  return jnp.concatenate(parts, axis=1)
 
 
 def _in_chunks(
@@ -280,7 +298,8 @@ def _scores(
   elif is_composed:
     letters = 'btkgh,bskh->bktgs'
   else:
-    query, letters = jnp.moveaxis(query, 1, 3), 'bkgth,bskh->bkgts'
+    query, key = jnp.moveaxis(query, 1, 3), jnp.moveaxis(key, 1, 2)
+    letters = 'bkgth,bksh->bkgts'
   score = jnp.einsum(letters, query, key, preferred_element_type=dtype)
   return jnp.moveaxis(score, 1, 2) if letters.endswith('bktgs') else score
 
@@ -293,7 +312,8 @@ def _sums(
   """Weights in the order of `_scores` to sums [B, T, K, G, H]."""
   if is_composed:
     return jnp.moveaxis(jnp.einsum('btkgs,bskh->bktgh', weight, value), 2, 1)
-  return jnp.moveaxis(jnp.einsum('bkgts,bskh->bkgth', weight, value), 3, 1)
+  value = jnp.moveaxis(value, 1, 2)
+  return jnp.moveaxis(jnp.einsum('bkgts,bksh->bkgth', weight, value), 3, 1)
 
 
 def _composed(

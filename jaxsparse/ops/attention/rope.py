@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Real
 
+from jaxsparse.ops.attention import cpu
+
 
 def apply_rope(
   x: Float[Array, 'B T N H'],
@@ -29,6 +31,10 @@ def apply_rope(
   Returns:
     The rotated heads in the type of `x`; the rotation itself is in float32.
   """
+  if cpu.wants_heads_first(x.shape[1]):
+    x = jnp.swapaxes(x, 1, 2)
+    x = rotate(x, positions[:, None], max_wavelength, width)
+    return jnp.swapaxes(x, 1, 2)
   return rotate(x, positions[:, :, None], max_wavelength, width)
 
 
