@@ -44,9 +44,7 @@ def compiling_beside(program: Callable, *args) -> Iterator[None]:
 
 def abstract_batch(config: Config) -> Batch:
   """Shapes, types and shardings of a global batch."""
-  sharding = jax.sharding.NamedSharding(
-    jax.sharding.get_mesh(), mesh.act('BT')
-  )
+  sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), mesh.act('BT'))
   types = dict.fromkeys(
     ('tokens', 'targets', 'positions', 'segment_ids'), np.int32
   ) | dict(loss_weight=np.float32)

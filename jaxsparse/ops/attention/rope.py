@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Real
 
 from jaxsparse.ops.attention import cpu
+from jaxsparse.ops.cpu import computed_once
 
 
 def apply_rope(
@@ -52,7 +53,7 @@ def rotate(
   exponent = jnp.arange(half, dtype=jnp.float32) / half
   frequency = (max_wavelength**-exponent).reshape((1,) * (x.ndim - 1) + (half,))
   angle = positions[..., None].astype(jnp.float32) * frequency
-  cos, sin = jnp.cos(angle), jnp.sin(angle)
+  cos, sin = computed_once(jnp.cos(angle)), computed_once(jnp.sin(angle))
   left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = (left * cos - right * sin, right * cos + left * sin)
   return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
