@@ -28,8 +28,8 @@ jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
 
-# Where shapes are annotated; other types pyright reads, and preparing a module's
-# checks takes longer than importing it.
+# Where shapes are annotated. Other types pyright reads, and preparing a module
+# to be checked takes longer than importing it.
 jaxtyping.install_import_hook(
   ['jaxsparse.nn', 'jaxsparse.ops', 'jaxsparse.training.optimizers'],
   'beartype.beartype',

@@ -114,9 +114,9 @@ class Transformer(nn.Module):
         wanted; by default all. A prompt's others cost as much as some blocks.
 
     Returns:
-      Logits in float32, with `logits_at` of one position; the extended cache; float32 scalars such as
-      'block_01/memory/usage_kl', and sums over all layers: 'aux_loss', and
-      with sparse attention 'sparsity_loss'.
+      Logits in float32, with `logits_at` of one position; the extended cache;
+      float32 scalars such as 'block_01/memory/usage_kl', and sums over all
+      layers: 'aux_loss', and with sparse attention 'sparsity_loss'.
 
     Raises:
       UserError: a size does not fit the mesh, vocab_size is not set, `tokens`

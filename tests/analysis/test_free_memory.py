@@ -80,7 +80,7 @@ def test_a_device_has_its_own(tmp_path):
   def device(stats):
     return types.SimpleNamespace(platform='gpu', memory_stats=lambda: stats)
 
-  of = free_memory.of_device.__wrapped__
+  of = free_memory.of_device
   assert of(device(dict(bytes_limit=9, bytes_in_use=4))) == 5
   assert of(device(dict(bytes_limit=9, bytes_in_use=10))) == 0
   assert of(device(None)) is None

@@ -138,6 +138,25 @@ def logits_of(config, *inputs):
   return np.asarray(jitted(config)(make_params(config), *inputs, None)[0])
 
 
+def test_scores_of_one_position_are_those_of_all():
+  config = MODELS['qk_norm']
+  params, inputs = make_params(config), one_document()
+  at = np.arange(B, dtype=np.int32) * 3 % T
+  expected = logits_of(config, *inputs)[np.arange(B), at]
+
+  def scores(params, inputs, at):
+    return Transformer(config).apply(params, *inputs, logits_at=at)[0]
+
+  one = jit(scores)(params, inputs, at)
+  np.testing.assert_allclose(one[:, 0], expected, rtol=1e-5, atol=1e-6)
+  with jax.set_mesh(mesh.make_mesh(2, 1, 2, devices=jax.devices()[:4])):
+    params = place(params, Transformer(config).init, *inputs)
+    on_mesh = jit(scores)(params, inputs, at)
+  np.testing.assert_allclose(on_mesh[:, 0], expected, rtol=1e-5, atol=1e-6)
+  with pytest.raises(UserError, match='logits_at must have the shape'):
+    jax.eval_shape(scores, make_params(config), inputs, at[:1])
+
+
 @all_models
 def test_a_change_at_t_changes_nothing_before_t(name):
   config = MODELS[name]

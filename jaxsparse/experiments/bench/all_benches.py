@@ -2,7 +2,7 @@
 """all: every bench once, with sizes for the backend at hand.
 
 On a GPU this is what a first session on one should record; on a CPU the sizes
-are small and it takes about four minutes.
+are small and it takes about ten minutes.
 """
 
 from types import ModuleType
@@ -15,8 +15,10 @@ from jaxsparse.experiments.bench import (
   grouped_matmul,
   host_memory,
   long_input,
+  measuring,
   memory_layer,
   top_m,
+  train,
   train_step,
   value_bag,
 )
@@ -60,6 +62,13 @@ def sections() -> list[tuple[str, ModuleType, list[dict]]]:
       'memory layer',
       memory_layer,
       [dict(tokens=128, num_keys=128)] if on_cpu else [dict(tokens=4096)],
+    ),
+    (
+      'training beside PyTorch',
+      train,
+      [dict(peer='torch' if measuring.has_torch() else '', rounds=3)]
+      if on_cpu
+      else [],
     ),
     (
       'train step',

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""train: training beside a plain PyTorch model of the same sizes.
+"""train: training on a CPU beside a plain PyTorch model of the same sizes.
 
 A live process for each contender, each with all cores to itself while it
 works: they take turns, and only ratios count. Tokens of training a second,
@@ -48,8 +48,11 @@ class Worker:
   def __init__(self, contender: str, size: str):
     self.contender = contender
     command = 'jaxsparse.experiments.bench.train_worker'
-    # Threads that wait for work by spinning would take it from the others.
-    environment = os.environ | dict(OMP_WAIT_POLICY='passive')
+    environment = os.environ | dict(
+      JAX_PLATFORMS='cpu',
+      # Threads that wait for work by spinning would take it from the others.
+      OMP_WAIT_POLICY='passive',
+    )
     start = time.perf_counter()
     self._process = subprocess.Popen(
       [sys.executable, '-m', command, contender, size],

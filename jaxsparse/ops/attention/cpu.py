@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-
 # Rows from which attention in two parts is faster than all at once.
 _SPLIT_ROWS = 64
 
