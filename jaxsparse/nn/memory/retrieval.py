@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsparse import mesh
 from jaxsparse.config import MemoryConfig
+from jaxsparse.ops import cpu
 from jaxsparse.ops.memory import addressing, usage
 from jaxsparse.ops.memory.product_key import product_key_top_m
 from jaxsparse.ops.memory.tucker import Directions, tucker_top_m
@@ -167,7 +168,9 @@ def _rank_scores(
   def one_by_one(query, keys):
     keys = _wide(keys)
     sides = keys[0] if config.share_keys else jnp.moveaxis(keys, 1, 0)
-    return tuple(jnp.einsum(dims, query[:, s], sides[s]) for s in range(2))
+    return tuple(
+      cpu.narrow_product(dims, query[:, s], sides[s]) for s in (0, 1)
+    )
 
   if per_head or config.share_keys:
     return one_by_one(query, keys)

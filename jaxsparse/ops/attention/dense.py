@@ -258,7 +258,11 @@ def _attend(queries: _Side, keys: _Side, mixes: _Mixes, window: int):
   # With one key/value head `model` (of length 1) would go to its group.
   split = mesh.act(f'BT{letter}GH')
   query = query.reshape(B, T, K, N // K, H, out_sharding=split)
-  score = _scores(query, key, bool(mixes), dtype) * H**-0.5
+  scale = H**-0.5
+  if query.dtype == dtype:  # Narrower, it would round; scores are many more.
+    score = _scores(query * scale, key, bool(mixes), dtype)
+  else:
+    score = _scores(query, key, bool(mixes), dtype) * scale
   score = _composed(score, 'pre', queries, keys, mixes)
   mask_BTS = document_mask(
     queries['positions'],
