@@ -55,44 +55,51 @@ def computed_once(x: Float[Array, '*B S']) -> Float[Array, '*B S']:
   )
 
 
-def narrow_product(
+def product(
   letters: str, left: Float[Array, '...'], right: Float[Array, '...']
 ) -> Float[Array, '...']:
-  """`jnp.einsum` of a left side that is far narrower than the result.
+  """`jnp.einsum` whose right side's gradient turns over the smaller array.
 
-  The right side's gradient is a product of the result's gradient with the left
-  side, and JAX has the former first. XLA's CPU then turns over all of it, which
-  takes longer than the product; here it turns over the left side.
+  That gradient is a product of the result's gradient and the left side. JAX has
+  the former first, and XLA's CPU turns over what is first: scores of all keys,
+  for one, take longer to turn over than to multiply.
   """
   if jax.default_backend() != 'cpu':
     return jnp.einsum(letters, left, right)
-  return _narrow_product(letters, left, right)
+  return _product(letters, left, right)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _narrow_product(letters, left, right):
+def _product(letters, left, right):
   return jnp.einsum(letters, left, right)
 
 
-def _narrow_product_gradients(letters, sides, cotangent):
+def _gradients(letters, sides, cotangent):
   left, right = sides
   inputs, out = letters.split('->')
   of_left, of_right = inputs.split(',')
   d_left = jnp.einsum(f'{out},{of_right}->{of_left}', cotangent, right)
-  # The order in which a product leaves them: batch, left side, right side.
-  shared = [i for i in of_left if i in out and i in of_right]
-  own = [i for i in of_left if i not in out]
-  order = ''.join([*shared, *own, *(i for i in out if i not in of_left)])
-  d_right = jnp.einsum(f'{of_left},{out}->{order}', left, cotangent)
+  pair = sorted([(left, of_left), (cotangent, out)], key=lambda x: x[0].size)
+  (first, of_first), (second, of_second) = pair
+  # The order in which a product leaves them: of both, of the first, the rest.
+  kept = [
+    [i for i in of if i in of_right and (i in other) == is_shared]
+    for of, other, is_shared in (
+      (of_first, of_second, True),
+      (of_first, of_second, False),
+      (of_second, of_first, False),
+    )
+  ]
+  order = [i for letters in kept for i in letters]
+  d_right = jnp.einsum(
+    f'{of_first},{of_second}->{"".join(order)}', first, second
+  )
   return d_left, d_right.transpose([order.index(i) for i in of_right])
 
 
-_narrow_product.defvjp(
-  lambda letters, left, right: (
-    _narrow_product(letters, left, right),
-    (left, right),
-  ),
-  _narrow_product_gradients,
+_product.defvjp(
+  lambda letters, left, right: (_product(letters, left, right), (left, right)),
+  _gradients,
 )
 
 

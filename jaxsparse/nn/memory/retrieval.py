@@ -168,9 +168,7 @@ def _rank_scores(
   def one_by_one(query, keys):
     keys = _wide(keys)
     sides = keys[0] if config.share_keys else jnp.moveaxis(keys, 1, 0)
-    return tuple(
-      cpu.narrow_product(dims, query[:, s], sides[s]) for s in (0, 1)
-    )
+    return tuple(cpu.product(dims, query[:, s], sides[s]) for s in (0, 1))
 
   if per_head or config.share_keys:
     return one_by_one(query, keys)

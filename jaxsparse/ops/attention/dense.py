@@ -26,6 +26,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsparse import mesh
 from jaxsparse.ops.attention import cpu, libraries
 from jaxsparse.ops.attention.compose import HeadMix, compose, compose_reference
+from jaxsparse.ops.cpu import product
 from jaxsparse.ops.softmax import softmax
 
 # Arrays of the queries or of the keys: their heads, positions and segments, and
@@ -303,6 +304,8 @@ def _scores(
     letters = 'btkgh,bskh->bktgs'
   else:
     query, key = jnp.moveaxis(query, 1, 3), jnp.moveaxis(key, 1, 2)
+    if query.dtype == dtype:
+      return product('bkgth,bksh->bkgts', query, key)
     letters = 'bkgth,bksh->bkgts'
   score = jnp.einsum(letters, query, key, preferred_element_type=dtype)
   return jnp.moveaxis(score, 1, 2) if letters.endswith('bktgs') else score
@@ -317,7 +320,7 @@ def _sums(
   if is_composed:
     return jnp.moveaxis(jnp.einsum('btkgs,bskh->bktgh', weight, value), 2, 1)
   value = jnp.moveaxis(value, 1, 2)
-  return jnp.moveaxis(jnp.einsum('bkgts,bksh->bkgth', weight, value), 3, 1)
+  return jnp.moveaxis(product('bkgts,bksh->bkgth', weight, value), 3, 1)
 
 
 def _composed(
