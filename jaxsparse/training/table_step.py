@@ -26,6 +26,7 @@ from jaxsparse.nn.memory.tables import (
 )
 from jaxsparse.ops.memory.table_exchange import TableExchange
 from jaxsparse.ops.memory.table_reads import RowWindows
+from jaxsparse.training import loss_scale
 from jaxsparse.training.optimizer import (
   VALUES,
   labels,
@@ -101,8 +102,8 @@ def update_tables(
   state: optax.OptState,
   gradients: dict[str, tuple],
   other_square: jax.Array,
-  step: jax.Array,
   key: jax.Array | None,
+  scale: loss_scale.LossScale | None = None,
 ) -> tuple[optax.Params, optax.OptState, jax.Array, dict[str, jax.Array]]:
   """One optimizer step on the rows that were read.
 
@@ -113,8 +114,9 @@ def update_tables(
     state: of the row optimizer.
     gradients: what `table_gradients` returns.
     other_square: squared norm of the gradient of all other parameters.
-    step: optimizer steps before.
     key: for stochastic rounding; None rounds to the nearest.
+    scale: by which `gradients` are still multiplied; nothing is changed if they
+      overflow it.
 
   Returns:
     Tables and state after the step, the norm of the gradient of all parameters
@@ -125,20 +127,20 @@ def update_tables(
   is_fixed = config.model.memory.table.gradient == 'deterministic'
   budget = config.optimizer.value_row_budget
 
-  def on_device(tables, state, gradients, other_square, step, key):
+  def on_device(tables, state, gradients, other_square, key, scale):
     def windows_of(path, _):
       place = jax.tree_util.keystr(path, simple=True, separator='/')
       return RowWindows(exchange, *gradients[place], is_fixed, budget)
 
     windows = jax.tree.map_with_path(windows_of, tables)
     return _step(
-      config, exchange, windows, tables, state, other_square, step, key
+      config, exchange, windows, tables, state, other_square, key, scale
     )
 
   rows = dict.fromkeys(_ROW_COUNTS, jax.P())
   specs = (*specs_of((tables, state)), jax.P(), rows)
   return on_each_device(on_device, specs)(
-    tables, state, gradients, other_square, step, key
+    tables, state, gradients, other_square, key, scale
   )
 
 
@@ -155,41 +157,55 @@ def _exchange(config: Config) -> TableExchange:
   return TableExchange(layout, axes, config.model.memory.table_rows)
 
 
-def _step(config, exchange, windows, tables, state, other_square, step, key):
+def _step(config, exchange, windows, tables, state, other_square, key, scale):
   """One device's part of `update_tables`."""
   optimizer = make_row_optimizer(
     config.optimizer, config.train.num_steps, exchange.column_axes
   )
+  # Its own count: steps that were left out are none of its.
+  step = optax.tree_utils.tree_get(state, 'count')
+
+  def rows_of(index):
+    return loss_scale.divided(_rows_of(windows, index), scale)
+
   leaves = jax.tree.leaves(windows)
   is_one_pass = all(w.is_one for w in leaves)
   if is_one_pass:
-    gradients = _rows_of(windows, 0)
+    gradients = rows_of(0)
     square = squared_norm(gradients)
   else:
     # Rows beyond the budget wait for another pass; the norm needs them first.
     num_passes = exchange.pmax(jnp.stack([w.num_passes for w in leaves]).max())
 
     def add_square(i, square):
-      return square + squared_norm(_rows_of(windows, i))
+      return square + squared_norm(rows_of(i))
 
     square = jax.lax.fori_loop(0, num_passes, add_square, jnp.float32(0))
   norm = jnp.sqrt(other_square + exchange.total(square))
-  scale = clip_scale(norm, config.optimizer.clip_norm)
+  clipping = clip_scale(norm, config.optimizer.clip_norm)
   origin = (exchange.first_row(), exchange.column_part())
 
   def one_pass(gradients, tables, state):
-    gradients = scaled(gradients, scale)
+    gradients = scaled(gradients, clipping)
     updates, state = optimizer.update(gradients, state, tables, step=step)
     return apply_updates(tables, updates, key, origin), state
 
-  if is_one_pass:
-    tables, state = one_pass(gradients, tables, state)
-  else:
-    tables, state = jax.lax.fori_loop(
+  def all_passes(tables, state):
+    if is_one_pass:
+      return one_pass(gradients, tables, state)
+    return jax.lax.fori_loop(
       0,
       num_passes,
-      lambda i, carry: one_pass(_rows_of(windows, i), *carry),
+      lambda i, carry: one_pass(rows_of(i), *carry),
       (tables, state),
+    )
+
+  if scale is None:
+    tables, state = all_passes(tables, state)
+  else:
+    # A branch, as a choice between old and new would keep both.
+    tables, state = jax.lax.cond(
+      jnp.isfinite(norm), all_passes, lambda *old: old, tables, state
     )
   touched = sum(w.num_distinct for w in leaves)
   over = sum(jnp.maximum(w.num_distinct - w.budget, 0) for w in leaves)
