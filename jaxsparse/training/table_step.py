@@ -12,6 +12,8 @@ gradient once more, and, where copies of a table are kept along `data`, to all
 of these, which take the same step.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -33,7 +35,11 @@ from jaxsparse.training.optimizer import (
   make_row_optimizer,
 )
 from jaxsparse.training.optimizers import finalizing
-from jaxsparse.training.optimizers.each_device import on_each_device, specs_of
+from jaxsparse.training.optimizers.each_device import (
+  is_row_gradient,
+  on_each_device,
+  specs_of,
+)
 from jaxsparse.training.optimizers.row_updates import (
   apply_updates,
   clip_scale,
@@ -184,28 +190,31 @@ def _step(config, exchange, windows, tables, state, other_square, key, scale):
   norm = jnp.sqrt(other_square + exchange.total(square))
   clipping = clip_scale(norm, config.optimizer.clip_norm)
   origin = (exchange.first_row(), exchange.column_part())
+  is_finite = jnp.isfinite(norm)
 
   def one_pass(gradients, tables, state):
     gradients = scaled(gradients, clipping)
+    if scale is not None:
+      gradients = _only_if(is_finite, gradients, tables)
     updates, state = optimizer.update(gradients, state, tables, step=step)
     return apply_updates(tables, updates, key, origin), state
 
-  def all_passes(tables, state):
-    if is_one_pass:
-      return one_pass(gradients, tables, state)
-    return jax.lax.fori_loop(
+  before = state
+  if is_one_pass:
+    tables, state = one_pass(gradients, tables, state)
+  else:
+    tables, state = jax.lax.fori_loop(
       0,
       num_passes,
       lambda i, carry: one_pass(rows_of(i), *carry),
       (tables, state),
     )
-
-  if scale is None:
-    tables, state = all_passes(tables, state)
-  else:
-    # A branch, as a choice between old and new would keep both.
-    tables, state = jax.lax.cond(
-      jnp.isfinite(norm), all_passes, lambda *old: old, tables, state
+  if scale is not None:
+    # The state's arrays, [M] or [M, W], were changed in these rows alone.
+    state = jax.tree.map(
+      lambda new, old: new if new.ndim else jnp.where(is_finite, new, old),
+      state,
+      before,
     )
   touched = sum(w.num_distinct for w in leaves)
   over = sum(jnp.maximum(w.num_distinct - w.budget, 0) for w in leaves)
@@ -216,3 +225,18 @@ def _step(config, exchange, windows, tables, state, other_square, key, scale):
 def _rows_of(windows, index):
   """The gradient of one window of each table."""
   return jax.tree.map(lambda window: window(index), windows)
+
+
+def _only_if(is_finite, gradients, tables):
+  """The gradients, or after an overflow those of no row.
+
+  A choice between changed tables and those before would need both.
+  """
+
+  def keep(gradient, table):
+    slot = gradient.slot
+    beyond = len(table) + jnp.arange(len(slot), dtype=slot.dtype)
+    slot = jnp.where(is_finite, slot, beyond)
+    return dataclasses.replace(gradient, slot=slot)
+
+  return jax.tree.map(keep, gradients, tables, is_leaf=is_row_gradient)
