@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What devices multiply: how fast, the denominator of utilisation, and in what."""
+"""What devices multiply in and how fast, the denominator of utilisation."""
 
 import functools
 import time

@@ -252,7 +252,8 @@ def _report(
   loss, norm = scalars['loss'], scalars['grad_norm']
   scale = scalars.get('loss_scale', 0)
   is_left_out = scale > loss_scale.LEAST and not math.isfinite(norm)
-  if not (math.isfinite(loss) and math.isfinite(norm) or is_left_out):
+  is_finite = math.isfinite(loss) and math.isfinite(norm)
+  if not (is_finite or is_left_out):
     checkpoints.wait()
     kept = checkpoints.steps()
     advice = 'lower optimizer.learning_rate or set optimizer.clip_norm'

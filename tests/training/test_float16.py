@@ -8,24 +8,34 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from small_model import CONFIG, first_state, make_batch, make_mesh, with_tables
+from small_model import (
+  CONFIG,
+  first_state,
+  make_batch,
+  make_mesh,
+  run,
+  with_tables,
+)
 
+from jaxsparse.config import MemoryConfig
 from jaxsparse.training import evaluation, loss_scale
 from jaxsparse.training.step import train_step
 
 
 def config_of(dtype):
   """One block with a memory layer, whose table learns by rows."""
-  config = with_tables(value_optimizer='row_adam')
-  memory = dataclasses.replace(
-    config.model.memory, query_conv_taps=1, placements=((0, 0),)
-  )
+  memory = MemoryConfig.pkm(
+    num_keys=16, key_dim=8, num_heads=1, num_selected=6, value_dim=32,
+    placements=((0, 0),),
+  )  # fmt: skip
   return dataclasses.replace(
-    config,
+    CONFIG,
     model=dataclasses.replace(
-      config.model, num_layers=1, memory=memory, dtype=dtype
+      CONFIG.model, num_layers=1, memory=memory, dtype=dtype
     ),
-    optimizer=dataclasses.replace(config.optimizer, value_weight_decay=0.1),
+    optimizer=dataclasses.replace(
+      CONFIG.optimizer, value_optimizer='row_adam', value_weight_decay=0.1
+    ),
   )
 
 
@@ -107,6 +117,34 @@ def test_the_scale_follows_what_fits():
   assert 0 < left_out < 12
   assert state.loss_scale.scale == loss_scale.MOST / 2**left_out
   assert state.loss_scale.num_good == 12 - left_out
+
+
+@pytest.mark.slow
+def test_it_is_the_same_on_every_mesh_in_parts_and_passes():
+  def config(scheme, **settings):
+    config = with_tables(scheme, 'row_adam', **settings)
+    memory = dataclasses.replace(config.model.memory, placements=((0, 0),))
+    model = dataclasses.replace(
+      config.model, num_layers=1, memory=memory, dtype='float16'
+    )
+    return dataclasses.replace(config, model=model)
+
+  many = config('rows', value_row_budget=20, grad_accumulation=2)
+  losses, state = run(many, (2, 2, 2))
+  np.testing.assert_allclose(
+    losses, run(config('auto'), (1, 1, 1))[0], rtol=5e-3
+  )
+  with jax.set_mesh(make_mesh((2, 2, 2))):
+    scale = state.loss_scale._replace(scale=state.loss_scale.scale * 2**20)
+    before = dataclasses.replace(state, loss_scale=scale)
+    step = jax.jit(functools.partial(train_step, many))
+    after, metrics = step(before, evaluation.to_global(make_batch(0)))
+  assert metrics['overflows'] == 1
+  jax.tree.map(
+    np.testing.assert_array_equal,
+    (after.params, after.opt_state),
+    (state.params, state.opt_state),
+  )
 
 
 @pytest.mark.parametrize(
