@@ -98,7 +98,10 @@ TRAIN = {
     C + 'model.mlp=relu',
     "one of swiglu, gelu, gelu_erf; got 'relu'",
   ),
-  'unknown type': (C + 'model.dtype=int8', "float32, bfloat16; got 'int8'"),
+  'unknown type': (
+    C + 'model.dtype=int8',
+    "float32, bfloat16, float16; got 'int8'",
+  ),
   'dropout': (C + 'model.dropout_rate=1', 'dropout_rate must be'),
   'small vocabulary': (C + 'model.vocab_size=100', "at least the tokenizer's"),
   'expansion': (C + 'model.memory.expansion=3', 'a perfect square, got 3'),

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Peak speed of matrix products, the denominator of model FLOP utilisation."""
+"""What devices multiply in and how fast, the denominator of utilisation."""
 
 import functools
 import time
@@ -7,7 +7,7 @@ import time
 import jax
 import jax.numpy as jnp
 
-# FLOP/s of dense bf16 products with f32 accumulation, from the vendors' data
+# FLOP/s of dense 16-bit products with f32 accumulation, from the vendors' data
 # sheets, by how `device_kind` begins in lower case; the longest match counts.
 PEAK_FLOPS = {
   'tpu v4': 275e12,
@@ -17,6 +17,7 @@ PEAK_FLOPS = {
   'tpu v5p': 459e12,
   'tpu v6 lite': 918e12,
   'tpu v6e': 918e12,
+  'tesla t4': 65e12,
   'nvidia a100': 312e12,
   'nvidia h100 80gb hbm3': 989e12,
   'nvidia h100 pcie': 756e12,
@@ -44,6 +45,21 @@ def data_sheet_flops(device_kind: str) -> float | None:
   kind = device_kind.lower()
   matches = [name for name in PEAK_FLOPS if kind.startswith(name)]
   return PEAK_FLOPS[max(matches, key=len)] if matches else None
+
+
+def compute_dtype(device: jax.Device | None = None) -> str:
+  """The `model.dtype` in which a device multiplies fastest.
+
+  'float16' on a GPU without units for bfloat16, those of NVIDIA before compute
+  capability 8.0, such as a T4; 'float32' on a CPU.
+  """
+  device = device or jax.local_devices()[0]
+  if device.platform == 'cpu':
+    return 'float32'
+  # '7.5'; of AMD's GPUs 'gfx90a', and a TPU has none.
+  capability = getattr(device, 'compute_capability', '')
+  major = capability.partition('.')[0]
+  return 'float16' if major.isdecimal() and int(major) < 8 else 'bfloat16'
 
 
 def utilisation(

@@ -164,7 +164,8 @@ class ModelConfig:
   memory: MemoryConfig | None = None
   # Experts in place of the MLPs; None for MLPs.
   moe: MoEConfig | None = None
-  # Type of activations: 'float32' or 'bfloat16'.
+  # Type of activations: 'float32', 'bfloat16', or 'float16' for GPUs without
+  # bfloat16; training then scales the loss so that gradients fit.
   dtype: str = 'float32'
   # Recompute each block in the backward pass instead of keeping its inside.
   use_remat: bool = False
@@ -181,7 +182,7 @@ class ModelConfig:
     require_choice(
       self, 'attention_implementation', ('auto', 'xla', 'pallas', 'cudnn')
     )
-    require_choice(self, 'dtype', ('float32', 'bfloat16'))
+    require_choice(self, 'dtype', ('float32', 'bfloat16', 'float16'))
     require(
       self.num_heads % self.num_kv_heads == 0,
       f'num_kv_heads must divide num_heads = {self.num_heads}, '

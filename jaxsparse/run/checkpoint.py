@@ -11,7 +11,7 @@ the metadata of any step are damaged.
 import math
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
@@ -191,7 +191,7 @@ class Checkpoints:
     params: Any,
     optimizer: Any,
     say: Callable[[str], None],
-    former_optimizer: Any = None,
+    other_optimizers: Sequence[Any] = (),
   ) -> tuple[int, Any, Any, Any] | None:
     """The newest checkpoint that is whole.
 
@@ -202,8 +202,8 @@ class Checkpoints:
       params: abstract parameters with the shardings to restore to.
       optimizer: likewise, of what was saved as `optimizer`.
       say: gets a sentence about each checkpoint that could not be read.
-      former_optimizer: `optimizer` as earlier versions had it; a checkpoint of
-        theirs is restored to it.
+      other_optimizers: `optimizer` as earlier versions or other types of
+        activations have it; a checkpoint of theirs is restored to it.
 
     Returns:
       step, params, optimizer, record; None if there is no checkpoint.
@@ -214,10 +214,10 @@ class Checkpoints:
     """
     steps = self.steps()
     abstract = {PARAMS: params, OPTIMIZER: optimizer}
-    former = former_optimizer and {PARAMS: params, OPTIMIZER: former_optimizer}
+    others = [{PARAMS: params, OPTIMIZER: other} for other in other_optimizers]
     for step in reversed(steps):
       try:
-        arrays, record = stored.read(self._directory, step, abstract, former)
+        arrays, record = stored.read(self._directory, step, abstract, others)
       except stored.DamageError as damage:
         say(
           f'The checkpoint of step {step} is damaged ({damage}); it was moved '

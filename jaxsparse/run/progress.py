@@ -15,6 +15,8 @@ _FIELDS = (
   ('bits_per_byte', '{:.3f} bits/byte'),
   ('tokens_per_second', '{:,.0f} tokens/s'),
   ('model_flop_utilization', 'MFU {:.1%}'),
+  ('loss_scale', 'loss scale {:,.0f}'),
+  ('overflows', '{:,.0f} overflows'),
 )
 
 

@@ -6,6 +6,7 @@ So a checkpoint has a fingerprint of every array and a digest of all else that a
 resume reads. Besides `checkpoint`, this is the only importer of Orbax.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -50,7 +51,7 @@ def read(
   folder: epath.Path,
   step: int,
   abstract: dict[str, Any] | None,
-  former: dict[str, Any] | None = None,
+  others: Sequence[dict[str, Any]] = (),
 ) -> tuple[dict[str, Any], Any]:
   """The arrays and the record of a checkpoint, as they were saved.
 
@@ -61,7 +62,8 @@ def read(
     step: of one of them.
     abstract: trees to restore to, by item; None stands for the parameters
       alone, whole, on the default device.
-    former: `abstract` as earlier versions had it, to restore theirs to.
+    others: `abstract` as earlier versions or other types of activations have
+      it; a checkpoint that has one of these is restored to it.
 
   Returns:
     The trees by item, and the record.
@@ -78,8 +80,8 @@ def read(
     if abstract is None:
       abstract = {PARAMS: _on_one_device(found.metadata)}
     else:
-      if former and _fits(saved['fingerprints'], former):
-        abstract = former
+      fitting = (x for x in others if _fits(saved['fingerprints'], x))
+      abstract = next(fitting, abstract)
       _check_structure(path, saved['fingerprints'], abstract)
     arrays = ocp.load_checkpointables(path, abstract)
   except UserError:

@@ -19,7 +19,7 @@ from jaxsparse.run import checkpoint, hosts, peers, provenance
 from jaxsparse.run.interrupt import Agreement, StopRequest, stop_on_signals
 from jaxsparse.run.metrics import validation_losses
 from jaxsparse.run.progress import Reporter
-from jaxsparse.training import evaluation, former_state, resume
+from jaxsparse.training import evaluation, former_state, loss_scale, resume
 from jaxsparse.training.compile_beside import abstract_batch, compiling_beside
 from jaxsparse.training.step import (
   TrainState,
@@ -169,11 +169,20 @@ def _restore_or_init(
   num_kept = config.train.keep_checkpoints + config.train.keep_best
   room = num_bytes * (num_kept + 1)
   former = former_state.layout(config, abstract.params)
+  plain = {'step': abstract.step, 'opt_state': abstract.opt_state}
+  others = [] if former is None else [plain | {'opt_state': former}]
+  # As the same run has it with another type of activations.
+  first_scale = functools.partial(loss_scale.first, 'float16')
+  in_float16 = plain | {
+    'loss_scale': mesh.abstract(first_scale, mesh=jax.sharding.get_mesh())
+  }
+  is_scaled = abstract.loss_scale is not None
+  others.append(plain if is_scaled else in_float16)
   restored = checkpoints.restore(
     abstract.params,
-    {'step': abstract.step, 'opt_state': abstract.opt_state},
+    in_float16 if is_scaled else plain,
     reporter.say,
-    former and {'step': abstract.step, 'opt_state': former},
+    others,
   )
   if restored is None:
     checkpoint.check_disk_space(workdir, room)
@@ -188,7 +197,10 @@ def _restore_or_init(
   opt_state = former_state.converted(
     optimizer['opt_state'], former, abstract.opt_state
   )
-  return TrainState(optimizer['step'], params, opt_state)
+  scale = None
+  if is_scaled:
+    scale = optimizer.get('loss_scale') or jax.jit(first_scale)()
+  return TrainState(optimizer['step'], params, opt_state, scale)
 
 
 def tell_of_warmup(config: Config, reporter: Reporter) -> None:
@@ -238,13 +250,22 @@ def _report(
 ) -> None:
   scalars = {k: float(v) for k, v in jax.device_get(metrics).items()}
   loss, norm = scalars['loss'], scalars['grad_norm']
-  if not (math.isfinite(loss) and math.isfinite(norm)):
+  scale = scalars.get('loss_scale', 0)
+  is_left_out = scale > loss_scale.LEAST and not math.isfinite(norm)
+  is_finite = math.isfinite(loss) and math.isfinite(norm)
+  if not (is_finite or is_left_out):
     checkpoints.wait()
     kept = checkpoints.steps()
+    advice = 'lower optimizer.learning_rate or set optimizer.clip_norm'
+    if scale:
+      advice = (
+        "model.dtype = 'float16' overflows without a loss scale, too, so lower "
+        "optimizer.learning_rate or go on in 'bfloat16' or 'float32'"
+      )
     raise UserError(
       f'the loss is {loss} and the gradient norm {norm} at step {step}: the '
       f'last good state kept is {f"step {kept[-1]}" if kept else "none yet"}; '
-      'lower optimizer.learning_rate or set optimizer.clip_norm.'
+      f'{advice}.'
     )
   reports.show_step(step, scalars)
 
@@ -260,7 +281,8 @@ def _save(
   checkpoints.save(
     step,
     state.params,
-    {'step': state.step, 'opt_state': state.opt_state},
+    {'step': state.step, 'opt_state': state.opt_state}
+    | ({} if state.loss_scale is None else {'loss_scale': state.loss_scale}),
     {'data': merge_states(hosts.gather(data.batches.get_state())), **origin},
   )
   reports.sync()

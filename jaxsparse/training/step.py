@@ -12,6 +12,7 @@ from jaxsparse.config import Config
 from jaxsparse.nn.memory.tables import ENTRIES, table_scheme
 from jaxsparse.nn.transformer import Transformer
 from jaxsparse.ops.memory.usage import count_uses
+from jaxsparse.training import loss_scale as loss_scale_lib
 from jaxsparse.training import optimizer as optimizer_lib
 from jaxsparse.training import table_step
 from jaxsparse.training.losses import objective, token_losses
@@ -43,6 +44,8 @@ class TrainState:
   step: jax.Array | jax.ShapeDtypeStruct
   params: dict
   opt_state: optax.OptState
+  # Of float16 alone.
+  loss_scale: loss_scale_lib.LossScale | None = None
 
 
 def init_state(config: Config) -> TrainState:
@@ -56,13 +59,17 @@ def init_state(config: Config) -> TrainState:
   key = jax.random.key(config.train.seed)
   params = model.init(key, tokens, tokens, tokens)['params']
   opt_state = optimizer_of(config).init(params)
-  return TrainState(jnp.zeros((), jnp.int32), params, opt_state)
+  scale = loss_scale_lib.first(config.model.dtype)
+  return TrainState(jnp.zeros((), jnp.int32), params, opt_state, scale)
 
 
 def train_step(
   config: Config, state: TrainState, batch: Batch
 ) -> tuple[TrainState, Metrics]:
   """One optimizer step on one global batch.
+
+  In float16, a step whose gradients are not finite changes no parameter and no
+  state of an optimizer, but it counts, and takes its batch.
 
   Gradient accumulation changes nothing but the rounding and what layers say of
   their batch in other ways than by a mean over tokens, the experts' balance
@@ -75,10 +82,12 @@ def train_step(
 
   Returns:
     The next state and scalars: loss in nats a target, gradient norm, learning
-    rates, what the layers report; with a row optimizer how many rows it took.
+    rates, what the layers report; with a row optimizer how many rows it took;
+    in float16 the 'loss_scale' of this step and 'overflows', steps left out so
+    far.
   """
   total_weight = jnp.maximum(jnp.sum(batch['loss_weight']), 1.0)
-  num_micro = config.optimizer.grad_accumulation
+  num_micro, scale = config.optimizer.grad_accumulation, state.loss_scale
   key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
   # By rows, tables get no gradient but the probes do.
   rest, tables, probes = state.params, None, {}
@@ -102,6 +111,7 @@ def train_step(
     loss = jnp.sum(losses) / total_weight
     metrics = weighed(metrics, share)
     total = objective(config, loss, metrics, state.step)
+    total = loss_scale_lib.multiplied(total, scale)
     return total, ({'loss': loss, **metrics}, sown)
 
   value_and_grad = jax.value_and_grad(loss_fn, (0, 1), has_aux=True)
@@ -110,8 +120,9 @@ def train_step(
     (_, (metrics, sown)), (grads, of_probes) = value_and_grad(
       rest, probes, micro, share, key
     )
+    # Still of the scaled loss: in float16, others might be zero.
     reads = table_step.table_gradients(config.model, of_probes, sown)
-    return grads, metrics, reads
+    return loss_scale_lib.divided(grads, scale), metrics, reads
 
   grads, metrics, reads = over_micro_batches(gradient, batch, num_micro, key)
   grads = optimizer_lib.only_trained(config.optimizer, grads)
@@ -122,28 +133,40 @@ def train_step(
   if config.optimizer.value_master:
     rounding_key = None
 
-  opt_state, more = state.opt_state, {}
+  row_state, more = None, {}
   if tables is not None:
     tables, row_state, norm, more = table_step.update_tables(
       config,
       tables,
-      state_of(opt_state, optimizer_lib.VALUES),
+      state_of(state.opt_state, optimizer_lib.VALUES),
       reads,
       square,
-      state.step,
       rounding_key,
+      scale,
     )
-    opt_state = with_state(opt_state, optimizer_lib.VALUES, row_state)
-  scale = clip_scale(norm, config.optimizer.clip_norm)
+  clipping = clip_scale(norm, config.optimizer.clip_norm)
   updates, opt_state = optimizer_of(config).update(
-    scaled(grads, scale), opt_state, rest
+    scaled(grads, clipping), state.opt_state, rest
   )
   # Without their decay, too.
   updates = optimizer_lib.only_trained(config.optimizer, updates)
-  rest = apply_updates(rest, updates, rounding_key)
-  params = rest if tables is None else merged(rest, tables)
-  metrics |= _rates(config, state.step) | more | {'grad_norm': norm}
-  return TrainState(state.step + 1, params, opt_state), metrics
+  new_rest = apply_updates(rest, updates, rounding_key)
+  steps_taken = state.step
+  if scale is not None:
+    is_finite = jnp.isfinite(norm)
+    new_rest, opt_state = loss_scale_lib.only_if(
+      is_finite, (new_rest, opt_state), (rest, state.opt_state)
+    )
+    steps_taken -= scale.num_overflows
+    more['loss_scale'] = scale.scale
+    scale = loss_scale_lib.after(scale, is_finite)
+    more['overflows'] = scale.num_overflows
+  params = new_rest
+  if tables is not None:
+    params = merged(new_rest, tables)
+    opt_state = with_state(opt_state, optimizer_lib.VALUES, row_state)
+  metrics |= _rates(config, steps_taken) | more | {'grad_norm': norm}
+  return TrainState(state.step + 1, params, opt_state, scale), metrics
 
 
 def finalize(config: Config, state: TrainState) -> TrainState:
@@ -154,7 +177,7 @@ def finalize(config: Config, state: TrainState) -> TrainState:
   params, opt_state = optimizer_of(config).finalize(
     state.params, state.opt_state
   )
-  return TrainState(state.step, params, opt_state)
+  return dataclasses.replace(state, params=params, opt_state=opt_state)
 
 
 def eval_step(config: Config, params: dict, batch: Batch) -> dict:

@@ -40,11 +40,12 @@ class StepReports:
     self._reporter = reporter
     self._writer = MetricsWriter(config, workdir, step, reporter.say)
     self._clock = _Clock(config.data.batch_size * config.data.seq_len)
-    self._told_of_budget = False
+    self._told_of_budget = self._told_of_overflow = False
     self.has_validated = False
 
   def show_step(self, step: int, scalars: dict[str, float]) -> None:
     self._tell_of_budget(step, scalars)
+    self._tell_of_overflow(step, scalars)
     bits = scalars['loss'] / math.log(2)
     scalars['bits_per_byte'] = bits / self._bytes_per_target
     total = self._config.train.num_steps
@@ -87,6 +88,16 @@ class StepReports:
         f'Step {step} read {over_budget:,} rows of value tables beyond '
         'optimizer.value_row_budget: they take further passes, no gradient is '
         'lost. value_rows_over_budget in the metrics has all steps.'
+      )
+
+  def _tell_of_overflow(self, step: int, scalars: dict[str, float]) -> None:
+    is_left_out = not math.isfinite(scalars['grad_norm'])
+    if is_left_out and not self._told_of_overflow:
+      self._told_of_overflow = True
+      self._reporter.say(
+        f'Step {step} is left out: its gradients overflow float16 at the loss '
+        f'scale {scalars["loss_scale"]:,.0f}, of which the next steps have '
+        'half. overflows in the metrics counts such steps.'
       )
 
 

@@ -12,6 +12,8 @@ gradient once more, and, where copies of a table are kept along `data`, to all
 of these, which take the same step.
 """
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -26,13 +28,18 @@ from jaxsparse.nn.memory.tables import (
 )
 from jaxsparse.ops.memory.table_exchange import TableExchange
 from jaxsparse.ops.memory.table_reads import RowWindows
+from jaxsparse.training import loss_scale
 from jaxsparse.training.optimizer import (
   VALUES,
   labels,
   make_row_optimizer,
 )
 from jaxsparse.training.optimizers import finalizing
-from jaxsparse.training.optimizers.each_device import on_each_device, specs_of
+from jaxsparse.training.optimizers.each_device import (
+  is_row_gradient,
+  on_each_device,
+  specs_of,
+)
 from jaxsparse.training.optimizers.row_updates import (
   apply_updates,
   clip_scale,
@@ -101,8 +108,8 @@ def update_tables(
   state: optax.OptState,
   gradients: dict[str, tuple],
   other_square: jax.Array,
-  step: jax.Array,
   key: jax.Array | None,
+  scale: loss_scale.LossScale | None = None,
 ) -> tuple[optax.Params, optax.OptState, jax.Array, dict[str, jax.Array]]:
   """One optimizer step on the rows that were read.
 
@@ -113,8 +120,9 @@ def update_tables(
     state: of the row optimizer.
     gradients: what `table_gradients` returns.
     other_square: squared norm of the gradient of all other parameters.
-    step: optimizer steps before.
     key: for stochastic rounding; None rounds to the nearest.
+    scale: by which `gradients` are still multiplied; nothing is changed if they
+      overflow it.
 
   Returns:
     Tables and state after the step, the norm of the gradient of all parameters
@@ -125,20 +133,20 @@ def update_tables(
   is_fixed = config.model.memory.table.gradient == 'deterministic'
   budget = config.optimizer.value_row_budget
 
-  def on_device(tables, state, gradients, other_square, step, key):
+  def on_device(tables, state, gradients, other_square, key, scale):
     def windows_of(path, _):
       place = jax.tree_util.keystr(path, simple=True, separator='/')
       return RowWindows(exchange, *gradients[place], is_fixed, budget)
 
     windows = jax.tree.map_with_path(windows_of, tables)
     return _step(
-      config, exchange, windows, tables, state, other_square, step, key
+      config, exchange, windows, tables, state, other_square, key, scale
     )
 
   rows = dict.fromkeys(_ROW_COUNTS, jax.P())
   specs = (*specs_of((tables, state)), jax.P(), rows)
   return on_each_device(on_device, specs)(
-    tables, state, gradients, other_square, step, key
+    tables, state, gradients, other_square, key, scale
   )
 
 
@@ -155,41 +163,58 @@ def _exchange(config: Config) -> TableExchange:
   return TableExchange(layout, axes, config.model.memory.table_rows)
 
 
-def _step(config, exchange, windows, tables, state, other_square, step, key):
+def _step(config, exchange, windows, tables, state, other_square, key, scale):
   """One device's part of `update_tables`."""
   optimizer = make_row_optimizer(
     config.optimizer, config.train.num_steps, exchange.column_axes
   )
+  # Its own count: steps that were left out are none of its.
+  step = optax.tree_utils.tree_get(state, 'count')
+
+  def rows_of(index):
+    return loss_scale.divided(_rows_of(windows, index), scale)
+
   leaves = jax.tree.leaves(windows)
   is_one_pass = all(w.is_one for w in leaves)
   if is_one_pass:
-    gradients = _rows_of(windows, 0)
+    gradients = rows_of(0)
     square = squared_norm(gradients)
   else:
     # Rows beyond the budget wait for another pass; the norm needs them first.
     num_passes = exchange.pmax(jnp.stack([w.num_passes for w in leaves]).max())
 
     def add_square(i, square):
-      return square + squared_norm(_rows_of(windows, i))
+      return square + squared_norm(rows_of(i))
 
     square = jax.lax.fori_loop(0, num_passes, add_square, jnp.float32(0))
   norm = jnp.sqrt(other_square + exchange.total(square))
-  scale = clip_scale(norm, config.optimizer.clip_norm)
+  clipping = clip_scale(norm, config.optimizer.clip_norm)
   origin = (exchange.first_row(), exchange.column_part())
+  is_finite = jnp.isfinite(norm)
 
   def one_pass(gradients, tables, state):
-    gradients = scaled(gradients, scale)
+    gradients = scaled(gradients, clipping)
+    if scale is not None:
+      gradients = _only_if(is_finite, gradients, tables)
     updates, state = optimizer.update(gradients, state, tables, step=step)
     return apply_updates(tables, updates, key, origin), state
 
+  before = state
   if is_one_pass:
     tables, state = one_pass(gradients, tables, state)
   else:
     tables, state = jax.lax.fori_loop(
       0,
       num_passes,
-      lambda i, carry: one_pass(_rows_of(windows, i), *carry),
+      lambda i, carry: one_pass(rows_of(i), *carry),
       (tables, state),
+    )
+  if scale is not None:
+    # The state's arrays, [M] or [M, W], were changed in these rows alone.
+    state = jax.tree.map(
+      lambda new, old: new if new.ndim else jnp.where(is_finite, new, old),
+      state,
+      before,
     )
   touched = sum(w.num_distinct for w in leaves)
   over = sum(jnp.maximum(w.num_distinct - w.budget, 0) for w in leaves)
@@ -200,3 +225,18 @@ def _step(config, exchange, windows, tables, state, other_square, step, key):
 def _rows_of(windows, index):
   """The gradient of one window of each table."""
   return jax.tree.map(lambda window: window(index), windows)
+
+
+def _only_if(is_finite, gradients, tables):
+  """The gradients, or after an overflow those of no row.
+
+  A choice between changed tables and those before would need both.
+  """
+
+  def keep(gradient, table):
+    slot = gradient.slot
+    beyond = len(table) + jnp.arange(len(slot), dtype=slot.dtype)
+    slot = jnp.where(is_finite, slot, beyond)
+    return dataclasses.replace(gradient, slot=slot)
+
+  return jax.tree.map(keep, gradients, tables, is_leaf=is_row_gradient)

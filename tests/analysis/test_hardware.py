@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The peak of each kind of device; None where it would be a guess."""
 
+import types
+
 import jax
 import pytest
 
@@ -15,6 +17,7 @@ from jaxsparse.analysis import hardware
     ('TPU v5', 459),
     ('TPU v5p', 459),
     ('TPU v6 lite', 918),
+    ('Tesla T4', 65),
     ('NVIDIA A100-SXM4-80GB', 312),
     ('NVIDIA H100 80GB HBM3', 989),
     ('NVIDIA H100 PCIe', 756),
@@ -39,3 +42,19 @@ def test_cpu_is_measured_once_and_shared_by_its_devices():
 def test_utilisation_is_a_share_of_all_devices():
   peak = hardware.peak_flops()
   assert hardware.utilisation(4 * peak, 8) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+  ('platform', 'more', 'dtype'),
+  [
+    ('cpu', {}, 'float32'),
+    ('tpu', {}, 'bfloat16'),
+    ('gpu', dict(compute_capability='7.5'), 'float16'),
+    ('gpu', dict(compute_capability='8.0'), 'bfloat16'),
+    ('gpu', dict(compute_capability='12.0'), 'bfloat16'),
+    ('gpu', dict(compute_capability='gfx90a'), 'bfloat16'),
+  ],
+)
+def test_the_dtype_that_a_device_has_units_for(platform, more, dtype):
+  device = types.SimpleNamespace(platform=platform, **more)
+  assert hardware.compute_dtype(device) == dtype

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Compiles for H100 and TPU on a machine that has neither.
+"""Compiles for H100, T4 and TPU on a machine that has none of them.
 
 Both compilers run without their hardware, given a description of it. What they
 make is what a device would execute: its kernels, temporaries, transfers. How
@@ -24,13 +24,12 @@ from jaxsparse import mesh as mesh_lib
 os.environ.setdefault('TPU_SKIP_MDS_QUERY', '1')
 os.environ.setdefault('ALLOW_MULTIPLE_LIBTPU_LOAD', '1')
 
-NAMES = ('h100', 'v5e', 'v6e')
+NAMES = ('h100', 't4', 'v5e', 'v6e')
 
-_PACKAGES = dict(
-  h100=('jax_cuda12_plugin', 'nvidia'), v5e=('libtpu',), v6e=('libtpu',)
-)
+_CUDA = ('jax_cuda12_plugin', 'nvidia')
+_PACKAGES = dict(h100=_CUDA, t4=_CUDA, v5e=('libtpu',), v6e=('libtpu',))
 
-# From the data sheet, as XLA's target description.
+# From data sheets, as XLA's target descriptions.
 _H100 = """
 gpu_device_info {
   threads_per_block_limit: 1024
@@ -56,6 +55,35 @@ platform_name: "CUDA"
 dnn_version_info { major: 9 minor: 10 patch: 2 }
 device_description_str: "NVIDIA H100 80GB HBM3"
 """
+
+# Compute capability 7.5: no units for bfloat16.
+_T4 = """
+gpu_device_info {
+  threads_per_block_limit: 1024
+  threads_per_warp: 32
+  shared_memory_per_block: 49152
+  shared_memory_per_core: 65536
+  shared_memory_per_block_optin: 65536
+  threads_per_core_limit: 1024
+  core_count: 40
+  fpus_per_core: 64
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  memory_bandwidth: 320064000000
+  l2_cache_size: 4194304
+  clock_rate_ghz: 1.59
+  device_memory_size: 15835660288
+  registers_per_core_limit: 65536
+  registers_per_block_limit: 65536
+  cuda_compute_capability { major: 7 minor: 5 }
+}
+platform_name: "CUDA"
+dnn_version_info { major: 9 minor: 10 patch: 2 }
+device_description_str: "Tesla T4"
+"""
+
+_GPUS = dict(h100=_H100, t4=_T4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -132,9 +160,12 @@ def _devices(name: str) -> list:
         "pip install -e '.[test,aot]'."
       )
   jax.devices()  # loads the plugins
-  if name == 'h100':
+  if name in _GPUS:
     topology = topologies.get_topology_desc(
-      platform='cuda', topology_name=name, topology='1x1x8', target_config=_H100
+      platform='cuda',
+      topology_name=name,
+      topology='1x1x8',
+      target_config=_GPUS[name],
     )
   else:
     topology = topologies.get_topology_desc(
@@ -144,7 +175,7 @@ def _devices(name: str) -> list:
 
 
 def _options(name: str, dump: pathlib.Path | None) -> dict:
-  if name != 'h100':
+  if name not in _GPUS:
     return {}
   # The suite's XLA_FLAGS turn optimization off.
   options = {'xla_backend_optimization_level': 3}

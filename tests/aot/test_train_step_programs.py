@@ -28,7 +28,7 @@ NUM_KEYS, VALUE_DIM, SEQ_LEN, BATCH = 512, 1024, 32, 8
 TABLE = NUM_KEYS**2 * VALUE_DIM  # elements: 1 GiB in f32
 
 
-def _config(value_optimizer, scheme):
+def _config(value_optimizer, scheme, dtype):
   config = RECIPES['ultramem:tiny']()
   memory = dataclasses.replace(
     config.model.memory,
@@ -39,7 +39,9 @@ def _config(value_optimizer, scheme):
   return config_lib.validated(
     dataclasses.replace(
       config,
-      model=dataclasses.replace(config.model, vocab_size=257, memory=memory),
+      model=dataclasses.replace(
+        config.model, vocab_size=257, memory=memory, dtype=dtype
+      ),
       data=dataclasses.replace(config.data, seq_len=SEQ_LEN, batch_size=BATCH),
       optimizer=dataclasses.replace(
         config.optimizer, value_optimizer=value_optimizer
@@ -48,8 +50,14 @@ def _config(value_optimizer, scheme):
   )
 
 
-def _program(device, value_optimizer, scheme='columns', sizes=(1, 1, 1)):
-  config = _config(value_optimizer, scheme)
+def _program(
+  device,
+  value_optimizer,
+  scheme='columns',
+  sizes=(1, 1, 1),
+  dtype='float32',
+):
+  config = _config(value_optimizer, scheme, dtype)
   mesh = targets.make_mesh(device, sizes)
   state = mesh_lib.abstract(functools.partial(init_state, config), mesh=mesh)
   tokens = jax.sharding.NamedSharding(mesh, jax.P(mesh_lib.TOKENS))
@@ -88,7 +96,10 @@ def test_tables_and_their_state_change_in_place(
   device, value_optimizer, scheme, sizes
 ):
   program = _program(device, value_optimizer, scheme, sizes)
-  part = TABLE // sizes[1]
+  _is_in_place(program, value_optimizer, TABLE // sizes[1])
+
+
+def _is_in_place(program, value_optimizer, part):
   # What a step returns beside the state are a few numbers.
   assert program.output_bytes - program.alias_bytes < 2**16
   for op in ('copy', 'copy-start', 'all-gather', 'all-gather-start'):
@@ -98,3 +109,13 @@ def test_tables_and_their_state_change_in_place(
   assert program.temp_bytes < 4 * (gradient + 0.9 * part)
   # Copies of a part exchange what they read, never the part.
   assert max([0, *(x.size for x in payloads(program.text))]) < part / 4
+
+
+@pytest.mark.parametrize('value_optimizer', ['row_adam', 'adamw'])
+def test_float16_on_a_gpu_without_bfloat16(value_optimizer):
+  """A step may be left out, and needs no copy of what it would change."""
+  program = _program('t4', value_optimizer, dtype='float16')
+  _is_in_place(program, value_optimizer, TABLE)
+  # Products of activations are in float16; f32 alone reach the head's sums.
+  assert 'f16[' in program.text
+  assert 'bf16[' not in program.text

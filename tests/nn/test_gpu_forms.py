@@ -27,10 +27,11 @@ def test_one_product_scores_all_ranks(num_queries):
     np.testing.assert_allclose(scores, expected, atol=1e-5)
 
 
-def test_narrow_keys_meet_the_whole_query():
+@pytest.mark.parametrize('dtype', [jnp.bfloat16, jnp.float16])
+def test_narrow_keys_meet_the_whole_query(dtype):
   """A query rounded to bfloat16 would be off by 2^-9, a hundred times more."""
   query, keys = draw(T, 2, RANKS, 64), draw(P, 2, Q, 64, RANKS, seed=1)
-  keys = keys.astype(jnp.bfloat16)
+  keys = keys.astype(dtype)
   wide = np.asarray(keys.astype(jnp.float32))
   for s, scores in enumerate(jax.jit(retrieval._by_one_product)(query, keys)):
     expected = np.einsum('trk,pqkr->tpqr', query[:, s], wide[:, s])

@@ -39,14 +39,13 @@ def test_a_state_is_restored(archive, is_by_rows, tmp_path):
     )
     former = former_state.layout(config, now.params)
     assert (former is not None) == is_by_rows
-    layouts = [
-      state
-      and dict(
-        params=now.params, optimizer=dict(step=now.step, opt_state=state)
-      )
+    layout, *others = (
+      dict(params=now.params, optimizer=dict(step=now.step, opt_state=state))
       for state in (now.opt_state, former)
-    ]
-    arrays, _ = stored.read(stored.folder_of(tmp_path / 'w'), 3, *layouts)
+      if state is not None
+    )
+    folder = stored.folder_of(tmp_path / 'w')
+    arrays, _ = stored.read(folder, 3, layout, others)
     saved = arrays['optimizer']['opt_state']
     found = former_state.converted(saved, former, now.opt_state)
   assert jax.tree.structure(found) == jax.tree.structure(now.opt_state)

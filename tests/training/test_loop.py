@@ -2,6 +2,7 @@
 """The loop by itself: what it reports, when it stops, what it owes after."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -13,8 +14,9 @@ import pytest
 from small_model import CONFIG, make_mesh
 
 from jaxsparse.config import OptimizerConfig, TrainConfig
+from jaxsparse.config.errors import UserError
 from jaxsparse.run.progress import Reporter
-from jaxsparse.training import evaluation, loop
+from jaxsparse.training import evaluation, loop, loss_scale
 from jaxsparse.training.step import TrainState
 
 MODEL = dataclasses.replace(CONFIG.model, memory=None)
@@ -22,14 +24,22 @@ MODEL = dataclasses.replace(CONFIG.model, memory=None)
 
 def init_state(config):
   step = jnp.zeros((), jnp.int32)
-  return TrainState(step, {'w': jnp.zeros(2)}, {'m': jnp.ones(3)})
+  scale = loss_scale.first(config.model.dtype)
+  return TrainState(step, {'w': jnp.zeros(2)}, {'m': jnp.ones(3)}, scale)
 
 
-def train_step(config, state, batch):
+def train_step(config, state, batch, overflows=()):
   """One that takes no time, whose loss names the batch."""
-  w = state.params['w'] + jnp.mean(batch['tokens'])
-  metrics = {'loss': jnp.mean(batch['tokens']), 'grad_norm': jnp.sum(w)}
-  return TrainState(state.step + 1, {'w': w}, state.opt_state), metrics
+  number = jnp.mean(batch['tokens'])
+  w, scale = state.params['w'] + number, state.loss_scale
+  is_finite = ~jnp.any(number == jnp.asarray([*overflows, -1]))
+  norm = jnp.where(is_finite, jnp.sum(w), jnp.inf)
+  metrics = {'loss': number, 'grad_norm': norm}
+  if scale is not None:
+    metrics['loss_scale'] = scale.scale
+    scale = loss_scale.after(scale, is_finite)
+    metrics['overflows'] = scale.num_overflows
+  return TrainState(state.step + 1, {'w': w}, state.opt_state, scale), metrics
 
 
 class Batches:
@@ -56,7 +66,6 @@ class Batches:
 @pytest.fixture
 def fit(monkeypatch, tmp_path):
   monkeypatch.setattr(loop, 'init_state', init_state)
-  monkeypatch.setattr(loop, 'train_step', train_step)
   monkeypatch.setattr(
     evaluation,
     '_evaluate',
@@ -65,10 +74,21 @@ def fit(monkeypatch, tmp_path):
     ),
   )
 
-  def run(on_batch=lambda number: None, on_validation=lambda: None, **train):
+  def run(
+    on_batch=lambda number: None,
+    on_validation=lambda: None,
+    dtype='float32',
+    overflows=(),
+    **train,
+  ):
+    step = functools.partial(train_step, overflows=overflows)
+    monkeypatch.setattr(loop, 'train_step', step)
     train = TrainConfig(**{'num_steps': 7, 'save_every': 100, **train})
     config = dataclasses.replace(
-      CONFIG, model=MODEL, optimizer=OptimizerConfig(), train=train
+      CONFIG,
+      model=dataclasses.replace(MODEL, dtype=dtype),
+      optimizer=OptimizerConfig(),
+      train=train,
     )
 
     def validation():
@@ -170,3 +190,57 @@ def test_a_validation_that_is_done_is_not_repeated(fit, tmp_path):
   assert fit(at(5, 'SIGTERM'), **settings).step == 5
   fit(**settings)
   assert [s for s, _ in rows(tmp_path, 'validation_loss')] == [2, 4, 6, 7]
+
+
+def test_a_step_that_overflows_is_told_of_and_the_run_goes_on(
+  fit, tmp_path, capsys
+):
+  fit(dtype='float16', overflows=(3, 4), log_every=1)
+  halves = [1, 1, 1, 2, 4, 4, 4]
+  scales = [(i, loss_scale.FIRST / n) for i, n in enumerate(halves, 1)]
+  assert rows(tmp_path, 'loss_scale') == scales
+  counts = [count for _, count in rows(tmp_path, 'overflows')]
+  assert counts == [0, 0, 1, 2, 2, 2, 2]
+  assert rows(tmp_path, 'grad_norm')[2] == (3, None)
+  out = capsys.readouterr().out
+  assert out.count('is left out: its gradients overflow float16') == 1
+  assert 'Step 3 is left out' in out
+  assert 'loss scale 8,192  2 overflows' in out
+
+
+@pytest.mark.parametrize(
+  ('dtype', 'first', 'advice'),
+  [
+    ('float32', 2, 'set optimizer.clip_norm'),
+    # 15 halvings on the way to the least scale.
+    ('float16', 17, "go on in 'bfloat16' or 'float32'"),
+  ],
+)
+def test_a_run_that_can_not_go_on_ends_in_a_sentence(fit, dtype, first, advice):
+  with pytest.raises(UserError, match=f'inf at step {first}: .*{advice}'):
+    fit(dtype=dtype, overflows=range(2, 50), num_steps=50)
+
+
+@pytest.mark.parametrize(
+  ('earlier', 'later', 'halves'),
+  [
+    # The fourth step after the overflow doubles the scale again.
+    ('float16', 'float16', [1, 1, 2, 2, 2, 2, 1]),
+    ('float16', 'float32', [1, 1, 2, 2]),
+    ('float32', 'float16', [None, None, None, None, 1, 1, 1]),
+  ],
+)
+def test_the_loss_scale_survives_a_resume(
+  fit, tmp_path, monkeypatch, earlier, later, halves
+):
+  monkeypatch.setattr(loss_scale, 'PATIENCE', 4)
+  overflows = [2] if earlier == 'float16' else []
+  fit(at(4, 'SIGTERM'), dtype=earlier, overflows=overflows, log_every=1)
+  fit(dtype=later, log_every=1)
+  assert [step for step, _ in rows(tmp_path, 'loss')] == [*range(1, 8)]
+  assert rows(tmp_path, 'loss_scale') == [
+    (i, loss_scale.FIRST / half) for i, half in enumerate(halves, 1) if half
+  ]
+  if later == 'float16':
+    expected = [(7, float(earlier == 'float16'))]
+    assert rows(tmp_path, 'overflows')[-1:] == expected

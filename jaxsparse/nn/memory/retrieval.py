@@ -193,10 +193,11 @@ def _by_one_product(
   num_heads, _, num_keys, width, num_ranks = keys.shape
   is_own = jnp.eye(num_ranks, dtype=query.dtype)[None, None, :, None]
   own = (query[..., None] * is_own).reshape(len(query), 2, num_ranks, -1)
-  is_narrow = keys.dtype == jnp.bfloat16
+  is_narrow = keys.dtype.itemsize < 4
   if is_narrow:
     # In two parts, which together are as exact as the keys allow.
-    upper = jax.lax.reduce_precision(own, exponent_bits=8, mantissa_bits=7)
+    bits = jnp.finfo(keys.dtype)
+    upper = jax.lax.reduce_precision(own, bits.nexp, bits.nmant)
     own = jnp.concatenate([upper, own - upper], axis=2).astype(keys.dtype)
   scores = jnp.einsum(
     'psqk,pstrk->pstrq',
