@@ -16,6 +16,7 @@ from typing import Any
 
 import drawings
 import flax.linen as nn
+import results_speed
 import results_tables
 
 import jaxsparse
@@ -122,7 +123,7 @@ def home(value: Any) -> str:
 
 def pages() -> dict[str, str]:
   """Path under docs/ -> text."""
-  made = {f'results/{n}.md': page() for n, page in results_tables.PAGES.items()}
+  made = {f'results/{n}.md': page() for n, page in results_speed.PAGES.items()}
   return made | {'recipes.md': recipes(), 'api.md': api()}
 
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxsparse.ops import chunking
+from jaxsparse.ops.shard_map_vma import match_vma
 
 # Rows from which counting pays, the candidates up to which it does, and the
 # rows that are counted at once: their positions should stay in a core's cache.
@@ -66,7 +67,8 @@ def product(
   """
   if jax.default_backend() != 'cpu':
     return jnp.einsum(letters, left, right)
-  return _product(letters, left, right)
+  # Where one side varies over devices alone, the other's gradient is a sum.
+  return _product(letters, *match_vma(left, right))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0,))

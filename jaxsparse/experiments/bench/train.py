@@ -23,7 +23,6 @@ import subprocess
 import sys
 import time
 
-from jaxsparse.analysis.cost import training_flops
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.experiments.bench import measuring, train_sizes
 
@@ -37,7 +36,6 @@ OPTIONS = dict(
   turn=3.0,
 )
 
-# Whether PyTorch is asked for by name, it is measured against.
 _PEERS = ('', 'torch')
 _BATCHES = (1, 16)
 
@@ -128,11 +126,7 @@ def _measure_size(size: str, options: argparse.Namespace) -> list[dict]:
       for task, seconds in times[worker.contender].items()
     }
     tokens = config.data.batch_size * config.data.seq_len
-    rate = (
-      training_flops(config.model, config.data.seq_len)
-      * tokens
-      / medians['train']
-    )
+    rate = train_sizes.flops(config) * tokens / medians['train']
     record = dict(
       size=size,
       contender=worker.contender,

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Whom `bench train` compares, and at which sizes."""
 
+from jaxsparse.analysis.cost import training_flops
 from jaxsparse.config import Config, DataConfig, ModelConfig
 from jaxsparse.run import command_line
 
@@ -37,3 +38,8 @@ def contenders(size: str, peer: str) -> list[str]:
   """All that run at a size; the first is what the others are compared with."""
   ours = OURS if size == 'tiny' else OURS[:1]
   return [*(TORCH if peer == 'torch' else ()), *ours]
+
+
+def flops(config: Config) -> int:
+  """FLOPs of training per token."""
+  return training_flops(config.model, config.data.seq_len)
