@@ -6,6 +6,7 @@ import sys
 import types
 from collections.abc import Sequence
 
+import jaxsparse
 from jaxsparse.config.errors import UserError, did_you_mean, shown
 from jaxsparse.run.command_line import user_errors_end_in_a_sentence
 
@@ -29,6 +30,9 @@ def main(argv: Sequence[str] | None = None) -> None:
   with user_errors_end_in_a_sentence():
     if not argv or argv[0] in ('-h', '--help'):
       print(_page())
+      return
+    if argv[0] == '--version':
+      print(f'jaxsparse {jaxsparse.__version__}')
       return
     name, *rest = argv
     if name not in COMMANDS:

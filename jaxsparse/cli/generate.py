@@ -13,7 +13,7 @@ import sys
 import time
 
 from jaxsparse.config import Config, ModelConfig
-from jaxsparse.config.errors import UserError
+from jaxsparse.config.errors import UserError, shown
 from jaxsparse.data.tokenizer import load_from_workdir
 from jaxsparse.inference import decoding
 from jaxsparse.inference.long_input import (
@@ -127,6 +127,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 
 def _to_step(text: str) -> int | str:
+  if text != 'best' and not text.isdecimal():
+    raise UserError(f"--step must be a step or 'best', got {shown(text)}.")
   return text if text == 'best' else int(text)
 
 

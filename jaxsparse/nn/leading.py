@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import mesh
-from jaxsparse.config.errors import require
+from jaxsparse.config.errors import require, shown
 
 
 def require_floats(x: Any, name: str = 'x') -> None:
@@ -25,6 +25,7 @@ def require_floats(x: Any, name: str = 'x') -> None:
 
 
 def require_integers(x: Any, name: str) -> None:
+  require(hasattr(x, 'dtype'), f'{name} must be an array, got {shown(x)}.')
   require(
     jnp.issubdtype(x.dtype, jnp.integer),
     f'{name} must be integers, got {x.dtype}.',
@@ -116,6 +117,7 @@ class Leading:
     if index is None:
       return None
     require_integers(index, name)
+    require(0 not in self.shape[-1:], f'{name} needs a position, got no token.')
     require(
       index.shape == self.shape[:-1],
       f'{name} must have the shape {list(self.shape[:-1])}, a position for '

@@ -97,7 +97,7 @@ class Transformer(nn.Module):
     segment_ids: Int[Array, '*S'] | None = None,
     cache: Cache | None = None,
     deterministic: bool = True,
-    logits_at: Int[Array, '*B'] | None = None,
+    logits_at: Num[Array, '*B'] | None = None,
   ) -> tuple[Float[Array, '... V'], Cache | None, Metrics]:
     """Scores of the token after each of `tokens`.
 
@@ -110,8 +110,9 @@ class Transformer(nn.Module):
       cache: what `init_cache` made and earlier calls returned; None when
         nothing comes before `tokens`.
       deterministic: False for dropout, which needs the rng 'dropout'.
-      logits_at: of each sequence the one position in `tokens` whose scores are
-        wanted; by default all. A prompt's others cost as much as some blocks.
+      logits_at: of each sequence the one place in `tokens`, from 0 on, whose
+        scores are wanted; by default all. Those of a prompt's other tokens cost
+        as much as some blocks. Beyond the last token scores are NaN.
 
     Returns:
       Logits in float32, with `logits_at` of one position; the extended cache;
@@ -126,13 +127,14 @@ class Transformer(nn.Module):
     num_sequences = 0 if lead.is_empty else math.prod(lead.shape[:-1])
     _check_sizes(self.config, num_sequences)
     positions, segment_ids = lead.places(positions, segment_ids)
+    at = lead.flat_at(logits_at, 'logits_at')
     logits, new_cache, metrics = self._run(
       lead.flat(tokens, 'tokens'),
       lead.flat(positions, 'positions'),
       lead.flat(segment_ids, 'segment_ids'),
       None if lead.is_empty else cache,
       deterministic,
-      None if lead.is_empty else lead.flat_at(logits_at, 'logits_at'),
+      None if lead.is_empty else at,
     )
     if logits_at is not None:
       lead = lead.of_one()

@@ -116,6 +116,8 @@ class Parser(argparse.ArgumentParser):
       if isinstance(action, argparse._SubParsersAction):
         for parser in action.choices.values():
           known += parser._option_string_actions
+    # Of another command, maybe.
+    known = [flag for flag in known if flag != name]
     suggest = overrides.suggestion if self._has_fields else did_you_mean
     meant = suggest(name, known)
     return f'there is no flag {shown(name)[1:-1]}{meant}; see --help.'

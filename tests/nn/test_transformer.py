@@ -153,8 +153,11 @@ def test_scores_of_one_position_are_those_of_all():
     params = place(params, Transformer(config).init, *inputs)
     on_mesh = jit(scores)(params, inputs, at)
   np.testing.assert_allclose(on_mesh[:, 0], expected, rtol=1e-5, atol=1e-6)
+  params, empty = make_params(config), [x[:, :0] for x in inputs]
   with pytest.raises(UserError, match='logits_at must have the shape'):
-    jax.eval_shape(scores, make_params(config), inputs, at[:1])
+    jax.eval_shape(scores, params, inputs, at[:1])
+  with pytest.raises(UserError, match='logits_at needs a position'):
+    jax.eval_shape(scores, params, empty, at)
 
 
 @all_models

@@ -10,6 +10,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 
+from jaxsparse.config.errors import UserError, require
 from jaxsparse.experiments.bench import (
   all_benches,
   attention,
@@ -43,6 +44,12 @@ BENCHES = dict(
 def main(argv: Sequence[str]) -> None:
   options = vars(_parse(argv))
   name, path = options.pop('bench'), options.pop('json')
+  require(
+    options.get('rounds', 1) > 0,
+    f'--rounds must be at least 1, got {options.get("rounds")}.',
+  )
+  if path:  # Before hours of measuring.
+    path = _writable(path)
   machine = measuring.describe_machine()
   print(*machine, sep='\n', flush=True)
   if name == 'all':
@@ -52,9 +59,18 @@ def main(argv: Sequence[str]) -> None:
     arguments = dict(bench=name) | options
     report = dict(machine=machine, arguments=arguments, results=results)
   if path:
-    pathlib.Path(path).expanduser().write_text(
-      json.dumps(report, indent=2) + '\n'
-    )
+    path.write_text(json.dumps(report, indent=2) + '\n')
+
+
+def _writable(name: str) -> pathlib.Path:
+  path = pathlib.Path(name).expanduser()
+  try:
+    path.open('a').close()
+  except OSError as error:
+    raise UserError(
+      f"--json={name!r} can't be written ({error.strerror})."
+    ) from error
+  return path
 
 
 def _parse(argv):

@@ -11,6 +11,7 @@ import argparse
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse.config.errors import require
 from jaxsparse.experiments.bench import measuring
 from jaxsparse.ops.top_k import top_m, top_m_reference
 
@@ -18,6 +19,14 @@ OPTIONS = dict(tokens=4096, scores=1024, selected=42, rounds=7)
 
 
 def measure(options: argparse.Namespace) -> list[dict]:
+  require(
+    options.tokens > 0, f'--tokens must be positive, got {options.tokens}.'
+  )
+  require(
+    0 < options.selected <= options.scores,
+    f'--selected must be from 1 to --scores={options.scores}, got '
+    f'{options.selected}.',
+  )
   task = f'T={options.tokens} Q={options.scores} m={options.selected}'
   num_bytes = 4 * options.tokens * (options.scores + 2 * options.selected)
   return measuring.compare(

@@ -29,6 +29,19 @@ def test_what_there_is_not_is_refused(flag, words):
     command.main(['train', flag])
 
 
+@pytest.mark.parametrize(
+  ('flags', 'words'),
+  [
+    (['--rounds=0'], '--rounds must be at least 1, got 0'),
+    (['--json=/nosuch/x.json'], "--json='/nosuch/x.json' can't be written"),
+    (['--scores=4', '--selected=9'], '--selected must be from 1 to --scores=4'),
+  ],
+)
+def test_benches_refuse_before_they_measure(flags, words):
+  with pytest.raises(UserError, match=words):
+    command.main(['top_m', *flags])
+
+
 def test_contenders_have_the_same_budget():
   flops = [
     train_sizes.flops(train_sizes.config_of(name, 'tiny'))
