@@ -128,7 +128,9 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
 
 def _to_step(text: str) -> int | str:
   if text != 'best' and not text.isdecimal():
-    raise UserError(f"--step must be a step or 'best', got {shown(text)}.")
+    raise argparse.ArgumentTypeError(
+      f"must be a step or 'best', got {shown(text)}"
+    )
   return text if text == 'best' else int(text)
 
 

@@ -3,6 +3,7 @@
 
 import argparse
 import contextlib
+import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -43,6 +44,8 @@ def user_errors_end_in_a_sentence() -> Iterator[None]:
   Who interrupts, or reads no further, has no need of a traceback either.
   """
   escape_unprintable()
+  # Of tasks that failed when a read did, which is told in a sentence.
+  logging.getLogger('asyncio').setLevel(logging.CRITICAL)
   try:
     with peers.all_end_together():
       yield

@@ -6,6 +6,8 @@ So a checkpoint has a fingerprint of every array and a digest of all else that a
 resume reads. Besides `checkpoint`, this is the only importer of Orbax.
 """
 
+import textwrap
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -83,7 +85,10 @@ def read(
       fitting = (x for x in others if _fits(saved['fingerprints'], x))
       abstract = next(fitting, abstract)
       _check_structure(path, saved['fingerprints'], abstract)
-    arrays = ocp.load_checkpointables(path, abstract)
+    with warnings.catch_warnings():
+      # Where each array is to lie has been said.
+      warnings.filterwarnings('ignore', 'Sharding info not provided')
+      arrays = ocp.load_checkpointables(path, abstract)
   except UserError:
     raise
   except Exception as error:  # Orbax has no type for 'damaged'.
@@ -154,5 +159,8 @@ def _types(expected: dict) -> dict[str, str]:
 
 
 def first_line(error: BaseException) -> str:
+  """Of what it began with: what others made of that names their classes."""
+  while error.__cause__ is not None:
+    error = error.__cause__
   lines = str(error).strip('\'" ').splitlines() or [type(error).__name__]
-  return lines[0][:160].rstrip('. ')
+  return textwrap.shorten(lines[0], 160, placeholder=' ...').rstrip('. ')

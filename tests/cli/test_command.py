@@ -33,7 +33,9 @@ def test_the_version(capsys):
 
 def test_a_step_is_a_number_or_the_best(capsys):
   assert exit_code(['generate', '--workdir=runs', '--step=abc']) == 2
-  assert "--step must be a step or 'best', got 'abc'" in capsys.readouterr().err
+  assert (
+    "--step: must be a step or 'best', got 'abc'" in capsys.readouterr().err
+  )
 
 
 def test_another_flag_is_not_meant_by_itself(capsys):
