@@ -58,15 +58,17 @@ def test_the_peer_computes_what_our_model_does():
 
   config = train_sizes.config_of('torch', 'tiny').model
   tokens = np.arange(12, dtype=np.int32).reshape(2, 6)
-  params = Transformer(config).init(jax.random.key(0), tokens)['params']
+  start = jax.jit(Transformer(config).init_with_output)
+  (ours, _, _), variables = start(jax.random.key(0), tokens)
+  params = variables['params']
   model = torch_dense.make_model(config)
   weights = {'table.weight': params['embed']['table']}
   for i in range(config.num_layers):
-    ours = params[f'block_{i:02}']
-    heads = [ours['attention'][n] for n in ('query', 'key', 'value')]
+    block = params[f'block_{i:02}']
+    heads = [block['attention'][n] for n in ('query', 'key', 'value')]
     merged = np.concatenate([np.reshape(h, (len(h), -1)) for h in heads], 1)
-    output = np.reshape(ours['attention']['output'], (-1, config.model_dim))
-    names = dict(heads=merged, output=output) | ours['mlp']
+    output = np.reshape(block['attention']['output'], (-1, config.model_dim))
+    names = dict(heads=merged, output=output) | block['mlp']
     for name, value in names.items():
       weights[f'blocks.{i}.{name}.weight'] = np.transpose(value)
   assert weights.keys() == {
@@ -77,7 +79,6 @@ def test_the_peer_computes_what_our_model_does():
   )
   with torch.no_grad():
     theirs = model.logits(model(torch.tensor(tokens, dtype=torch.int64)))
-  ours, _, _ = Transformer(config).apply({'params': params}, tokens)
   np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 
 
