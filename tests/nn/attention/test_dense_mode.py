@@ -134,7 +134,9 @@ def test_an_indexer_learns_of_all_blocks():
   slopes, (y, metrics) = jax.jit(jax.jacobian(both, has_aux=True))(
     params, *inputs()
   )
-  np.testing.assert_array_equal(y, logits(DENSE, params)[0])
+  # Another program, which newer versions of XLA round otherwise.
+  expected = logits(DENSE, params)[0]
+  np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
   layer = 'block_01/attention'
   assert set(metrics) == {
     'aux_loss', f'{layer}/router_loss', f'{layer}/router_entropy'
