@@ -31,9 +31,12 @@ def place(params, init, *inputs):
   shapes = jax.eval_shape(init, jax.random.key(0), *inputs)
   mesh = jax.sharding.get_mesh()
   return jax.tree.map(
-    lambda x, shape: jax.device_put(
-      x, jax.NamedSharding(mesh, shape.sharding.spec)
-    ),
+    lambda x, shape: jax.device_put(x, jax.NamedSharding(mesh, _spec(shape))),
     params,
     shapes,
   )
+
+
+def _spec(shape):
+  # Over Auto axes shapes have none.
+  return jax.P() if shape.sharding is None else shape.sharding.spec
