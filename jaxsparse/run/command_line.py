@@ -107,20 +107,18 @@ class Parser(argparse.ArgumentParser):
       )
     options, rest = self.parse_known_args(args, namespace)
     if rest:
-      raise UserError(self._complaint(rest[0]))
+      raise UserError(self._complaint(rest[0], options))
     return options
 
-  def _complaint(self, arg: str) -> str:
+  def _complaint(self, arg: str, options: argparse.Namespace) -> str:
     if not arg.startswith('-'):
       return f'{shown(arg)} is not a flag: see --help.'
     name = arg.partition('=')[0]
     known = [*self._option_string_actions]
     for action in self._actions:
       if isinstance(action, argparse._SubParsersAction):
-        for parser in action.choices.values():
-          known += parser._option_string_actions
-    # Of another command, maybe.
-    known = [flag for flag in known if flag != name]
+        chosen = action.choices[getattr(options, action.dest)]
+        known += chosen._option_string_actions
     suggest = overrides.suggestion if self._has_fields else did_you_mean
     meant = suggest(name, known)
     return f'there is no flag {shown(name)[1:-1]}{meant}; see --help.'

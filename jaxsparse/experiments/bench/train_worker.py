@@ -10,6 +10,7 @@ float32 products of 1,024), `prefill` (a prompt for that many sequences) and
 unasked, when the first step is done.
 """
 
+import dataclasses
 import json
 import sys
 import time
@@ -26,17 +27,31 @@ PROMPT, NEW = 64, 32
 Task = Callable[[int], None]
 
 
+@dataclasses.dataclass(frozen=True)
+class Tasks:
+  """What a process can do, each of a number."""
+
+  train: Task
+  matmul: Task
+  # Given how many sequences, they make ready what is timed.
+  prefill: Callable[[int], Task]
+  decode: Callable[[int], Task]
+
+  def ready(self, name: str, number: int) -> Task:
+    task = getattr(self, name)
+    return task(number) if name in ('prefill', 'decode') else task
+
+
 def main(argv: Sequence[str]) -> None:
   contender, size = argv
   config = train_sizes.config_of(contender, size)
   make = jax_tasks if contender.startswith('jaxsparse') else torch_tasks
   tasks = make(config, contender)
-  tasks['train'](1)
+  tasks.train(1)
   print(json.dumps('ready'), flush=True)
   for line in sys.stdin:
     name, number = line.split()
-    prepare = tasks.get(f'{name}_prepared')
-    run = prepare(int(number)) if prepare else tasks[name]
+    run = tasks.ready(name, int(number))
     start = time.perf_counter()
     run(int(number))
     print(json.dumps(time.perf_counter() - start), flush=True)
@@ -51,7 +66,7 @@ def draw_batches(config: Config) -> list[np.ndarray]:
   return [np.stack([b[:, :-1], b[:, 1:]]) for b in tokens.astype(np.int32)]
 
 
-def jax_tasks(config: Config, contender: str) -> dict[str, Task]:
+def jax_tasks(config: Config, contender: str) -> Tasks:
   """As the training loop and `generate` do it, on one device."""
   del contender
   import jax
@@ -61,6 +76,7 @@ def jax_tasks(config: Config, contender: str) -> dict[str, Task]:
   from jaxsparse.inference import decoding
   from jaxsparse.inference.sampling import Sampling
   from jaxsparse.nn.transformer import init_cache
+  from jaxsparse.training.evaluation import to_global
   from jaxsparse.training.step import init_state, train_step
 
   jax.set_mesh(mesh.make_mesh(devices=jax.devices()[:1]))
@@ -71,7 +87,7 @@ def jax_tasks(config: Config, contender: str) -> dict[str, Task]:
     loss_weight=np.ones(shape, np.float32),
   )
   batches = [
-    jax.device_put(dict(tokens=t, targets=y, **rest), mesh_sharding(mesh))
+    to_global(dict(tokens=t, targets=y, **rest))
     for t, y in draw_batches(config)
   ]
   state = jax.jit(lambda: init_state(config))()
@@ -97,9 +113,7 @@ def jax_tasks(config: Config, contender: str) -> dict[str, Task]:
   greedy = Sampling(temperature=0.0)
 
   def prompt(batch_size: int):
-    tokens = np.ones((batch_size, PROMPT), np.int32)
-    positions = np.broadcast_to(np.arange(PROMPT, dtype=np.int32), tokens.shape)
-    inputs = jax.device_put((tokens, positions, np.ones_like(tokens)))
+    inputs = jax.device_put(decoding.left_pad([[1] * PROMPT] * batch_size))
     cache = new_cache(config.model, batch_size, PROMPT + NEW)
     return jax.block_until_ready((cache, inputs))
 
@@ -123,15 +137,10 @@ def jax_tasks(config: Config, contender: str) -> dict[str, Task]:
 
     return run
 
-  return dict(
-    train=train,
-    matmul=matmul,
-    prefill_prepared=prefill,
-    decode_prepared=decode,
-  )
+  return Tasks(train, matmul, prefill, decode)
 
 
-def torch_tasks(config: Config, contender: str) -> dict[str, Task]:
+def torch_tasks(config: Config, contender: str) -> Tasks:
   import torch
 
   from jaxsparse.experiments.bench import torch_dense
@@ -177,18 +186,7 @@ def torch_tasks(config: Config, contender: str) -> dict[str, Task]:
 
     return run
 
-  return dict(
-    train=train,
-    matmul=matmul,
-    prefill_prepared=prefill,
-    decode_prepared=decode,
-  )
-
-
-def mesh_sharding(mesh):
-  import jax
-
-  return jax.sharding.NamedSharding(jax.sharding.get_mesh(), mesh.act('BT'))
+  return Tasks(train, matmul, prefill, decode)
 
 
 def _torch_caches(config: ModelConfig, batch_size: int):

@@ -60,7 +60,7 @@ class Attention(nn.Module):
       x: the normalised residual stream; the last leading dimension is that of
         positions, and the cache has one batch of all before it.
       positions: position of each token in its document, by default that in its
-        sequence.
+        sequence; a document's tokens come in this order.
       segment_ids: document of each token; 0 for padding. By default a sequence
         is one document.
       cache: what `init_shared` and `init_rows` of `attention_cache` made, and
