@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxsparse import mesh
 from jaxsparse.ops import chunking
 from jaxsparse.ops.shard_map_vma import match_vma
 
@@ -65,7 +66,7 @@ def product(
   the former first, and XLA's CPU turns over what is first: scores of all keys,
   for one, take longer to turn over than to multiply.
   """
-  if jax.default_backend() != 'cpu':
+  if mesh.platform() != 'cpu':
     return jnp.einsum(letters, left, right)
   # Where one side varies over devices alone, the other's gradient is a sum.
   return _product(letters, *match_vma(left, right))
