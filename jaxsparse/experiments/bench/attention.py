@@ -35,7 +35,7 @@ take no less time.
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -85,26 +85,17 @@ OPTIONS = dict(
 )
 
 
-def measure(options: argparse.Namespace) -> list[dict]:
+def measure(options: argparse.Namespace) -> Iterator[dict]:
   _check(options)
-  tasks = [
-    functools.partial(_measure_forward, options, int(length))
-    for length in filter(None, options.lengths.split(','))
-  ]
+  for length in filter(None, options.lengths.split(',')):
+    yield from _measure_forward(options, int(length))
   if options.context:
-    tasks.append(functools.partial(_measure_decode, options))
+    yield from _measure_decode(options)
   if options.train_length:
-    tasks.append(functools.partial(_measure_train, options))
-  records = []
-  for task in tasks:
-    found = task()
-    show(found)
-    records += found
-  return records
+    yield from _measure_train(options)
 
 
-def show(records: list[dict]) -> None:
-  measuring.print_records(records)
+show = measuring.print_last
 
 
 def _sparse_options(options: argparse.Namespace, tile: int) -> SparseOptions:

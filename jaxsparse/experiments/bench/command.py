@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast and how large: `python -m jaxsparse bench NAME`.
 
-Prints the machine, then a table; `--json=FILE` keeps both. `all` runs every
-bench with sizes for the backend at hand. `NAME --help` lists the options.
+Prints the machine, then a table, row by row; `--json=FILE` keeps both and is
+whole after every row. `all` runs every bench with sizes for the backend at
+hand. `NAME --help` lists the options.
 """
 
 import argparse
-import json
-import pathlib
 from collections.abc import Sequence
 
-from jaxsparse.config.errors import UserError, require
+from jaxsparse.config.errors import require
 from jaxsparse.experiments.bench import (
   all_benches,
   attention,
@@ -25,6 +24,7 @@ from jaxsparse.experiments.bench import (
   train_step,
   value_bag,
 )
+from jaxsparse.experiments.bench.report import Report
 from jaxsparse.run.command_line import Parser
 
 BENCHES = dict(
@@ -48,29 +48,20 @@ def main(argv: Sequence[str]) -> None:
     options.get('rounds', 1) > 0,
     f'--rounds must be at least 1, got {options.get("rounds")}.',
   )
-  if path:  # Before hours of measuring.
-    path = _writable(path)
+  report = Report(path, {})  # Refuses before hours of measuring.
   machine = measuring.describe_machine()
   print(*machine, sep='\n', flush=True)
+  report.content |= dict(machine=machine)
   if name == 'all':
-    report = dict(machine=machine, sections=_run_all())
+    report.content['sections'] = {}
+    _run_all(report)
   else:
-    results = _run(BENCHES[name], options)
-    arguments = dict(bench=name) | options
-    report = dict(machine=machine, arguments=arguments, results=results)
-  if path:
-    path.write_text(json.dumps(report, indent=2) + '\n')
-
-
-def _writable(name: str) -> pathlib.Path:
-  path = pathlib.Path(name).expanduser()
-  try:
-    path.open('a').close()
-  except OSError as error:
-    raise UserError(
-      f"--json={name!r} can't be written ({error.strerror})."
-    ) from error
-  return path
+    results = []
+    report.content |= dict(
+      arguments=dict(bench=name) | options, results=results
+    )
+    report.add(BENCHES[name], options, results)
+  report.write()  # Of a bench without rows, too.
 
 
 def _parse(argv):
@@ -97,20 +88,11 @@ def _parse(argv):
   return parser.parse_args(argv)
 
 
-def _run(bench, options):
-  results = bench.measure(argparse.Namespace(**options))
-  if results:
-    bench.show(results)
-  return results
-
-
-def _run_all():
-  report = {}
+def _run_all(report):
   for title, bench, runs in all_benches.sections():
-    report[title] = []
+    kept = report.content['sections'][title] = []
     for changes in runs:
       print(f'\n{title}: {changes}', flush=True)
-      options = bench.OPTIONS | changes
-      results = _run(bench, options)
-      report[title].append(dict(arguments=options, results=results))
-  return report
+      run = dict(arguments=bench.OPTIONS | changes, results=[])
+      kept.append(run)
+      report.add(bench, run['arguments'], run['results'])

@@ -57,7 +57,7 @@ ms and dense from 2.17 to 2.12, but at batch 1 they may have cost the MoE 0.2.
 import argparse
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -107,7 +107,7 @@ OPTIONS = dict(
 )
 
 
-def measure(options: argparse.Namespace) -> list[dict]:
+def measure(options: argparse.Namespace) -> Iterator[dict]:
   """Records of all cells.
 
   Raises:
@@ -120,7 +120,7 @@ def measure(options: argparse.Namespace) -> list[dict]:
       f'{_num_cores()}; give it one by taskset -c 0.',
       flush=True,
     )
-  records, refused = [], None
+  refused = None
   for group in _numbers(options, 'kv_groups'):
     models = decode_models.make_models(options, group)
     params = {n: decode_models.draw_params(m) for n, m in models.items()}
@@ -137,11 +137,10 @@ def measure(options: argparse.Namespace) -> list[dict]:
         task = f'KV /{group}, {routing}, batch {batch_size}'
         rows, error = measure_cell(cell, routing, task, options.margin)
         refused = refused or error  # Raised when all else was measured, too.
-        records += rows
+        yield from rows
     del params
   if refused:
     raise refused
-  return records
 
 
 def measure_cell(
@@ -154,11 +153,11 @@ def measure_cell(
   """
   for _ in range(3):
     rows = cell.records(task, cell.take_turns(routing))
-    show(rows)
     try:
       refuse_impossible(rows, margin)
     except UserError as error:
       refused = error
+      print(error, flush=True)
     else:
       return rows, None
   return rows, refused
@@ -319,18 +318,19 @@ def least_bytes(
 
 
 def show(records: Sequence[dict]) -> None:
-  print(
-    f'{"task":<28}{"model":<13}{"step":>12}{"least":>10}{"rate":>11}'
-    f'{"of copy":>9}{"to dense":>10}{"MoE to it":>11}{"limit":>8}{"hit":>9}'
-  )
-  for r in records:
-    line = f'{r["task"]:<28}{r["contender"]:<13}{r["seconds"] * 1e3:>9.3f} ms'
-    line += f'{r["least_bytes"] / 1e6:>7.0f} MB'
-    line += f'{r["bytes_per_second"] / 1e9:>6.1f} GB/s'
-    line += f'{r["share_of_copy"]:>9.0%}'
-    for name, width in (('to_dense', 9), ('moe_ratio', 10), ('moe_limit', 7)):
-      line += f'{r[name]:>{width}.2f}x' if name in r else ' ' * (width + 1)
-    print(f'{line}{r["distinct_per_layer"]:>9.1f}')
+  if len(records) == 1:
+    print(
+      f'{"task":<28}{"model":<13}{"step":>12}{"least":>10}{"rate":>11}'
+      f'{"of copy":>9}{"to dense":>10}{"MoE to it":>11}{"limit":>8}{"hit":>9}'
+    )
+  r = records[-1]
+  line = f'{r["task"]:<28}{r["contender"]:<13}{r["seconds"] * 1e3:>9.3f} ms'
+  line += f'{r["least_bytes"] / 1e6:>7.0f} MB'
+  line += f'{r["bytes_per_second"] / 1e9:>6.1f} GB/s'
+  line += f'{r["share_of_copy"]:>9.0%}'
+  for name, width in (('to_dense', 9), ('moe_ratio', 10), ('moe_limit', 7)):
+    line += f'{r[name]:>{width}.2f}x' if name in r else ' ' * (width + 1)
+  print(f'{line}{r["distinct_per_layer"]:>9.1f}')
 
 
 def _describe(model, options):

@@ -11,6 +11,7 @@ once, as all repeats could be served by a cache.
 """
 
 import argparse
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -26,16 +27,18 @@ OPTIONS = dict(
 )
 
 
-def measure(options: argparse.Namespace) -> list[dict]:
+def measure(options: argparse.Namespace) -> Iterator[dict]:
   arrays = _draw(options)
   task = f'T={options.tokens} k={options.entries} W={options.width}'
   forward, backward = contenders(options, arrays)
   forward_bytes, backward_bytes = least_bytes(arrays)
   rounds = options.rounds
-  return [
-    *measuring.compare(f'forward {task}', forward, rounds, forward_bytes),
-    *measuring.compare(f'gradients {task}', backward, rounds, backward_bytes),
-  ]
+  yield from measuring.compare(
+    f'forward {task}', forward, rounds, forward_bytes
+  )
+  yield from measuring.compare(
+    f'gradients {task}', backward, rounds, backward_bytes
+  )
 
 
 def _draw(options: argparse.Namespace) -> dict[str, np.ndarray]:
@@ -149,4 +152,4 @@ def _torch_contenders(arrays):
   )
 
 
-show = measuring.print_records
+show = measuring.print_last

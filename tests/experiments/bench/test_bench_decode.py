@@ -297,4 +297,4 @@ def test_a_cell_above_the_limit_is_measured_again(
 )
 def test_bad_options_are_refused(option, value):
   with pytest.raises(UserError, match=option):
-    decode.measure(_options(**{option: value}))
+    list(decode.measure(_options(**{option: value})))
