@@ -3,10 +3,13 @@
 
 Prints the machine, then a table, row by row; `--json=FILE` keeps both and is
 whole after every row. `all` runs every bench with sizes for the backend at
-hand. `NAME --help` lists the options.
+hand, and `gpu ITEM` what is to be measured on a lent GPU. `NAME --help` lists
+the options.
 """
 
 import argparse
+import math
+import time
 from collections.abc import Sequence
 
 from jaxsparse.config.errors import require
@@ -14,6 +17,7 @@ from jaxsparse.experiments.bench import (
   all_benches,
   attention,
   decode,
+  gpu,
   grouped_matmul,
   host_memory,
   long_input,
@@ -42,19 +46,25 @@ BENCHES = dict(
 
 
 def main(argv: Sequence[str]) -> None:
+  start = time.monotonic()
   options = vars(_parse(argv))
   name, path = options.pop('bench'), options.pop('json')
   require(
     options.get('rounds', 1) > 0,
     f'--rounds must be at least 1, got {options.get("rounds")}.',
   )
-  report = Report(path, {})  # Refuses before hours of measuring.
+  # What is wrong is refused before hours of measuring.
+  if name == 'gpu':
+    found = gpu.sections(options['item'], options)
+  elif name == 'all':
+    found = all_benches.sections()
+  report = Report(path, {})
   machine = measuring.describe_machine()
   print(*machine, sep='\n', flush=True)
   report.content |= dict(machine=machine)
-  if name == 'all':
-    report.content['sections'] = {}
-    _run_all(report)
+  if name in ('all', 'gpu'):
+    report.content |= dict(arguments=dict(bench=name) | options)
+    gpu.run(found, report, options.get('minutes', math.inf), start)
   else:
     results = []
     report.content |= dict(
@@ -71,12 +81,14 @@ def _parse(argv):
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   names = parser.add_subparsers(dest='bench', required=True)
-  for name, bench in (BENCHES | {'all': all_benches}).items():
+  for name, bench in (BENCHES | dict(all=all_benches, gpu=gpu)).items():
     one = names.add_parser(
       name,
       description=bench.__doc__,
       formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    if name == 'gpu':
+      one.add_argument('item', choices=gpu.ITEMS)
     one.add_argument('--json', default='', help='file for the results')
     for option, default in getattr(bench, 'OPTIONS', {}).items():
       one.add_argument(
@@ -86,13 +98,3 @@ def _parse(argv):
         help=f'{default!r} by default',
       )
   return parser.parse_args(argv)
-
-
-def _run_all(report):
-  for title, bench, runs in all_benches.sections():
-    kept = report.content['sections'][title] = []
-    for changes in runs:
-      print(f'\n{title}: {changes}', flush=True)
-      run = dict(arguments=bench.OPTIONS | changes, results=[])
-      kept.append(run)
-      report.add(bench, run['arguments'], run['results'])

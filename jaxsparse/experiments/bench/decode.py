@@ -56,8 +56,10 @@ ms and dense from 2.17 to 2.12, but at batch 1 they may have cost the MoE 0.2.
 
 import argparse
 import dataclasses
+import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from unittest import mock
 
 import jax
 import jax.numpy as jnp
@@ -66,6 +68,7 @@ import numpy as np
 from jaxsparse.analysis import budget, cost, memory_cost
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import UserError, require, require_choice
+from jaxsparse.config.tables import TABLE_TYPES
 from jaxsparse.experiments.bench import decode_models, measuring
 from jaxsparse.experiments.bench.decode_program import (
   compile_decode,
@@ -75,6 +78,7 @@ from jaxsparse.experiments.bench.decode_program import (
 )
 from jaxsparse.inference.fuse_norms import fuse_key_norms
 from jaxsparse.nn.transformer import init_cache
+from jaxsparse.ops import top_k
 
 OPTIONS = dict(
   family='own',
@@ -92,6 +96,15 @@ OPTIONS = dict(
   # By how much a ratio may pass the limit, for noise.
   margin=0.1,
   dtype='float32',
+  # Of value tables; that of all else by default.
+  table_dtype='',
+  # 'stable' keeps the order of equal scores; 'fast' leaves it to the backend.
+  top_k='fast',
+  # Rows of a step at least: a batch of fewer is repeated, where 2 rows take
+  # less time than 1. Bytes and tokens are counted without repeats.
+  least_rows=1,
+  # Of XLA, as in 'xla_gpu_enable_pdl=true', with commas between.
+  compiler_options='',
   # Sizes of the family 'own': of the dense model; parameters of a sparse one in
   # those of the dense one; experts and slots of a head that a token uses.
   model_dim=512,
@@ -114,6 +127,16 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
     UserError: an option has no sense, or a ratio passes its physical limit.
   """
   _check(options)
+  is_stable = options.top_k == 'stable'
+  # Programs that were traced otherwise are not to be taken for these.
+  jax.clear_caches()
+  with mock.patch.object(
+    top_k, 'CAN_BE_UNSTABLE', top_k.CAN_BE_UNSTABLE and not is_stable
+  ):
+    yield from _measure_all(options)
+
+
+def _measure_all(options):
   if jax.default_backend() == 'cpu' and _num_cores() > 1:
     print(
       'Only one core is fair to the MoE, see `--help`: this has '
@@ -178,24 +201,31 @@ class Cell:
   ):
     self._models, self._params, self._options = models, params, options
     self._batch_size = batch_size
+    self._rows = max(batch_size, options.least_rows)
     self._keys, self._contexts, self._picks = None, {}, {}
     self._vocab_size = next(iter(models.values())).vocab_size
     self._tokens = self._draw('uniform')
     lowered = {}
     for name, model in models.items():
       self._keys, self._contexts[name] = fill_cache(
-        model, batch_size, options.context + options.steps, self._keys
+        model, self._rows, options.context + options.steps, self._keys
       )
+      if self._rows > batch_size and not lowered:
+        self._keys = _repeated(self._keys, batch_size)
       cache = (self._keys, self._contexts[name])
       lowered[name] = lower_decode(
         model, params[name], cache, self._tokens, options.context
       )
-    self._programs = measuring.in_threads(compile_decode, lowered)
+    compile_it = functools.partial(
+      compile_decode, compiler_options=_compiler_options(options)
+    )
+    self._programs = measuring.in_threads(compile_it, lowered)
 
   def _draw(self, routing):
-    return draw_tokens(
+    tokens = draw_tokens(
       routing, self._options.steps, self._batch_size, self._vocab_size
     )
+    return jnp.resize(tokens.T, (self._rows, len(tokens))).T
 
   def take_turns(self, routing: str) -> dict[str, float]:
     """Median seconds of all steps with tokens so drawn, by model."""
@@ -312,7 +342,8 @@ def least_bytes(
   if model.memory:
     memory = model.sized_memory
     width = memory.value_dim + memory.pre_value_dim
-    values = float(bytes_per_value * distinct * width)
+    bytes_per_entry = jnp.dtype(memory.table.dtype).itemsize
+    values = float(bytes_per_entry * distinct * width)
     return dataclasses.replace(least, values=values)
   return least
 
@@ -331,6 +362,20 @@ def show(records: Sequence[dict]) -> None:
   for name, width in (('to_dense', 9), ('moe_ratio', 10), ('moe_limit', 7)):
     line += f'{r[name]:>{width}.2f}x' if name in r else ' ' * (width + 1)
   print(f'{line}{r["distinct_per_layer"]:>9.1f}')
+
+
+def _repeated(cache, batch_size):
+  """The cache with its first sequences again and again."""
+
+  def repeat(x):
+    return x if x.ndim == 0 else x[jnp.arange(len(x)) % batch_size]
+
+  return jax.tree.map(repeat, cache)
+
+
+def _compiler_options(options):
+  pairs = filter(None, options.compiler_options.split(','))
+  return dict(pair.split('=', 1) for pair in pairs)
 
 
 def _describe(model, options):
@@ -371,7 +416,7 @@ def _numbers(options, name):
 
 
 def _check(options):
-  for name in ('context', 'steps', 'rounds'):
+  for name in ('context', 'steps', 'rounds', 'least_rows'):
     value = getattr(options, name)
     require(value > 0, f'{name} must be positive, got {value}.')
   for kind in options.routing.split(','):
@@ -379,3 +424,11 @@ def _check(options):
       argparse.Namespace(routing=kind), 'routing', ('uniform', 'zipf')
     )
   _numbers(options, 'batches')
+  require_choice(options, 'top_k', ('fast', 'stable'))
+  require_choice(options, 'table_dtype', ('', *TABLE_TYPES))
+  given = filter(None, options.compiler_options.split(','))
+  require(
+    all('=' in pair for pair in given),
+    'compiler_options must be like NAME=VALUE, with commas between, got '
+    f'{options.compiler_options!r}.',
+  )

@@ -33,7 +33,10 @@ LAYER = dict(
   tokens=6, model_dim=8, num_keys=8, key_dim=4, num_heads=2, num_selected=4,
   value_dim=6, expansion=4, rounds=1,
 )  # fmt: skip
-BAG = dict(rows=11, width=8, tokens=6, entries=5, cores=1, pools=1, rounds=1)
+BAG = dict(
+  rows=11, width=8, tokens=6, entries=5, cores=1, pools=1, dtype='float32',
+  rounds=1,
+)  # fmt: skip
 STEP = dict(
   config='', optimizers='lazy_row_adam', tokens=4, seq_len=4, num_keys=8,
   growth=4, rounds=1,
