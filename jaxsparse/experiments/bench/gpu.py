@@ -13,16 +13,18 @@ language, 8 minutes
   UltraMemV2 if minutes are left: equal FLOPs, 62.9M bytes each, the same
   batches and validation. --text=PATH is its text, plain or .gz; by default the
   sources of Python, which are read five times.
-decode, 8 minutes
-  A step of the 680M family at batch 64, 1 and 16: as it is, with a stable
+decode, 7 minutes
+  A step of the 680M family at batch 1 and 64: as it is, with a stable
   top-k, one sequence as two rows, and with XLA's `xla_gpu_enable_pdl`.
 rows, 6 minutes
   The bag, and a decode step of the 680M UltraMem, by the type of its table.
-attention, 7 minutes
+attention, 6 minutes
   Sparse attention, forward and decode, at 8k, 32k and 128k beside cuDNN, and a
   train step with composed heads beside cuDNN's with plain ones.
 all, 9 minutes
   `bench all`, as far as it comes.
+
+To come, when there is a server: its throughput and first token under load.
 """
 
 import math
@@ -64,7 +66,7 @@ OPTIONS = dict(
 _DECODE = dict(
   family='680m',
   models='dense,moe,ultramem',
-  batches='64,1,16',
+  batches='1,64',
   kv_groups='8',
   dtype='bfloat16',
   context=2048,

@@ -8,7 +8,7 @@ validation pass over the text's last part. Before each model the time it may
 take, which is the longest of the others, is compared with what is left of
 `minutes`; a model that runs out of them is left out.
 
-Programs are compiled side by side before the first step.
+Programs of four models are compiled side by side before the first of them.
 """
 
 import argparse
@@ -52,6 +52,8 @@ OPTIONS = dict(
 _BOUNDARY = 256
 # Tokens of the validation pass, at most.
 _MOST_VALIDATION = 1 << 22
+# Models that are compiled at once.
+_SIDE_BY_SIDE = 4
 # Steps of which a point of the loss curve is the mean.
 _POINT = 10
 
@@ -90,9 +92,8 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
     f' {base.data.batch_size * base.data.seq_len:,}.',
     flush=True,
   )
-  programs = measuring.in_threads(_compile, configs)
-  longest = 0.0
-  for name, config in configs.items():
+  programs, longest, names = {}, 0.0, list(configs)
+  for index, (name, config) in enumerate(configs.items()):
     start = time.monotonic()
     if start + longest > end:
       print(
@@ -101,7 +102,13 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
         flush=True,
       )
       continue
-    found = programs[name]
+    if name not in programs:
+      coming = names[index : index + _SIDE_BY_SIDE]
+      programs |= measuring.in_threads(
+        _compile, {n: configs[n] for n in coming}
+      )
+      start = time.monotonic()
+    found = programs.pop(name)
     if isinstance(found, Programs):
       found = _or_error(lambda c=config, p=found: _train(c, p, text, end))
     if isinstance(found, Exception):

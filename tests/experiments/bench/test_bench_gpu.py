@@ -17,6 +17,7 @@ from jaxsparse.config.errors import UserError
 from jaxsparse.experiments.bench import (
   command,
   decode,
+  decode_cell,
   decode_models,
   gpu,
   language,
@@ -190,12 +191,14 @@ def test_what_fails_leaves_out_itself_alone(tmp_path, capsys):
 
 
 def test_one_sequence_as_two_rows_is_repeated(monkeypatch):
-  monkeypatch.setattr(decode, 'compile_decode', lambda lowered, **options: None)
+  monkeypatch.setattr(
+    decode_cell, 'compile_decode', lambda lowered, **options: None
+  )
   toy = decode.OPTIONS | gpu._TOY[decode]
   options = argparse.Namespace(**toy | dict(models='dense', least_rows=2))
   model = decode_models.make_models(options, 2)['dense']
   params = {'dense': decode_models.draw_params(model)}
-  cell = decode.Cell({'dense': model}, params, options, 1)
+  cell = decode_cell.Cell({'dense': model}, params, options, 1)
   assert cell._tokens.shape == (toy['steps'], 2)
   np.testing.assert_array_equal(cell._tokens[:, 0], cell._tokens[:, 1])
   for x in jax.tree.leaves(cell._keys):
