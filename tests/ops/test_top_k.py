@@ -75,4 +75,4 @@ def test_many_rows_with_nans_keep_indices_in_range():
   ('num_candidates', 'expected'), [(96, True), (128, False)]
 )
 def test_counting_ends_where_sorting_is_faster(num_candidates, expected):
-  assert cpu.counts_faster(np.zeros((512, num_candidates)), 16) == expected
+  assert cpu.counts_faster(jnp.zeros((512, num_candidates)), 16) == expected

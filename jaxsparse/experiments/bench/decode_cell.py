@@ -172,4 +172,7 @@ def _repeated(cache, batch_size):
 
 def _compiler_options(options):
   pairs = filter(None, options.compiler_options.split(','))
-  return dict(pair.split('=', 1) for pair in pairs)
+  options = dict(pair.split('=', 1) for pair in pairs)
+  # XLA takes no truth values in letters.
+  truth = dict(true=True, false=False)
+  return {name: truth.get(value, value) for name, value in options.items()}

@@ -62,7 +62,7 @@ def lower_decode(
 
 
 def compile_decode(
-  lowered: jax.stages.Lowered, compiler_options: Mapping[str, str] = {}
+  lowered: jax.stages.Lowered, compiler_options: Mapping[str, str | bool] = {}
 ) -> jax.stages.Compiled:
   """Compiles so that a GPU runs independent kernels at the same time.
 

@@ -208,6 +208,16 @@ def test_one_sequence_as_two_rows_is_repeated(monkeypatch):
   assert len(np.unique(key[0])) > key[0].size / 2
 
 
+def test_options_of_the_compiler_are_those_it_takes():
+  options = argparse.Namespace(
+    compiler_options='xla_gpu_enable_pdl=true,xla_gpu_autotune_level=2'
+  )
+  found = decode_cell._compiler_options(options)
+  assert found == dict(xla_gpu_enable_pdl=True, xla_gpu_autotune_level='2')
+  # A CPU's compiler knows their names, too.
+  jax.jit(lambda: 0).lower().compile(compiler_options=found)
+
+
 @pytest.mark.parametrize('kind', ['fast', 'stable'])
 def test_a_stable_top_k_is_that_of_all_programs(kind, monkeypatch):
   monkeypatch.setattr(top_k, 'CAN_BE_UNSTABLE', True)
