@@ -23,6 +23,7 @@ from jaxsparse.nn.layers import LOSSES, MLP, NORMS, Metrics, dropout
 from jaxsparse.nn.leading import Leading
 from jaxsparse.nn.memory.layer import MemoryLayer
 from jaxsparse.nn.memory.tables import Tables
+from jaxsparse.ops.attention import slot_rows
 
 # Modules of layers beside the MLP, by the field of `ModelConfig` that holds
 # their `BesideMLP`; docs/guides/new_layer.md makes one. They are made by
@@ -84,9 +85,7 @@ class Block(nn.Module):
     norm = functools.partial(
       NORMS[config.norm], epsilon=config.norm_epsilon, dtype=config.dtype
     )
-    y, attention_cache, metrics = Attention(
-      config, self.index, name='attention'
-    )(
+    y, of_attention, metrics = Attention(config, self.index, name='attention')(
       norm(name='attention_norm')(x),
       positions,
       segment_ids,
@@ -94,7 +93,8 @@ class Block(nn.Module):
     )
     before, x = x, x + self._drop(y)
     h = norm(name='mlp_norm')(before if config.parallel_block else x)
-    outputs, channel_metrics = self._channel_mixer(h, segment_ids)
+    has_slots = bool(cache) and slot_rows.has_slots(cache['attention'])
+    outputs, channel_metrics = self._channel_mixer(h, segment_ids, has_slots)
     outputs = [self._drop(y) for y in outputs]
     metrics = merged(prefixed('attention', metrics), channel_metrics)
     for name, part in config.beside_mlp.items():
@@ -103,7 +103,7 @@ class Block(nn.Module):
         y, layer_metrics = layer(h, segment_ids)
         outputs.append(self._drop(y))
         metrics = merged(metrics, prefixed(name, layer_metrics))
-    cache = cache | dict(attention=attention_cache) if cache else None
+    cache = cache | dict(attention=of_attention) if cache else None
     memory_y = None
     write = dict(placements(config)).get(self.index)
     if write is not None:
@@ -118,13 +118,16 @@ class Block(nn.Module):
     y = functools.reduce(operator.add, outputs)
     return x + mesh.reshard(y, mesh.act('BTD')), memory_y, cache, metrics
 
-  def _channel_mixer(self, h, segment_ids):
+  def _channel_mixer(self, h, segment_ids, has_slots):
     """Outputs of the MLP or the experts, none where a memory replaces it."""
     config = self.config
     inputs = (h,)
     if config.moe:
       inputs = (h, segment_ids)
-      name, layer = 'moe', functools.partial(MoE, config.moe)
+      name, layer = (
+        'moe',
+        functools.partial(MoE, config.moe, skips_padding=has_slots),
+      )
     else:
       name = 'mlp'
       layer = functools.partial(
@@ -163,10 +166,17 @@ class Block(nn.Module):
       return y, cache, metrics
     context = (cache['memory']['inputs'], cache['memory']['segment_ids'])
     y, metrics = memory(h, segment_ids, context, tables=tables)
-    inputs, segments = (
-      jnp.concatenate([old, new], axis=1)[:, -old.shape[1] :]
+    both = [
+      jnp.concatenate([old, new], axis=1)
       for old, new in zip(context, (h, segment_ids), strict=True)
-    )
+    ]
+    num_kept = context[1].shape[1]
+    if slot_rows.has_slots(cache['attention']):
+      last = functools.partial(slot_rows.rows_from, length=num_kept)
+      count = slot_rows.num_tokens(segment_ids)
+      inputs, segments = (mesh.over_tokens(last)(x, count) for x in both)
+    else:
+      inputs, segments = (x[:, -num_kept:] for x in both)
     context = dict(inputs=inputs, segment_ids=segments)
     return y, cache | dict(memory=context), metrics
 

@@ -34,6 +34,7 @@ class MoE(nn.Module):
       computes in f32 at least.
     is_partial: leave the output's sum over the mesh axis `model` to the caller,
       see `mesh.partial`.
+    skips_padding: padding passes no routed expert, and is read no matrix for.
     axes: names of the mesh axes of a program of your own, see `mesh.Axes`;
       experts are rows, and their width is columns.
   """
@@ -43,6 +44,7 @@ class MoE(nn.Module):
   num_layers: int = 1
   dtype: jax.typing.DTypeLike | None = None
   is_partial: bool = False
+  skips_padding: bool = False
   axes: mesh.Axes = mesh.DEFAULT_AXES
 
   @nn.compact
@@ -97,6 +99,11 @@ class MoE(nn.Module):
     is_token = None if segment_ids is None else segment_ids > 0
     weights, experts, load = _route(logits, bias, is_token, config)
     self.sow('intermediates', 'experts', lead.restored(experts))
+    if self.skips_padding and is_token is not None:
+      weights, experts = (
+        jnp.where(is_token[..., None], array, none)
+        for array, none in ((weights, 0), (experts, config.num_experts))
+      )
     x = x if self.dtype is None else x.astype(self.dtype)
     y = sharded_expert_mlp(
       x,

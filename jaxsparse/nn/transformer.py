@@ -32,12 +32,19 @@ from jaxsparse.nn.leading import Leading
 from jaxsparse.nn.memory.tables import SharedTables
 
 
-def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
+def init_cache(
+  config: ModelConfig, batch_size: int, length: int, has_slots: bool = False
+) -> Cache:
   """An empty decoding cache with room for `length` tokens of each sequence.
 
   Prompts of unequal length are padded on the left with segment id 0; rows are
   written in the order in which tokens are fed, at one index for the batch but
   for sparse attention, whose rows begin with the first token.
+
+  With slots each sequence has its own index: of what is fed at once its tokens
+  come first, then padding, which leaves nothing behind. Rows of padding must
+  fit, too. A sequence of padding alone stays as it is. See `bounded_slots` for
+  histories of bounded size.
 
   Raises:
     UserError: a size does not fit the mesh.
@@ -54,7 +61,7 @@ def init_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
       num_inputs = config.memory.query_conv_taps - 1
       context = _init_context(config, batch_size, num_inputs)
       blocks[block_name(read)]['memory'] = context
-  shared = attention_cache.init_shared(config, batch_size, length)
+  shared = attention_cache.init_shared(config, batch_size, length, has_slots)
   return dict(shared=shared, blocks=blocks)
 
 

@@ -7,6 +7,9 @@ of index i in entry i mod their number. Both know the position and the document
 of each row; rows not yet in use are padding, of segment 0. Layers of one kind
 share these.
 
+All sequences of a batch move together, or each by itself: `index` is then [B],
+new tokens come before padding, and only they stay.
+
 A head's rows lie next to each other, and all rows of a factor: a token that
 reads them then needs no transpose, which would take a CPU ten times as long.
 """
@@ -19,11 +22,13 @@ import jax.numpy as jnp
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.nn.attention.kinds import KINDS
+from jaxsparse.ops.attention import slot_rows
 
 Cache = dict[str, Any]
 
 # Where an array has its rows, if not next to the batch.
 _AXIS_OF_ROWS = dict(key=2, value=2, factors=4)
+_DIMS = dict(key='BKSH', value='BKSH', factors='B...S')
 
 # Names of the rows' positions and documents, which layers of one kind share.
 _ROWS = dict(
@@ -44,21 +49,25 @@ def shared_names(config: ModelConfig, layer: int) -> tuple[str, ...]:
   return ('index', *rows.values())
 
 
-def init_shared(config: ModelConfig, batch_size: int, length: int) -> Cache:
+def init_shared(
+  config: ModelConfig, batch_size: int, length: int, has_slots: bool = False
+) -> Cache:
   """The part of a cache that all layers share, before the first token.
 
-  `index` is the next row to be written, `lengths` [B] what it would be without
-  the padding before each sequence.
+  `index` is the next row to be written, with slots that of each sequence [B];
+  `lengths` [B] is what it would be without the padding before each sequence.
   """
 
   def empty(length):  # Each its own buffer, as all of it may be donated.
     rows = jnp.zeros((batch_size, length), jnp.int32)
     return mesh.reshard(rows, mesh.act('BS'))
 
-  cache = dict(index=jnp.zeros((), jnp.int32))
+  def counts():
+    return mesh.reshard(jnp.zeros(batch_size, jnp.int32), mesh.act('B'))
+
+  cache = dict(index=counts() if has_slots else jnp.zeros((), jnp.int32))
   if 'sparse' in config.attention_kinds:
-    lengths = jnp.zeros(batch_size, jnp.int32)
-    cache['lengths'] = mesh.reshard(lengths, mesh.act('B'))
+    cache['lengths'] = counts()
   for layer in range(config.num_layers):
     num_rows = _num_rows(config, layer, length)
     for name in shared_names(config, layer):
@@ -119,14 +128,40 @@ def append(cache: Cache, new: Cache, has_ring: bool) -> tuple[Cache, Cache]:
   for name, rows in new.items():
     axis = _AXIS_OF_ROWS.get(name, 1)
     old, rows = cache[stored[name]], jnp.moveaxis(rows, 1, axis)
-    if has_ring and num_new > 1:
+    if index.ndim:
+      seen, old = _append_to_slots(
+        old, rows, index, new['segment_ids'], name, has_ring
+      )
+    elif has_ring and num_new > 1:
       seen, old = _roll_ring(old, rows, index, axis)
     else:
       # One entry of a ring holds what has just left the window.
       at = index % old.shape[axis] if has_ring else index
       seen = old = jax.lax.dynamic_update_slice_in_dim(old, rows, at, axis)
     read[name], kept[stored[name]] = jnp.moveaxis(seen, axis, 1), old
-  return read, cache | kept | dict(index=index + num_new)
+  index = slot_rows.advanced(index, new['segment_ids'])
+  return read, cache | kept | dict(index=index)
+
+
+def _append_to_slots(old, rows, index, segment_ids, name, has_ring):
+  """What may be read, and the cache, each sequence at its own index."""
+  axis, dims = _AXIS_OF_ROWS.get(name, 1), _DIMS.get(name, 'BS')
+  if has_ring and segment_ids.shape[1] > 1:
+    roll = mesh.per_device(
+      lambda *args: slot_rows.roll_rings(*args, axis),
+      (dims, dims, 'B', 'B'),
+      (dims, dims),
+    )
+    return roll(old, rows, index, slot_rows.num_tokens(segment_ids))
+  if has_ring:
+    index = index % old.shape[axis]
+  write = mesh.per_device(
+    lambda *args: (slot_rows.write_rows(*args, axis),),
+    (dims, dims, 'B'),
+    (dims,),
+  )
+  (old,) = write(old, rows, index)
+  return old, old
 
 
 def _roll_ring(ring, rows, index, axis):

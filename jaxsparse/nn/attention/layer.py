@@ -22,6 +22,7 @@ from jaxsparse.nn.attention.sparse import SparseAttention
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.layers import Metrics, RMSNorm, bias, init_variances, weight
 from jaxsparse.nn.leading import Leading
+from jaxsparse.ops.attention import slot_rows
 from jaxsparse.ops.attention.dense import attention
 from jaxsparse.ops.attention.rope import apply_rope
 from jaxsparse.ops.token_product import token_product
@@ -95,7 +96,8 @@ class Attention(nn.Module):
       module = kind.module(config, name=name)
       encoded, cache, metrics = module(x, *heads, segment_ids, cache)
       if cache is not None:
-        cache = cache | dict(index=cache['index'] + x.shape[1])
+        index = slot_rows.advanced(cache['index'], segment_ids)
+        cache = cache | dict(index=index)
     else:
       encoded, cache = self._read(x, *heads, positions, segment_ids, cache)
       is_warming_up = config.attention_blocks[self.layer] == 'sparse'

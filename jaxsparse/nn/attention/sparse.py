@@ -21,8 +21,10 @@ from jaxsparse.nn.attention.maps import show, show_arrays
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.layers import Metrics, weight
 from jaxsparse.nn.leading import Leading
+from jaxsparse.ops.attention import slot_rows
 from jaxsparse.ops.attention.rope import rotate
 from jaxsparse.ops.memory import usage
+from jaxsparse.ops.sparse_attention import bounded_slots
 from jaxsparse.ops.sparse_attention.block_router import Router, no_router
 from jaxsparse.ops.sparse_attention.bounded_history import (
   BoundedCache,
@@ -68,6 +70,12 @@ def _whole(dims):
 
 
 _BOUNDED_DIMS = BoundedCache(pages=_whole(_CACHE_DIMS), worth='B.', seen='B.')
+# Of inputs, cache, sums and figures.
+_DIMS_OF_BOUNDED = (
+  _whole(_INPUT_DIMS),
+  _BOUNDED_DIMS,
+  *_whole(('BTN.', _STATS_DIMS)),
+)
 _SETS = ('window', 'kept', 'summary')
 
 
@@ -111,6 +119,23 @@ def init_rows(
     lambda dims, x: mesh.reshard(x, mesh.act(dims)), all_dims, cache
   )
   return placed._asdict()
+
+
+def forget(
+  config: ModelConfig, rows: dict[str, Any], index: Int[Array, '1']
+) -> dict[str, Any]:
+  """A layer's part of one slot, with room for the token after `index` others.
+
+  Only where the history is bounded, and only at a block's first token.
+  """
+  options = make_options(config.sparse)
+
+  def on_device(cache, index):
+    return (bounded_slots.forget(cache, index[0], options),)
+
+  run = mesh.per_device(on_device, (_BOUNDED_DIMS, 'B'), (_BOUNDED_DIMS,))
+  old = BoundedCache(*(rows[name] for name in BoundedCache._fields))
+  return rows | run(old, index)[0]._asdict()
 
 
 def reads_unrotated(config: ModelConfig, has_cache: bool) -> bool:
@@ -203,21 +228,30 @@ class SparseAttention(nn.Module):
 
   def _from_cache(self, inputs, options, cache):
     lengths, segments = cache['lengths'], inputs.segments
-    skipped = num_skipped(segments, lengths)
-    cache = cache | dict(lengths=lengths + segments.shape[1] - skipped)
-    if reads_unrotated(self.config, has_cache=True):
+    has_slots = slot_rows.has_slots(cache)
+    if has_slots:
+      count, skipped = slot_rows.num_tokens(segments), 0 * lengths
+    else:
+      skipped = num_skipped(segments, lengths)
+      count = segments.shape[1] - skipped
+    cache = cache | dict(lengths=lengths + count)
+    if has_slots and reads_unrotated(self.config, has_cache=True):
+      kind, rows, dims_of_rows = BoundedCache, (lengths, count), ('B', 'B')
+      dims = _DIMS_OF_BOUNDED
+
+      def attend(*arrays):
+        return bounded_slots.attention(*arrays, options, self._rotate())
+
+    elif reads_unrotated(self.config, has_cache=True):
       kind, rows, dims_of_rows = BoundedCache, (cache['index'],), ('',)
-      dims = (
-        _whole(_INPUT_DIMS),
-        _BOUNDED_DIMS,
-        *_whole(('BTN.', _STATS_DIMS)),
-      )
+      dims = _DIMS_OF_BOUNDED
 
       def attend(inputs, cache, index):
         return bounded_attention(inputs, cache, index, options, self._rotate())
 
     else:
-      kind, rows, dims_of_rows = SparseCache, (lengths, skipped), ('B', 'B')
+      kind, rows = SparseCache, (lengths, skipped, count)
+      dims_of_rows = ('B', 'B', 'B')
       dims = (_INPUT_DIMS, _CACHE_DIMS, 'BTN.', _STATS_DIMS)
 
       def attend(*arrays):

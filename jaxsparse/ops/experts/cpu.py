@@ -49,16 +49,18 @@ def one_by_one(
   experts: Float[Array, 'X D F'],
   expert: Int[Array, 'A'],
 ) -> Float[Array, 'A F']:
-  """`assigned_matmul` row by row."""
+  """`assigned_matmul` row by row; nothing is read for rows of no expert."""
 
   def add(i: Int[Array, ''], out: Float[Array, 'A F']):
     row = jax.lax.dynamic_slice_in_dim(rows, i, 1)
-    product = _product_in_place(row, experts, expert[i])
+    product = _product_in_place(
+      row, experts, expert[i], expert[i] < num_experts
+    )
     return jax.lax.dynamic_update_slice_in_dim(
       out, product.astype(rows.dtype), i, 0
     )
 
-  shape = (len(rows), experts.shape[2])
+  num_experts, shape = len(experts), (len(rows), experts.shape[2])
   out = chunking.zeros(shape, rows.dtype, rows, experts)
   return jax.lax.fori_loop(0, len(rows), add, out)
 
@@ -67,6 +69,7 @@ def _product_in_place(
   rows: Float[Array, 's D'],
   experts: Float[Array, 'X D F'],
   expert: Int[Array, ''],
+  is_there: Bool[Array, ''] | bool = True,
 ):
   """rows @ experts[expert] for a few rows, the matrix read where it lies."""
   dtype = chunking.accumulator(rows)
@@ -86,4 +89,7 @@ def _product_in_place(
     return total
 
   total = chunking.zeros((len(rows), width), dtype, rows, experts, expert)
-  return jax.lax.fori_loop(0, depth // chunk_size, add, total)
+  num_chunks = depth // chunk_size
+  if is_there is not True:
+    num_chunks *= is_there
+  return jax.lax.fori_loop(0, num_chunks, add, total)

@@ -117,7 +117,8 @@ def assigned_matmul(
   """Products of a few rows in any order, each with the matrix of its `expert`.
 
   For decoding: nothing is sorted, and a matrix is read once for each of its
-  rows. Numbers of experts must be in range.
+  rows. X stands for no expert: its rows' products are 0 on a CPU, for which
+  nothing is read, and elsewhere those of the last expert.
 
   Returns:
     The products in the type of `rows`.
@@ -247,6 +248,7 @@ def _assigned(rows, experts, expert):
 @jax.jit
 def _assigned_products(rows, experts, expert):
   dtype = chunking.accumulator(rows)
+  in_range = jnp.minimum(expert, len(experts) - 1)
 
   def fused(rows, experts, expert):
     # A sum of products fuses with the gather; a dot would need its result.
@@ -257,9 +259,14 @@ def _assigned_products(rows, experts, expert):
   if mesh.platform() == 'gpu' and not libraries.unsupported_reason(
     'triton', rows, experts
   ):
-    return kernel.assigned_matmul(rows, experts, expert)
+    return kernel.assigned_matmul(rows, experts, in_range)
   return jax.lax.platform_dependent(
-    rows, experts, expert, cpu=cpu.one_by_one, default=fused
+    rows,
+    experts,
+    expert,
+    in_range,
+    cpu=lambda rows, experts, expert, _: cpu.one_by_one(rows, experts, expert),
+    default=lambda rows, experts, _, in_range: fused(rows, experts, in_range),
   )
 
 

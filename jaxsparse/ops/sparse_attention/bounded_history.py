@@ -112,54 +112,81 @@ def bounded_attention(
   inputs = inputs.completed()
   batch, length, *heads = inputs.query.shape
   if length == 1:
-    return _advance(cache, index, inputs, 0, options, rotate)
+    cache = make_room(cache, index, options)
+    return advance(cache, index, inputs, 0, options, rotate)
   # Whole blocks; rows of padding are written over by those that come next.
-  num_blocks = -(-length // options.block)
-  missing = num_blocks * options.block - length
-
-  def in_blocks(x: jax.Array):
-    x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
-    x = x.reshape(batch, num_blocks, options.block, *x.shape[2:])
-    return jnp.moveaxis(x, 1, 0)
+  blocks = in_blocks(inputs, options.block)
 
   def one_block(cache: BoundedCache, block: tuple[jax.Array, SparseInputs]):
     i, new = block
     # The choice to go on with is that of the last row that is a token.
     last_row = jnp.minimum(length - 1 - i * options.block, options.block - 1)
-    y, cache, stats = _advance(
-      cache, index + i * options.block, new, last_row, options, rotate
-    )
+    begin = index + i * options.block
+    cache = make_room(cache, begin, options)
+    y, cache, stats = advance(cache, begin, new, last_row, options, rotate)
     return cache, (y, stats)
 
-  cache, (y, stats) = jax.lax.scan(
-    one_block, cache, (jnp.arange(num_blocks), jax.tree.map(in_blocks, inputs))
-  )
+  numbers = jnp.arange(len(blocks.query))
+  cache, (y, stats) = jax.lax.scan(one_block, cache, (numbers, blocks))
   y = jnp.moveaxis(y, 0, 1).reshape(batch, -1, *heads)
   stats = tiles_in_order(stats, -(-length // options.tile))
   return y[:, :length], cache, stats
 
 
-def _advance(
+def in_blocks(inputs: SparseInputs, block: int) -> SparseInputs:
+  """Each array's rows [B, T, ...] as [blocks, B, block, ...], padded with 0."""
+
+  def cut(x: jax.Array):
+    batch, length = x.shape[:2]
+    num_blocks = -(-length // block)
+    missing = num_blocks * block - length
+    x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
+    x = x.reshape(batch, num_blocks, block, *x.shape[2:])
+    return jnp.moveaxis(x, 1, 0)
+
+  return jax.tree.map(cut, inputs)
+
+
+def make_room(
+  cache: BoundedCache, index: Int[Array, ''], options: SparseOptions
+) -> BoundedCache:
+  """Forgets a block if the row `index` begins one and the cache is full."""
+  is_full = (index % options.block == 0) & (index >= cache.num_rows)
+  return jax.lax.cond(
+    is_full,
+    functools.partial(forget_one, options=options),
+    lambda cache: cache,
+    cache,
+  )
+
+
+def advance(
   cache: BoundedCache,
   index: Int[Array, ''],
   inputs: SparseInputs,
   last_row: Int[Array, ''] | int,
   options: SparseOptions,
   rotate: RopeFn,
-):
-  """One row, or the rows of a whole block; `last_row` of them is a token."""
+  is_token: Bool[Array, ''] | bool = True,
+) -> tuple[Float[Array, 'B T N H'], BoundedCache, dict[str, jax.Array]]:
+  """One row, or the rows of a whole block, for which there is room.
+
+  Args:
+    cache: of all tokens before these.
+    index: their number.
+    inputs: of the rows.
+    last_row: the last of them that is a token.
+    options: as in `bounded_attention`.
+    rotate: as there.
+    is_token: whether any is; one row of padding is written over by the next
+      one, and no block's worth changes.
+  """
   batch, length, num_heads, width = inputs.query.shape
   num_kv_heads = inputs.key.shape[2]
   heads = (num_kv_heads, num_heads // num_kv_heads)
   # A full cache takes every block in its last place.
   at = index % options.block
   row = jnp.minimum(index, cache.num_rows - options.block + at)
-  cache = jax.lax.cond(
-    (at == 0) & (index >= cache.num_rows),
-    functools.partial(_forget_one, options=options),
-    lambda cache: cache,
-    cache,
-  )
   pages = append(cache.pages, row, inputs, options, rotate)
   summaries = _placed(pages.summaries, options, rotate)
   rows = row + jnp.arange(length)
@@ -193,7 +220,7 @@ def _advance(
     block = jnp.where(begins, new.block, pages.kept_block[:, :, None])
     is_kept = jnp.where(begins, new.is_kept, pages.is_kept[:, :, None])
     new = Selection(block, is_kept.astype(new.weight.dtype), is_kept)
-    num_seen = begins.astype(jnp.int32)
+    num_seen = (begins & is_token).astype(jnp.int32)
   else:
     num_seen = last_row // options.tile + 1
   y, of_sets, _ = attend_tiles(
@@ -248,7 +275,7 @@ def _rated(
   return cache._replace(worth=worth, seen=seen)
 
 
-def _forget_one(cache: BoundedCache, *, options: SparseOptions) -> BoundedCache:
+def forget_one(cache: BoundedCache, *, options: SparseOptions) -> BoundedCache:
   """Takes out a key block, which frees the last place."""
   num_blocks = cache.seen.shape[1]
   place = jnp.arange(num_blocks)[None]

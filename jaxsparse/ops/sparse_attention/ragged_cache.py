@@ -35,6 +35,7 @@ def unpadded_cached_attention(
   cache: SparseCache,
   lengths: Int[Array, ' B'],
   skipped: Int[Array, ' B'],
+  count: Int[Array, ' B'],
   options: SparseOptions,
 ) -> tuple[Float[Array, 'B T N H'], SparseCache, dict[str, jax.Array]]:
   """`cached_sparse_attention` of sequences that are not equally long.
@@ -45,6 +46,7 @@ def unpadded_cached_attention(
     lengths: rows of each sequence in the cache.
     skipped: how many of the new rows are padding before a sequence's first
       token, see `num_skipped`.
+    count: how many of those that follow stay: the others are padding.
     options: as there.
   """
   inputs = inputs.completed()
@@ -68,7 +70,6 @@ def unpadded_cached_attention(
     found = cached_sparse_attention(*arrays, index, options, count)
     return jax.tree.map(lambda x: x[0], found)
 
-  count = length - skipped
   if len(lengths) == 1:
     # XLA's CPU copies a cache of one sequence that is written by a scatter.
     y, cache, stats = cached_sparse_attention(
