@@ -116,3 +116,60 @@ def row_axes(config: ModelConfig, chunk: int) -> Any:
     return (int(grown[0]), int(rows))
 
   return jax.tree.map(axis, shapes(short), shapes(2 * short))
+
+
+def split_rows(
+  config: ModelConfig, chunk: int, part: Cache, begin: jax.Array
+) -> tuple[list[jax.Array], list[jax.Array]]:
+  """A slot's rows from `begin` on that one chunk has, and all else of it."""
+  rows, rest = [], []
+  for x, (axis, num_rows) in _with_axes(config, chunk, part):
+    if not num_rows:
+      rest.append(x)
+      continue
+    first = begin // chunk * num_rows
+    rows.append(
+      _locally(
+        lambda x, first, n=num_rows, axis=axis: jax.lax.dynamic_slice_in_dim(
+          x, first, n, axis
+        ),
+        x,
+        first,
+      )
+    )
+  return rows, rest
+
+
+def join_rows(
+  config: ModelConfig,
+  chunk: int,
+  part: Cache,
+  begin: jax.Array,
+  rows: list[jax.Array],
+  rest: list[jax.Array],
+) -> Cache:
+  """A slot with what `split_rows` took of another one."""
+  rows, rest, new = iter(rows), iter(rest), []
+  for x, (axis, num_rows) in _with_axes(config, chunk, part):
+    if not num_rows:
+      new.append(next(rest))
+      continue
+    first = begin // chunk * num_rows
+    new.append(
+      _locally(
+        lambda x, y, first, axis=axis: jax.lax.dynamic_update_slice_in_dim(
+          x, y, first, axis
+        ),
+        x,
+        next(rows),
+        first,
+      )
+    )
+  return jax.tree.unflatten(jax.tree.structure(part), new)
+
+
+def _with_axes(config, chunk, part):
+  axes = jax.tree.leaves(
+    row_axes(config, chunk), is_leaf=lambda x: type(x) is tuple
+  )
+  return zip(jax.tree.leaves(part), axes, strict=True)

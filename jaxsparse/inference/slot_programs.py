@@ -1,0 +1,612 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The programs of a fixed number of slots, compiled once and for all.
+
+Every call runs an executable: what has another shape, type or sharding raises
+an error, and nothing is compiled while somebody waits. The state of all slots
+is one donated tree with one owner; calls come from one thread.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse import mesh
+from jaxsparse.config import ModelConfig
+from jaxsparse.config.errors import require
+from jaxsparse.inference import slot_sampling, slots
+from jaxsparse.inference.jobs import Form, JobSampling
+from jaxsparse.inference.long_input import with_bounded_history
+from jaxsparse.nn.transformer import Transformer, init_cache
+from jaxsparse.ops.sparse_attention.bounded_slots import needs_room
+
+# Of a slot whose history is bounded: positions have 32 bits.
+_ENDLESS = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Drawn:
+  """What one program has drawn, on the host."""
+
+  # The next token of each slot [B]; what is there of slots that took no part
+  # is no token.
+  tokens: np.ndarray
+  # Of the tokens [B], of the best ones [B, n], best first; None unless asked.
+  logprob: np.ndarray | None = None
+  top_ids: np.ndarray | None = None
+  top_logprobs: np.ndarray | None = None
+  # Of `score`: entry i is of the token that follows the i-th one of the call
+  # [C], [C, n], whatever lies behind the call's tokens.
+  prompt_logprob: np.ndarray | None = None
+  prompt_top_ids: np.ndarray | None = None
+  prompt_top_logprobs: np.ndarray | None = None
+
+
+class Pending:
+  """A result on its way from the device."""
+
+  def __init__(
+    self,
+    tokens: jax.Array,
+    best: tuple | None = None,
+    of_prompt: tuple | None = None,
+    place: tuple[int, int] | None = None,
+  ):
+    """`place` is the slot and their number where `tokens` are of one alone."""
+    self._arrays = (tokens, best, of_prompt)
+    self._place = place
+    for x in jax.tree.leaves(self._arrays):
+      x.copy_to_host_async()
+
+  def is_ready(self) -> bool:
+    return all(x.is_ready() for x in jax.tree.leaves(self._arrays))
+
+  def result(self) -> Drawn:
+    """Waits for the device."""
+    tokens, best, of_prompt = jax.tree.map(np.asarray, self._arrays)
+    tokens, *best = map(self._placed, (tokens, *(best or (None,) * 3)))
+    return Drawn(tokens, *best, *(of_prompt or ()))
+
+  def _placed(self, x):
+    if self._place is None or x is None:
+      return x
+    slot, num_slots = self._place
+    out = np.zeros((num_slots, *x.shape[1:]), x.dtype)
+    out[slot] = x[0]
+    return out
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+  """What snapshots are made of, on the device; several may share one."""
+
+  arrays: Any
+
+  @functools.cached_property
+  def num_bytes(self) -> int:
+    return sum(x.nbytes for x in jax.tree.leaves(self.arrays))
+
+
+@dataclasses.dataclass(frozen=True)
+class Snapshot:
+  """A slot after some tokens; it can be inserted into any slot, any number of
+  times.
+
+  Attributes:
+    length: tokens that were read.
+    chunks: rows of each chunk, shared with snapshots of its beginning.
+    rest: what is not in rows.
+  """
+
+  length: int
+  chunks: tuple[Part, ...]
+  rest: Part
+
+  @property
+  def parts(self) -> tuple[Part, ...]:
+    return (*self.chunks, self.rest)
+
+  @property
+  def num_bytes(self) -> int:
+    """Of all parts, also of those that others share."""
+    return sum(part.num_bytes for part in self.parts)
+
+
+class Programs:
+  """All that is done to slots; made by `Programs.compile`.
+
+  Attributes:
+    config: of the model.
+    num_slots: sequences at once, B.
+    length: tokens for which a slot has room.
+    chunks: lengths of the programs that read prompts, falling.
+    vocab_size: of the model, V.
+    boundary_id: the token that ends a document; -1 if there is none.
+    num_compiled: executables.
+    state_bytes: of all slots, on all devices together.
+  """
+
+  @classmethod
+  def compile(
+    cls,
+    config: ModelConfig,
+    params: dict,
+    num_slots: int,
+    length: int,
+    chunks: Sequence[int] = (256, 64, 16),
+    history_blocks: int | None = None,
+    progress: Callable[[int, int, str], Any] = lambda done, total, name: None,
+    boundary_id: int = -1,
+  ) -> Self:
+    """Compiles everything, and makes the slots.
+
+    Args:
+      config: with vocab_size set.
+      params: on one device, or on a mesh of shape (1, 1, n).
+      num_slots: sequences at once.
+      length: tokens of the longest sequence, its answer included.
+      chunks: tokens that are read at once: the first one where a prompt has as
+        many left, else the shortest that holds the rest.
+      history_blocks: of sparse attention with a history of bounded size, with
+        which a sequence may be of any length; 0 for what `length` holds; None
+        keeps all.
+      progress: told before each program how many are done, of how many, and
+        its name.
+      boundary_id: the token that ends a document.
+
+    Raises:
+      UserError: a number is below 1, the mesh splits sequences, or the model
+        can't forget.
+    """
+    return cls(
+      config, params, num_slots, length, chunks, history_blocks, progress,
+      boundary_id,
+    )  # fmt: skip
+
+  def __init__(
+    self, config, params, num_slots, length, chunks, history_blocks, progress,
+    boundary_id,
+  ):  # fmt: skip
+    require(num_slots >= 1, f'slots must be at least 1, got {num_slots}.')
+    require(length >= 1, f'length must be at least 1, got {length}.')
+    require(
+      len(chunks) > 0 and min(chunks) >= 1,
+      f'chunks must be numbers of tokens above 0, got {tuple(chunks)}.',
+    )
+    if history_blocks is not None:
+      config = with_bounded_history(config, length, history_blocks or None)
+    # The longest chunk is of whole blocks, and no longer than it need be.
+    block = config.sparse.block if config.sparse else 1
+    longest = min(max(chunks), length)
+    longest = -(-longest // block) * block
+    self.chunks = (
+      longest, *sorted({n for n in chunks if n < longest}, reverse=True)
+    )  # fmt: skip
+    self.config, self.num_slots = config, num_slots
+    self.vocab_size, self.boundary_id = config.vocab_size, boundary_id
+    self._bounded_rows = slots.rows_of_bounded(config)
+    self.length = _ENDLESS if self._bounded_rows else length
+    self._num_rows = -(-length // longest) * longest
+    self._params, self._mesh = params, _mesh_of(params)
+    self._lengths = np.zeros(num_slots, np.int64)
+    # Of each slot: rows of its first chunks that a snapshot has, or had.
+    self._known: list[tuple[Part, ...]] = [()] * num_slots
+    self._has_room = np.zeros(num_slots, bool)
+    self._compile(progress)
+
+  def _compile(self, progress):
+    size = -(-self.vocab_size // 32)
+    abstract = self._abstract
+    slot, flag = abstract((), np.int32), abstract((), np.bool_)
+    every, live = (
+      abstract((self.num_slots, size), np.uint32),
+      abstract((self.num_slots,), np.bool_),
+    )
+    one = abstract((1, size), np.uint32)
+    init = functools.partial(_init, self.config, self.num_slots, self._num_rows)
+    if self._mesh is None:
+      state = jax.eval_shape(init)
+    else:
+      with jax.set_mesh(self._mesh):
+        _check_mesh()
+      state = mesh.abstract(init, mesh=self._mesh)
+    fields = jax.tree.map(
+      lambda x: abstract(x.shape, x.dtype), slot_sampling.of_job(JobSampling())
+    )
+    params = jax.tree.map(self._abstract_of, self._params)
+    snapshot = functools.partial(_snapshot, self.config, self.chunks[0])
+    insert = functools.partial(_insert, self.config, self.chunks[0])
+    part = self._evaluated(snapshot, state, slot, slot)
+    model = dict(config=self.config, boundary=self.boundary_id)
+    wanted = dict(
+      init=(init, ()),
+      start=(_start, (state, slot, fields)),
+      plain=(
+        functools.partial(_decode, form='plain', **model),
+        (state, params, live),
+      ),
+    )
+    for form in ('sorted', 'logprobs'):
+      decode = functools.partial(_decode, form=form, **model)
+      wanted[form] = (decode, (state, params, live, every))
+    for n in self.chunks:
+      chunk, number = abstract((1, n), np.int32), slot
+      inputs = (state, params, slot, chunk, number, flag, one)
+      prefill = functools.partial(_prefill, **model)
+      wanted[f'prefill_{n}'] = (prefill, inputs)
+      score = functools.partial(_score, **model)
+      wanted[f'score_{n}'] = (score, (*inputs, number))
+    wanted['snapshot'] = (snapshot, (state, slot, slot))
+    wanted['insert'] = (insert, (state, slot, slot, part))
+    if self._bounded_rows:
+      forget = functools.partial(_forget, self.config)
+      wanted['forget'] = (forget, (state, slot))
+    self._run = {}
+    for name, (function, inputs) in wanted.items():
+      progress(len(self._run), len(wanted), name)
+      self._run[name] = self._compiled(name, function, inputs)
+    self.num_compiled = len(self._run)
+    self._state = self._run['init']()
+    self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self._state))
+    # On the device for good, for steps without a grammar.
+    everything = [
+      np.full((n, size), 2**32 - 1, np.uint32) for n in (self.num_slots, 1)
+    ]
+    self._all_tokens, self._all_of_one = (
+      jax.device_put(x, self._sharding(jax.P())) for x in everything
+    )
+
+  def _sharding(self, spec):
+    return self._mesh and jax.sharding.NamedSharding(self._mesh, spec)
+
+  def _abstract(self, shape, dtype):
+    return jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding(jax.P()))
+
+  def _abstract_of(self, x):
+    sharding = x.sharding if self._mesh else None
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+
+  def _evaluated(self, function, *args):
+    if self._mesh is None:
+      return jax.eval_shape(function, *args)
+    return mesh.abstract(function, *args, mesh=self._mesh)
+
+  def _compiled(self, name, function, inputs):
+    donated = (0,) if inputs and name != 'snapshot' else ()
+    options = {}
+    if jax.default_backend() == 'gpu':
+      # A memory layer's output is needed blocks after its input is there.
+      options['xla_gpu_command_buffer_scheduling_mode'] = 'CONCURRENT'
+
+    def lower():
+      return jax.jit(function, donate_argnums=donated).lower(*inputs)
+
+    if self._mesh is None:
+      return lower().compile(compiler_options=options)
+    with jax.set_mesh(self._mesh):
+      return lower().compile(compiler_options=options)
+
+  def lengths(self) -> list[int]:
+    """Tokens of each slot that programs were given."""
+    return self._lengths.tolist()
+
+  def start(self, slot: int, sampling: JobSampling) -> None:
+    """Takes a slot over: it has read nothing, and draws so from now on."""
+    fields = slot_sampling.of_job(sampling)
+    self._state = self._run['start'](self._state, np.int32(slot), fields)
+    self._stands(slot, 0, ())
+
+  def prefill(
+    self,
+    slot: int,
+    tokens: Sequence[int] | np.ndarray,
+    is_last: bool,
+    form: Form = 'plain',
+    mask: np.ndarray | None = None,
+  ) -> Pending:
+    """Reads tokens, from where the slot stands on.
+
+    All calls but the last one of a prompt bring `chunks[0]` tokens.
+
+    Args:
+      slot: which one.
+      tokens: 1 to `chunks[0]`.
+      is_last: whether the slot's first token is to be drawn.
+      form: with 'logprobs' the result has them.
+      mask: uint32 [V / 32], the tokens that may be drawn; None for all.
+    """
+    inputs, n = self._chunk(slot, tokens, is_last, mask)
+    self._state, token, best = self._run[f'prefill_{n}'](*inputs)
+    best = best if form == 'logprobs' else None
+    return Pending(token, best, place=(slot, self.num_slots))
+
+  def score(
+    self,
+    slot: int,
+    tokens: Sequence[int] | np.ndarray,
+    next_token: int = 0,
+    is_last: bool = False,
+    mask: np.ndarray | None = None,
+  ) -> Pending:
+    """`prefill` that also tells how probable the prompt's tokens are.
+
+    `next_token` is the one that follows the call's; without one the last entry
+    of the result says nothing.
+    """
+    inputs, n = self._chunk(slot, tokens, is_last, mask)
+    self._state, token, best, of_prompt = self._run[f'score_{n}'](
+      *inputs, np.int32(next_token)
+    )
+    place = (slot, self.num_slots)
+    return Pending(token, best, of_prompt, place)
+
+  def _chunk(self, slot, tokens, is_last, mask):
+    count, begin = len(tokens), int(self._lengths[slot])
+    n = min((n for n in self.chunks if n >= count), default=0)
+    if not (count and n) or (begin + n > self._num_rows and not self._endless):
+      raise ValueError(
+        f'{count} tokens after {begin} fit no chunk of {self.chunks} in '
+        f'{self._num_rows} rows.'
+      )
+    padded = np.zeros((1, n), np.int32)
+    padded[0, :count] = tokens
+    of_one = self._all_of_one
+    if mask is not None:
+      of_one = np.asarray(mask, np.uint32)[None]
+    # A chunk makes its own room.
+    self._stands(slot, begin + count, self._known[slot])
+    return (
+      self._state, self._params, np.int32(slot), padded, np.int32(count),
+      np.bool_(is_last), of_one,
+    ), n  # fmt: skip
+
+  @property
+  def _endless(self):
+    return self._bounded_rows > 0
+
+  def decode(
+    self,
+    is_live: np.ndarray,
+    form: Form = 'plain',
+    mask: np.ndarray | None = None,
+  ) -> Pending:
+    """Feeds each live slot its last token and draws the next one.
+
+    Args:
+      is_live: bool [B]; the other slots stay as they are.
+      form: 'plain' where no live slot wants more, see `JobSampling.form`;
+        'logprobs' does all and tells log-probabilities.
+      mask: uint32 [B, V / 32], the tokens that may be drawn; None for all.
+    """
+    if form == 'plain' and mask is not None:
+      form = 'sorted'
+    due = [
+      slot
+      for slot in range(self.num_slots)
+      if self.needs_forget(int(self._lengths[slot]))
+    ]
+    # Also for those that stay: what is written for them goes to their next row.
+    self.forget(due)
+    is_live = np.asarray(is_live, np.bool_)
+    inputs = (self._state, self._params, is_live)
+    if form != 'plain':
+      inputs += (
+        self._all_tokens if mask is None else np.asarray(mask, np.uint32),
+      )
+    self._state, token, best = self._run[form](*inputs)
+    self._lengths += is_live
+    self._has_room &= ~is_live
+    return Pending(token, best)
+
+  def needs_forget(self, length: int) -> bool:
+    """Whether a slot of so many tokens forgets before its next one."""
+    if not self._endless:
+      return False
+    return needs_room(length, self._bounded_rows, self.config.sparse.block)
+
+  def forget(self, slots: Sequence[int]) -> None:
+    """Makes room in slots that need it, once; `decode` does so by itself."""
+    for slot in slots:
+      if not self._has_room[slot]:
+        self._state = self._run['forget'](self._state, np.int32(slot))
+        self._has_room[slot] = True
+
+  def snapshot(self, slot: int) -> Snapshot:
+    """The slot as it is, to be inserted where the same tokens begin.
+
+    Raises:
+      ValueError: it has not read a multiple of `chunks[0]` tokens.
+    """
+    length, size = int(self._lengths[slot]), self.chunks[0]
+    if not length or length % size:
+      raise ValueError(f"a slot of {length} tokens is not at a chunk's end.")
+    known, num_chunks = self._known[slot], length // size
+    if self._endless:
+      # Nothing lies where it was written.
+      known, num_chunks = (), 1
+    rest = None
+    for i in range(min(len(known), num_chunks - 1), num_chunks):
+      rows, rest = self._run['snapshot'](
+        self._state, np.int32(slot), np.int32(i * size)
+      )
+      if i >= len(known):
+        known = (*known, Part(rows))
+    self._known[slot] = known
+    return Snapshot(length, known[:num_chunks], Part(rest))
+
+  def insert(self, slot: int, snapshot: Snapshot) -> None:
+    """Puts a slot where the snapshot was taken; how it draws stays."""
+    for i, chunk in enumerate(snapshot.chunks):
+      self._state = self._run['insert'](
+        self._state,
+        np.int32(slot),
+        np.int32(i * self.chunks[0]),
+        (chunk.arrays, snapshot.rest.arrays),
+      )
+    self._stands(slot, snapshot.length, snapshot.chunks)
+
+  def _stands(self, slot, length, known):
+    self._lengths[slot] = length
+    self._known[slot] = known
+    self._has_room[slot] = False
+
+
+def _mesh_of(params):
+  """The mesh that parameters lie on; None for one device."""
+  sharding = jax.tree.leaves(params)[0].sharding
+  if not isinstance(sharding, jax.sharding.NamedSharding):
+    return None
+  return sharding.mesh
+
+
+def _check_mesh():
+  sizes = mesh.axis_sizes()
+  require(
+    sizes is not None and sizes['data'] * sizes['sparse'] == 1,
+    f'the mesh must have the shape (1, 1, n) to serve, got {sizes}.',
+  )
+
+
+def _init(config, num_slots, num_rows):
+  """The state of slots that nobody has."""
+  sampling = slot_sampling.init(num_slots, config.vocab_size)
+  return dict(
+    cache=init_cache(config, num_slots, num_rows, has_slots=True),
+    sampling=jax.tree.map(_whole, sampling),
+    # Of each slot the last token, which is fed next.
+    token=_whole(jnp.zeros(num_slots, jnp.int32)),
+  )
+
+
+def _whole(x):
+  """`x` alike on every device."""
+  return mesh.reshard(x, mesh.act('.' * x.ndim))
+
+
+def _like(new, old):
+  """The state laid as the programs take it."""
+  if mesh.axis_sizes() is None:
+    return new
+  return jax.tree.map(
+    lambda x, y: mesh.reshard(x, jax.typeof(y).sharding.spec), new, old
+  )
+
+
+def _start(state, slot, fields):
+  part = slots.take(state, slot)
+  part = dict(
+    cache=slots.emptied(part['cache']),
+    sampling=slot_sampling.taken_over(part['sampling'], fields),
+    token=jnp.zeros_like(part['token']),
+  )
+  return _like(slots.put(state, part, slot), state)
+
+
+def _decode(state, params, is_live, mask=None, *, config, boundary, form):
+  cache, sampling = state['cache'], state['sampling']
+  positions = cache['shared']['index'][:, None]
+  segment_ids = is_live[:, None].astype(jnp.int32)
+  logits, cache, _ = Transformer(config).apply(
+    {'params': params}, state['token'][:, None], positions, segment_ids, cache
+  )
+  logits = _whole(logits[:, -1])
+  if form == 'plain':
+    drawn = slot_sampling.draw(logits, sampling)
+  else:
+    drawn = slot_sampling.draw_sorted(logits, sampling, boundary, mask)
+  best = slot_sampling.best_of(logits, drawn) if form == 'logprobs' else None
+  new = dict(
+    cache=cache,
+    sampling=slot_sampling.with_drawn(
+      sampling, drawn, is_live, counts=form != 'plain'
+    ),
+    token=jnp.where(is_live, drawn, state['token']),
+  )
+  return _like(new, state), drawn, best
+
+
+def _prefill(
+  state, params, slot, tokens, count, is_last, mask, *, config, boundary
+):
+  part = slots.take(state, slot)
+  at = mesh.reshard((count - 1)[None], mesh.act('B'))
+  logits, part, is_token = _read(config, params, part, tokens, count, at)
+  part, drawn, best = _first_drawn(part, logits[:, 0], boundary, mask, is_last)
+  del is_token
+  return _like(slots.put(state, part, slot), state), drawn, best
+
+
+def _score(
+  state, params, slot, tokens, count, is_last, mask, next_token, *, config,
+  boundary,
+):  # fmt: skip
+  part = slots.take(state, slot)
+  logits, part, _ = _read(config, params, part, tokens, count, None)
+  logits = _whole(logits[0])
+  last = jax.lax.dynamic_slice_in_dim(logits, count - 1, 1)
+  part, drawn, best = _first_drawn(part, last, boundary, mask, is_last)
+  targets = jnp.roll(tokens[0], -1)
+  is_end = jnp.arange(len(targets)) == count - 1
+  targets = jnp.where(is_end, next_token, targets)
+  of_prompt = slot_sampling.best_of(logits, targets)
+  return _like(slots.put(state, part, slot), state), drawn, best, of_prompt
+
+
+def _read(config, params, part, tokens, count, logits_at):
+  """Logits of one slot's new tokens, and the slot after them."""
+  offset = jnp.arange(tokens.shape[1])[None]
+  is_token = offset < count
+  index = part['cache']['shared']['index']
+  positions = mesh.reshard(index, mesh.act('.'))[:, None] + offset
+  logits, cache, _ = Transformer(config).apply(
+    {'params': params},
+    tokens,
+    positions,
+    is_token.astype(jnp.int32),
+    part['cache'],
+    logits_at=logits_at,
+  )
+  sampling = slot_sampling.with_prompt(part['sampling'], tokens, is_token)
+  return logits, part | dict(cache=cache, sampling=sampling), is_token
+
+
+def _first_drawn(part, logits, boundary, mask, is_last):
+  logits, sampling = _whole(logits), part['sampling']
+  drawn = slot_sampling.draw_sorted(logits, sampling, boundary, mask)
+  best = slot_sampling.best_of(logits, drawn)
+  sampling = slot_sampling.with_drawn(
+    sampling, drawn, is_last[None], counts=True
+  )
+  token = jnp.where(is_last, drawn, part['token'])
+  return part | dict(sampling=sampling, token=token), drawn, best
+
+
+def _forget(config, state, slot):
+  part = slots.forget(config, slots.take(state['cache'], slot))
+  cache = slots.put(state['cache'], part, slot)
+  return _like(state | dict(cache=cache), state)
+
+
+def _snapshot(config, chunk, state, slot, begin):
+  """The rows of one chunk, and all of the slot that is not in rows."""
+  part = slots.take(state['cache'], slot)
+  rows, rest = slots.split_rows(config, chunk, part, begin)
+  in_prompt = slots.take(state['sampling'].in_prompt, slot)
+  return rows, dict(cache=rest, in_prompt=in_prompt)
+
+
+def _insert(config, chunk, state, slot, begin, snapshot):
+  rows, rest = snapshot
+  part = slots.take(state['cache'], slot)
+  part = slots.join_rows(config, chunk, part, begin, rows, rest['cache'])
+  sampling = state['sampling']
+  in_prompt = slots.put(sampling.in_prompt, rest['in_prompt'], slot)
+  new = state | dict(
+    cache=slots.put(state['cache'], part, slot),
+    sampling=sampling._replace(in_prompt=in_prompt),
+  )
+  return _like(new, state)
