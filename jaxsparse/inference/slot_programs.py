@@ -39,8 +39,7 @@ class Drawn:
   logprob: np.ndarray | None = None
   top_ids: np.ndarray | None = None
   top_logprobs: np.ndarray | None = None
-  # Of `score`: entry i is of the token that follows the i-th one of the call
-  # [C], [C, n], whatever lies behind the call's tokens.
+  # The same of the targets of `score`.
   prompt_logprob: np.ndarray | None = None
   prompt_top_ids: np.ndarray | None = None
   prompt_top_logprobs: np.ndarray | None = None
@@ -53,11 +52,19 @@ class Pending:
     self,
     tokens: jax.Array,
     best: tuple | None = None,
-    of_prompt: tuple | None = None,
+    of_prompt: tuple[tuple, int] | None = None,
     place: tuple[int, int] | None = None,
   ):
-    """`place` is the slot and their number where `tokens` are of one alone."""
-    self._arrays = (tokens, best, of_prompt)
+    """Starts to fetch it.
+
+    Args:
+      tokens: of all slots, or of one.
+      best: their log-probabilities.
+      of_prompt: those of a chunk's rows, and how many of them count.
+      place: the slot and the number of slots where `tokens` are of one.
+    """
+    scores, self._num_scores = of_prompt or (None, 0)
+    self._arrays = (tokens, best, scores)
     self._place = place
     for x in jax.tree.leaves(self._arrays):
       x.copy_to_host_async()
@@ -67,9 +74,10 @@ class Pending:
 
   def result(self) -> Drawn:
     """Waits for the device."""
-    tokens, best, of_prompt = jax.tree.map(np.asarray, self._arrays)
+    tokens, best, scores = jax.tree.map(np.asarray, self._arrays)
     tokens, *best = map(self._placed, (tokens, *(best or (None,) * 3)))
-    return Drawn(tokens, *best, *(of_prompt or ()))
+    scores = [x[: self._num_scores] for x in scores or ()]
+    return Drawn(tokens, *best, *scores)
 
   def _placed(self, x):
     if self._place is None or x is None:
@@ -239,7 +247,7 @@ class Programs:
       prefill = functools.partial(_prefill, **model)
       wanted[f'prefill_{n}'] = (prefill, inputs)
       score = functools.partial(_score, **model)
-      wanted[f'score_{n}'] = (score, (*inputs, number))
+      wanted[f'score_{n}'] = (score, (*inputs, abstract((n,), np.int32)))
     wanted['snapshot'] = (snapshot, (state, slot, slot))
     wanted['insert'] = (insert, (state, slot, slot, part))
     if self._bounded_rows:
@@ -328,21 +336,25 @@ class Programs:
     self,
     slot: int,
     tokens: Sequence[int] | np.ndarray,
-    next_token: int = 0,
-    is_last: bool = False,
+    targets: Sequence[int] | np.ndarray,
+    is_last: bool,
+    form: Form = 'plain',
     mask: np.ndarray | None = None,
   ) -> Pending:
-    """`prefill` that also tells how probable the prompt's tokens are.
+    """`prefill` that also tells how probable the tokens `targets` are.
 
-    `next_token` is the one that follows the call's; without one the last entry
-    of the result says nothing.
+    They are as many as `tokens`, each the one that follows: what stands for the
+    one after the prompt is of no influence on the others.
     """
     inputs, n = self._chunk(slot, tokens, is_last, mask)
+    padded = np.zeros(n, np.int32)
+    padded[: len(tokens)] = targets
     self._state, token, best, of_prompt = self._run[f'score_{n}'](
-      *inputs, np.int32(next_token)
+      *inputs, padded
     )
+    best = best if form == 'logprobs' else None
     place = (slot, self.num_slots)
-    return Pending(token, best, of_prompt, place)
+    return Pending(token, best, (of_prompt, len(tokens)), place)
 
   def _chunk(self, slot, tokens, is_last, mask):
     count, begin = len(tokens), int(self._lengths[slot])
@@ -487,6 +499,11 @@ def _whole(x):
   return mesh.reshard(x, mesh.act('.' * x.ndim))
 
 
+def _scores(logits):
+  """Logits alike on every device, and in every program that makes them."""
+  return jax.lax.optimization_barrier(_whole(logits))
+
+
 def _like(new, old):
   """The state laid as the programs take it."""
   if mesh.axis_sizes() is None:
@@ -513,7 +530,7 @@ def _decode(state, params, is_live, mask=None, *, config, boundary, form):
   logits, cache, _ = Transformer(config).apply(
     {'params': params}, state['token'][:, None], positions, segment_ids, cache
   )
-  logits = _whole(logits[:, -1])
+  logits = _scores(logits[:, -1])
   if form == 'plain':
     drawn = slot_sampling.draw(logits, sampling)
   else:
@@ -534,24 +551,20 @@ def _prefill(
 ):
   part = slots.take(state, slot)
   at = mesh.reshard((count - 1)[None], mesh.act('B'))
-  logits, part, is_token = _read(config, params, part, tokens, count, at)
+  logits, part = _read(config, params, part, tokens, count, at)
   part, drawn, best = _first_drawn(part, logits[:, 0], boundary, mask, is_last)
-  del is_token
   return _like(slots.put(state, part, slot), state), drawn, best
 
 
 def _score(
-  state, params, slot, tokens, count, is_last, mask, next_token, *, config,
+  state, params, slot, tokens, count, is_last, mask, targets, *, config,
   boundary,
 ):  # fmt: skip
   part = slots.take(state, slot)
-  logits, part, _ = _read(config, params, part, tokens, count, None)
-  logits = _whole(logits[0])
+  logits, part = _read(config, params, part, tokens, count, None)
+  logits = _scores(logits[0])
   last = jax.lax.dynamic_slice_in_dim(logits, count - 1, 1)
   part, drawn, best = _first_drawn(part, last, boundary, mask, is_last)
-  targets = jnp.roll(tokens[0], -1)
-  is_end = jnp.arange(len(targets)) == count - 1
-  targets = jnp.where(is_end, next_token, targets)
   of_prompt = slot_sampling.best_of(logits, targets)
   return _like(slots.put(state, part, slot), state), drawn, best, of_prompt
 
@@ -571,11 +584,11 @@ def _read(config, params, part, tokens, count, logits_at):
     logits_at=logits_at,
   )
   sampling = slot_sampling.with_prompt(part['sampling'], tokens, is_token)
-  return logits, part | dict(cache=cache, sampling=sampling), is_token
+  return logits, part | dict(cache=cache, sampling=sampling)
 
 
 def _first_drawn(part, logits, boundary, mask, is_last):
-  logits, sampling = _whole(logits), part['sampling']
+  logits, sampling = _scores(logits), part['sampling']
   drawn = slot_sampling.draw_sorted(logits, sampling, boundary, mask)
   best = slot_sampling.best_of(logits, drawn)
   sampling = slot_sampling.with_drawn(

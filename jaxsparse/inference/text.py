@@ -203,22 +203,68 @@ def stream_text(
     Whole characters. Those that may turn out to begin a stop string are held
     back until that is decided.
   """
-  pieces = _token_bytes(tokens, tokenizer, prompt_ids)
-  return until_stop(decode_utf8(pieces), stop)
-
-
-def _token_bytes(
-  tokens: Iterable[int],
-  tokenizer: Any,
-  prompt_ids: Sequence[int] | np.ndarray,
-) -> Iterator[bytes]:
-  context = prompt_ids[-_SPELLING_CONTEXT:]
+  stream = TextStream(tokenizer, prompt_ids, stop)
   for token in tokens:
     if token == tokenizer.boundary_id:
+      break
+    yield stream.feed(token)
+    if stream.stop_found is not None:
       return
-    before = tokenizer.decode_bytes(context)
-    yield tokenizer.decode_bytes([*context, token])[len(before) :]
-    context = [*context, token][-_SPELLING_CONTEXT:]
+  yield stream.finish()
+
+
+class TextStream:
+  """Text of tokens that are pushed one by one, up to a stop string.
+
+  Attributes:
+    stop_found: the stop string that has ended the text; None before.
+    num_chars: characters of all tokens so far, held ones among them: before a
+      token is fed, where in the text it begins.
+  """
+
+  def __init__(
+    self,
+    tokenizer: Any,
+    prompt_ids: Sequence[int] | np.ndarray,
+    stop: tuple[str, ...] = (),
+    include_stop: bool = False,
+  ):
+    """Begins after a prompt.
+
+    Args:
+      tokenizer: of the tokens.
+      prompt_ids: what stands before the first token.
+      stop: strings that end the text; of several the one that begins first.
+      include_stop: whether the text ends behind it.
+    """
+    self.num_chars = 0
+    self._spelling = tokenizer.decode_bytes
+    self._context = list(prompt_ids[-_SPELLING_CONTEXT:])
+    self._before = self._spelling(self._context)
+    self._decoder = codecs.getincrementaldecoder('utf-8')('replace')
+    self._cut = _Cut(stop, include_stop)
+
+  @property
+  def stop_found(self) -> str | None:
+    return self._cut.found
+
+  def feed(self, token: int) -> str:
+    """What is certain by this token: whole characters, and no beginning of a
+    stop string. Nothing once one was found."""
+    spelled = self._spelling([*self._context, token])
+    piece = spelled[len(self._before) :]
+    self._context = [*self._context, token][-_SPELLING_CONTEXT:]
+    self._before = self._spelling(self._context)
+    return self._decoded(piece)
+
+  def finish(self) -> str:
+    """What was held back, when no token comes any more."""
+    return self._decoded(b'', final=True) + self._cut.finish()
+
+  def _decoded(self, piece: bytes, final: bool = False) -> str:
+    text = self._decoder.decode(piece, final)
+    self.num_chars += len(text)
+    return self._cut.feed(text)
 
 
 def decode_utf8(pieces: Iterable[bytes]) -> Iterator[str]:
@@ -234,16 +280,45 @@ def until_stop(texts: Iterable[str], stop: tuple[str, ...]) -> Iterator[str]:
 
   Also across the ends of texts: what may be the beginning of one is held back.
   """
-  held = ''
+  cut = _Cut(stop)
   for text in texts:
-    held += text
-    certain = min([_opening(held, s) for s in stop], default=len(held))
-    yield held[:certain]
-    held = held[certain:]
-    if held.startswith(stop):
+    yield cut.feed(text)
+    if cut.found is not None:
       return
-  found = [held.index(s) for s in stop if s in held]
-  yield held[: min(found, default=len(held))]
+  yield cut.finish()
+
+
+class _Cut:
+  """Texts up to a stop string, across their ends."""
+
+  def __init__(self, stop: tuple[str, ...], include_stop: bool = False):
+    self.found: str | None = None
+    self._stop, self._include_stop, self._held = stop, include_stop, ''
+
+  def feed(self, text: str) -> str:
+    if self.found is not None:
+      return ''
+    held = self._held + text
+    certain = min((_opening(held, s) for s in self._stop), default=len(held))
+    self._held = held[certain:]
+    if not self._held.startswith(self._stop):
+      return held[:certain]
+    whole = (s for s in self._stop if self._held.startswith(s))
+    return held[:certain] + self._end(next(whole))
+
+  def finish(self) -> str:
+    """What was held; a stop string may be in it behind another's beginning."""
+    held = self._held
+    found = {held.index(s): s for s in reversed(self._stop) if s in held}
+    if self.found is not None or not found:
+      self._held = ''
+      return '' if self.found is not None else held
+    first = min(found)
+    return held[:first] + self._end(found[first])
+
+  def _end(self, stop: str) -> str:
+    self.found, self._held = stop, ''
+    return stop if self._include_stop else ''
 
 
 def _opening(text: str, stop: str) -> int:

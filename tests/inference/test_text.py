@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Characters and stop strings across tokens."""
 
+import codecs
+
 import numpy as np
 import pytest
 
@@ -10,6 +12,7 @@ from jaxsparse.data.tokenizer import ByteTokenizer
 from jaxsparse.inference.text import (
   Completion,
   Request,
+  TextStream,
   decode_utf8,
   encode_prompt,
   read_file,
@@ -160,3 +163,41 @@ def test_the_rate_leaves_the_first_token_out():
   times = dict(first_token_seconds=9.0, seconds=2.0)
   assert Completion(text='', num_tokens=3, **times).tokens_per_second == 1.0
   assert Completion(text='', num_tokens=1, **times).tokens_per_second == 0.0
+
+
+def test_tokens_of_any_bytes_are_cut_as_their_whole_text_is():
+  """And a token begins in the text where its bytes do, or their character."""
+  rng = np.random.default_rng(1)
+  alphabet = np.frombuffer('aé\n€'.encode() + b'\xff', np.uint8)
+  for _ in range(1000):
+    tokens = rng.choice(alphabet, rng.integers(1, 14)).tolist()
+    whole = TOKENIZER.decode(tokens)
+    stop = tuple(
+      {''.join(rng.choice(list('aé\n€'), rng.integers(1, 4))) for _ in 'ab'}
+    )
+    ends = {whole.index(s): s for s in sorted(stop, reverse=True) if s in whole}
+    end = min(ends, default=len(whole))
+    for include in (False, True):
+      stream = TextStream(TOKENIZER, [256], stop, include)
+      pieces = []
+      for i, token in enumerate(tokens):
+        # Bytes of a character that is not whole yet count nowhere.
+        assert stream.num_chars == _num_decided(tokens[:i])
+        pieces.append(stream.feed(token))
+        if stream.stop_found is not None:
+          break
+      pieces.append(stream.finish())
+      text = ''.join(pieces)
+      if not ends:
+        assert text == whole
+        assert stream.stop_found is None
+        continue
+      assert stream.feed(97) == stream.finish() == ''
+      assert stream.stop_found in stop
+      assert whole.startswith(stream.stop_found, end)
+      assert text == whole[:end] + (stream.stop_found if include else '')
+
+
+def _num_decided(tokens):
+  decoder = codecs.getincrementaldecoder('utf-8')('replace')
+  return len(decoder.decode(bytes(tokens)))
