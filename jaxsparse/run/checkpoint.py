@@ -253,8 +253,9 @@ def load_params(
   workdir: epath.PathLike,
   step: int | None = None,
   say: Callable[[str], None] | None = None,
+  abstract: Any = None,
 ) -> tuple[int, Any]:
-  """The parameters of a checkpoint, whole, on the default device.
+  """The parameters of a checkpoint, compared with what was saved.
 
   Nothing in the workdir changes.
 
@@ -263,6 +264,8 @@ def load_params(
     step: which checkpoint; None takes the newest that is whole.
     say: gets a sentence about each checkpoint that could not be read; None
       writes it to stderr.
+    abstract: the parameters' shapes, types and shardings; None places them
+      whole on the default device.
 
   Returns:
     The step and the parameters.
@@ -285,7 +288,9 @@ def load_params(
   directory = stored.folder_of(workdir)
   for candidate in reversed(steps) if step is None else [step]:
     try:
-      arrays, _ = stored.read(directory, candidate, None)
+      arrays, _ = stored.read(
+        directory, candidate, abstract and {PARAMS: abstract}
+      )
     except stored.DamageError as damage:
       if step is not None:
         raise UserError(

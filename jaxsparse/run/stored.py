@@ -62,8 +62,8 @@ def read(
   Args:
     folder: of the checkpoints, in the workdir.
     step: of one of them.
-    abstract: trees to restore to, by item; None stands for the parameters
-      alone, whole, on the default device.
+    abstract: trees to restore to, by item, all of them or the parameters
+      alone; None stands for the latter, whole, on the default device.
     others: `abstract` as earlier versions or other types of activations have
       it; a checkpoint that has one of these is restored to it.
 
@@ -84,7 +84,7 @@ def read(
     else:
       fitting = (x for x in others if _fits(saved['fingerprints'], x))
       abstract = next(fitting, abstract)
-      _check_structure(path, saved['fingerprints'], abstract)
+      _check_structure(path, _of(abstract, saved['fingerprints']), abstract)
     with warnings.catch_warnings():
       # Where each array is to lie has been said.
       warnings.filterwarnings('ignore', 'Sharding info not provided')
@@ -102,6 +102,15 @@ def _on_one_device(metadata: Any) -> Any:
   return jax.tree.map(
     lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), metadata
   )
+
+
+def _of(abstract: dict[str, Any], expected: dict | list) -> dict | list:
+  """The fingerprints of what is to be read."""
+  if isinstance(expected, list):
+    # `params` are last.
+    num_leaves = len(jax.tree.leaves(abstract))
+    return expected[-num_leaves:] if OPTIMIZER not in abstract else expected
+  return {item: of for item, of in expected.items() if item in abstract}
 
 
 def _compare(expected: dict | list, arrays: dict[str, Any]) -> None:

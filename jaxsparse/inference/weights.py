@@ -1,0 +1,104 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Weights as serving wants them: placed at once, and in the type they are used.
+
+Training keeps float32 and casts at every step; what is only ever used in the
+type of the activations is cast once here, to the same numbers.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+
+from jaxsparse import mesh
+from jaxsparse.config import ModelConfig
+from jaxsparse.nn.transformer import Transformer
+from jaxsparse.run import checkpoint
+
+# What a module casts to the type of its input before it is used, by the name of
+# the module. Norms, routers and scores of keys are of float32, and tables of
+# values have a type of their own.
+_CAST = dict(
+  embed={'table'},
+  attention={'query', 'key', 'value', 'output'},
+  dcmha={'hidden', 'low_rank', 'gate'},
+  sparse={'router_query', 'router_weight', 'router_key'},
+  mlp={'gate', 'up', 'down'},
+  shared={'gate', 'up', 'down'},
+  moe={'gate', 'up', 'down'},
+  memory={
+    'query', 'query_bias', 'query_conv', 'output', 'gate', 'pre_value_map',
+  },
+)  # fmt: skip
+
+
+def load(
+  workdir: epath.PathLike,
+  config: ModelConfig,
+  step: int | None = None,
+  devices: jax.sharding.Mesh | None = None,
+  say: Callable[[str], None] | None = None,
+) -> tuple[int, dict]:
+  """The parameters of a checkpoint, to be used by `config` as it is.
+
+  What is read is compared with what was saved before it is cast.
+
+  Args:
+    workdir: of a training run.
+    config: of its model, with vocab_size set.
+    step: which checkpoint; None takes the newest that is whole.
+    devices: the mesh to spread them over, see `mesh.make_mesh`; None for the
+      default device.
+    say: gets a sentence about each checkpoint that could not be read.
+
+  Returns:
+    The step and the parameters.
+
+  Raises:
+    UserError: there is no such checkpoint, it can't be read, or the mesh can't
+      split the model.
+  """
+  abstract = None
+  if devices is not None:
+    abstract = mesh.abstract(lambda: _init(config), mesh=devices)
+  step, params = checkpoint.load_params(workdir, step, say, abstract)
+  if devices is None:
+    return step, cast(config, params)
+  with jax.set_mesh(devices):
+    return step, cast(config, params)
+
+
+def _init(config: ModelConfig) -> Any:
+  # Divisible however tokens are split.
+  tokens = jnp.ones((mesh.num_token_shards(), 1), jnp.int32)
+  return Transformer(config).init(jax.random.key(0), tokens)['params']
+
+
+def cast(config: ModelConfig, params: dict) -> dict:
+  """Parameters that the model turns into the same numbers, and sooner.
+
+  Those that are cast take the place of the given ones, which are gone.
+  """
+  dtype = jnp.dtype(config.dtype)
+  leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+  chosen = [
+    i
+    for i, (path, x) in enumerate(leaves)
+    if x.dtype != dtype and _is_cast([p.key for p in path])
+  ]
+  values = [x for _, x in leaves]
+  cast_all = jax.jit(lambda xs: [x.astype(dtype) for x in xs], donate_argnums=0)
+  if chosen:
+    done = cast_all([values[i] for i in chosen])
+    for i, x in zip(chosen, done, strict=True):
+      values[i] = x
+  return jax.tree.unflatten(structure, values)
+
+
+def _is_cast(path: list[str]) -> bool:
+  if len(path) == 1:
+    # The matrix of an untied vocabulary.
+    return path == ['output']
+  return path[-1] in _CAST.get(path[-2], ())
