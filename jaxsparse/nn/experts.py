@@ -111,6 +111,8 @@ class MoE(nn.Module):
       experts,
       self._matrices(model_dim),
       is_partial=self.is_partial,
+      # Of one token each: what a sequence gets must not hang on the others.
+      is_steady=self.skips_padding and x.shape[1] == 1,
       gelu='erf' if self.kind == 'gelu_erf' else 'tanh',
     )
     if config.num_shared:

@@ -28,15 +28,21 @@ def few_rows(
   rows: Float[Array, 'A D'],
   experts: Float[Array, 'X D F'],
   sizes: Int[Array, 'X'],
+  has_all: bool = False,
 ) -> tuple[Float[Array, 'A F'], Bool[Array, 'X']]:
-  """Products of the experts with few rows, and which experts are left."""
+  """Products of the experts with few rows, and which experts are left.
+
+  With `has_all` none is: a row's sums are in one order, however many there are.
+  """
   out = chunking.zeros((len(rows), experts.shape[2]), rows.dtype, rows, experts)
 
   def in_place(expert: Int[Array, '']):
     return lambda part: _product_in_place(part, experts, expert)
 
-  done = 0
-  for most, tile in _FEW_ROWS.items():
+  done, tiles = 0, dict(_FEW_ROWS)
+  if has_all:
+    tiles[max(tiles) + len(rows)] = max(tiles.values())
+  for most, tile in tiles.items():
     is_chosen = (sizes > done) & (sizes <= most)
     tile = min(tile, len(rows))
     out = write_products(in_place, rows, sizes, tile, is_chosen, out)

@@ -35,6 +35,7 @@ def expert_mlp(
   first_expert: Int[Array, ''] | int | None = None,
   gelu: str = 'tanh',
   implementation: str = 'auto',
+  is_steady: bool = False,
 ) -> Float[Array, 'T D']:
   """Weighted sums over a token's experts of their MLPs, on one device.
 
@@ -50,6 +51,7 @@ def expert_mlp(
       zero. None where all are there.
     gelu: its form, 'tanh' or 'erf'.
     implementation: see `grouped_matmul`.
+    is_steady: likewise.
 
   Returns:
     The sums, in f32 (f64 for f64) and not yet added up over `model`.
@@ -63,7 +65,11 @@ def expert_mlp(
 
   def product(rows, matrices):
     return grouped_matmul(
-      rows, matrices, dispatch.sizes, implementation=implementation
+      rows,
+      matrices,
+      dispatch.sizes,
+      implementation=implementation,
+      is_steady=is_steady,
     )
 
   rows = routing.to_experts(x, dispatch, num_experts_per_token)
@@ -122,6 +128,7 @@ def sharded_expert_mlp(
   is_partial: bool = False,
   gelu: str = 'tanh',
   implementation: str = 'auto',
+  is_steady: bool = False,
 ) -> Float[Array, '*T D']:
   """`expert_mlp` of global arrays; with no mesh set it is that very function.
 
@@ -137,6 +144,7 @@ def sharded_expert_mlp(
     is_partial: leave the sum over `model` to the caller, see `mesh.partial`.
     gelu: see `expert_mlp`.
     implementation: see `grouped_matmul`.
+    is_steady: likewise.
 
   Returns:
     The sums in the type of `x`, in which parts of several devices are added.
@@ -150,6 +158,7 @@ def sharded_expert_mlp(
     return expert_mlp(
       x, weights, experts, matrices,
       first_expert=first_expert, gelu=gelu, implementation=implementation,
+      is_steady=is_steady,
     ).astype(dtype)  # fmt: skip
 
   axes, view = mesh.axis_sizes(), mesh.inside()

@@ -50,6 +50,7 @@ def grouped_matmul(
   sizes: Int[Array, 'X'],
   *,
   implementation: str = 'auto',
+  is_steady: bool = False,
 ) -> Float[Array, 'A F']:
   """Products of rows that are sorted by expert.
 
@@ -62,6 +63,8 @@ def grouped_matmul(
       'megablox', JAX's for TPUs; 'ragged_dot' of `jax.lax`; 'auto' is a kernel
       where one compiles, 'ragged_dot' on TPUs where none does, as Megablox does
       not know meshes, and the loop elsewhere.
+    is_steady: a row's product has the same bits whatever the other rows are; by
+      the loop without a gradient, and on a CPU slower where experts have many.
 
   Returns:
     The products in the type of `rows`.
@@ -89,7 +92,7 @@ def grouped_matmul(
     )
   rows, experts, sizes = match_vma(rows, experts, sizes)
   return dict(
-    loop=_loop,
+    loop=functools.partial(_products, is_steady=True) if is_steady else _loop,
     triton=libraries.triton,
     megablox=libraries.megablox,
     ragged_dot=_ragged,
@@ -165,8 +168,8 @@ _ragged.defvjp(lambda *inputs: (_ragged(*inputs), inputs), _ragged_backward)
 
 
 # Compiled as functions of their own: layers of one size share a trace.
-@functools.partial(jax.jit, static_argnames='is_transposed')
-def _products(rows, experts, sizes, is_transposed=False):
+@functools.partial(jax.jit, static_argnames=('is_transposed', 'is_steady'))
+def _products(rows, experts, sizes, is_transposed=False, is_steady=False):
   if rows.size == 0 or experts.size == 0:
     width = experts.shape[1 if is_transposed else 2]
     return chunking.zeros((len(rows), width), rows.dtype, rows)
@@ -174,7 +177,8 @@ def _products(rows, experts, sizes, is_transposed=False):
   by_dots = functools.partial(_by_dots, is_transposed=is_transposed)
 
   def on_cpu(rows, experts, sizes):
-    return by_dots(rows, experts, sizes, *cpu.few_rows(rows, experts, sizes))
+    few = cpu.few_rows(rows, experts, sizes, is_steady)
+    return few[0] if is_steady else by_dots(rows, experts, sizes, *few)
 
   return jax.lax.platform_dependent(
     rows, experts, sizes,

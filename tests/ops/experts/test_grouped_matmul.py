@@ -272,3 +272,30 @@ def test_time_follows_the_distinct_experts(tmp_path):
   assert max(r['to_line'] for r in results if 'to_line' in r) < 1.5
   token = {r['contender']: r['seconds'] for r in results if 'to_line' not in r}
   assert token['assigned_matmul'] < 1.2 * token['dense products']
+
+
+def test_a_steady_product_hangs_on_its_own_row_alone():
+  """Its bits do, whether its expert has one row or many."""
+  rows, experts = draw(24, 256), draw(3, 256, 512, seed=1)
+  steady = jax.jit(functools.partial(ops.grouped_matmul, is_steady=True))
+  found = [
+    steady(rows, experts, integers(sizes))
+    for sizes in ([24, 0, 0], [1, 23, 0], [6, 2, 16], [1, 0, 0])
+  ]
+  expected = ops.grouped_matmul_reference(rows, experts, integers([24, 0, 0]))
+  np.testing.assert_allclose(found[0], expected, atol=1e-4)
+  for other in found[1:]:
+    np.testing.assert_array_equal(other[0], found[0][0])
+  assert not found[3][1:].any()
+
+
+def test_no_expert_is_read_for_rows_that_have_none():
+  rows, experts = draw(4, D), draw(X, D, F, seed=1)
+  # What is read would show.
+  experts = experts.at[X - 1].set(np.nan)
+  found = jax.jit(ops.assigned_matmul)(rows, experts, integers([1, X, 2, X]))
+  expected = ops.assigned_matmul_reference(
+    rows, experts, integers([1, 0, 2, 0])
+  )
+  np.testing.assert_allclose(found[::2], expected[::2], atol=1e-5)
+  assert not found[1::2].any()
