@@ -359,7 +359,7 @@ class Programs:
   def _chunk(self, slot, tokens, is_last, mask):
     count, begin = len(tokens), int(self._lengths[slot])
     n = min((n for n in self.chunks if n >= count), default=0)
-    if not (count and n) or (begin + n > self._num_rows and not self._endless):
+    if not (count and n) or (begin + n > self._num_rows and not self.endless):
       raise ValueError(
         f'{count} tokens after {begin} fit no chunk of {self.chunks} in '
         f'{self._num_rows} rows.'
@@ -377,7 +377,8 @@ class Programs:
     ), n  # fmt: skip
 
   @property
-  def _endless(self):
+  def endless(self) -> bool:
+    """Whether a slot has room for any number of tokens."""
     return self._bounded_rows > 0
 
   def decode(
@@ -416,7 +417,7 @@ class Programs:
 
   def needs_forget(self, length: int) -> bool:
     """Whether a slot of so many tokens forgets before its next one."""
-    if not self._endless:
+    if not self.endless:
       return False
     return needs_room(length, self._bounded_rows, self.config.sparse.block)
 
@@ -437,7 +438,7 @@ class Programs:
     if not length or length % size:
       raise ValueError(f"a slot of {length} tokens is not at a chunk's end.")
     known, num_chunks = self._known[slot], length // size
-    if self._endless:
+    if self.endless:
       # Nothing lies where it was written.
       known, num_chunks = (), 1
     rest = None

@@ -99,18 +99,29 @@ def served(run, order, seed, form=None):
 
 
 @functools.cache
-def alone(name):
-  """Tokens of each job as they are drawn offline, token after token."""
+def scores_of(name, length=LENGTH):
+  """(tokens [1, length]) -> log-probabilities of all places [length, V]."""
   config = MODELS[name]
   params = jax.tree.map(jnp.asarray, make_params(config))
 
   @jax.jit
-  def logits_of(tokens):
-    at = jnp.arange(LENGTH, dtype=jnp.int32)[None]
-    cache = init_cache(config, 1, LENGTH)
+  def scores(tokens):
+    at = jnp.arange(length, dtype=jnp.int32)[None]
+    cache = init_cache(config, 1, length)
     ones = jnp.ones_like(at)
-    return Transformer(config).apply(params, tokens, at, ones, cache)[0]
+    logits = Transformer(config).apply(params, tokens, at, ones, cache)[0]
+    return jax.nn.log_softmax(logits[0])
 
+  return scores
+
+
+def padded(text, length=LENGTH):
+  return np.array([[*text, *[0] * (length - len(text))]], np.int32)
+
+
+@functools.cache
+def alone(name):
+  """Tokens of each job as they are drawn offline, token after token."""
   found = {}
   for job, (prompt, how) in enumerate(zip(prompts(), SAMPLINGS, strict=True)):
     text = list(prompt)
@@ -118,11 +129,9 @@ def alone(name):
       temperature=how.temperature, top_k=how.top_k, top_p=how.top_p
     )
     for step in range(MAX_TOKENS):
-      padded = np.zeros((1, LENGTH), np.int32)
-      padded[0, : len(text)] = text
-      last = logits_of(padded)[:, len(text) - 1]
+      last = scores_of(name)(padded(text))[len(text) - 1]
       key = jax.random.fold_in(jax.random.key(np.uint32(how.seed)), step)
-      text.append(int(sample(last, key, sampling)[0]))
+      text.append(int(sample(last[None], key, sampling)[0]))
     found[job] = text[len(prompt) :]
   return found
 
@@ -137,3 +146,142 @@ def test_a_request_gets_what_it_gets_alone(name):
   for seed in range(2, 6):
     # Bit for bit.
     assert served(run, rng.permutation(jobs), seed, 'logprobs') == expected
+
+
+def read(run, slot, tokens, **kwargs):
+  """Reads a prompt; what was drawn, and snapshots of each full chunk."""
+  snapshots, size = {}, run.chunks[0]
+  for begin in range(run.lengths()[slot], len(tokens), size):
+    part = tokens[begin : begin + size]
+    is_last = begin + size >= len(tokens)
+    pending = run.prefill(slot, part, is_last, 'logprobs', **kwargs)
+    if len(part) == size:
+      snapshots[begin + size] = run.snapshot(slot)
+  return pending.result(), snapshots
+
+
+def continued(run, slot, drawn, num_tokens=MAX_TOKENS):
+  """Tokens and log-probabilities from the first one of a slot on."""
+  is_live = np.arange(NUM_SLOTS) == slot
+  found = [(int(drawn.tokens[slot]), float(drawn.logprob[slot]))]
+  for _ in range(num_tokens - 1):
+    drawn = run.decode(is_live, 'logprobs').result()
+    found.append((int(drawn.tokens[slot]), float(drawn.logprob[slot])))
+  return found
+
+
+@kinds
+def test_a_snapshot_goes_on_as_if_it_had_been_read(name):
+  """Bit for bit, in any slot, more than once, what the prompt had included."""
+  run, prompt = programs(name), prompts()[-1]
+  sampling = JobSampling(temperature=0.0, repetition_penalty=3.0)
+  run.start(0, sampling)
+  drawn, snapshots = read(run, 0, prompt)
+  expected = continued(run, 0, drawn)
+  assert sorted(snapshots) == [C, 2 * C, 3 * C, 4 * C]
+  for slot, length in ((2, 2 * C), (0, 4 * C), (1, C), (1, 2 * C)):
+    # Others are being read in it before.
+    run.start(slot, JobSampling())
+    run.prefill(slot, prompts()[2], False)
+    run.start(slot, sampling)
+    run.insert(slot, snapshots[length])
+    assert run.lengths()[slot] == length
+    drawn, more = read(run, slot, prompt)
+    assert continued(run, slot, drawn) == expected
+    for i, snapshot in more.items():
+      # What was inserted is not held twice.
+      shared = set(snapshots[length].chunks) & set(snapshot.chunks)
+      assert len(shared) == len(snapshots[length].chunks) or run.endless
+      assert snapshot.num_bytes == snapshots[i].num_bytes
+  run.decode(np.arange(NUM_SLOTS) == 0)
+  with pytest.raises(ValueError, match='not at a chunk'):
+    run.snapshot(0)
+
+
+@kinds
+def test_a_tenant_sees_nothing_of_the_one_before(name):
+  run, jobs = programs(name), range(len(PROMPTS))
+  expected = served(run, jobs, 1, 'logprobs')
+  run._state['cache'] = jax.tree.map(
+    lambda x: jnp.full_like(x, 1e4 if x.dtype == jnp.float32 else 1),
+    run._state['cache'],
+  )
+  assert served(run, jobs, 1, 'logprobs') == expected
+
+
+@kinds
+def test_prompts_are_scored(name):
+  run, prompt = programs(name), prompts()[-1]
+  run.start(1, JobSampling(temperature=0.0))
+  found, tops = [], []
+  for begin in range(0, len(prompt), C):
+    part = prompt[begin : begin + C]
+    targets = [*prompt[begin + 1 : begin + C + 1], 0][: len(part)]
+    is_last = begin + C >= len(prompt)
+    drawn = run.score(1, part, targets, is_last, 'logprobs').result()
+    assert drawn.prompt_logprob.shape == (len(part),)
+    found += drawn.prompt_logprob.tolist()
+    tops += drawn.prompt_top_ids.tolist()
+  scores = np.asarray(scores_of(name)(padded(prompt)))[: len(prompt)]
+  expected = scores[np.arange(len(prompt) - 1), prompt[1:]]
+  np.testing.assert_allclose(found[:-1], expected, atol=1e-5)
+  assert [top[0] for top in tops] == scores.argmax(1).tolist()
+  assert drawn.tokens[1] == scores[-1].argmax()
+  np.testing.assert_allclose(drawn.logprob[1], scores[-1].max(), atol=1e-5)
+
+
+@kinds
+def test_nothing_compiles_once_it_runs(name, caplog):
+  run = programs(name)
+  assert run.num_compiled <= 16
+  with jax.log_compiles():
+    run.start(0, JobSampling())
+    read(run, 0, prompts()[-1])
+    run.start(0, JobSampling(seed=3, logit_bias=((1, 2.0),), min_tokens=2))
+    _, snapshots = read(run, 0, prompts()[-1])
+    run.start(1, JobSampling(top_k=3))
+    run.insert(1, snapshots[C])
+    run.score(1, [1, 2], [2, 3], True, 'logprobs').result()
+    is_live = np.array([True, True, False])
+    mask = np.full((NUM_SLOTS, 1), 7, np.uint32)
+    for form in ('plain', 'sorted', 'logprobs'):
+      run.decode(is_live, form).result()
+      drawn = run.decode(is_live, form, mask).result()
+      assert drawn.tokens[:2].max() < 3
+  assert not [r for r in caplog.records if 'ompil' in r.getMessage()]
+  with pytest.raises(TypeError):
+    run.decode(np.array([True, False]))
+
+
+def test_what_does_not_fit_is_no_chunk():
+  run = programs('convolved')
+  run.start(0, JobSampling())
+  for tokens in ([], [1] * (C + 1)):
+    with pytest.raises(ValueError, match='fit no chunk'):
+      run.prefill(0, tokens, True)
+
+
+@pytest.mark.slow
+def test_a_bounded_history_reads_without_an_end():
+  run, length = programs('bounded'), 5 * LENGTH
+  prompt = np.random.default_rng(6).integers(0, V, length).tolist()
+  assert run.length > length
+  run.start(1, JobSampling(temperature=0.0))
+  run.start(2, JobSampling(temperature=0.0))
+  first = int(run.prefill(2, prompt[:2], True).result().tokens[2])
+  other = []
+  for begin in range(0, length, C):
+    is_last = begin + C >= length
+    drawn = run.prefill(1, prompt[begin : begin + C], is_last, 'logprobs')
+    # Another one goes on meanwhile.
+    is_live = np.array([False, False, True])
+    other.append(int(run.decode(is_live).result().tokens[2]))
+  drawn = drawn.result()
+  scores_of_text = scores_of('bounded', length)
+  scores = np.asarray(scores_of_text(padded(prompt, length)))
+  assert drawn.tokens[1] == scores[-1].argmax()
+  np.testing.assert_allclose(drawn.logprob[1], scores[-1].max(), atol=2e-5)
+  text = [*prompt[:2], first, *other]
+  scores = np.asarray(scores_of_text(padded(text[:length], length)))
+  found = scores[1 : len(text) - 1].argmax(1).tolist()
+  assert found == [first, *other]
