@@ -45,6 +45,11 @@ def sparse(pattern, **fields):
 
 
 MODELS = dict(
+  # For the default lane: compiles soonest, and keeps most of what can be lost.
+  small=with_memory(
+    MemoryConfig(**SMALL, value_dim=8, query_conv_taps=5, placements=((0, 0),)),
+    num_layers=1, attention_pattern=('local',), window=3,
+  ),
   dense=BASE,
   moe=dataclasses.replace(
     BASE, moe=MoEConfig(num_experts=16, expert_dim=12, num_shared=1)
