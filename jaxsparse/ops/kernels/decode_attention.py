@@ -4,7 +4,8 @@
 Scores, softmax and sums of values in one pass over keys and values: XLA makes
 five kernels of it, which write the scores and read them again. A cache's rows
 are divided among programs, which keeps a GPU busy with a small batch, and the
-parts are merged afterwards (flash-decoding, Dao et al. 2023).
+parts are merged afterwards (flash-decoding, Dao et al. 2023). Rows behind a
+sequence's last one are not visited.
 
 Letters: B batch, S rows, K key/value heads, G query heads of each, H width.
 """
@@ -61,6 +62,9 @@ def decode_attention(
   num_parts = min(num_blocks, pl.cdiv(_PROGRAMS, batch * num_heads))
   per_part = pl.cdiv(num_blocks, num_parts)
   num_parts = pl.cdiv(num_blocks, per_part)
+  # All layers of a model share it.
+  row = jnp.arange(1, num_rows + 1, dtype=jnp.int32)[None]
+  lengths = jnp.where(key_segments > 0, row, 0).max(1)
 
   def kernel(
     query_ref: jax.Ref,
@@ -70,6 +74,7 @@ def decode_attention(
     positions: jax.Ref,
     own_segment: jax.Ref,
     segments: jax.Ref,
+    lengths: jax.Ref,
     out: jax.Ref,
     maximum_ref: jax.Ref,
     total_ref: jax.Ref,
@@ -120,7 +125,9 @@ def decode_attention(
       jnp.zeros(num_queries, jnp.float32),
       jnp.zeros((num_queries, padded), jnp.float32),
     )
-    maximum, total, sums = jax.lax.fori_loop(0, per_part, add, start)
+    in_use = pl.cdiv(lengths[b], _ROWS) - part * per_part
+    in_use = jnp.clip(in_use, 0, per_part)
+    maximum, total, sums = jax.lax.fori_loop(0, in_use, add, start)
     triton.store(
       out.at[b, head, part, queries, columns], sums, mask=in_group & in_width
     )
@@ -142,7 +149,7 @@ def decode_attention(
     name='decode_attention',
   )(
     query, key, value, query_positions, key_positions, query_segments,
-    key_segments,
+    key_segments, lengths,
   )  # fmt: skip
   scale = jnp.exp(maximum - maximum.max(2, keepdims=True))
   total = (scale * total).sum(2)[..., None]
