@@ -72,8 +72,6 @@ class Scheduler:
     )
     self._tenants: list[_Tenant | None] = [None] * num_slots
     self._slots: dict[str, int] = {}
-    # Of each slot: tenants that it has had before this one.
-    self._generations = [0] * num_slots
     self._num_admitted = 0
     self._has_passed = False
 
@@ -99,9 +97,11 @@ class Scheduler:
   def is_empty(self) -> bool:
     return not (self._waiting or self._slots)
 
-  def generation(self, slot: int) -> int:
-    """What tells apart this tenant of the slot from the next one."""
-    return self._generations[slot]
+  @property
+  def has_work(self) -> bool:
+    """Whether there is something to admit, to read or to draw."""
+    can_admit = bool(self._waiting and self.free)
+    return can_admit or bool(self.reading or self.drawers())
 
   def num_rows(self, slot: int) -> int:
     """Tokens that the slot's job has fed to the device."""
@@ -128,9 +128,7 @@ class Scheduler:
   def remove(self, job_id: str) -> None:
     """Ends a job wherever it is; its slot is free at once."""
     if self._waiting.pop(job_id, None) is None:
-      slot = self._slots.pop(job_id)
-      self._tenants[slot] = None
-      self._generations[slot] += 1
+      self._tenants[self._slots.pop(job_id)] = None
 
   def admit(self) -> list[tuple[int, str]]:
     """Gives free slots to those that have waited longest: slots and ids."""

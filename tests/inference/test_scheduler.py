@@ -27,8 +27,6 @@ class Model:
     self.num_slots, self.chunk = num_slots, chunk
     self.queue, self.tasks, self.slots = collections.deque(), {}, {}
     self.read, self.drawn, self.ended = {}, {}, collections.Counter()
-    # Of a slot: the generations that it has had.
-    self.generations = collections.defaultdict(set)
     # Chunks of others since the oldest reader had one.
     self.passed = 0
 
@@ -52,9 +50,6 @@ class Model:
       # The oldest first, into a slot that nobody has.
       assert job_id == self.queue.popleft()
       assert slot not in self.slots.values()
-      generation = self.scheduler.generation(slot)
-      assert generation not in self.generations[slot]
-      self.generations[slot].add(generation)
       self.slots[job_id] = slot
       self.read[job_id] = self.drawn[job_id] = 0
       num_free -= 1
@@ -98,10 +93,13 @@ class Model:
       self.drawn[job_id] += 1
 
   def end_finished(self):
-    for job_id, task in list(self.tasks.items()):
+    for job_id in list(self.tasks):
       is_read = job_id in self.slots and not self.left(job_id)
-      if is_read and self.drawn[job_id] == task.max_tokens:
+      if is_read and self.is_done(job_id):
         self.end(job_id)
+
+  def is_done(self, job_id):
+    return self.drawn[job_id] == self.tasks[job_id].max_tokens
 
   def left(self, job_id):
     return self.tasks[job_id].num_prompt - self.read[job_id]
@@ -113,6 +111,11 @@ class Model:
     assert set().union(*sets) == set(range(self.num_slots))
     assert s.num_waiting == len(self.queue) == len(s.waiting_ids())
     assert s.is_empty == (not self.tasks)
+    drawers = [
+      x for x in self.slots if not self.left(x) and not self.is_done(x)
+    ]
+    can_admit = self.queue and len(self.slots) < self.num_slots
+    assert s.has_work == bool(can_admit or s.reading or drawers)
     for job_id, task in self.tasks.items():
       if job_id in self.slots:
         assert s.place(job_id) == (
