@@ -137,30 +137,30 @@ class EngineStats:
   """What an engine does at a moment, and has done since its start."""
 
   # Jobs that draw, that wait for a slot, and whose prompts are being read.
-  running: int
-  waiting: int
-  reading: int
-  slots: int
+  running: int = 0
+  waiting: int = 0
+  reading: int = 0
+  slots: int = 0
   # Tokens in slots over the tokens for which there is room.
-  cache_rows_used_ratio: float
+  cache_rows_used_ratio: float = 0.0
   # Prompt tokens of the jobs that wait.
-  queue_tokens: int
-  programs_compiled: int
-  prefix_bytes: int
+  queue_tokens: int = 0
+  programs_compiled: int = 0
+  prefix_bytes: int = 0
   # Counters. Tokens of prompts, those of the prefix store among them.
-  prompt_tokens: int
-  generation_tokens: int
+  prompt_tokens: int = 0
+  generation_tokens: int = 0
   # Computed after a text had ended.
-  wasted_tokens: int
+  wasted_tokens: int = 0
   # Tokens that were looked up and found in the prefix store.
-  prefix_cache_queries: int
-  prefix_cache_hits: int
+  prefix_cache_queries: int = 0
+  prefix_cache_hits: int = 0
   # By finish.
-  finished: dict[str, int]
+  finished: dict[str, int] = dataclasses.field(default_factory=dict)
   # By 'requests' or 'tokens', whichever were too many.
-  rejected: dict[str, int]
+  rejected: dict[str, int] = dataclasses.field(default_factory=dict)
   # By where the job was: 'waiting', 'reading' or 'running'.
-  cancelled: dict[str, int]
+  cancelled: dict[str, int] = dataclasses.field(default_factory=dict)
   # By program: 'prefill', 'score', 'plain', 'sorted', 'logprobs', 'forget',
   # 'snapshot', 'insert'.
-  steps: dict[str, int]
+  steps: dict[str, int] = dataclasses.field(default_factory=dict)

@@ -103,6 +103,10 @@ class Scheduler:
     can_admit = bool(self._waiting and self.free)
     return can_admit or bool(self.reading or self.drawers())
 
+  def tenant(self, slot: int) -> str:
+    """The job that has a slot."""
+    return self._tenants[slot].task.id
+
   def num_rows(self, slot: int) -> int:
     """Tokens that the slot's job has fed to the device."""
     tenant = self._tenants[slot]
