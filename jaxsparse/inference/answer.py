@@ -5,8 +5,9 @@ from typing import Any
 
 import numpy as np
 
-from jaxsparse.inference import text
 from jaxsparse.inference.jobs import Event, Finish, Job, TokenLogprob
+from jaxsparse.inference.slot_programs import Drawn
+from jaxsparse.inference.text import TextStream
 
 
 class Answer:
@@ -20,9 +21,7 @@ class Answer:
   def __init__(self, job: Job, tokenizer: Any):
     self._job = job
     self._boundary_id = tokenizer.boundary_id
-    self._stream = text.TextStream(
-      tokenizer, job.tokens, job.stop, job.include_stop
-    )
+    self._stream = TextStream(tokenizer, job.tokens, job.stop, job.include_stop)
     self._num_tokens = 0
     self._prompt = [TokenLogprob(job.tokens[0], None)]
     # Told with the first event only.
@@ -32,7 +31,7 @@ class Answer:
     """Takes down how many tokens of the prompt need not be read."""
     self._news['num_cached'] = num_cached
 
-  def score(self, drawn: Any, begin: int, end: int) -> None:
+  def score(self, drawn: Drawn, begin: int, end: int) -> None:
     """Takes the scores of the tokens that follow tokens `begin` to `end`."""
     targets = self._job.tokens[begin + 1 : end + 1]
     self._prompt += [
@@ -45,7 +44,7 @@ class Answer:
       for i, token in enumerate(targets)
     ]
 
-  def take(self, drawn: Any, slot: int) -> Event:
+  def take(self, drawn: Drawn, slot: int) -> Event:
     """What becomes of the next token, which was drawn in a slot."""
     job, stream = self._job, self._stream
     token = int(drawn.tokens[slot])

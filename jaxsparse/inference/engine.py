@@ -16,6 +16,7 @@ from jaxsparse.inference.jobs import (
   Starting,
 )
 from jaxsparse.inference.mailbox import Mailbox
+from jaxsparse.inference.slot_programs import Programs
 from jaxsparse.inference.turns import Deliver, Entry, Observe, Turns
 
 State = Literal['starting', 'ready', 'draining', 'dead']
@@ -50,7 +51,7 @@ class Engine:
 
   def __init__(
     self,
-    build: Callable[[Callable[[str], None]], Any],
+    build: Callable[[Callable[[str], None]], Programs],
     tokenizer: Any,
     *,
     max_queue: int | None = None,
@@ -67,7 +68,7 @@ class Engine:
     self._thread = threading.Thread(
       target=self._run, name='engine', daemon=True
     )
-    self._programs: Any = None
+    self._programs: Programs | None = None
     self.state: State = 'starting'
     self.stage = ''
     self.limit = 0

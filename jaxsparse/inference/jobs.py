@@ -161,6 +161,6 @@ class EngineStats:
   rejected: dict[str, int] = dataclasses.field(default_factory=dict)
   # By where the job was: 'waiting', 'reading' or 'running'.
   cancelled: dict[str, int] = dataclasses.field(default_factory=dict)
-  # By program: 'prefill', 'score', 'plain', 'sorted', 'logprobs', 'forget',
+  # By program: 'prefill', 'score', 'plain', 'sorted', 'logprobs',
   # 'snapshot', 'insert'.
   steps: dict[str, int] = dataclasses.field(default_factory=dict)

@@ -8,7 +8,7 @@ are found by a chain of hashes, one for each chunk.
 
 import collections
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -17,11 +17,17 @@ import numpy as np
 _MOST_KNOWN = 1 << 14
 
 
-class Snapshot(Protocol):
-  """The state of a slot after `length` tokens."""
+class Part(Protocol):
+  """Arrays of a state, and how large they are together."""
 
   num_bytes: int
+
+
+class Snapshot(Protocol):
+  """The state of a slot after `length` tokens, in parts that others share."""
+
   length: int
+  parts: Sequence[Part]
 
 
 class PrefixStore:
@@ -39,6 +45,9 @@ class PrefixStore:
     self._kept: collections.OrderedDict[bytes, tuple[bytes, Snapshot]] = (
       collections.OrderedDict()
     )
+    # By id: parts of those that are kept, and in how many each is.
+    self._parts: dict[int, Part] = {}
+    self._uses: collections.Counter[int] = collections.Counter()
     self._known: collections.OrderedDict[bytes, None] = (
       collections.OrderedDict()
     )
@@ -85,20 +94,33 @@ class PrefixStore:
 
   def keep(self, tokens: Sequence[int], salt: str, snapshot: Snapshot) -> None:
     """Keeps the state after the first tokens of a prompt, if there is room."""
-    if snapshot.num_bytes > self._max_bytes:
+    parts = {id(part): part for part in snapshot.parts}
+    if _num_bytes(parts.values()) > self._max_bytes:
       return
     # A token more, as the hashes leave one to read.
     key = self._hashes(tokens[: snapshot.length + 1], salt)[-1]
     self._drop(key)
-    while self.num_bytes + snapshot.num_bytes > self._max_bytes:
+    while self._with(parts) > self._max_bytes:
       self._drop(next(iter(self._kept)))
+    self.num_bytes = self._with(parts)
+    self._parts.update(parts)
+    self._uses.update(list(parts))
     self._kept[key] = _bytes(tokens[: snapshot.length]), snapshot
-    self.num_bytes += snapshot.num_bytes
+
+  def _with(self, parts: dict[int, Part]) -> int:
+    """Bytes with these parts, too."""
+    new = [part for name, part in parts.items() if name not in self._parts]
+    return self.num_bytes + _num_bytes(new)
 
   def _drop(self, key: bytes) -> None:
-    if key in self._kept:
-      _, snapshot = self._kept.pop(key)
-      self.num_bytes -= snapshot.num_bytes
+    if key not in self._kept:
+      return
+    _, snapshot = self._kept.pop(key)
+    for name in {id(part) for part in snapshot.parts}:
+      self._uses[name] -= 1
+      if not self._uses[name]:
+        del self._uses[name]
+        self.num_bytes -= self._parts.pop(name).num_bytes
 
   def _hashes(self, tokens: Sequence[int], salt: str) -> list[bytes]:
     """Of the whole chunks before the last token, each with all before it."""
@@ -112,6 +134,10 @@ class PrefixStore:
       key = hashlib.blake2b(key + part, digest_size=16).digest()
       hashes.append(key)
     return hashes
+
+
+def _num_bytes(parts: Iterable[Part]) -> int:
+  return sum(part.num_bytes for part in parts)
 
 
 def _bytes(tokens: Sequence[int]) -> bytes:

@@ -13,6 +13,7 @@ from jaxsparse.inference.answer import Answer
 from jaxsparse.inference.jobs import Event, Finish, Form, Job
 from jaxsparse.inference.prefix_store import PrefixStore
 from jaxsparse.inference.scheduler import Chunk, Scheduler, Task
+from jaxsparse.inference.slot_programs import Pending, Programs
 
 Deliver = Callable[[list[Event]], Any]
 Observe = Callable[[str, float, str], Any]
@@ -42,7 +43,7 @@ class _Step:
   """A program that was given to the device, and whom its results are for."""
 
   program: str
-  pending: Any
+  pending: Pending
   begun: float
   # Slots in which a token was drawn, and for whom.
   drawers: tuple[tuple[int, Entry], ...] = ()
@@ -63,7 +64,7 @@ class Turns:
 
   def __init__(
     self,
-    programs: Any,
+    programs: Programs,
     prefix_bytes: int,
     root: str,
     observe: Observe,
@@ -178,22 +179,13 @@ class Turns:
     entry.keep_at = self.store.worth_keeping(job.tokens, job.salt)
 
   def _decode(self, slots: tuple[int, ...]) -> None:
-    programs, scheduler = self._programs, self.scheduler
-    # The one to be fed has been counted.
-    full = [
-      slot
-      for slot in slots
-      if programs.needs_forget(scheduler.num_rows(slot) - 1)
-    ]
-    if full:
-      self.steps['forget'] += 1
-      programs.forget(full)
+    num_slots = self._programs.num_slots
     drawers = tuple((slot, self._entry(slot)) for slot in slots)
     form = max((entry.form for _, entry in drawers), key=_FORMS.index)
-    is_live = np.zeros(programs.num_slots, bool)
+    is_live = np.zeros(num_slots, bool)
     is_live[list(slots)] = True
     begun = time.monotonic()
-    pending = programs.decode(is_live, form, None)
+    pending = self._programs.decode(is_live, form, None)
     self._in_flight.append(_Step(form, pending, begun, drawers))
     self._observe('batch_occupancy', len(slots), '')
 

@@ -25,10 +25,14 @@ def logprobs_of(tokens):
   return (logits - np.log(np.exp(logits).sum())).astype(np.float32)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
 class Snapshot:
   tokens: tuple
   num_bytes: int
+
+  @property
+  def parts(self):
+    return (self,)
 
   @property
   def length(self):
@@ -58,7 +62,7 @@ class Pending:
     return not self._seconds
 
 
-class FakeProgram:
+class FakePrograms:
   """Refuses every call that real programs would take for something else."""
 
   num_compiled, chunks, vocab_size = 12, (CHUNK, 4), VOCAB_SIZE
@@ -119,12 +123,6 @@ class FakeProgram:
     self._called('insert', slot)
     assert not self.fed[slot]
     self.fed[slot] = list(snapshot.tokens)
-
-  def forget(self, slots):
-    self._called('forget', tuple(slots))
-
-  def needs_forget(self, length):
-    return False
 
   def _read(self, slot, tokens, is_last, form, mask):
     assert tokens.dtype == np.int32

@@ -12,10 +12,11 @@ from fake_programs import (
   BOUNDARY,
   CHUNK,
   LENGTH,
-  FakeProgram,
+  FakePrograms,
   logprobs_of,
   next_token,
 )
+from told import Told
 
 from jaxsparse.config.errors import UserError
 from jaxsparse.data.tokenizer import ByteTokenizer
@@ -50,48 +51,13 @@ def alone(job):
   return tuple(drawn), text
 
 
-class Told:
-  """What jobs have been told; waits for their ends."""
-
-  def __init__(self):
-    self.events = collections.defaultdict(list)
-    self.batches = []
-    self._changed = threading.Condition()
-
-  def __call__(self, events):
-    with self._changed:
-      self.batches.append(events)
-      for event in events:
-        # Nothing comes after an end.
-        assert not self.finish(event.job_id)
-        self.events[event.job_id].append(event)
-      self._changed.notify_all()
-
-  def finish(self, job_id):
-    events = self.events[job_id]
-    return events[-1].finish if events else None
-
-  def wait(self, job_id, has=lambda events: events[-1].finish):
-    with self._changed:
-      assert self._changed.wait_for(
-        lambda: self.events[job_id] and has(self.events[job_id]), 20
-      )
-    return self.events[job_id]
-
-  def tokens(self, job_id):
-    return tuple(t for e in self.wait(job_id) for t in e.tokens)
-
-  def text(self, job_id):
-    return ''.join(e.text for e in self.wait(job_id))
-
-
 @pytest.fixture
 def engine_of():
   engines = []
 
   def start(programs=None, **options):
     engine = Engine(
-      lambda tell: programs or FakeProgram(), TOKENIZER, **options
+      lambda tell: programs or FakePrograms(), TOKENIZER, **options
     )
     engine.start()
     engines.append(engine)
@@ -122,7 +88,7 @@ LENGTHS = (1, CHUNK - 1, CHUNK, CHUNK + 1, 3 * CHUNK + 5)
 
 @pytest.mark.parametrize('num_slots', [1, 3, 16])
 def test_each_job_gets_what_it_would_get_alone(engine_of, num_slots):
-  engine, told = engine_of(FakeProgram(num_slots), max_queue=99), Told()
+  engine, told = engine_of(FakePrograms(num_slots), max_queue=99), Told()
   rng = random.Random(num_slots)
   jobs = [
     job(
@@ -224,7 +190,7 @@ def test_no_token_is_asked_for(engine_of):
 
 
 def test_what_has_been_read_is_not_read_again(engine_of):
-  programs = FakeProgram()
+  programs = FakePrograms()
   engine, told = engine_of(programs, prefix_bytes=10_000, max_queue=20), Told()
   tokens = job('x', 4 * CHUNK + 2).tokens
   sampling = [JobSampling(seed=number) for number in range(5)]
@@ -248,7 +214,7 @@ def test_what_has_been_read_is_not_read_again(engine_of):
 
 
 def test_a_long_prompt_does_not_hold_up_those_who_draw(engine_of):
-  programs = FakeProgram()
+  programs = FakePrograms()
   engine, told = engine_of(programs), Told()
   engine.submit(job('x', 2, 90, sampling=JobSampling(ignore_eos=True)), told)
   told.wait('x', has=lambda events: len(events) > 1)
@@ -263,7 +229,7 @@ def test_a_long_prompt_does_not_hold_up_those_who_draw(engine_of):
 
 
 def test_the_device_is_given_a_step_before_the_last_one_is_read(engine_of):
-  log, programs = [], FakeProgram()
+  log, programs = [], FakePrograms()
   engine, told = engine_of(programs), Told()
   real = programs._pending
 
@@ -287,7 +253,7 @@ def test_the_device_is_given_a_step_before_the_last_one_is_read(engine_of):
 
 
 def test_a_late_token_is_not_the_next_tenants(engine_of):
-  programs = FakeProgram(1)
+  programs = FakePrograms(1)
   engine, told = engine_of(programs, max_queue=50), Told()
   stopped = [job(i, 3, 50, stop=('a', 'e', 'i', 'o', 'u')) for i in range(40)]
   for x in stopped:
@@ -298,7 +264,7 @@ def test_a_late_token_is_not_the_next_tenants(engine_of):
 
 
 def test_cancel_at_any_time_ends_one_job_and_no_other(engine_of):
-  engine, told = engine_of(FakeProgram(2, 0.002)), Told()
+  engine, told = engine_of(FakePrograms(2, 0.002)), Told()
   forever = dict(sampling=JobSampling(ignore_eos=True))
   names = ['a', 'b', 'waiting', 'c']
   for name in names:
@@ -321,7 +287,7 @@ def test_cancel_at_any_time_ends_one_job_and_no_other(engine_of):
 
 
 def test_cancelled_within_a_step(engine_of):
-  programs = FakeProgram(1)
+  programs = FakePrograms(1)
   engine, steps = engine_of(programs), []
 
   def deliver(events):
@@ -338,7 +304,7 @@ def test_cancelled_within_a_step(engine_of):
 
 
 def test_queues_are_bounded_by_jobs_and_by_tokens(engine_of):
-  engine, told = engine_of(FakeProgram(1, 0.01), max_queue_tokens=50), Told()
+  engine, told = engine_of(FakePrograms(1, 0.01), max_queue_tokens=50), Told()
   slow = dict(sampling=JobSampling(ignore_eos=True))
   engine.submit(job('runs', 3, 90, **slow), told)
   wait_until(lambda: engine.stats().running)
@@ -363,7 +329,7 @@ def test_queues_are_bounded_by_jobs_and_by_tokens(engine_of):
 
 
 def test_either_all_choices_are_taken_or_none(engine_of):
-  engine, told = engine_of(FakeProgram(1, 0.01)), Told()
+  engine, told = engine_of(FakePrograms(1, 0.01)), Told()
   engine.submit(job('runs', 3, 90), told)
   wait_until(lambda: not engine.stats().waiting)
   engine.submit_all([job(i, 3, 1) for i in range(3)], told)
@@ -389,7 +355,7 @@ def test_a_slot_can_be_filled_to_its_end(engine_of):
 
 @pytest.mark.parametrize('call', [1, 2, 3, 9])
 def test_a_fault_ends_all_jobs_and_the_engine(engine_of, call, caplog):
-  programs = FakeProgram(2, fails_at=call)
+  programs = FakePrograms(2, fails_at=call)
   engine, told = engine_of(programs), Told()
   names = [f'{i}' for i in range(6)]
   accepted = []
@@ -425,7 +391,7 @@ def test_programs_that_can_not_be_built():
 
 
 def test_a_device_that_hangs_shows_in_the_heartbeat(engine_of):
-  programs = FakeProgram(2, 1.0)
+  programs = FakePrograms(2, 1.0)
   engine, told = engine_of(programs), Told()
   wait_until(lambda: engine.heartbeat_age() == 0)
   engine.submit(job('x', 3, 2), told)
@@ -438,7 +404,7 @@ def test_a_device_that_hangs_shows_in_the_heartbeat(engine_of):
 
 
 def test_draining_finishes_what_runs_and_nothing_else(engine_of):
-  engine, told = engine_of(FakeProgram(2, 0.005)), Told()
+  engine, told = engine_of(FakePrograms(2, 0.005)), Told()
   slow = dict(sampling=JobSampling(ignore_eos=True))
   for name in ('a', 'b', 'waits'):
     engine.submit(job(name, 3, 40, **slow), told)
@@ -455,7 +421,7 @@ def test_draining_finishes_what_runs_and_nothing_else(engine_of):
 
 
 def test_draining_ends_with_its_time(engine_of):
-  engine, told = engine_of(FakeProgram(2, 0.02)), Told()
+  engine, told = engine_of(FakePrograms(2, 0.02)), Told()
   slow = dict(sampling=JobSampling(ignore_eos=True))
   engine.submit(job('x', 3, 90, **slow), told)
   told.wait('x', has=len)
@@ -485,7 +451,7 @@ def test_a_listener_that_is_gone_does_not_end_the_others(engine_of, caplog):
 
 
 def test_events_of_a_step_come_at_once(engine_of):
-  engine, told = engine_of(FakeProgram(3)), Told()
+  engine, told = engine_of(FakePrograms(3)), Told()
   jobs = [
     job(i, 3, 40, sampling=JobSampling(ignore_eos=True)) for i in range(3)
   ]
@@ -512,7 +478,7 @@ def test_what_is_measured(engine_of):
 
 
 def test_many_clients_with_cancels_and_refusals(engine_of):
-  programs = FakeProgram(8)
+  programs = FakePrograms(8)
   engine = engine_of(programs, max_queue=16, prefix_bytes=2000)
   ends = collections.Counter()
   failures = []

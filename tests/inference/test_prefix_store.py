@@ -10,10 +10,14 @@ from jaxsparse.inference import prefix_store
 from jaxsparse.inference.prefix_store import PrefixStore
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(eq=False)
+class Part:
+  num_bytes: int
+
+
 class Snapshot:
-  length: int
-  num_bytes: int = 10
+  def __init__(self, length, num_bytes=10, shared=()):
+    self.length, self.parts = length, (*shared, Part(num_bytes))
 
 
 def fill(store, tokens, salt=''):
@@ -81,10 +85,25 @@ def test_bytes_are_bounded_and_what_was_used_last_stays():
       store.keep(tokens, '', Snapshot(8, size))
       assert store.find(tokens, '') is None
     assert store.num_bytes <= 55
-    held = sum(x.num_bytes for _, x in store._kept.values())
+    held = sum(x.parts[0].num_bytes for _, x in store._kept.values())
     assert held == store.num_bytes
   store.keep(hot, '', Snapshot(8, 55))
   assert (len(store), store.num_bytes) == (1, 55)
+
+
+def test_what_snapshots_share_counts_once():
+  store, first, second = PrefixStore(4, 100), Part(60), Part(20)
+  store.keep((1,) * 9, '', Snapshot(8, 5, [first, first]))
+  assert store.num_bytes == 65
+  store.keep((1,) * 13, '', Snapshot(12, 5, [first, second]))
+  assert (len(store), store.num_bytes) == (2, 90)
+  # The first one goes for it, but what the second one shares stays.
+  store.keep((2,) * 9, '', Snapshot(8, 15))
+  assert (len(store), store.num_bytes) == (2, 100)
+  assert store.find((1,) * 9, '') is None
+  store.keep((3,) * 9, '', Snapshot(8, 85))
+  assert (len(store), store.num_bytes) == (2, 100)
+  assert store._uses.total() == 2
 
 
 def test_without_room_nothing_is_done():
