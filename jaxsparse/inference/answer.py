@@ -27,9 +27,9 @@ class Answer:
     # Told with the first event only.
     self._news: dict[str, Any] = {}
 
-  def begin(self, num_cached: int) -> None:
-    """Takes down how many tokens of the prompt need not be read."""
-    self._news['num_cached'] = num_cached
+  def note(self, **fields: Any) -> None:
+    """Fields of the first event."""
+    self._news |= fields
 
   def score(self, drawn: Drawn, begin: int, end: int) -> None:
     """Takes the scores of the tokens that follow tokens `begin` to `end`."""
@@ -82,7 +82,8 @@ class Answer:
 
   def end(self, finish: Finish, error: str = '') -> Event:
     """The last event, without a token."""
-    return self._event(finish=finish, error=error)
+    piece = self._stream.finish() if finish == 'stop' else ''
+    return self._event(text=piece, finish=finish, error=error)
 
   def _ending(self, token: int) -> tuple[Finish | None, int | None]:
     job = self._job

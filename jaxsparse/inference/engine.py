@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
 from jaxsparse.config.errors import require
+from jaxsparse.inference.grammar import Guides
 from jaxsparse.inference.jobs import (
   Draining,
   EngineDead,
@@ -16,6 +17,7 @@ from jaxsparse.inference.jobs import (
   Starting,
 )
 from jaxsparse.inference.mailbox import Mailbox
+from jaxsparse.inference.masks import Masks
 from jaxsparse.inference.slot_programs import Programs
 from jaxsparse.inference.turns import Deliver, Entry, Observe, Turns
 
@@ -64,6 +66,7 @@ class Engine:
     self._prefix_bytes, self._root = prefix_bytes, root
     self._mailbox = Mailbox(max_queue, max_queue_tokens)
     self._turns: Turns | None = None
+    self._masks: Masks | None = None
     self._is_idle, self._beat = False, time.monotonic()
     self._thread = threading.Thread(
       target=self._run, name='engine', daemon=True
@@ -119,9 +122,9 @@ class Engine:
     """
     if self.state != 'dead':
       self.state = 'draining'
-    self._mailbox.put('drain', None)
+    self._mailbox.put('drain')
     is_done = self._mailbox.wait_for_end(seconds)
-    self._mailbox.put('stop', None)
+    self._mailbox.put('stop')
     if self._thread.is_alive():
       # A device that hangs must not keep the process.
       self._thread.join(_LAST_SECONDS)
@@ -187,12 +190,17 @@ class Engine:
     self._programs = self._build(self._tell)
     if self._mailbox.max_waiting is None:
       self._mailbox.max_waiting = _QUEUE * self._programs.num_slots
+    guides = Guides(self._tokenizer, self._programs.vocab_size)
+    self._masks = Masks(
+      guides, lambda *content: self._mailbox.put('mask', *content)
+    )
     self._turns = Turns(
       self._programs,
       self._prefix_bytes,
       self._root,
       self._observe,
       self._mailbox.leave_queue,
+      self._masks,
     )
     self.limit = self._programs.length
     if self.state == 'starting':
@@ -205,22 +213,25 @@ class Engine:
     """Waits for something to do; False when the engine is to end."""
     if not self._turns.has_work:
       self._is_idle = True
-      self._mailbox.wait()
+      self._mailbox.wait(self._masks.seconds_left)
     self._beat, self._is_idle = time.monotonic(), False
     while message := self._mailbox.take():
       kind, *content = message
       if kind == 'stop':
         return False
       self._handle(kind, *content)
+    self._turns.end_overdue()
     self._deliver()
     return True
 
-  def _handle(self, kind: str, content: Any) -> None:
+  def _handle(self, kind: str, *content: Any) -> None:
     turns = self._turns
     if kind == 'add':
-      turns.add(content)
+      turns.add(*content)
     elif kind == 'cancel':
-      turns.cancel(content)
+      turns.cancel(*content)
+    elif kind == 'mask':
+      turns.take_mask(*content)
     if self.state == 'draining':
       turns.end_waiting('draining')
 
@@ -254,3 +265,4 @@ class Engine:
       error = f'the engine has failed: {self.failure!r}'
       self._turns.end_all('error', error)
     self._deliver()
+    self._masks.close()

@@ -4,6 +4,8 @@
 import dataclasses
 from typing import Literal
 
+from jaxsparse.inference.grammar import Grammar
+
 Finish = Literal['stop', 'length', 'abort', 'error']
 
 # Programs in the order of what they can do: each does what those before it do.
@@ -68,8 +70,8 @@ class Job:
   wants_prompt_logprobs: bool = False
   # Only jobs with the same one share what has been read of a prompt.
   salt: str = ''
-  # What the text has to match; see `grammar`.
-  grammar: object | None = None
+  # What the text has to match.
+  grammar: Grammar | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +105,10 @@ class Event:
   stop_reason: str | int | None = None
   # A sentence where `finish` is 'error', or why it is 'abort'.
   error: str = ''
-  # Tokens of the prompt that had been read for an earlier job.
+  # Of the first event. Tokens of the prompt that had been read for an earlier
+  # job, and for how long the job has waited for its slot.
   num_cached: int = 0
+  queue_seconds: float = 0.0
 
 
 class QueueFull(Exception):

@@ -68,10 +68,10 @@ class Mailbox:
       self._messages.extend(messages)
       self._condition.notify_all()
 
-  def wait(self) -> None:
-    """Until there is a message."""
+  def wait(self, seconds: float | None = None) -> None:
+    """Until there is a message, at most so long."""
     with self._condition:
-      self._condition.wait_for(lambda: self._messages)
+      self._condition.wait_for(lambda: self._messages, seconds)
 
   def take(self) -> tuple | None:
     """The oldest message, None if there is none."""

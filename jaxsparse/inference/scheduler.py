@@ -23,7 +23,7 @@ class Task:
   num_prompt: int
   # To draw, at most.
   max_tokens: int
-  # Whether each token must be known before the next is drawn.
+  # Whether it has to be released before each token is drawn.
   is_stepwise: bool = False
 
 
@@ -46,8 +46,6 @@ class _Tenant:
   num_read: int = 0
   # Tokens whose drawing has been given to the device.
   num_drawn: int = 0
-  # A stepwise job whose last token is not known yet.
-  is_held: bool = False
 
   @property
   def num_left(self) -> int:
@@ -72,6 +70,8 @@ class Scheduler:
     )
     self._tenants: list[_Tenant | None] = [None] * num_slots
     self._slots: dict[str, int] = {}
+    # Stepwise jobs that may not draw.
+    self._held: set[str] = set()
     self._num_admitted = 0
     self._has_passed = False
 
@@ -100,8 +100,9 @@ class Scheduler:
   @property
   def has_work(self) -> bool:
     """Whether there is something to admit, to read or to draw."""
-    can_admit = bool(self._waiting and self.free)
-    return can_admit or bool(self.reading or self.drawers())
+    if self._waiting and self.free:
+      return True
+    return self.next_reader() is not None or bool(self.drawers())
 
   def tenant(self, slot: int) -> str:
     """The job that has a slot."""
@@ -128,9 +129,12 @@ class Scheduler:
   def add(self, task: Task) -> None:
     """Puts a job at the end of the queue; its id is new."""
     self._waiting[task.id] = task
+    if task.is_stepwise:
+      self._held.add(task.id)
 
   def remove(self, job_id: str) -> None:
     """Ends a job wherever it is; its slot is free at once."""
+    self._held.discard(job_id)
     if self._waiting.pop(job_id, None) is None:
       self._tenants[self._slots.pop(job_id)] = None
 
@@ -150,7 +154,10 @@ class Scheduler:
   def next_reader(self) -> int | None:
     """The slot of whose prompt a chunk is read next, None if there is none."""
     readers = sorted(
-      (tenant.number, slot) for slot, tenant in self._taken() if tenant.num_left
+      (tenant.number, slot)
+      for slot, tenant in self._taken()
+      if tenant.num_left
+      and not (self._is_held(tenant) and self._is_short(slot))
     )
     if not readers:
       return None
@@ -180,7 +187,7 @@ class Scheduler:
     return tuple(
       slot
       for slot, tenant in self._taken()
-      if not (tenant.num_left or tenant.is_held)
+      if not (tenant.num_left or self._is_held(tenant))
       and tenant.num_drawn < tenant.task.max_tokens
     )
 
@@ -191,13 +198,17 @@ class Scheduler:
       self._draw(self._tenants[slot])
     return slots
 
-  def release(self, slot: int) -> None:
-    """A stepwise job's last token is known: it may draw the next one."""
-    self._tenants[slot].is_held = False
+  def release(self, job_id: str) -> None:
+    """Lets a stepwise job draw one token."""
+    self._held.discard(job_id)
 
   def _draw(self, tenant: _Tenant) -> None:
     tenant.num_drawn += 1
-    tenant.is_held = tenant.task.is_stepwise
+    if tenant.task.is_stepwise:
+      self._held.add(tenant.task.id)
+
+  def _is_held(self, tenant: _Tenant) -> bool:
+    return tenant.task.id in self._held
 
   def _is_short(self, slot: int) -> bool:
     return self._tenants[slot].num_left <= self._chunk

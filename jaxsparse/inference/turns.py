@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 from jaxsparse.inference.answer import Answer
+from jaxsparse.inference.grammar import Guide
 from jaxsparse.inference.jobs import Event, Finish, Form, Job
+from jaxsparse.inference.masks import MOST_SECONDS, Masks
 from jaxsparse.inference.prefix_store import PrefixStore
 from jaxsparse.inference.scheduler import Chunk, Scheduler, Task
 from jaxsparse.inference.slot_programs import Pending, Programs
@@ -29,9 +31,13 @@ class Entry:
   ):
     self.job, self.deliver, self.submitted = job, deliver, submitted
     self.answer = Answer(job, tokenizer)
-    self.form: Form = (
-      'logprobs' if job.num_logprobs is not None else job.sampling.form
-    )
+    self.form: Form = job.sampling.form
+    if job.grammar is not None:
+      self.form = 'sorted'
+    if job.num_logprobs is not None:
+      self.form = 'logprobs'
+    # Of a job with a grammar: which tokens may be next.
+    self.guide: Guide | None = None
     # Numbers of read tokens after which the state is kept.
     self.keep_at: frozenset[int] = frozenset()
     # What is drawn later is nobody's: the slot may have another tenant by then.
@@ -60,6 +66,7 @@ class Turns:
     root: what that depends on.
     observe: given measures.
     leave_queue: called with a job that waits no more.
+    masks: makes what grammars allow, for tokens of this model.
   """
 
   def __init__(
@@ -69,10 +76,11 @@ class Turns:
     root: str,
     observe: Observe,
     leave_queue: Callable[[Job], Any],
+    masks: Masks,
   ):
     size = programs.chunks[0]
     self._programs, self._observe = programs, observe
-    self._leave_queue = leave_queue
+    self._leave_queue, self._masks = leave_queue, masks
     self.scheduler = Scheduler(programs.num_slots, size)
     self.store = PrefixStore(size, prefix_bytes, root)
     self.entries: dict[str, Entry] = {}
@@ -91,12 +99,35 @@ class Turns:
   def add(self, entry: Entry) -> None:
     job = entry.job
     self.entries[job.id] = entry
-    self.scheduler.add(Task(job.id, len(job.tokens), job.max_tokens))
+    is_guided = job.grammar is not None and job.max_tokens > 0
+    task = Task(job.id, len(job.tokens), job.max_tokens, is_stepwise=is_guided)
+    self.scheduler.add(task)
+    if is_guided:
+      self._masks.start(entry, job.grammar)
+
+  def take_mask(self, entry: Entry, guide: Guide | None, error: str) -> None:
+    """What may be next in a text with a grammar is known, or why it is not."""
+    if entry.is_over:
+      return
+    self._masks.end(entry)
+    if guide is None:
+      self._end(entry, entry.answer.end('error', error))
+    elif guide.is_over:
+      self._end(entry, entry.answer.end('stop'))
+    else:
+      entry.guide = guide
+      self.scheduler.release(entry.job.id)
 
   def cancel(self, job_id: str) -> None:
     if entry := self.entries.get(job_id):
       self.cancelled[self.scheduler.place(job_id)] += 1
       self._end(entry, entry.answer.end('abort'))
+
+  def end_overdue(self) -> None:
+    """Ends the jobs whose grammars take too long."""
+    for entry in self._masks.overdue():
+      error = f'the grammar takes more than {MOST_SECONDS:.0f} seconds.'
+      self._end(entry, entry.answer.end('error', error))
 
   def end_waiting(self, error: str) -> None:
     """Ends the jobs that have no slot."""
@@ -135,7 +166,9 @@ class Turns:
       entry = self.entries[job_id]
       self._leave_queue(entry.job)
       self.counts['prompt_tokens'] += len(entry.job.tokens)
-      self._observe('request_queue_time_seconds', now - entry.submitted, '')
+      seconds = now - entry.submitted
+      entry.answer.note(queue_seconds=seconds)
+      self._observe('request_queue_time_seconds', seconds, '')
     for slot, job_id in admitted:
       self._programs.start(slot, self.entries[job_id].job.sampling)
 
@@ -149,14 +182,17 @@ class Turns:
     begun, is_drawn = time.monotonic(), chunk.is_last and job.max_tokens > 0
     drawers = ((slot, entry),) if is_drawn else ()
     form = entry.form if is_drawn else 'plain'
+    mask = entry.guide.mask if is_drawn and entry.guide else None
     if job.wants_prompt_logprobs:
       targets = np.zeros_like(tokens)
       following = job.tokens[chunk.begin + 1 : chunk.end + 1]
       targets[: len(following)] = following
-      pending = self._programs.score(slot, tokens, targets, is_drawn, form)
+      pending = self._programs.score(
+        slot, tokens, targets, is_drawn, form, mask
+      )
       program = 'score'
     else:
-      pending = self._programs.prefill(slot, tokens, is_drawn, form)
+      pending = self._programs.prefill(slot, tokens, is_drawn, form, mask)
       program = 'prefill'
     self._in_flight.append(
       _Step(program, pending, begun, drawers, (entry, chunk))
@@ -175,7 +211,7 @@ class Turns:
       self.counts['prefix_cache_hits'] += snapshot.length
       self._programs.insert(slot, snapshot)
       self.scheduler.skip(slot, snapshot.length)
-      entry.answer.begin(snapshot.length)
+      entry.answer.note(num_cached=snapshot.length)
     entry.keep_at = self.store.worth_keeping(job.tokens, job.salt)
 
   def _decode(self, slots: tuple[int, ...]) -> None:
@@ -185,9 +221,21 @@ class Turns:
     is_live = np.zeros(num_slots, bool)
     is_live[list(slots)] = True
     begun = time.monotonic()
-    pending = self._programs.decode(is_live, form, None)
+    pending = self._programs.decode(is_live, form, self._mask(drawers))
     self._in_flight.append(_Step(form, pending, begun, drawers))
     self._observe('batch_occupancy', len(slots), '')
+
+  def _mask(self, drawers: tuple[tuple[int, Entry], ...]) -> np.ndarray | None:
+    """Tokens that may be drawn, a bit for each; None if all of them may be."""
+    guided = [(slot, entry.guide) for slot, entry in drawers if entry.guide]
+    if not guided:
+      return None
+    programs = self._programs
+    shape = programs.num_slots, -(-programs.vocab_size // 32)
+    mask = np.full(shape, 2**32 - 1, np.uint32)
+    for slot, guide in guided:
+      mask[slot] = guide.mask
+    return mask
 
   def _entry(self, slot: int) -> Entry:
     return self.entries[self.scheduler.tenant(slot)]
@@ -215,6 +263,8 @@ class Turns:
         self._end(entry, event)
       else:
         self._put(entry, event)
+        if entry.guide:
+          self._masks.advance(entry, entry.guide, event.tokens[0])
 
   def _put(self, entry: Entry, event: Event) -> None:
     self._events.setdefault(entry.deliver, []).append(event)
@@ -226,6 +276,7 @@ class Turns:
       self._leave_queue(job)
     self.scheduler.remove(job.id)
     entry.is_over = True
+    self._masks.end(entry)
     del self.entries[job.id]
     self.finished[event.finish] += 1
     self._put(entry, event)

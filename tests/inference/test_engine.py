@@ -4,6 +4,7 @@
 import collections
 import itertools
 import random
+import re
 import threading
 import time
 
@@ -20,7 +21,9 @@ from told import Told
 
 from jaxsparse.config.errors import UserError
 from jaxsparse.data.tokenizer import ByteTokenizer
+from jaxsparse.inference import masks
 from jaxsparse.inference.engine import Engine
+from jaxsparse.inference.grammar import Grammar, Guides
 from jaxsparse.inference.jobs import (
   Draining,
   EngineDead,
@@ -323,9 +326,10 @@ def test_queues_are_bounded_by_jobs_and_by_tokens(engine_of):
   with pytest.raises(UserError, match='5 texts at once must be at most 4'):
     engine.submit_all([job(f'n{i}', 1, 1) for i in range(5)], told)
   assert engine.stats().rejected == dict(requests=1, tokens=1)
+  time.sleep(0.05)
   engine.cancel('runs')
   for name in ('1', '2', '3', 'fits'):
-    told.wait(name)
+    assert told.wait(name)[0].queue_seconds > 0.05
 
 
 def test_either_all_choices_are_taken_or_none(engine_of):
@@ -475,6 +479,63 @@ def test_what_is_measured(engine_of):
   assert labels['request_queue_time_seconds', ''] == 1
   assert all(value >= 0 for _, value, _ in measures)
   assert engine.stats().steps == dict(prefill=3, plain=4)
+
+
+def test_texts_with_grammars_among_others(engine_of):
+  programs = FakePrograms(3)
+  engine, told = engine_of(programs, max_queue=20), Told()
+  plain = job('plain', 3, 90, sampling=JobSampling(ignore_eos=True))
+  engine.submit(plain, told)
+  for seed in range(6):
+    x = job(
+      f'{seed}', 20, 20, grammar=Grammar('regex', '[ab]{3}(cd)?[0-9]{2}'),
+      sampling=JobSampling(seed=seed), wants_prompt_logprobs=seed == 5,
+    )  # fmt: skip
+    engine.submit(x, told)
+  for seed in range(6):
+    assert re.fullmatch('[ab]{3}(cd)?[0-9]{2}', told.text(f'{seed}'))
+    assert told.finish(f'{seed}') == 'stop'
+    assert ''.join(map(chr, told.tokens(f'{seed}'))) == told.text(f'{seed}')
+  assert told.tokens('plain') == alone(plain)[0]
+  # Others have not waited for it: as many steps as tokens, or none for chunks.
+  decoded = [what for name, what in programs.calls if name == 'decode']
+  slot = next(iter(collections.Counter(sum(decoded, ())).most_common(1)))[0]
+  first, last = (
+    f(i for i, slots in enumerate(decoded) if slot in slots) for f in (min, max)
+  )
+  assert last - first + 1 == 89
+
+
+def test_a_grammar_ends_with_the_length_and_a_stop_string(engine_of):
+  engine, told = engine_of(), Told()
+  grammar = Grammar('regex', 'abcabc[0-9]*')
+  engine.submit(job('x', max_tokens=4, grammar=grammar), told)
+  engine.submit(job('y', grammar=grammar, stop=('cab',)), told)
+  # The last letters may begin it.
+  engine.submit(job('z', grammar=Grammar('regex', 'abc'), stop=('cx',)), told)
+  ends = [(told.text(x), told.finish(x)) for x in 'xyz']
+  assert ends == [('abca', 'length'), ('ab', 'stop'), ('abc', 'stop')]
+
+
+def test_a_grammar_that_is_none_or_takes_too_long(engine_of, monkeypatch):
+  monkeypatch.setattr(masks, 'MOST_SECONDS', 0.3)
+  engine, told = engine_of(), Told()
+  is_free = threading.Event()
+  engine.submit(job('none', grammar=Grammar('regex', 'a{')), told)
+  assert told.wait('none')[-1].finish == 'error'
+  assert 'unclosed' in told.events['none'][-1].error
+  monkeypatch.setattr(Guides, 'start', lambda *args: is_free.wait(20))
+  engine.submit(job('slow', grammar=Grammar('regex', 'a')), told)
+  engine.submit(job('gone', grammar=Grammar('regex', 'a')), told)
+  engine.cancel('gone')
+  assert told.wait('gone')[-1].finish == 'abort'
+  last = told.wait('slow')[-1]
+  assert (last.finish, last.error[:22]) == ('error', 'the grammar takes more')
+  # What comes too late is nobody's.
+  is_free.set()
+  engine.submit(job('x', 3, 4), told)
+  assert told.tokens('x') == alone(job('x', 3, 4))[0]
+  assert engine.state == 'ready'
 
 
 def test_many_clients_with_cancels_and_refusals(engine_of):

@@ -148,7 +148,7 @@ def test_the_order_of_arrival_changes_nothing(name):
 
 
 def test_nothing_compiles_whatever_is_asked_for():
-  engine, told = started('convolved', prefix_bytes=50_000), Told()
+  engine, told = started('convolved', prefix_bytes=50_000, max_queue=99), Told()
   options = dict(
     plain=dict(),
     penalties=dict(
@@ -215,8 +215,7 @@ def test_many_clients_who_come_and_go():
         try:
           engine.submit(job, told)
           break
-        except QueueFull as error:
-          assert 1 <= error.retry_after <= 120
+        except QueueFull:
           ends['refused'] += 1
           time.sleep(0.01 * rng.random())
       if is_gone := rng.random() < 0.3:

@@ -212,11 +212,19 @@ def test_a_long_prompt_is_read_however_many_short_ones_come():
 
 def test_a_stepwise_job_draws_only_what_has_been_released():
   scheduler = Scheduler(2, 4)
+  scheduler.add(Task('held', 5, 9, is_stepwise=True))
   scheduler.add(Task('free', 1, 9))
-  scheduler.add(Task('held', 1, 9, is_stepwise=True))
   scheduler.admit()
-  for _ in range(2):
-    scheduler.read(scheduler.next_reader())
-  assert [scheduler.draw() for _ in range(2)] == [(0,), (0,)]
-  scheduler.release(1)
-  assert [scheduler.draw() for _ in range(2)] == [(0, 1), (0,)]
+  # The last chunk draws.
+  assert [scheduler.read(scheduler.next_reader()).slot for _ in '12'] == [1, 0]
+  assert scheduler.next_reader() is None
+  assert [scheduler.draw() for _ in '12'] == [(1,), (1,)]
+  scheduler.release('held')
+  assert scheduler.read(scheduler.next_reader()).is_last
+  assert [scheduler.draw() for _ in '12'] == [(1,), (1,)]
+  scheduler.release('held')
+  assert [scheduler.draw() for _ in '12'] == [(0, 1), (1,)]
+  scheduler.remove('free')
+  assert not scheduler.has_work
+  scheduler.release('held')
+  assert scheduler.has_work
