@@ -7,6 +7,7 @@ import dataclasses
 import functools
 import pathlib
 import random
+import re
 import threading
 import time
 
@@ -19,6 +20,7 @@ from told import Told
 
 from jaxsparse.inference.decoding import generate_tokens
 from jaxsparse.inference.engine import Engine
+from jaxsparse.inference.grammar import Grammar
 from jaxsparse.inference.jobs import Job, JobSampling, QueueFull
 from jaxsparse.inference.sampling import Sampling
 from jaxsparse.inference.slot_programs import Programs
@@ -30,12 +32,15 @@ pytestmark = pytest.mark.slow
 
 
 class Letters:
-  """A tokenizer of V letters, of which none ends a document."""
+  """A tokenizer of letters, and of a token more that ends a document."""
 
-  boundary_id, vocab_size = -1, V
+  boundary_id, vocab_size = V - 1, V
+
+  def encode(self, text):
+    return np.array([ord(x) - 97 for x in text], np.int32)
 
   def decode_bytes(self, ids):
-    return bytes(97 + int(i) for i in ids)
+    return bytes(97 + int(i) for i in ids if i != self.boundary_id)
 
 
 @functools.cache
@@ -44,26 +49,35 @@ def programs_of(name):
   bounded = config.sparse and config.sparse.history_blocks
   params = jax.tree.map(jnp.asarray, make_params(config)['params'])
   return Programs.compile(
-    config, params, NUM_SLOTS, LENGTH, (C, 2), bounded or None
+    config,
+    params,
+    NUM_SLOTS,
+    LENGTH,
+    (C, 2),
+    bounded or None,
+    boundary_id=V - 1,
   )
 
 
 def jobs():
+  """Each prompt twice, once of them with log-probabilities."""
   rng = np.random.default_rng(1)
   samplings = [
-    JobSampling(temperature=0.0),
-    JobSampling(temperature=1.3, seed=7),
-    JobSampling(top_k=5, top_p=0.8, seed=2**32 - 1),
+    JobSampling(temperature=0.0, ignore_eos=True),
+    JobSampling(temperature=1.3, seed=7, ignore_eos=True),
+    JobSampling(top_k=5, top_p=0.8, seed=2**32 - 1, ignore_eos=True),
   ]
+  prompts = [rng.integers(0, V, n).tolist() for n in NUM_PROMPTS]
   return [
     Job(
-      id=f'{i}',
-      tokens=tuple(rng.integers(0, V, num_prompt).tolist()),
+      id=f'{i} {num_logprobs}',
+      tokens=tuple(prompt),
       max_tokens=5 + i % 3,
       sampling=samplings[i % 3],
-      num_logprobs=3 if i % 2 else None,
+      num_logprobs=num_logprobs,
     )
-    for i, num_prompt in enumerate(NUM_PROMPTS * 2)
+    for i, prompt in enumerate(prompts)
+    for num_logprobs in (None, 3)
   ]
 
 
@@ -73,6 +87,8 @@ def generated(name):
   params = jax.tree.map(jnp.asarray, make_params(MODELS[name])['params'])
   found = {}
   for job in jobs():
+    if job.num_logprobs is not None:
+      continue
     how = job.sampling
     sampling = Sampling(
       temperature=how.temperature, top_k=how.top_k, top_p=how.top_p
@@ -86,6 +102,7 @@ def generated(name):
       np.uint32(how.seed),
     )
     found[job.id] = tuple(int(step[0]) for step in steps)
+    found[f'{job.id[0]} 3'] = found[job.id]
   return found
 
 
@@ -162,6 +179,7 @@ def test_nothing_compiles_whatever_is_asked_for():
     ids=dict(stop_token_ids=(1, 2)),
     logprobs=dict(num_logprobs=20),
     echo=dict(wants_prompt_logprobs=True, num_logprobs=1),
+    grammar=dict(grammar=Grammar('regex', '[ab]{2}c{2}')),
     scored=dict(wants_prompt_logprobs=True, max_tokens=0),
   )
   with no_compilation():
@@ -177,13 +195,15 @@ def test_nothing_compiles_whatever_is_asked_for():
       for name in options:
         told.wait(f'{name} {repeat}')
   assert told.tokens('bias 0') == (3,) * 6
+  assert re.fullmatch('[ab]{2}cc', told.text('grammar 0'))
   assert len(told.events['scored 0'][-1].prompt_logprobs) == 13
   assert engine.drain(10)
 
 
 def test_scores_of_a_prompt_are_those_of_its_tokens_when_drawn():
   engine, told = started('convolved'), Told()
-  greedy = dict(sampling=JobSampling(temperature=0.0), num_logprobs=2)
+  sampling = JobSampling(temperature=0.0, ignore_eos=True)
+  greedy = dict(sampling=sampling, num_logprobs=2)
   engine.submit(Job(id='x', tokens=(1, 2, 3), max_tokens=9, **greedy), told)
   tokens = (1, 2, 3, *told.tokens('x'))
   scored = dict(wants_prompt_logprobs=True, num_logprobs=2, max_tokens=0)
@@ -258,7 +278,13 @@ def test_a_program_that_fails_ends_every_job(caplog):
     raise RuntimeError('out of memory')
 
   for name in 'abcd':
-    engine.submit(Job(id=name, tokens=(1, 2), max_tokens=29), told)
+    job = Job(
+      id=name,
+      tokens=(1, 2),
+      max_tokens=29,
+      sampling=JobSampling(ignore_eos=True),
+    )
+    engine.submit(job, told)
   told.wait('a', has=len)
   run['plain'] = fail
   try:
