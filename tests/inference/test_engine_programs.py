@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from letters import Letters
 from slot_models import MODELS, V, make_params
 from told import Told
 
@@ -29,18 +30,6 @@ C, NUM_SLOTS, LENGTH = 4, 3, 32
 NUM_PROMPTS = (1, C - 1, C, C + 1, 3 * C + 5)
 # Programs of thirteen models, each of them compiled.
 pytestmark = pytest.mark.slow
-
-
-class Letters:
-  """A tokenizer of letters, and of a token more that ends a document."""
-
-  boundary_id, vocab_size = V - 1, V
-
-  def encode(self, text):
-    return np.array([ord(x) - 97 for x in text], np.int32)
-
-  def decode_bytes(self, ids):
-    return bytes(97 + int(i) for i in ids if i != self.boundary_id)
 
 
 @functools.cache
@@ -124,7 +113,7 @@ def serve(engine, order, cancelled=()):
 
 def started(name, **options):
   programs = programs_of(name)
-  engine = Engine(lambda tell: programs, Letters(), **options)
+  engine = Engine(lambda tell: programs, Letters(V - 1), **options)
   engine.start()
   while engine.state == 'starting':
     time.sleep(0.01)

@@ -1,16 +1,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Slots as an engine drives them: what a request gets hangs on it alone."""
 
+import dataclasses
 import functools
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from lanes import few
+from letters import Letters
 from slot_models import MODELS, V, make_params
+from told import Told
 
-from jaxsparse.inference.jobs import JobSampling
+from jaxsparse.inference.engine import Engine
+from jaxsparse.inference.jobs import Job, JobSampling
 from jaxsparse.inference.sampling import Sampling, sample
 from jaxsparse.inference.slot_programs import Programs
 from jaxsparse.nn.transformer import Transformer, init_cache
@@ -284,3 +289,25 @@ def test_a_bounded_history_reads_without_an_end():
   scores = np.asarray(scores_of_text(padded(text[:length], length)))
   found = scores[1 : len(text) - 1].argmax(1).tolist()
   assert found == [first, *other]
+
+
+def test_an_engine_serves_what_a_request_gets_alone():
+  run, told = programs('convolved'), Told()
+  engine = Engine(lambda tell: run, Letters(), prefix_bytes=20_000)
+  engine.start()
+  jobs = [
+    Job(id=f'{i}', tokens=tuple(text), max_tokens=MAX_TOKENS, sampling=how)
+    for i, (text, how) in enumerate(zip(prompts(), SAMPLINGS, strict=True))
+  ]
+  while engine.state == 'starting':
+    time.sleep(0.01)
+  for turn in range(3):
+    copies = [dataclasses.replace(x, id=f'{turn} {x.id}') for x in jobs]
+    for job in reversed(copies) if turn == 1 else copies:
+      engine.submit(job, told)
+    found = {i: list(told.tokens(x.id)) for i, x in enumerate(copies)}
+    assert found == alone('convolved')
+  # Prompts were read once but for their ends.
+  num_shared = sum((n - 1) // C * C for n in PROMPTS)
+  assert engine.stats().prefix_cache_hits == 2 * num_shared
+  assert engine.drain(10)
