@@ -267,7 +267,8 @@ def test_a_late_token_is_not_the_next_tenants(engine_of):
 
 
 def test_cancel_at_any_time_ends_one_job_and_no_other(engine_of):
-  engine, told = engine_of(FakePrograms(2, 0.002)), Told()
+  programs = FakePrograms(2, 0.05)
+  engine, told = engine_of(programs), Told()
   forever = dict(sampling=JobSampling(ignore_eos=True))
   names = ['a', 'b', 'waiting', 'c']
   for name in names:
@@ -276,9 +277,11 @@ def test_cancel_at_any_time_ends_one_job_and_no_other(engine_of):
     engine.cancel(name)
   for name in ('waiting', 'b'):
     assert told.wait(name)[-1].finish == 'abort'
+  programs.seconds = 0
   for name in ('a', 'c'):
     assert told.tokens(name) == alone(job(name, 3, 60, **forever))[0]
     engine.cancel(name)
+  programs.seconds = 0.05
   engine.submit(job('reading', 80, 5), told)
   wait_until(lambda: engine.stats().reading)
   engine.cancel('reading')
@@ -307,7 +310,8 @@ def test_cancelled_within_a_step(engine_of):
 
 
 def test_queues_are_bounded_by_jobs_and_by_tokens(engine_of):
-  engine, told = engine_of(FakePrograms(1, 0.01), max_queue_tokens=50), Told()
+  programs = FakePrograms(1, 0.05)
+  engine, told = engine_of(programs, max_queue_tokens=50), Told()
   slow = dict(sampling=JobSampling(ignore_eos=True))
   engine.submit(job('runs', 3, 90, **slow), told)
   wait_until(lambda: engine.stats().running)
@@ -328,18 +332,22 @@ def test_queues_are_bounded_by_jobs_and_by_tokens(engine_of):
   assert engine.stats().rejected == dict(requests=1, tokens=1)
   time.sleep(0.05)
   engine.cancel('runs')
+  programs.seconds = 0
   for name in ('1', '2', '3', 'fits'):
     assert told.wait(name)[0].queue_seconds > 0.05
 
 
 def test_either_all_choices_are_taken_or_none(engine_of):
-  engine, told = engine_of(FakePrograms(1, 0.01)), Told()
-  engine.submit(job('runs', 3, 90), told)
+  programs = FakePrograms(1, 0.05)
+  engine, told = engine_of(programs), Told()
+  forever = dict(sampling=JobSampling(ignore_eos=True))
+  engine.submit(job('runs', 3, 90, **forever), told)
   wait_until(lambda: not engine.stats().waiting)
   engine.submit_all([job(i, 3, 1) for i in range(3)], told)
   with pytest.raises(QueueFull):
     engine.submit_all([job(f'n{i}', 3, 1) for i in range(2)], told)
   assert engine.stats().waiting == 3
+  programs.seconds = 0
 
 
 @pytest.mark.parametrize(
@@ -408,7 +416,7 @@ def test_a_device_that_hangs_shows_in_the_heartbeat(engine_of):
 
 
 def test_draining_finishes_what_runs_and_nothing_else(engine_of):
-  engine, told = engine_of(FakePrograms(2, 0.005)), Told()
+  engine, told = engine_of(FakePrograms(2, 0.02)), Told()
   slow = dict(sampling=JobSampling(ignore_eos=True))
   for name in ('a', 'b', 'waits'):
     engine.submit(job(name, 3, 40, **slow), told)
