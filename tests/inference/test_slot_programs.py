@@ -292,7 +292,7 @@ def test_a_bounded_history_reads_without_an_end():
 
 
 def test_an_engine_serves_what_a_request_gets_alone():
-  run, told = programs('convolved'), Told()
+  run, told = programs('small'), Told()
   engine = Engine(lambda tell: run, Letters(), prefix_bytes=20_000)
   engine.start()
   jobs = [
@@ -306,7 +306,7 @@ def test_an_engine_serves_what_a_request_gets_alone():
     for job in reversed(copies) if turn == 1 else copies:
       engine.submit(job, told)
     found = {i: list(told.tokens(x.id)) for i, x in enumerate(copies)}
-    assert found == alone('convolved')
+    assert found == alone('small')
   # Prompts were read once but for their ends.
   num_shared = sum((n - 1) // C * C for n in PROMPTS)
   assert engine.stats().prefix_cache_hits == 2 * num_shared
