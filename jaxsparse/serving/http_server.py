@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import os
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
@@ -64,6 +65,10 @@ class Protocol(H11Protocol):
 
   def connection_made(self, transport: Any) -> None:
     super().connection_made(transport)
+    # Headers and body are two writes: the second would wait for the client to
+    # acknowledge the first.
+    kernel = transport.get_extra_info('socket')
+    kernel.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
     self._watch_request()
 
   def handle_events(self) -> None:

@@ -6,10 +6,12 @@ import math
 import secrets
 from typing import Any
 
+from msgspec import Raw
+
 from jaxsparse.config.errors import shown
 from jaxsparse.inference.jobs import JobSampling
 from jaxsparse.serving.errors import ApiError, wrong
-from jaxsparse.serving.protocol import GenerationRequest
+from jaxsparse.serving.protocol import GenerationRequest, decode
 
 MOST_PROMPTS = 64
 MOST_CHOICES = 16
@@ -21,6 +23,10 @@ MOST_STOP_IDS = 64
 MOST_BIASES = 300
 MOST_LOGPROBS = 20
 _MOST_SALT_CHARACTERS = 256
+
+# Of JSON, spaces among them.
+_BYTES_A_BIAS = 64
+_BIASES = dict[str, float] | None
 
 # Seeds are uint32.
 _SEEDS = 2**32
@@ -129,15 +135,13 @@ def _sampling(body: GenerationRequest, vocab_size: int) -> JobSampling:
   )
 
 
-def _bias(
-  given: dict[str, float] | None, vocab_size: int
-) -> tuple[tuple[int, float], ...]:
-  if not given:
-    return ()
-  if len(given) > MOST_BIASES:
+def _bias(raw: Raw, vocab_size: int) -> tuple[tuple[int, float], ...]:
+  content = bytes(raw)
+  is_long = len(content) > _BYTES_A_BIAS * MOST_BIASES
+  given = {} if is_long else decode(content, _BIASES, 'logit_bias') or {}
+  if is_long or len(given) > MOST_BIASES:
     raise wrong(
-      'logit_bias',
-      f'logit_bias must name at most {MOST_BIASES} tokens, got {len(given)}.',
+      'logit_bias', f'logit_bias must name at most {MOST_BIASES} tokens.'
     )
   biases = {}
   for key, value in given.items():

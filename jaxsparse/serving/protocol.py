@@ -51,7 +51,8 @@ class GenerationRequest(
   seed: int | None = None
   stream: bool | None = None
   stream_options: StreamOptions | None = None
-  logit_bias: dict[str, float] | None = None
+  # Looked into only if it is not too long: keys take long to read.
+  logit_bias: Raw = _NOTHING
   presence_penalty: float | None = None
   frequency_penalty: float | None = None
   response_format: ResponseFormat | None = None
@@ -142,12 +143,13 @@ def is_set(raw: Raw) -> bool:
   return bytes(raw).strip() not in (b'null', b'[]', b'{}')
 
 
-def decode(body: bytes, kind: type) -> Any:
+def decode(body: bytes, kind: Any, name: str = '') -> Any:
   """The request that a body holds.
 
   Args:
     body: JSON in UTF-8.
-    kind: one of the structs above.
+    kind: one of the structs above, or another type.
+    name: of the field that the body is; none for all of it.
 
   Raises:
     ApiError: it is no JSON, or a field's name or type is wrong.
@@ -155,7 +157,7 @@ def decode(body: bytes, kind: type) -> Any:
   try:
     return msgspec.json.decode(body, type=kind)
   except msgspec.ValidationError as error:
-    raise _of_field(str(error), kind) from error
+    raise _of_field(str(error), kind, name) from error
   except RecursionError as error:
     raise _no_json('it is nested too deep') from error
   # The latter is no subclass: of bytes that are no UTF-8.
@@ -172,11 +174,11 @@ def _no_json(why: str) -> ApiError:
   return ApiError(400, 'invalid_json', f'The body is not valid JSON: {why}.')
 
 
-def _of_field(text: str, kind: type) -> ApiError:
+def _of_field(text: str, kind: Any, name: str) -> ApiError:
   """The error of a field, from what msgspec says of it."""
   what, _, path = text.partition(' - at `')
   path = path.removesuffix('`').removeprefix('$').removeprefix('.')
-  path = path.replace('key` in `$.', '')[:_SHOWN]
+  path = (name + path.replace('key` in `$', ''))[:_SHOWN]
   if match := re.fullmatch(
     'Object contains unknown field `(.*)`', what, re.DOTALL
   ):
