@@ -190,7 +190,8 @@ def _page() -> Callable[[Request], Awaitable[Response]]:
   headers = {
     'content-security-policy': "default-src 'none'; connect-src 'self'; "
     f"script-src '{hashes['script']}'; style-src '{hashes['style']}'; "
-    "img-src data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "img-src data:; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'",
     'x-content-type-options': 'nosniff',
     'referrer-policy': 'no-referrer',
   }

@@ -3,12 +3,16 @@
 
 import codecs
 import dataclasses
+import re
 from collections.abc import Iterable, Sequence
 from typing import Any
+
+from msgspec import Raw
 
 from jaxsparse.inference.text import encode_prompt
 from jaxsparse.serving import options
 from jaxsparse.serving.errors import wrong
+from jaxsparse.serving.protocol import decode
 
 # By which answers name the token between documents, which has no text.
 BOUNDARY = '<|endoftext|>'
@@ -33,7 +37,7 @@ Given = str | list[str | int | list[int]] | None
 
 
 def read(
-  given: Given,
+  raw: Raw,
   tokenizer: Any,
   *,
   vocab_size: int,
@@ -43,7 +47,7 @@ def read(
   """The prompts of a request for completions.
 
   Args:
-    given: a string, strings, ids or lists of ids; None begins a document.
+    raw: a string, strings, ids or lists of ids; null begins a document.
     tokenizer: of the model.
     vocab_size: ids are below it.
     limit: tokens that fit.
@@ -52,6 +56,13 @@ def read(
   Raises:
     ApiError: it is none of these, too many, or one is too long.
   """
+  content = bytes(raw)
+  # Millions of ids would take long to read, with all else waiting.
+  is_ids = re.match(rb'[\[\s]+-?\d', content)
+  most = options.MOST_PROMPTS * limit
+  if is_ids and (num_commas := content.count(b',')) >= most:
+    raise options.too_long(num_commas + 1, limit, 'prompt')
+  given: Given = decode(content, Given, 'prompt')
   if given is None or isinstance(given, str):
     parts: Sequence[Any] = [given or '']
   elif given and isinstance(given[0], int):

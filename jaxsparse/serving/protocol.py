@@ -80,7 +80,8 @@ class GenerationRequest(
 class CompletionRequest(GenerationRequest, kw_only=True):
   """The body of /v1/completions."""
 
-  prompt: str | list[str | int | list[int]] | None = None
+  # A `prompts.Given`, looked into only if it is not too long.
+  prompt: Raw = _NOTHING
   echo: bool | None = None
   logprobs: int | None = None
   best_of: int | None = None

@@ -254,11 +254,16 @@ def test_an_engine_that_fails_is_not_asked_again(streams):
       0.1, setattr, (server.engine, 'fault', RuntimeError('broken'))
     )
     timer.start()
-    with pytest.raises(openai.APIError) as caught:
-      found = client.completions.create(
-        model=NAME, prompt='a', max_tokens=200, stream=streams
+
+    def ask():
+      list(
+        client.completions.create(
+          model=NAME, prompt='a', max_tokens=200, stream=streams
+        )
       )
-      list(found)
+
+    with pytest.raises(openai.APIError) as caught:
+      ask()
     assert caught.value.code == 'server_error'
     assert 'broken' not in caught.value.message
     assert len(server.engine.seen) == 1
