@@ -26,6 +26,9 @@ WRITE_SECONDS = 30.0
 
 MOST_CONNECTIONS = 512
 
+# Of a connection that waits to be taken.
+_BACKLOG = 1024
+
 # What is left when the engine has drained is on its way to clients.
 _LAST_BYTES_SECONDS = 5
 
@@ -173,6 +176,7 @@ class Server(uvicorn.Server):
         log_config=None,
         access_log=False,
         server_header=False,
+        backlog=_BACKLOG,
         timeout_keep_alive=5,
         timeout_graceful_shutdown=_LAST_BYTES_SECONDS,
       )

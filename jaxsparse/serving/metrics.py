@@ -112,7 +112,7 @@ class Metrics:
     self,
     stats: Callable[[], EngineStats],
     heartbeat_age: Callable[[], float],
-    model_step: int,
+    model_step: Callable[[], int],
   ) -> None:
     """Adds what the engine counts by itself."""
     self.registry.register(_Engine(stats, heartbeat_age, model_step))
@@ -124,7 +124,7 @@ class Metrics:
 class _Engine(prometheus_client.registry.Collector):
   """Reads the engine when it is asked."""
 
-  def __init__(self, stats, heartbeat_age, model_step: int):
+  def __init__(self, stats, heartbeat_age, model_step):
     self._stats, self._age = stats, heartbeat_age
     self._model_step = model_step
 
@@ -147,7 +147,7 @@ class _Engine(prometheus_client.registry.Collector):
     yield gauge(
       'engine_heartbeat_age_seconds', 'Since its last step.', self._age()
     )
-    yield gauge('model_step', 'Of the checkpoint.', self._model_step)
+    yield gauge('model_step', 'Of the checkpoint.', self._model_step())
     for name, what in _COUNTERS.items():
       value = getattr(stats, name)
       yield CounterMetricFamily(f'{_PREFIX}_{name}', what, value)

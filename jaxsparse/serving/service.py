@@ -44,7 +44,7 @@ class Service:
     *,
     name: str,
     vocab_size: int,
-    step: int = 0,
+    step: Callable[[], int] = lambda: 0,
     template: ChatTemplate | None = None,
     limits: Limits | None = None,
     metrics: Metrics | None = None,
@@ -57,14 +57,14 @@ class Service:
       tokenizer: of the model.
       name: by which clients ask for the model.
       vocab_size: of the model.
-      step: of its checkpoint.
+      step: of its checkpoint, once that is read.
       template: of chats; None where the model has none.
       limits: of requests.
       metrics: to which the engine reports, too.
       logs_text: whether the log holds what was written.
     """
     self.engine, self.tokenizer = engine, tokenizer
-    self.name, self.vocab_size, self.step = name, vocab_size, step
+    self.name, self.vocab_size = name, vocab_size
     self.names = TokenNames(tokenizer)
     self.template = template
     self.limits = limits or Limits()
@@ -89,13 +89,13 @@ class Service:
 
   def trouble(self) -> str:
     """Why no text can be had now, in a sentence, or ''."""
-    match self.engine.state:
-      case 'starting':
-        return f'The server is starting: {self.engine.stage or "loading"}.'
-      case 'draining':
-        return 'The server is ending: it takes no more requests.'
-      case 'dead':
-        return 'The engine has failed: its log says why.'
+    state = self.engine.state
+    if state == 'starting':
+      return f'The server is starting: {self.engine.stage or "loading"}.'
+    if self.engine.failure is not None:
+      return 'The engine has failed: its log says why.'
+    if state != 'ready':
+      return 'The server is ending: it takes no more requests.'
     age = self.engine.heartbeat_age()
     if age > self.limits.heartbeat_seconds:
       return f'The engine has not moved for {age:.0f} s.'

@@ -79,7 +79,7 @@ def running(
     ByteTokenizer(),
     name=NAME,
     vocab_size=257,
-    step=20,
+    step=lambda: 20,
     limits=limits or Limits(),
     **service,
   )
