@@ -102,7 +102,7 @@ async def answer(
   service: Service = request.app.state.service
   num_choices = wanted.num_choices
   options.check_choices(len(found), num_choices, service.engine.stats().slots)
-  grammar = await grammars.of(body, service)
+  grammar = await grammars.of(body)
   request_id = f'{prefix}-{uuid.uuid4().hex}'
   choices = []
   for prompt in found:

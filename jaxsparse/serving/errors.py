@@ -120,11 +120,19 @@ def from_engine(error: Exception) -> ApiError:
   raise error
 
 
-def of_event(event: jobs.Event) -> ApiError | None:
-  """What a job that did not come to its end is to a client."""
+def of_event(event: jobs.Event, is_alive: bool) -> ApiError | None:
+  """What a job that did not come to its end is to a client.
+
+  Args:
+    event: the last one of the job, or one before it.
+    is_alive: whether the engine is.
+  """
   if event.finish == 'abort':
     message = f'The request was ended: {event.error or "cancelled"}.'
     return ApiError(503, 'unavailable', message, retry_after=_DRAINING)
+  if event.finish == 'error' and is_alive:
+    # Of this job alone, such as a grammar that can't be followed.
+    return wrong(None, f'The request can not be served: {event.error}')
   if event.finish == 'error':
     message = f'The engine failed; its log says more of {event.job_id}.'
     return ApiError(500, 'server_error', message)

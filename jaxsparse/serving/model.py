@@ -8,10 +8,13 @@ from typing import Any
 
 import jax
 
+from jaxsparse import mesh
 from jaxsparse.analysis import free_memory
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.data.tokenizer import load_from_workdir
+from jaxsparse.inference import weights
+from jaxsparse.inference.capacity import slots_that_fit
 from jaxsparse.inference.engine import Engine
 from jaxsparse.inference.long_input import with_bounded_history
 from jaxsparse.inference.slot_programs import Programs
@@ -100,8 +103,11 @@ class Model:
     """Loads and compiles, in the engine's thread."""
     sizes = self._sizes
     progress('reading the checkpoint')
-    self.step, params = checkpoint.load_params(
-      self._workdir, self._wanted_step(), self._say
+    devices = None
+    if sizes.devices > 1:
+      devices = mesh.make_mesh(1, 1, sizes.devices)
+    self.step, params = weights.load(
+      self._workdir, self.config, self._wanted_step(), devices, self._say
     )
     num_slots = self._num_slots(_bytes(params))
     programs = Programs.compile(
@@ -117,11 +123,12 @@ class Model:
       boundary_id=self.tokenizer.boundary_id,
     )
     words = free_memory.words
+    is_endless = sizes.history_blocks is not None
+    length = 'any number of' if is_endless else f'{self.length:,}'
     self.on_ready(
-      f'step {self.step}, {num_slots} slots of '
-      f'{"any number of" if sizes.history_blocks is not None else self.length} '
-      f'tokens, weights {words(_bytes(params))}, cache '
-      f'{words(programs.state_bytes)}, {programs.num_compiled} programs'
+      f'step {self.step}, {num_slots} slots of {length} tokens, weights of '
+      f'{words(_bytes(params))}, caches of {words(programs.state_bytes)}, '
+      f'{programs.num_compiled} programs'
     )
     return programs
 
@@ -132,28 +139,33 @@ class Model:
     losses = run_metrics.validation_losses(self._workdir)
     return checkpoint.best_step(self._workdir, losses)
 
-  def _num_slots(self, weights: int) -> int:
+  def _num_slots(self, weight_bytes: int) -> int:
     """As many as asked for, or as many as fit.
 
     Args:
-      weights: bytes that have been taken from what was free.
+      weight_bytes: of the parameters, which are in memory by now.
     """
-    sizes, words = self._sizes, free_memory.words
+    sizes = self._sizes
     free = free_memory.of_device(jax.devices()[0])
-    slot = slot_bytes(self.config, self.length, sizes.history_blocks)
-    slot = -(-slot // sizes.devices)
     if free is None:
       return sizes.slots or _MOST_SLOTS
-    room = (free + weights) * sizes.memory_fraction - weights
-    most = int(room - sizes.prefix_bytes) // slot
-    if (sizes.slots or 1) <= most:
-      return sizes.slots or min(most, _MOST_SLOTS)
-    raise UserError(
-      f'--slots={sizes.slots or 1} of {words(slot)} each do not fit beside '
-      f'{words(weights)} of weights and {words(sizes.prefix_bytes)} of '
-      f'prefixes into {sizes.memory_fraction:.0%} of {words(free + weights)}: '
-      'lower --slots, --max-len or --prefix-mib.'
+    weight_bytes //= sizes.devices
+    one = slot_bytes(self.config, self.length, sizes.history_blocks)
+    # What programs hold as they run is seen only when they are compiled.
+    most = slots_that_fit(
+      free + weight_bytes,
+      sizes.memory_fraction,
+      weight_bytes,
+      _temporary_bytes(self.config, sizes.chunk, self.length),
+      sizes.prefix_bytes,
+      -(-one // sizes.devices),
     )
+    if (sizes.slots or 1) > most:
+      raise UserError(
+        f'--slots={sizes.slots} is more than the {most} that fit into '
+        'memory: lower it, --max-len or --prefix-mib.'
+      )
+    return sizes.slots or min(most, _MOST_SLOTS)
 
 
 def slot_bytes(
@@ -169,6 +181,12 @@ def slot_bytes(
   if history_blocks is not None:
     config = with_bounded_history(config, length, history_blocks or None)
   return _bytes(jax.eval_shape(lambda: init_cache(config, 1, length)))
+
+
+def _temporary_bytes(config: ModelConfig, chunk: int, length: int) -> int:
+  """Of a chunk's scores and its widest activations, several times over."""
+  scores = 4 * config.num_heads * chunk * length
+  return 4 * (scores + 4 * chunk * 8 * config.model_dim)
 
 
 def _bytes(tree: Any) -> int:

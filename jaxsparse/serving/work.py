@@ -91,6 +91,7 @@ class Work:
     self._drawn = dict.fromkeys(self._jobs, 0)
     self._last: dict[str, float] = {}
     self._first: dict[str, float] = {}
+    self._queued = dict.fromkeys(self._jobs, 0.0)
     self._texts = {i: [] for i in self._jobs}
 
   def start(self) -> None:
@@ -126,12 +127,14 @@ class Work:
           'as one may take here.',
         ) from error
       self._note(event)
-      if failed := errors.of_event(event):
+      is_alive = self._engine.failure is None
+      if failed := errors.of_event(event, is_alive):
         raise failed
       yield event
 
   def _note(self, event: Event) -> None:
     now, i = time.monotonic(), event.job_id
+    self._queued[i] = max(self._queued[i], event.queue_seconds)
     if event.tokens:
       if i in self._first:
         gap = (now - self._last[i]) / len(event.tokens)
@@ -154,11 +157,13 @@ class Work:
     job = self._jobs[i]
     first = self._first.get(i)
     log.info(
-      '%s prompt %d drawn %d seed %d first %s total %.3f s finish %s',
+      '%s prompt %d drawn %d seed %d queue %.3f s first %s total %.3f s '
+      'finish %s',
       i,
       len(job.tokens),
       self._drawn[i],
       job.sampling.seed,
+      self._queued[i],
       'none' if first is None else f'{first - self._arrival:.3f} s',
       time.monotonic() - self._arrival,
       finish,

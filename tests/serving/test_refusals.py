@@ -145,6 +145,7 @@ def test_neutral_fields_are_accepted(server):
 def test_without_an_engine_all_is_503(state, sentence):
   engine = FakeEngine(state=state)
   engine.stage = 'compiling 3 of 9'
+  engine.failure = RuntimeError() if state == 'dead' else None
   with running(engine) as server:
     for method, path, body in (
       ('GET', '/health', None),

@@ -146,8 +146,8 @@ def test_no_file_is_opened_for_a_request():
     if isinstance(node, (ast.Name, ast.Attribute))
     and (node.id if isinstance(node, ast.Name) else node.attr) in opening
   }
-  # The page and the template, and `Delivery.open`, which is no file.
-  assert found <= {'app.py', 'chat_template.py', 'work.py', 'flags.py'}
+  # The page, the template and the key; and `Delivery.open`, which is no file.
+  assert found <= {'app.py', 'chat_template.py', 'work.py', 'command.py'}
 
 
 @pytest.mark.parametrize(
