@@ -243,6 +243,21 @@ def test_a_request_has_an_end():
     server.until_idle(1.0)
 
 
+def test_small_answers_are_sent_at_once():
+  """Or the second write of an answer waits for the first's acknowledgement."""
+  found = []
+
+  class Seen(Protocol):
+    def connection_made(self, transport):
+      super().connection_made(transport)
+      kernel = transport.get_extra_info('socket')
+      found.append(kernel.getsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY))
+
+  with running(protocol=Seen) as server:
+    assert server.get('/health')[0] == 200
+  assert found == [1]
+
+
 def test_connections_are_counted(server):
   held = [server.socket() for _ in range(Quick.most_connections)]
   status, _, content = server.request('GET', '/health')
