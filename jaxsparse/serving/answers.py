@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """From events to answers: whole, or as a stream of server-sent events."""
 
+import asyncio
 import dataclasses
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import Any, Protocol
@@ -22,6 +23,12 @@ _STREAM_HEADERS = {
   'cache-control': 'no-cache',
   'x-accel-buffering': 'no',
 }
+
+
+# Of silence, such as while a long prompt is read, after which a comment is
+# sent: proxies close what is silent. Clients pass comments over.
+QUIET_SECONDS = 10.0
+_COMMENT = b': waiting\n\n'
 
 
 @dataclasses.dataclass
@@ -197,6 +204,7 @@ class _Stream(Response):
     super().__init__(headers=_STREAM_HEADERS)
     del self.headers['content-length']
     self._frames, self._work = frames, work
+    self._is_quiet = True
 
   async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
     async def write() -> None:
@@ -206,8 +214,10 @@ class _Stream(Response):
         'headers': self.raw_headers,
       }
       await send(start)
+      comments = asyncio.ensure_future(self._comment(send))
       try:
         async for frame in self._frames:
+          self._is_quiet = False
           await _send_part(send, frame)
       except ApiError as error:
         await _send_part(send, framed(error.body))
@@ -215,6 +225,8 @@ class _Stream(Response):
         log.exception('a stream failed')
         error = ApiError(500, 'server_error', 'The server failed.')
         await _send_part(send, framed(error.body))
+      finally:
+        comments.cancel()
       await send({'type': 'http.response.body', 'body': b''})
 
     try:
@@ -223,6 +235,13 @@ class _Stream(Response):
       pass
     finally:
       self._work.close()
+
+  async def _comment(self, send: Any) -> None:
+    while True:
+      self._is_quiet = True
+      await asyncio.sleep(QUIET_SECONDS)
+      if self._is_quiet:
+        await _send_part(send, _COMMENT)
 
 
 async def _send_part(send: Any, part: bytes) -> None:

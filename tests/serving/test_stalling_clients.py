@@ -5,10 +5,12 @@ import json
 import socket
 import time
 
+import openai
 import pytest
 from fake_engine import FakeEngine
-from running import running
+from running import NAME, running
 
+from jaxsparse.serving import answers
 from jaxsparse.serving.http_server import Protocol
 from jaxsparse.serving.service import Limits
 
@@ -241,6 +243,22 @@ def test_a_request_has_an_end():
     assert frames.split(b'\n\n')[-2].startswith(b'data: {"error":{')
     assert b'[DONE]' not in frames
     server.until_idle(1.0)
+
+
+def test_silence_is_commented(monkeypatch):
+  """Proxies close a stream on which nothing comes."""
+  monkeypatch.setattr(answers, 'QUIET_SECONDS', 0.1)
+  with running(FakeEngine(delay=0.25)) as server:
+    body = {'prompt': 'a', 'max_tokens': 2, 'temperature': 0, 'stream': True}
+    content = server.request('POST', TEXT, body)[2]
+    frames = content.split(b'\n\n')
+    assert frames.count(b': waiting') >= 1
+    assert frames[-2] == b'data: [DONE]'
+    client = openai.OpenAI(base_url=f'{server.url}/v1', api_key='none')
+    parts = client.completions.create(
+      model=NAME, prompt='a', max_tokens=2, temperature=0, stream=True
+    )
+    assert ''.join(part.choices[0].text for part in parts) == 'aa'
 
 
 def test_small_answers_are_sent_at_once():
