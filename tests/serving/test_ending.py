@@ -152,16 +152,24 @@ def in_background(function, *args, **kwargs):
   return thread, found
 
 
+def until(server, what, count):
+  """Waits for so many jobs to run or wait."""
+  line = f'jaxsparse_num_requests_{what} {count}.0\n'.encode()
+  end = time.monotonic() + 5
+  while line not in server.ask('GET', '/metrics')[1]:
+    assert time.monotonic() < end
+    time.sleep(0.005)
+
+
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_finishes_what_runs(start, number):
   server = start()
-  asked = [
-    in_background(server.generate, 40, stream=True),
-    in_background(server.generate, 40),
-    # No slot is left for it.
-    in_background(server.generate, 41),
-  ]
-  time.sleep(0.4)
+  asked = [in_background(server.generate, 40, stream=True)]
+  asked.append(in_background(server.generate, 40))
+  until(server, 'running', 2)
+  # No slot is left for it.
+  asked.append(in_background(server.generate, 40))
+  until(server, 'waiting', 1)
   server.signal(number)
   time.sleep(0.1)
   # Told, and not refused: a balancer must see it.
@@ -183,7 +191,7 @@ def test_a_signal_finishes_what_runs(start, number):
 def test_a_second_signal_ends_at_once(start):
   server = start()
   thread, found = in_background(server.generate, 200)
-  time.sleep(0.3)
+  until(server, 'running', 1)
   server.signal(signal.SIGTERM)
   time.sleep(0.2)
   assert server.ask('GET', '/health')[0] == 503
