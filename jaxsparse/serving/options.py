@@ -31,6 +31,9 @@ _BIASES = dict[str, float] | None
 # Seeds are uint32.
 _SEEDS = 2**32
 
+# Where a slot has no end, an answer for which nobody set one has this.
+_UNASKED = 1 << 16
+
 # Below it logits that are divided overflow.
 _LEAST_TEMPERATURE = 1e-3
 
@@ -222,7 +225,7 @@ def room(num_prompt: int, max_tokens: int | None, limit: int, name: str) -> int:
   if num_prompt + least > limit:
     raise too_long(num_prompt, limit, name)
   left = limit - num_prompt
-  return left if max_tokens is None else min(max_tokens, left)
+  return min(_UNASKED if max_tokens is None else max_tokens, left)
 
 
 def too_long(num_prompt: int, limit: int, name: str) -> ApiError:

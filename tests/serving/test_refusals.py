@@ -199,3 +199,12 @@ def test_what_the_engine_refuses(raised, status, code, monkeypatch):
     assert f'jaxsparse_requests_rejected_total{{code="{code}"}} 2.0' in text
     # Nothing is kept of them.
     assert not server.service.delivery._queues
+
+
+def test_room_is_what_is_left():
+  assert options.room(10, 5, 64, 'prompt') == 5
+  assert options.room(10, None, 64, 'prompt') == 54
+  assert options.room(10, 65_535, 64, 'prompt') == 54
+  assert options.room(64, 0, 64, 'prompt') == 0
+  # Where a slot has no end an answer still has one.
+  assert options.room(10**6, None, 2**31 - 1, 'prompt') == 65_536
