@@ -40,6 +40,7 @@ ROOMS = dict(
   analysis='costs, budgets, pictures',
   training='step, loop, optimizers',
   inference='decoding, sampling',
+  serving='models over HTTP',
   experiments='compare, bench',
   cli='the commands',
 )
@@ -158,11 +159,12 @@ def draw_architecture(file: pathlib.Path) -> None:
   place, width, height = {}, 3.4, 0.78
   for floor in range(1, top + 1):
     rooms = [room for room in ROOMS if floor_of[room] == floor]
+    apart = 4.6 if len(rooms) < 3 else 3.9
     for i, room in enumerate(rooms):
-      x = (i - (len(rooms) - 1) / 2) * 4.6
+      x = (i - (len(rooms) - 1) / 2) * apart
       place[room] = (x, 1.35 * floor)
   with plt.rc_context(_STYLE):
-    figure, axes = plt.subplots(figsize=(10, 1.05 * top + 0.4))
+    figure, axes = plt.subplots(figsize=(11, 1.05 * top + 0.4))
     for room, below in graph.items():
       # What another room on the way imports too needs no arrow of its own.
       implied = set().union(*(_all_below(graph, r) for r in below))
@@ -197,8 +199,8 @@ def draw_architecture(file: pathlib.Path) -> None:
       axes.text(x, y + 0.13, room, ha='center', va='center', weight='bold')
       axes.text(x, y - 0.19, ROOMS[room], ha='center', va='center', fontsize=9)
     for floor in range(1, top + 1):
-      axes.text(-5.3, 1.35 * floor, str(floor), va='center', color=_GREY)
-    axes.set_xlim(-5.6, 5.6)
+      axes.text(-6.2, 1.35 * floor, str(floor), va='center', color=_GREY)
+    axes.set_xlim(-6.4, 5.8)
     axes.set_ylim(0.75, 1.35 * top + 0.6)
     axes.axis('off')
     figure.savefig(file, dpi=110, bbox_inches='tight')

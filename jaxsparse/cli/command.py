@@ -14,6 +14,7 @@ from jaxsparse.run.command_line import user_errors_end_in_a_sentence
 COMMANDS = {
   'train': ('cli.train', 'train a model of a recipe, or go on with it'),
   'generate': ('cli.generate', 'let a trained model write'),
+  'serve': ('serving.command', "serve a trained model to OpenAI's clients"),
   'report': ('cli.report', 'draw what a run left'),
   'cost': ('cli.cost', 'say parameters, FLOPs and bytes of a recipe'),
   'compare': (
@@ -22,6 +23,15 @@ COMMANDS = {
   ),
   'bench': ('experiments.bench.command', 'measure how fast and how large'),
 }
+
+
+# Of commands that need another extra than `train`.
+_EXTRAS = {'serve': 'serve'}
+
+
+def model_server() -> None:
+  """The console script `model-server`: `jaxsparse serve` by another name."""
+  main(['serve', *sys.argv[1:]])
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -53,7 +63,7 @@ def _module(name: str) -> types.ModuleType:
       raise
     raise UserError(
       f'jaxsparse {name} needs {missing}, which is not installed: pip install '
-      "'jaxsparse[train]'."
+      f"'jaxsparse[{_EXTRAS.get(name, 'train')}]'."
     ) from error
 
 

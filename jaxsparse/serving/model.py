@@ -1,0 +1,195 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A workdir's model as an engine: what is loaded, how large, and how far."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxsparse import mesh
+from jaxsparse.analysis import free_memory
+from jaxsparse.config import ModelConfig
+from jaxsparse.config.errors import UserError, require
+from jaxsparse.data.tokenizer import load_from_workdir
+from jaxsparse.inference import weights
+from jaxsparse.inference.capacity import slots_that_fit
+from jaxsparse.inference.engine import Engine
+from jaxsparse.inference.long_input import with_bounded_history
+from jaxsparse.inference.slot_programs import Programs
+from jaxsparse.nn.transformer import init_cache
+from jaxsparse.run import (
+  checkpoint,
+  compiled_programs,
+  run_config,
+)
+from jaxsparse.run import (
+  metrics as run_metrics,
+)
+from jaxsparse.serving.metrics import Metrics
+
+# More would rather wait for each other on most machines.
+_MOST_SLOTS = 16
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes:
+  """What of a model is served, and how much at once; None for the default."""
+
+  # A checkpoint, or 'best'.
+  step: int | str | None = None
+  slots: int | None = None
+  # Tokens of a sequence.
+  length: int | None = None
+  chunk: int = 256
+  history_blocks: int | None = None
+  max_queue: int | None = None
+  max_queue_tokens: int | None = None
+  prefix_bytes: int = 0
+  memory_fraction: float = 0.8
+  devices: int = 1
+
+
+class Model:
+  """Loaded in the engine's thread, once that is started."""
+
+  def __init__(self, workdir: str, sizes: Sizes, say: Callable[[str], Any]):
+    """Reads what is small.
+
+    Args:
+      workdir: of a training run.
+      sizes: what is wanted.
+      say: gets warnings.
+
+    Raises:
+      UserError: the workdir is none, or can't serve so.
+    """
+    self._workdir, self._sizes, self._say = workdir, sizes, say
+    config = run_config.read(workdir, say)
+    compiled_programs.keep(say=say)
+    self.tokenizer = load_from_workdir(workdir)
+    self.config = config.model
+    if not config.model.vocab_size:
+      self.config = dataclasses.replace(
+        config.model, vocab_size=self.tokenizer.vocab_size
+      )
+    self.vocab_size = self.config.vocab_size
+    trained = config.data.seq_len
+    self.length = sizes.length or trained
+    if self.length > trained and sizes.history_blocks is None:
+      say(
+        f'warning: --max-len={self.length} is more than the {trained} tokens '
+        'of training; what lies beyond may be poor.'
+      )
+    require(
+      jax.process_count() == 1,
+      f'model-server runs in one process, got {jax.process_count()}: start one '
+      'on each host behind a proxy.',
+    )
+    self.step = 0
+    self.metrics = Metrics()
+    self.on_ready: Callable[[str], Any] = lambda line: None
+    self.engine = Engine(
+      self._build,
+      self.tokenizer,
+      max_queue=sizes.max_queue,
+      max_queue_tokens=sizes.max_queue_tokens,
+      prefix_bytes=sizes.prefix_bytes,
+      observe=self.metrics.observe,
+    )
+
+  def _build(self, progress: Callable[[str], None]) -> Programs:
+    """Loads and compiles, in the engine's thread."""
+    sizes = self._sizes
+    progress('reading the checkpoint')
+    devices = None
+    if sizes.devices > 1:
+      devices = mesh.make_mesh(1, 1, sizes.devices)
+    self.step, params = weights.load(
+      self._workdir, self.config, self._wanted_step(), devices, self._say
+    )
+    num_slots = self._num_slots(_bytes(params))
+    programs = Programs.compile(
+      self.config,
+      params,
+      num_slots,
+      self.length,
+      chunks=(sizes.chunk, max(1, sizes.chunk // 4), 16),
+      history_blocks=sizes.history_blocks,
+      progress=lambda done, total, name: progress(
+        f'compiling {done + 1} of {total} ({name})'
+      ),
+      boundary_id=self.tokenizer.boundary_id,
+    )
+    words = free_memory.words
+    is_endless = sizes.history_blocks is not None
+    length = 'any number of' if is_endless else f'{self.length:,}'
+    self.on_ready(
+      f'step {self.step}, {num_slots} slots of {length} tokens, weights of '
+      f'{words(_bytes(params))}, caches of {words(programs.state_bytes)}, '
+      f'{programs.num_compiled} programs'
+    )
+    return programs
+
+  def _wanted_step(self) -> int | None:
+    step = self._sizes.step
+    if step != 'best':
+      return step
+    losses = run_metrics.validation_losses(self._workdir)
+    return checkpoint.best_step(self._workdir, losses)
+
+  def _num_slots(self, weight_bytes: int) -> int:
+    """As many as asked for, or as many as fit.
+
+    Args:
+      weight_bytes: of the parameters, which are in memory by now.
+    """
+    sizes = self._sizes
+    free = free_memory.of_device(jax.devices()[0])
+    if free is None:
+      return sizes.slots or _MOST_SLOTS
+    weight_bytes //= sizes.devices
+    one = slot_bytes(self.config, self.length, sizes.history_blocks)
+    # What programs hold as they run is seen only when they are compiled.
+    most = slots_that_fit(
+      free + weight_bytes,
+      sizes.memory_fraction,
+      weight_bytes,
+      _temporary_bytes(self.config, sizes.chunk, self.length),
+      sizes.prefix_bytes,
+      -(-one // sizes.devices),
+    )
+    if (sizes.slots or 1) > most:
+      raise UserError(
+        f'--slots={sizes.slots} is more than the {most} that fit into '
+        'memory: lower it, --max-len or --prefix-mib.'
+      )
+    return sizes.slots or min(most, _MOST_SLOTS)
+
+
+def slot_bytes(
+  config: ModelConfig, length: int, history_blocks: int | None = None
+) -> int:
+  """Bytes of one slot's cache.
+
+  Args:
+    config: of the model.
+    length: tokens.
+    history_blocks: of a history of bounded size; None keeps all.
+  """
+  if history_blocks is not None:
+    config = with_bounded_history(config, length, history_blocks or None)
+  return _bytes(jax.eval_shape(lambda: init_cache(config, 1, length)))
+
+
+def _temporary_bytes(config: ModelConfig, chunk: int, length: int) -> int:
+  """Of a chunk's scores and its widest activations, several times over."""
+  scores = 4 * config.num_heads * chunk * length
+  return 4 * (scores + 4 * chunk * 8 * config.model_dim)
+
+
+def _bytes(tree: Any) -> int:
+  return sum(
+    math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+  )
