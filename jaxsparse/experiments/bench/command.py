@@ -23,6 +23,7 @@ from jaxsparse.experiments.bench import (
   long_input,
   measuring,
   memory_layer,
+  serve,
   top_m,
   train,
   train_step,
@@ -42,6 +43,7 @@ BENCHES = dict(
   decode=decode,
   long_input=long_input,
   host_memory=host_memory,
+  serve=serve,
 )
 
 
