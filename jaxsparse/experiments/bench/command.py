@@ -24,6 +24,7 @@ from jaxsparse.experiments.bench import (
   measuring,
   memory_layer,
   serve,
+  serve_ratios,
   top_m,
   train,
   train_step,
@@ -44,6 +45,7 @@ BENCHES = dict(
   long_input=long_input,
   host_memory=host_memory,
   serve=serve,
+  serve_ratios=serve_ratios,
 )
 
 

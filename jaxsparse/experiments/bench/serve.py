@@ -88,8 +88,8 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
   with contextlib.ExitStack() as stack:
     url = options.url
     if options.workdir:
-      url = stack.enter_context(server(options.workdir, options.flags))
-    model = options.model or _model_of(url)
+      url, _ = stack.enter_context(server(options.workdir, options.flags))
+    model = options.model or model_of(url)
     # What the first requests find cold is no figure of a load.
     _run(url, model, options, load.closed_loop, 4, 2)
     best, records = 0.0, []
@@ -141,8 +141,16 @@ def show(records: list[dict[str, Any]]) -> None:
 
 
 @contextlib.contextmanager
-def server(workdir: str, flags: str = '') -> Iterator[str]:
-  """The URL of a `model-server` that is stopped at the end of the block."""
+def server(
+  workdir: str, flags: str = '', environment: dict[str, str] | None = None
+) -> Iterator[tuple[str, int]]:
+  """URL and process id of a `model-server`, stopped at the end of the block.
+
+  Args:
+    workdir: of a training run.
+    flags: more of them, as in a shell.
+    environment: variables beside those of this process.
+  """
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
@@ -153,12 +161,12 @@ def server(workdir: str, flags: str = '') -> Iterator[str]:
       *shlex.split(flags),
     ],
     stdout=sys.stderr,
-    env=os.environ,
+    env=os.environ | (environment or {}),
   )
   url = f'http://127.0.0.1:{port}'
   try:
     _await_ready(url, process)
-    yield url
+    yield url, process.pid
   finally:
     if process.poll() is None:
       process.send_signal(signal.SIGTERM)
@@ -183,7 +191,7 @@ def _await_ready(url: str, process: subprocess.Popen) -> None:
   raise UserError(f'the server at {url} was not ready in {_STARTED} seconds.')
 
 
-def _model_of(url: str) -> str:
+def model_of(url: str) -> str:
   try:
     with urllib.request.urlopen(f'{url.rstrip("/")}/v1/models') as response:
       return json.load(response)['data'][0]['id']
