@@ -23,6 +23,8 @@ from jaxsparse.experiments.bench import (
   long_input,
   measuring,
   memory_layer,
+  serve,
+  serve_ratios,
   top_m,
   train,
   train_step,
@@ -42,6 +44,8 @@ BENCHES = dict(
   decode=decode,
   long_input=long_input,
   host_memory=host_memory,
+  serve=serve,
+  serve_ratios=serve_ratios,
 )
 
 
