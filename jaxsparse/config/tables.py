@@ -6,6 +6,8 @@ import dataclasses
 from jaxsparse.config import fields
 from jaxsparse.config.errors import require_choice
 
+TABLE_TYPES = ('float32', 'bfloat16')
+
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class TableConfig:
@@ -22,6 +24,6 @@ class TableConfig:
 
   def __post_init__(self):
     fields.check(self)
-    require_choice(self, 'dtype', ('float32', 'bfloat16'))
+    require_choice(self, 'dtype', TABLE_TYPES)
     require_choice(self, 'scheme', ('auto', 'columns', 'rows', 'grid'))
     require_choice(self, 'gradient', ('scatter', 'sorted', 'deterministic'))

@@ -29,6 +29,7 @@ from jaxsparse.mesh.own import over_tokens as over_tokens
 from jaxsparse.mesh.own import param as param
 from jaxsparse.mesh.own import partial as partial
 from jaxsparse.mesh.own import per_device as per_device
+from jaxsparse.mesh.own import platform as platform
 from jaxsparse.mesh.own import reshard as reshard
 from jaxsparse.mesh.own import sharded as sharded
 from jaxsparse.mesh.own import shards as shards

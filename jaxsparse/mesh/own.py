@@ -53,6 +53,19 @@ def make_mesh(
   return jax.make_mesh((data, sparse, model), AXES, devices=devices)
 
 
+def platform() -> str:
+  """'cpu', 'gpu' or 'tpu': of the mesh in use, without one of `jax.devices()`.
+
+  So a program compiled ahead of time, for a device that this process lacks, has
+  the forms that are fast there.
+  """
+  device = jax.sharding.get_abstract_mesh().abstract_device
+  if device is None:
+    return jax.default_backend()
+  # As `jax.default_backend` says it.
+  return 'gpu' if device.platform in ('cuda', 'rocm') else device.platform
+
+
 def _spec(rules: dict, dims: str) -> jax.P | None:
   if axis_sizes() is None:
     return None

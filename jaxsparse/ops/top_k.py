@@ -20,7 +20,8 @@ from jaxtyping import Array, Float, Int
 from jaxsparse.ops import cpu
 from jaxsparse.ops.shard_map_vma import argsort
 
-_CAN_BE_UNSTABLE = 'is_stable' in inspect.signature(jax.lax.top_k).parameters
+# A bench turns it off, to see what it brings.
+CAN_BE_UNSTABLE = 'is_stable' in inspect.signature(jax.lax.top_k).parameters
 
 
 def top_m(
@@ -38,7 +39,7 @@ def top_m(
   """
   scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
   *batch, num_candidates = scores.shape
-  options = {'is_stable': is_stable} if _CAN_BE_UNSTABLE else {}
+  options = {'is_stable': is_stable} if CAN_BE_UNSTABLE else {}
   # Only the flat form is sure to reach the specialised kernels.
   rows = scores.reshape(-1, num_candidates)
 

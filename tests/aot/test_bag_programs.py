@@ -74,11 +74,11 @@ def _num_kernels(program):
 
 
 @variants
-def test_gpu_forward_is_one_kernel_without_temporaries(variant):
+def test_gpu_forward_of_few_tokens_gathers_their_rows_once(variant):
   forward, arguments = _forward(variant, T=512)
   program = targets.compile_for('h100', forward, *arguments)
-  assert program.temp_bytes == 0
-  assert _num_kernels(program) == 1
+  # Rows in f32, and with pools their products by pool.
+  assert program.temp_bytes <= 1.25 * 512 * k * W * 4
 
 
 @pytest.mark.parametrize('sizes', [(16384, 32, 256), (32768, 84, 1024)])

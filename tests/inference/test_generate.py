@@ -19,6 +19,7 @@ from jaxsparse.config.errors import UserError
 from jaxsparse.data import corpus as corpus_lib
 from jaxsparse.data.pieces import Piece
 from jaxsparse.experiments.bench import long_input as bench
+from jaxsparse.experiments.bench.report import Report
 from jaxsparse.inference import long_input
 from jaxsparse.nn.transformer import init_cache
 from jaxsparse.run import workdir as workdir_lib
@@ -236,7 +237,8 @@ def test_the_bench_tells_of_every_stretch(sparse_workdir, monkeypatch, capsys):
   )
   options = dict(workdir=str(sparse_workdir), tokens=100, stretch=32)
   options = argparse.Namespace(**bench.OPTIONS | options)
-  records = bench.measure(options)
+  records = []
+  Report('', {}).add(bench, vars(options), records)
   assert [r['task'] for r in records] == [
     f'tokens {i} to {i + 32}' for i in (0, 32, 64)
   ]
@@ -244,10 +246,9 @@ def test_the_bench_tells_of_every_stretch(sparse_workdir, monkeypatch, capsys):
   for r in records:
     assert r['nats_per_token'] == pytest.approx(np.log(257), rel=0.2)
     assert r['tokens_per_second'] > 0 < r['resident_bytes']
-  bench.show(records)
   assert 'to the first stretch, at most' in capsys.readouterr().out
   with pytest.raises(UserError, match='stretch must be at least 16'):
-    bench.measure(argparse.Namespace(**vars(options) | dict(stretch=8)))
+    list(bench.measure(argparse.Namespace(**vars(options) | dict(stretch=8))))
 
 
 @pytest.mark.parametrize(

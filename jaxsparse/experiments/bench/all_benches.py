@@ -41,9 +41,16 @@ _DECODE = dict(
 _CPU_BAGS = [dict(tokens=tokens, rows=65_536) for tokens in (64, 1024)]
 
 
-def sections() -> list[tuple[str, ModuleType, list[dict]]]:
-  """Title, bench, and the options of each of its runs."""
-  on_cpu = jax.default_backend() == 'cpu'
+def sections(
+  on_cpu: bool | None = None,
+) -> list[tuple[str, ModuleType, list[dict]]]:
+  """Title, bench, and the options of each of its runs.
+
+  Args:
+    on_cpu: whether sizes are for a CPU; by default by the backend at hand.
+  """
+  if on_cpu is None:
+    on_cpu = jax.default_backend() == 'cpu'
   return [
     ('bag and its gradients', value_bag, _CPU_BAGS if on_cpu else _GPU_BAGS),
     (

@@ -8,7 +8,7 @@ a cache that is written in place. 'train' is a train step of a small model with
 one sequence of `train_length`: plain heads, then heads composed by factors of
 the queries only, and of queries and keys; all with the same windows and
 QK-norm. On a GPU, in 16 bits, cuDNN's flash attention runs beside them; in
-'forward' it knows no documents.
+'forward' it knows no documents, and in 'decode' it only reads the cache.
 
 On an H200 (results/attention_h200.json, as printed by --heads=16 --chunk=1024
 --lengths=8192,32768,131072 --context=131072 --dtype=bfloat16), in ms:
@@ -35,7 +35,7 @@ take no less time.
 import argparse
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -85,26 +85,17 @@ OPTIONS = dict(
 )
 
 
-def measure(options: argparse.Namespace) -> list[dict]:
+def measure(options: argparse.Namespace) -> Iterator[dict]:
   _check(options)
-  tasks = [
-    functools.partial(_measure_forward, options, int(length))
-    for length in filter(None, options.lengths.split(','))
-  ]
+  for length in filter(None, options.lengths.split(',')):
+    yield from _measure_forward(options, int(length))
   if options.context:
-    tasks.append(functools.partial(_measure_decode, options))
+    yield from _measure_decode(options)
   if options.train_length:
-    tasks.append(functools.partial(_measure_train, options))
-  records = []
-  for task in tasks:
-    found = task()
-    show(found)
-    records += found
-  return records
+    yield from _measure_train(options)
 
 
-def show(records: list[dict]) -> None:
-  measuring.print_records(records)
+show = measuring.print_last
 
 
 def _sparse_options(options: argparse.Namespace, tile: int) -> SparseOptions:
@@ -209,6 +200,15 @@ def _measure_decode(options):
     ),
     'sparse': _carried(sparse, filled, query, *new),
   }
+  if _has_cudnn(options):
+    flash = functools.partial(
+      jax.nn.dot_product_attention, implementation='cudnn'
+    )
+    least['cuDNN'] = least['dense']
+    try:
+      contenders['cuDNN'] = measuring.compiled(flash, query, *past)
+    except Exception as error:  # Which sizes it takes, only it knows.
+      print(f'cuDNN decodes no token here: {str(error).splitlines()[0]}')
   records = measuring.compare(f'decode {context:,}', contenders, options.rounds)
   for record in records:
     num_bytes = least[record['contender']]

@@ -1,20 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """How fast and how large: `python -m jaxsparse bench NAME`.
 
-Prints the machine, then a table; `--json=FILE` keeps both. `all` runs every
-bench with sizes for the backend at hand. `NAME --help` lists the options.
+Prints the machine, then a table, row by row; `--json=FILE` keeps both and is
+whole after every row. `all` runs every bench with sizes for the backend at
+hand, and `gpu ITEM` what is to be measured on a lent GPU. `NAME --help` lists
+the options.
 """
 
 import argparse
-import json
-import pathlib
+import math
+import time
 from collections.abc import Sequence
 
-from jaxsparse.config.errors import UserError, require
+from jaxsparse.config.errors import require
 from jaxsparse.experiments.bench import (
   all_benches,
   attention,
   decode,
+  gpu,
   grouped_matmul,
   host_memory,
   long_input,
@@ -25,6 +28,7 @@ from jaxsparse.experiments.bench import (
   train_step,
   value_bag,
 )
+from jaxsparse.experiments.bench.report import Report
 from jaxsparse.run.command_line import Parser
 
 BENCHES = dict(
@@ -42,35 +46,32 @@ BENCHES = dict(
 
 
 def main(argv: Sequence[str]) -> None:
+  start = time.monotonic()
   options = vars(_parse(argv))
   name, path = options.pop('bench'), options.pop('json')
   require(
     options.get('rounds', 1) > 0,
     f'--rounds must be at least 1, got {options.get("rounds")}.',
   )
-  if path:  # Before hours of measuring.
-    path = _writable(path)
+  # What is wrong is refused before hours of measuring.
+  if name == 'gpu':
+    found = gpu.sections(options['item'], options)
+  elif name == 'all':
+    found = all_benches.sections()
+  report = Report(path, {})
   machine = measuring.describe_machine()
   print(*machine, sep='\n', flush=True)
-  if name == 'all':
-    report = dict(machine=machine, sections=_run_all())
+  report.content |= dict(machine=machine)
+  if name in ('all', 'gpu'):
+    report.content |= dict(arguments=dict(bench=name) | options)
+    gpu.run(found, report, options.get('minutes', math.inf), start)
   else:
-    results = _run(BENCHES[name], options)
-    arguments = dict(bench=name) | options
-    report = dict(machine=machine, arguments=arguments, results=results)
-  if path:
-    path.write_text(json.dumps(report, indent=2) + '\n')
-
-
-def _writable(name: str) -> pathlib.Path:
-  path = pathlib.Path(name).expanduser()
-  try:
-    path.open('a').close()
-  except OSError as error:
-    raise UserError(
-      f"--json={name!r} can't be written ({error.strerror})."
-    ) from error
-  return path
+    results = []
+    report.content |= dict(
+      arguments=dict(bench=name) | options, results=results
+    )
+    report.add(BENCHES[name], options, results)
+  report.write()  # Of a bench without rows, too.
 
 
 def _parse(argv):
@@ -80,12 +81,14 @@ def _parse(argv):
     formatter_class=argparse.RawDescriptionHelpFormatter,
   )
   names = parser.add_subparsers(dest='bench', required=True)
-  for name, bench in (BENCHES | {'all': all_benches}).items():
+  for name, bench in (BENCHES | dict(all=all_benches, gpu=gpu)).items():
     one = names.add_parser(
       name,
       description=bench.__doc__,
       formatter_class=argparse.RawDescriptionHelpFormatter,
     )
+    if name == 'gpu':
+      one.add_argument('item', choices=gpu.ITEMS)
     one.add_argument('--json', default='', help='file for the results')
     for option, default in getattr(bench, 'OPTIONS', {}).items():
       one.add_argument(
@@ -95,22 +98,3 @@ def _parse(argv):
         help=f'{default!r} by default',
       )
   return parser.parse_args(argv)
-
-
-def _run(bench, options):
-  results = bench.measure(argparse.Namespace(**options))
-  if results:
-    bench.show(results)
-  return results
-
-
-def _run_all():
-  report = {}
-  for title, bench, runs in all_benches.sections():
-    report[title] = []
-    for changes in runs:
-      print(f'\n{title}: {changes}', flush=True)
-      options = bench.OPTIONS | changes
-      results = _run(bench, options)
-      report[title].append(dict(arguments=options, results=results))
-  return report

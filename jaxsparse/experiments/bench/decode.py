@@ -55,26 +55,20 @@ ms and dense from 2.17 to 2.12, but at batch 1 they may have cost the MoE 0.2.
 """
 
 import argparse
-import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Sequence
+from unittest import mock
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from jaxsparse.analysis import budget, cost, memory_cost
-from jaxsparse.config import ModelConfig
+from jaxsparse.analysis import budget, cost
 from jaxsparse.config.errors import UserError, require, require_choice
-from jaxsparse.experiments.bench import decode_models, measuring
-from jaxsparse.experiments.bench.decode_program import (
-  compile_decode,
-  draw_tokens,
-  fill_cache,
-  lower_decode,
-)
+from jaxsparse.config.tables import TABLE_TYPES
+from jaxsparse.experiments.bench import decode_models
+from jaxsparse.experiments.bench.decode_cell import Cell
 from jaxsparse.inference.fuse_norms import fuse_key_norms
 from jaxsparse.nn.transformer import init_cache
+from jaxsparse.ops import top_k
 
 OPTIONS = dict(
   family='own',
@@ -92,6 +86,15 @@ OPTIONS = dict(
   # By how much a ratio may pass the limit, for noise.
   margin=0.1,
   dtype='float32',
+  # Of value tables; that of all else by default.
+  table_dtype='',
+  # 'stable' keeps the order of equal scores; 'fast' leaves it to the backend.
+  top_k='fast',
+  # Rows of a step at least: a batch of fewer is repeated, where 2 rows take
+  # less time than 1. Bytes and tokens are counted without repeats.
+  least_rows=1,
+  # Of XLA, as in 'xla_gpu_enable_pdl=true', with commas between.
+  compiler_options='',
   # Sizes of the family 'own': of the dense model; parameters of a sparse one in
   # those of the dense one; experts and slots of a head that a token uses.
   model_dim=512,
@@ -107,20 +110,30 @@ OPTIONS = dict(
 )
 
 
-def measure(options: argparse.Namespace) -> list[dict]:
+def measure(options: argparse.Namespace) -> Iterator[dict]:
   """Records of all cells.
 
   Raises:
     UserError: an option has no sense, or a ratio passes its physical limit.
   """
   _check(options)
+  is_stable = options.top_k == 'stable'
+  # Programs that were traced otherwise are not to be taken for these.
+  jax.clear_caches()
+  with mock.patch.object(
+    top_k, 'CAN_BE_UNSTABLE', top_k.CAN_BE_UNSTABLE and not is_stable
+  ):
+    yield from _measure_all(options)
+
+
+def _measure_all(options):
   if jax.default_backend() == 'cpu' and _num_cores() > 1:
     print(
       'Only one core is fair to the MoE, see `--help`: this has '
       f'{_num_cores()}; give it one by taskset -c 0.',
       flush=True,
     )
-  records, refused = [], None
+  refused = None
   for group in _numbers(options, 'kv_groups'):
     models = decode_models.make_models(options, group)
     params = {n: decode_models.draw_params(m) for n, m in models.items()}
@@ -137,15 +150,14 @@ def measure(options: argparse.Namespace) -> list[dict]:
         task = f'KV /{group}, {routing}, batch {batch_size}'
         rows, error = measure_cell(cell, routing, task, options.margin)
         refused = refused or error  # Raised when all else was measured, too.
-        records += rows
+        yield from rows
     del params
   if refused:
     raise refused
-  return records
 
 
 def measure_cell(
-  cell: 'Cell', routing: str, task: str, margin: float
+  cell: Cell, routing: str, task: str, margin: float
 ) -> tuple[list[dict], UserError | None]:
   """Records, and why they are refused, if they are.
 
@@ -154,116 +166,14 @@ def measure_cell(
   """
   for _ in range(3):
     rows = cell.records(task, cell.take_turns(routing))
-    show(rows)
     try:
       refuse_impossible(rows, margin)
     except UserError as error:
       refused = error
+      print(error, flush=True)
     else:
       return rows, None
   return rows, refused
-
-
-class Cell:
-  """All models at one batch size and number of KV heads.
-
-  They take turns with one cache of keys and values, as it is the same for all.
-  """
-
-  def __init__(
-    self,
-    models: Mapping[str, ModelConfig],
-    params: Mapping[str, dict],
-    options: argparse.Namespace,
-    batch_size: int,
-  ):
-    self._models, self._params, self._options = models, params, options
-    self._batch_size = batch_size
-    self._keys, self._contexts, self._picks = None, {}, {}
-    self._vocab_size = next(iter(models.values())).vocab_size
-    self._tokens = self._draw('uniform')
-    lowered = {}
-    for name, model in models.items():
-      self._keys, self._contexts[name] = fill_cache(
-        model, batch_size, options.context + options.steps, self._keys
-      )
-      cache = (self._keys, self._contexts[name])
-      lowered[name] = lower_decode(
-        model, params[name], cache, self._tokens, options.context
-      )
-    self._programs = measuring.in_threads(compile_decode, lowered)
-
-  def _draw(self, routing):
-    return draw_tokens(
-      routing, self._options.steps, self._batch_size, self._vocab_size
-    )
-
-  def take_turns(self, routing: str) -> dict[str, float]:
-    """Median seconds of all steps with tokens so drawn, by model."""
-    self._tokens = self._draw(routing)
-    contenders = {
-      name: measuring.Contender(
-        lambda name=name: self._run(name, self._params[name])
-      )
-      for name in self._models
-    }
-    return measuring.take_turns(contenders, self._options.rounds)
-
-  def _run(self, name, params):
-    cache = (self._keys, self._contexts[name])
-    cache, drawn, picks = self._programs[name](params, cache, self._tokens)
-    self._keys, self._contexts[name] = cache
-    self._picks[name] = picks
-    return drawn
-
-  def records(self, task: str, seconds: Mapping[str, float]) -> list[dict]:
-    """What was measured and what follows from it, by model."""
-    records = []
-    for name, model in self._models.items():
-      distinct = count_distinct(np.asarray(self._picks[name]))
-      least = least_bytes(
-        model,
-        self._batch_size,
-        # The mean over the steps.
-        self._options.context + (self._options.steps + 1) // 2,
-        distinct,
-      )
-      time = seconds[name] / self._options.steps
-      memory = self._programs[name].memory_analysis()
-      record = dict(
-        task=task,
-        contender=name,
-        batch_size=self._batch_size,
-        num_kv_heads=model.num_kv_heads,
-        seconds=time,
-        least_bytes=least.total,
-        **{f'{n}_bytes': b for n, b in dataclasses.asdict(least).items()},
-        distinct_per_layer=distinct / max(1, self._picks[name].shape[1]),
-        bytes_per_second=least.total / time,
-        share_of_copy=least.total / time / measuring.copy_bandwidth(),
-        aliased_bytes=memory.alias_size_in_bytes,
-        temp_bytes=memory.temp_size_in_bytes,
-        forward_flops=cost.forward_flops(model, self._options.context),
-        parameters=cost.count_parameters(model).published,
-        sizes=budget.describe(model),
-      )
-      records.append(record)
-    return with_ratios(records)
-
-
-def with_ratios(records: Sequence[dict]) -> list[dict]:
-  """Records of a cell, with ratios to its dense model and its MoE."""
-  of = {record['contender']: record for record in records}
-  completed = []
-  for record in records:
-    ratios = {}
-    if 'dense' in of:
-      ratios['to_dense'] = record['seconds'] / of['dense']['seconds']
-    if 'moe' in of:
-      ratios['moe_ratio'] = of['moe']['seconds'] / record['seconds']
-      ratios['moe_limit'] = of['moe']['least_bytes'] / record['least_bytes']
-    completed.append(record | ratios)
-  return completed
 
 
 def refuse_impossible(records: Sequence[dict], margin: float) -> None:
@@ -288,49 +198,20 @@ def refuse_impossible(records: Sequence[dict], margin: float) -> None:
       )
 
 
-def count_distinct(picks: np.ndarray) -> float:
-  """Different experts or slots of a step, all layers together; mean of steps.
-
-  Args:
-    picks: of all steps, layers and tokens [steps, layers, B, k].
-  """
-  counts = [len(np.unique(layer)) for step in picks for layer in step]
-  return sum(counts) / len(picks)
-
-
-def least_bytes(
-  model: ModelConfig, batch_size: int, context: int, distinct: float
-) -> cost.DecodeBytes:
-  """Bytes that a step must read, with that many different experts or rows."""
-  bytes_per_value = jnp.dtype(model.dtype).itemsize
-  least = cost.decode_bytes(
-    model, batch_size, context, bytes_per_value=bytes_per_value
-  )
-  if model.moe:
-    one = memory_cost.expert_parameters(model.moe, model.mlp, model.model_dim)
-    experts = float(bytes_per_value * distinct * one)
-    return dataclasses.replace(least, experts=experts)
-  if model.memory:
-    memory = model.sized_memory
-    width = memory.value_dim + memory.pre_value_dim
-    values = float(bytes_per_value * distinct * width)
-    return dataclasses.replace(least, values=values)
-  return least
-
-
 def show(records: Sequence[dict]) -> None:
-  print(
-    f'{"task":<28}{"model":<13}{"step":>12}{"least":>10}{"rate":>11}'
-    f'{"of copy":>9}{"to dense":>10}{"MoE to it":>11}{"limit":>8}{"hit":>9}'
-  )
-  for r in records:
-    line = f'{r["task"]:<28}{r["contender"]:<13}{r["seconds"] * 1e3:>9.3f} ms'
-    line += f'{r["least_bytes"] / 1e6:>7.0f} MB'
-    line += f'{r["bytes_per_second"] / 1e9:>6.1f} GB/s'
-    line += f'{r["share_of_copy"]:>9.0%}'
-    for name, width in (('to_dense', 9), ('moe_ratio', 10), ('moe_limit', 7)):
-      line += f'{r[name]:>{width}.2f}x' if name in r else ' ' * (width + 1)
-    print(f'{line}{r["distinct_per_layer"]:>9.1f}')
+  if len(records) == 1:
+    print(
+      f'{"task":<28}{"model":<13}{"step":>12}{"least":>10}{"rate":>11}'
+      f'{"of copy":>9}{"to dense":>10}{"MoE to it":>11}{"limit":>8}{"hit":>9}'
+    )
+  r = records[-1]
+  line = f'{r["task"]:<28}{r["contender"]:<13}{r["seconds"] * 1e3:>9.3f} ms'
+  line += f'{r["least_bytes"] / 1e6:>7.0f} MB'
+  line += f'{r["bytes_per_second"] / 1e9:>6.1f} GB/s'
+  line += f'{r["share_of_copy"]:>9.0%}'
+  for name, width in (('to_dense', 9), ('moe_ratio', 10), ('moe_limit', 7)):
+    line += f'{r[name]:>{width}.2f}x' if name in r else ' ' * (width + 1)
+  print(f'{line}{r["distinct_per_layer"]:>9.1f}')
 
 
 def _describe(model, options):
@@ -371,7 +252,7 @@ def _numbers(options, name):
 
 
 def _check(options):
-  for name in ('context', 'steps', 'rounds'):
+  for name in ('context', 'steps', 'rounds', 'least_rows'):
     value = getattr(options, name)
     require(value > 0, f'{name} must be positive, got {value}.')
   for kind in options.routing.split(','):
@@ -379,3 +260,11 @@ def _check(options):
       argparse.Namespace(routing=kind), 'routing', ('uniform', 'zipf')
     )
   _numbers(options, 'batches')
+  require_choice(options, 'top_k', ('fast', 'stable'))
+  require_choice(options, 'table_dtype', ('', *TABLE_TYPES))
+  given = filter(None, options.compiler_options.split(','))
+  require(
+    all('=' in pair for pair in given),
+    'compiler_options must be like NAME=VALUE, with commas between, got '
+    f'{options.compiler_options!r}.',
+  )

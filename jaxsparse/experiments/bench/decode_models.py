@@ -76,7 +76,7 @@ def _own(options, kv_group):
   common = dict(
     key_dim=width // 4,
     num_selected=options.selected,
-    table=TableConfig(dtype=options.dtype),
+    table=_table(options),
   )
   middle = layers // 2
   architectures = _architectures(
@@ -114,14 +114,12 @@ def _published(options, kv_group):
     num_kv_heads=_kv_heads(16, kv_group),
     use_remat=False,
     dtype=options.dtype,
-    memory=dataclasses.replace(
-      recipe.memory, table=TableConfig(dtype=options.dtype)
-    ),
+    memory=dataclasses.replace(recipe.memory, table=_table(options)),
   )
   base = dataclasses.replace(recipe, memory=None)
   base = _wider(base, cost.forward_flops(recipe, options.context), options)
   width, layers, memory = recipe.model_dim, recipe.num_layers, recipe.memory
-  common = dict(table=TableConfig(dtype=options.dtype))
+  common = dict(table=_table(options))
   middle = layers // 2 - 1
   architectures = _architectures(
     experts=MoEConfig(num_experts=33, num_experts_per_token=2),
@@ -149,6 +147,10 @@ def _published(options, kv_group):
     ),
   )
   return base, architectures, cost.count_parameters(recipe).published
+
+
+def _table(options):
+  return TableConfig(dtype=options.table_dtype or options.dtype)
 
 
 def _architectures(*, experts, **memories):
@@ -182,7 +184,7 @@ def _wider(base, flops, options):
 
 
 def draw_params(config: ModelConfig) -> dict:
-  """Parameters in the type of the activations, as one would serve them.
+  """Parameters in the type of the activations, or of tables: as one serves.
 
   Cheap to make and large enough to differ: a hash of each entry's number,
   spread evenly. Token embeddings have unit variance and all other matrices
@@ -193,10 +195,12 @@ def draw_params(config: ModelConfig) -> dict:
   shapes = jax.eval_shape(
     Transformer(config).init, jax.random.key(0), tokens, tokens, tokens
   )['params']
-  dtype = jnp.dtype(config.dtype)
+  memory = config.memory
 
   def draw(path, x):
     name = jax.tree_util.keystr(path)
+    is_table = 'value_table' in name
+    dtype = jnp.dtype(memory.table.dtype if is_table else config.dtype)
     if 'bias' in name:
       return jnp.zeros(x.shape, dtype)
     if x.ndim < 2:

@@ -6,6 +6,8 @@ is another, so that models with the same attention can take turns with one cache
 of the former.
 """
 
+from collections.abc import Mapping
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -59,12 +61,14 @@ def lower_decode(
   return decode.lower(params, cache, tokens)
 
 
-def compile_decode(lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+def compile_decode(
+  lowered: jax.stages.Lowered, compiler_options: Mapping[str, str | bool] = {}
+) -> jax.stages.Compiled:
   """Compiles so that a GPU runs independent kernels at the same time.
 
   A memory layer's output is needed blocks after its input is there.
   """
-  options = {}
+  options = dict(compiler_options)
   if jax.default_backend() == 'gpu':
     options['xla_gpu_command_buffer_scheduling_mode'] = 'CONCURRENT'
   return lowered.compile(compiler_options=options)

@@ -13,7 +13,7 @@ not from a cache.
 
 import argparse
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,8 +28,9 @@ OPTIONS = dict(
 )
 
 
-def measure(options: argparse.Namespace) -> list[dict]:
-  return [*_measure_hits(options), *_measure_token(options)]
+def measure(options: argparse.Namespace) -> Iterator[dict]:
+  yield from _measure_hits(options)
+  yield from _measure_token(options)
 
 
 def _measure_hits(options):
@@ -145,8 +146,10 @@ def _record(task, contender, seconds, num_hit, num_rows, options):
   )
 
 
-def show(records: Sequence[dict]) -> None:
-  measuring.print_records(records)
+show = measuring.print_last
+
+
+def summarize(records: Sequence[dict]) -> None:
   for record in records:
     if 'to_line' in record:
       print(f'{record["task"]}: {record["to_line"]:.2f} of the line')

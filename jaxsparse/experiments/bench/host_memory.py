@@ -51,4 +51,4 @@ def contenders(
   }
 
 
-show = measuring.print_records
+show = measuring.print_last

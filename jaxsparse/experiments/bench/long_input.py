@@ -19,6 +19,7 @@ import dataclasses
 import pathlib
 import resource
 import time
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -42,7 +43,7 @@ OPTIONS = dict(
 _TRAINED_LENGTH = 512
 
 
-def measure(options: argparse.Namespace) -> list[dict]:
+def measure(options: argparse.Namespace) -> Iterator[dict]:
   chunk = long_input.CHUNK
   require(
     options.stretch >= chunk and options.tokens > options.stretch,
@@ -54,36 +55,29 @@ def measure(options: argparse.Namespace) -> list[dict]:
   model = long_input.with_bounded_history(
     model, length, options.history_blocks or None
   )
-  _read(model, params, tokens[: 2 * chunk + 1], options.stretch)  # Compiles.
-  return _read(model, params, tokens, options.stretch)
+  list(_read(model, params, tokens[: 2 * chunk + 1], chunk))  # Compiles.
+  yield from _read(model, params, tokens, options.stretch)
 
 
 def _read(model, params, tokens, stretch):
-  records, pending = [], []
-  start = time.monotonic()
-
-  def on_reading(reading):
-    nonlocal start
-    pending.append(reading)
-    if reading.end - pending[0].begin < stretch:
-      return
-    now = time.monotonic()
-    records.append(
-      dict(
-        task=f'tokens {pending[0].begin:,} to {reading.end:,}',
-        seconds=now - start,
-        tokens_per_second=(reading.end - pending[0].begin) / (now - start),
-        nats_per_token=float(np.mean([r.nats_per_token for r in pending])),
-        resident_bytes=_resident_bytes(),
-      )
-    )
-    start = now
-    pending.clear()
-
   inputs = (tokens, np.arange(len(tokens), dtype=np.int32), tokens * 0 + 1)
   cache = jax.jit(init_cache, static_argnums=(0, 1, 2))(model, 1, len(tokens))
-  long_input.read(model, params, [x[None] for x in inputs], cache, on_reading)
-  return records
+  chunk = long_input.chunk_size(model)
+  stretch = -(-stretch // chunk) * chunk
+  for begin in range(0, len(tokens) - stretch, stretch):
+    readings, end = [], begin + stretch
+    start = time.monotonic()
+    # The last token is the target of the one before it.
+    part = [x[None, begin : end + 1] for x in inputs]
+    _, cache = long_input.read(model, params, part, cache, readings.append)
+    seconds = time.monotonic() - start
+    yield dict(
+      task=f'tokens {begin:,} to {end:,}',
+      seconds=seconds,
+      tokens_per_second=stretch / seconds,
+      nats_per_token=float(np.mean([r.nats_per_token for r in readings])),
+      resident_bytes=_resident_bytes(),
+    )
 
 
 def _resident_bytes():
@@ -132,13 +126,16 @@ def _untrained(options):
 
 
 def show(records: list[dict]) -> None:
-  """A line for each stretch, and how the later ones compare to the first."""
-  for r in records:
-    print(
-      f'{r["task"]:<34}{r["tokens_per_second"]:>9,.0f} tokens/s'
-      f'{r["nats_per_token"]:>9.4f} nats/token'
-      f'{r["resident_bytes"] / 1e6:>8,.0f} MB'
-    )
+  r = records[-1]
+  print(
+    f'{r["task"]:<34}{r["tokens_per_second"]:>9,.0f} tokens/s'
+    f'{r["nats_per_token"]:>9.4f} nats/token'
+    f'{r["resident_bytes"] / 1e6:>8,.0f} MB'
+  )
+
+
+def summarize(records: list[dict]) -> None:
+  """How the later stretches compare to the first."""
   slowest, worst, largest = (
     max(r[name] for r in records) / records[0][name]
     for name in ('seconds', 'nats_per_token', 'resident_bytes')

@@ -163,22 +163,22 @@ def compare(
   return records
 
 
-def print_records(records: Sequence[dict]) -> None:
-  """A line for each; the ratio is to the first contender of its task."""
-  print(
-    f'{"task":<36}{"contender":<26}{"time":>12}{"ratio":>8}{"least":>10}'
-    f'{"rate":>11}{"of copy":>9}{"temporaries":>13}'
-  )
-  first = {}
-  for r in records:
-    base = first.setdefault(r['task'], r['seconds'])
-    line = f'{r["task"]:<36}{r["contender"]:<26}'
-    line += f'{r["seconds"] * 1e3:>9.3f} ms{r["seconds"] / base:>7.2f}x'
-    if 'least_bytes' in r:
-      line += f'{r["least_bytes"] / 1e6:>7.0f} MB'
-      line += f'{r["bytes_per_second"] / 1e9:>6.1f} GB/s'
-      line += f'{r["share_of_copy"]:>9.0%}'
-    else:
-      line += ' ' * 30
-    temp = r['temp_bytes']
-    print(line + ('' if temp is None else f'{temp / 1e6:>10.0f} MB'))
+def print_last(records: Sequence[dict]) -> None:
+  """The last one's line; the ratio is to the first contender of its task."""
+  if len(records) == 1:
+    print(
+      f'{"task":<36}{"contender":<26}{"time":>12}{"ratio":>8}{"least":>10}'
+      f'{"rate":>11}{"of copy":>9}{"temporaries":>13}'
+    )
+  r = records[-1]
+  base = next(x['seconds'] for x in records if x['task'] == r['task'])
+  line = f'{r["task"]:<36}{r["contender"]:<26}'
+  line += f'{r["seconds"] * 1e3:>9.3f} ms{r["seconds"] / base:>7.2f}x'
+  if 'least_bytes' in r:
+    line += f'{r["least_bytes"] / 1e6:>7.0f} MB'
+    line += f'{r["bytes_per_second"] / 1e9:>6.1f} GB/s'
+    line += f'{r["share_of_copy"]:>9.0%}'
+  else:
+    line += ' ' * 30
+  temp = r['temp_bytes']
+  print(line + ('' if temp is None else f'{temp / 1e6:>10.0f} MB'))

@@ -12,7 +12,7 @@ import argparse
 import dataclasses
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
@@ -31,8 +31,8 @@ OPTIONS = dict(
   num_selected=80, value_dim=384, expansion=4, rounds=5,
 )  # fmt: skip
 
-PASSES = ('forward', 'backward', 'backward_no_table')
-COLUMNS = {
+# The tasks, as tables show them.
+PASSES = {
   'forward': 'forward',
   'backward': 'forward + backward',
   'backward_no_table': 'same, table fixed',
@@ -164,21 +164,17 @@ def contenders() -> dict[str, Callable[[Problem], dict[str, Contender]]]:
   return forms
 
 
-def measure(options: argparse.Namespace) -> dict[str, dict]:
-  """Median seconds of each pass and both memories, by contender."""
+def measure(options: argparse.Namespace) -> Iterator[dict]:
+  """A record of each contender in each pass."""
   peaks = {name: peak_bytes(name, options) for name in contenders()}
   problem = make_problem(options)
   runs = {name: form(problem) for name, form in contenders().items()}
-  results = {name: {} for name in runs}
-  for pass_name in PASSES:
+  for pass_name, task in PASSES.items():
     calls = {name: passes[pass_name] for name, passes in runs.items()}
-    seconds = measuring.take_turns(calls, options.rounds)
-    for name in runs:
-      results[name][pass_name] = seconds[name]
-  for name, passes in runs.items():
-    results[name]['temp_bytes'] = passes['backward'].temp_bytes
-    results[name]['peak_bytes'] = peaks[name]
-  return results
+    for record in measuring.compare(task, calls, options.rounds):
+      if pass_name == 'backward':
+        record['peak_bytes'] = peaks[record['contender']]
+      yield record
 
 
 def peak_bytes(name: str, options: argparse.Namespace) -> int | None:
@@ -200,19 +196,11 @@ def peak_bytes(name: str, options: argparse.Namespace) -> int | None:
   return int(output.stdout.split()[-1])
 
 
-def show(results: dict[str, dict]) -> None:
-  """Prints a line for each contender, with ratios to the first."""
-  print(f'{"contender":<18}', end='')
-  for title in COLUMNS.values():
-    print(f'{title:>22}', end='')
-  print(f'{"temporaries":>14}{"peak memory":>14}')
-  best = results['jaxsparse']
-  for name, row in results.items():
-    print(f'{name:<18}', end='')
-    for column in COLUMNS:
-      ratio = row[column] / best[column]
-      print(f'{row[column] * 1e3:>11.0f} ms {ratio:>6.1f}x', end=' ')
-    for size in (row['temp_bytes'], row['peak_bytes']):
-      text = 'n/a' if size is None else f'{size / 1e6:.0f} MB'
-      print(f'{text:>14}', end='')
-    print()
+show = measuring.print_last
+
+
+def summarize(records: list[dict]) -> None:
+  """Peak memory of the processes that ran one contender alone."""
+  for record in records:
+    if peak := record.get('peak_bytes'):
+      print(f'{record["contender"]}: {peak / 1e6:.0f} MB of peak memory')

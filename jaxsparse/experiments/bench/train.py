@@ -22,6 +22,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.experiments.bench import measuring, train_sizes
@@ -81,8 +82,8 @@ class Worker:
     return json.loads(line)
 
 
-def measure(options: argparse.Namespace) -> list[dict]:
-  """A record of each contender at each size, printed as it is made."""
+def measure(options: argparse.Namespace) -> Iterator[dict]:
+  """A record of each contender at each size."""
   sizes = options.sizes.split(',')
   for size in sizes:
     require(
@@ -96,29 +97,23 @@ def measure(options: argparse.Namespace) -> list[dict]:
     not options.peer or measuring.has_torch(),
     "--peer=torch needs PyTorch: pip install torch, or give --peer=''.",
   )
-  records = []
   for size in sizes:
-    records += _measure_size(size, options)
-  return records
+    yield from _measure_size(size, options)
 
 
-def show(records: list[dict]) -> None:
-  """All has been printed."""
-
-
-def _measure_size(size: str, options: argparse.Namespace) -> list[dict]:
+def _measure_size(size: str, options: argparse.Namespace) -> Iterator[dict]:
   workers = []
   try:
     for contender in train_sizes.contenders(size, options.peer):
       workers.append(worker := Worker(contender, size))
       print(
-        f'{size} {contender}: first step after {worker.start_seconds:.1f} s'
+        f'{size} {contender}: first step after {worker.start_seconds:.1f} s',
+        flush=True,
       )
     times = _take_turns(workers, options)
   finally:
     for worker in workers:
       worker.close()
-  records = []
   for worker in workers:
     config = train_sizes.config_of(worker.contender, size)
     medians = {
@@ -127,7 +122,7 @@ def _measure_size(size: str, options: argparse.Namespace) -> list[dict]:
     }
     tokens = config.data.batch_size * config.data.seq_len
     rate = train_sizes.flops(config) * tokens / medians['train']
-    record = dict(
+    yield dict(
       size=size,
       contender=worker.contender,
       start_seconds=worker.start_seconds,
@@ -135,9 +130,6 @@ def _measure_size(size: str, options: argparse.Namespace) -> list[dict]:
       share_of_matmul=rate / (2 * 1024**3 / medians['matmul']),
       seconds=medians,
     )
-    records.append(record)
-    _print(record, records[0], is_first=len(records) == 1)
-  return records
 
 
 def _take_turns(workers, options):
@@ -168,9 +160,12 @@ def _take_turns(workers, options):
   return times
 
 
-def _print(record: dict, first: dict, is_first: bool) -> None:
+def show(records: list[dict]) -> None:
+  """The last one's line; ratios are to the first contender of its size."""
+  record = records[-1]
+  first = next(r for r in records if r['size'] == record['size'])
   tasks = [t for t in record['seconds'] if t != 'matmul']
-  if is_first:
+  if record is first:
     print(
       f'{"size":<6}{"contender":<20}{"tokens/s":>10}'
       + ''.join(f'{task:>12}' for task in tasks)
@@ -181,6 +176,5 @@ def _print(record: dict, first: dict, is_first: bool) -> None:
     f'{record["size"]:<6}{record["contender"]:<20}'
     f'{record["tokens_per_second"]:>10,.0f}'
     + ''.join(f'{ratio:>11.2f}x' for ratio in ratios)
-    + f'{record["share_of_matmul"]:>11.0%}{record["start_seconds"]:>10.1f} s',
-    flush=True,
+    + f'{record["share_of_matmul"]:>11.0%}{record["start_seconds"]:>10.1f} s'
   )

@@ -14,6 +14,7 @@ arguments, without what is not of the table.
 import argparse
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -43,17 +44,15 @@ OPTIONS = dict(
 )
 
 
-def measure(options: argparse.Namespace) -> list[dict]:
+def measure(options: argparse.Namespace) -> Iterator[dict]:
   """Records of every optimizer with both tables; ratios are to the small."""
-  records = []
   for optimizer in options.optimizers.split(','):
     tables = (1, options.growth) if options.growth > 1 else (1,)
     runs = {x: Run(make_config(options, optimizer, x)) for x in tables}
     contenders = {f'{x}x table': run.contender for x, run in runs.items()}
     compared = measuring.compare(optimizer, contenders, options.rounds)
     for record, run in zip(compared, runs.values(), strict=True):
-      records.append(record | run.bytes_per_value())
-  return records
+      yield record | run.bytes_per_value()
 
 
 def make_config(
@@ -189,8 +188,10 @@ def count_table_bytes(state: TrainState) -> tuple[int, int]:
   return num_bytes, sum(x.size for x in tables)
 
 
-def show(records: list[dict]) -> None:
-  measuring.print_records(records)
+show = measuring.print_last
+
+
+def summarize(records: list[dict]) -> None:
   print(f'{"":<36}{"":<26}{"values":>12}{"bytes a value":>16}{"compiled":>10}')
   for r in records:
     print(

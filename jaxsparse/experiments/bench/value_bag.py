@@ -2,40 +2,49 @@
 """value_bag: pooling rows of a table, forward and with both gradients.
 
 Contenders of the forward pass: jaxsparse, the obvious `einsum` over gathered
-rows, and PyTorch's `embedding_bag` where it is installed and neither pools
-nor cores are asked for. With gradients, those of the weights and a dense one
-of the table, jaxsparse takes part with every way to add that up.
+rows, and PyTorch's `embedding_bag` where it is installed and no pools, cores
+or narrow types are asked for. With gradients, those of the weights and a dense
+one of the table, jaxsparse takes part with every way to add that up.
 
 Slots are drawn evenly. The least traffic of a pass reads each distinct row
 once, as all repeats could be served by a cache.
 """
 
 import argparse
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxsparse.config.errors import require_choice
+from jaxsparse.config.tables import TABLE_TYPES
 from jaxsparse.experiments.bench import measuring
 from jaxsparse.experiments.bench.measuring import Contender
 from jaxsparse.ops.memory.value_bag import value_bag
 from jaxsparse.ops.memory.value_bag_gradient import ACCUMULATION_MODES
 
 OPTIONS = dict(
-  rows=262_144, width=256, tokens=4096, entries=32, cores=1, pools=1, rounds=7
-)
+  rows=262_144, width=256, tokens=4096, entries=32, cores=1, pools=1,
+  # Of the table.
+  dtype='float32', rounds=7,
+)  # fmt: skip
 
 
-def measure(options: argparse.Namespace) -> list[dict]:
+def measure(options: argparse.Namespace) -> Iterator[dict]:
   arrays = _draw(options)
+  require_choice(options, 'dtype', TABLE_TYPES)
   task = f'T={options.tokens} k={options.entries} W={options.width}'
+  task += '' if options.dtype == 'float32' else f' {options.dtype}'
   forward, backward = contenders(options, arrays)
   forward_bytes, backward_bytes = least_bytes(arrays)
   rounds = options.rounds
-  return [
-    *measuring.compare(f'forward {task}', forward, rounds, forward_bytes),
-    *measuring.compare(f'gradients {task}', backward, rounds, backward_bytes),
-  ]
+  yield from measuring.compare(
+    f'forward {task}', forward, rounds, forward_bytes
+  )
+  yield from measuring.compare(
+    f'gradients {task}', backward, rounds, backward_bytes
+  )
 
 
 def _draw(options: argparse.Namespace) -> dict[str, np.ndarray]:
@@ -43,7 +52,9 @@ def _draw(options: argparse.Namespace) -> dict[str, np.ndarray]:
   shape = (options.tokens, options.entries)
   size = (options.rows, options.width)
   return dict(
-    table=rng.standard_normal(size, dtype=np.float32),
+    table=rng.standard_normal(size, dtype=np.float32).astype(
+      jnp.dtype(options.dtype)
+    ),
     slot=rng.integers(0, options.rows, shape, dtype=np.int32),
     weight=rng.standard_normal((*shape, options.cores), dtype=np.float32),
     pool=rng.integers(0, options.pools, shape, dtype=np.int32),
@@ -93,7 +104,7 @@ def contenders(
       pooled, vjp = jax.vjp(
         lambda t, w: function(t, slot, w, **keywords), table, weight
       )
-      return pooled, *vjp(cotangent)
+      return pooled, *vjp(cotangent.astype(pooled.dtype))
 
     return measuring.compiled(run, *args.values(), cotangent)
 
@@ -101,7 +112,8 @@ def contenders(
     f'jaxsparse, {w}': with_gradients(bag, way=w) for w in ACCUMULATION_MODES
   }
   backward['einsum'] = with_gradients(einsum)
-  if measuring.has_torch() and options.pools == options.cores == 1:
+  has_peer = measuring.has_torch() and options.dtype == 'float32'
+  if has_peer and options.pools == options.cores == 1:
     name = 'torch embedding_bag'
     forward[name], backward[name] = _torch_contenders(arrays)
   return forward, backward
@@ -149,4 +161,4 @@ def _torch_contenders(arrays):
   )
 
 
-show = measuring.print_records
+show = measuring.print_last

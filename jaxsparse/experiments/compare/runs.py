@@ -20,7 +20,6 @@ import numpy as np
 
 from jaxsparse import config as config_lib
 from jaxsparse import mesh
-from jaxsparse.analysis import budget
 from jaxsparse.config import Config, renamed
 from jaxsparse.config.errors import UserError
 from jaxsparse.data import facts, needles, tokenizer
@@ -75,7 +74,9 @@ def plan(suite: Suite, workdir: str) -> list[Run]:
   Raises:
     UserError: an architecture does not fit the budget.
   """
-  configs = {name: _config_of(suite, name) for name in suite.architectures}
+  configs = {
+    name: suite_lib.config_of(suite, name) for name in suite.architectures
+  }
   runs = []
   for seed in suite.seeds:
     for people in suite.people or (0,):
@@ -103,32 +104,6 @@ def plan(suite: Suite, workdir: str) -> list[Run]:
           )
         )
   return runs
-
-
-def _config_of(suite: Suite, name: str) -> Config:
-  architecture = suite.architectures[name]
-  base = suite.base
-  model = budget.fit(
-    base.model,
-    name,
-    architecture,
-    total_parameters=suite.total_parameters,
-    seq_len=base.data.seq_len,
-    width_multiple=suite.width_multiple,
-  )
-  return config_lib.validated(
-    dataclasses.replace(
-      base,
-      model=model,
-      optimizer=dataclasses.replace(
-        base.optimizer, **dict(architecture.optimizer)
-      ),
-      # One checkpoint to go on from is enough for runs of minutes.
-      train=dataclasses.replace(
-        base.train, keep_checkpoints=1, sample_tokens=0
-      ),
-    )
-  )
 
 
 def finished(run: Run) -> Result | None:

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 
 from jaxsparse import config as config_lib
+from jaxsparse.analysis import budget
 from jaxsparse.analysis.budget import Architecture as Architecture
 from jaxsparse.config import Config
 from jaxsparse.config.errors import require
@@ -111,6 +112,37 @@ def num_steps(suite: Suite, people: int) -> int:
   data = suite.base.data
   tokens = facts.num_tokens(suite.exposures, people)
   return math.ceil(tokens / (data.batch_size * data.seq_len))
+
+
+def config_of(suite: Suite, name: str) -> Config:
+  """The config of an architecture's runs.
+
+  Raises:
+    UserError: the architecture does not fit the budget.
+  """
+  architecture = suite.architectures[name]
+  base = suite.base
+  model = budget.fit(
+    base.model,
+    name,
+    architecture,
+    total_parameters=suite.total_parameters,
+    seq_len=base.data.seq_len,
+    width_multiple=suite.width_multiple,
+  )
+  return config_lib.validated(
+    dataclasses.replace(
+      base,
+      model=model,
+      optimizer=dataclasses.replace(
+        base.optimizer, **dict(architecture.optimizer)
+      ),
+      # One checkpoint to go on from is enough for runs of minutes.
+      train=dataclasses.replace(
+        base.train, keep_checkpoints=1, sample_tokens=0
+      ),
+    )
+  )
 
 
 def load(path: str) -> Suite:

@@ -76,7 +76,7 @@ def table_scheme(config: MemoryConfig, dtype: jax.typing.DTypeLike) -> str:
   if axes is None:
     return 'columns'
   use = table_use(config, dtype)
-  return choose_scheme(config.table.scheme, use, axes, jax.default_backend())
+  return choose_scheme(config.table.scheme, use, axes, mesh.platform())
 
 
 def describe_table(config: MemoryConfig, dtype: jax.typing.DTypeLike) -> str:

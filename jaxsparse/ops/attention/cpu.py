@@ -8,6 +8,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from jaxsparse import mesh
+
 # Rows from which attention in two parts is faster than all at once.
 _SPLIT_ROWS = 64
 
@@ -18,7 +20,7 @@ def wants_heads_first(num_rows: int) -> bool:
   A CPU's batched products want it, and copy what lies otherwise. Turned over
   before it is rotated, the copy is that of the rotation.
   """
-  return jax.default_backend() == 'cpu' and num_rows > 1
+  return mesh.platform() == 'cpu' and num_rows > 1
 
 
 def leaves_out_later_keys(num_rows: int) -> bool:
@@ -27,13 +29,13 @@ def leaves_out_later_keys(num_rows: int) -> bool:
   A quarter of all scores is then not made.
   """
   is_worth_it = num_rows >= _SPLIT_ROWS and num_rows % 2 == 0
-  return jax.default_backend() == 'cpu' and is_worth_it
+  return mesh.platform() == 'cpu' and is_worth_it
 
 
 def composes_faster(a: Float[Array, 'B T G M S']) -> bool:
   """Whether `compose` here is the faster form: on a CPU, of many queries."""
   num_heads = a.shape[2] * a.shape[3]
-  return jax.default_backend() == 'cpu' and a.shape[1] >= num_heads
+  return mesh.platform() == 'cpu' and a.shape[1] >= num_heads
 
 
 def compose(
@@ -67,7 +69,7 @@ def pad_off_cache_alias(num_keys: int) -> int:
   There scores are turned over, and rows of a multiple of 1 kB would fall on the
   same lines of the cache.
   """
-  is_slow = jax.default_backend() == 'cpu' and num_keys % 256 == 0
+  is_slow = mesh.platform() == 'cpu' and num_keys % 256 == 0
   return 16 if is_slow else 0
 
 

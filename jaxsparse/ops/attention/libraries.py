@@ -59,7 +59,7 @@ def choose(implementation: str, call: Call) -> str:
   if implementation == 'xla':
     return 'xla'
   if implementation == 'auto':
-    platform = jax.default_backend()
+    platform = mesh.platform()
     is_sliced = platform == 'gpu' and call.window > 0 and not call.is_decoding
     if platform == 'cpu' or is_sliced or unsupported_reason('pallas', call):
       return 'xla'
@@ -78,7 +78,7 @@ def choose(implementation: str, call: Call) -> str:
 
 def unsupported_reason(name: str, call: Call) -> str | None:
   """Why a library's kernel can't serve a call, or None if it can."""
-  platform = jax.default_backend()
+  platform = mesh.platform()
   platforms = dict(pallas=('tpu', 'gpu'), cudnn=('gpu',))[name]
   if platform not in platforms:
     return (
@@ -234,7 +234,7 @@ def pallas(
   interpret: bool = False,
 ):
   """Splash attention or Triton's, by the backend; `interpret` is for tests."""
-  if jax.default_backend() == 'gpu':
+  if mesh.platform() == 'gpu':
     return triton(query, key, value, segments, interpret=interpret)
   return splash(query, key, value, segments, window=window, interpret=interpret)
 

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxsparse import mesh
 from jaxsparse.config.errors import UserError
 from jaxsparse.ops import chunking
 from jaxsparse.ops.experts import cpu
@@ -77,7 +78,7 @@ def grouped_matmul(
       f'{", ".join(map(repr, IMPLEMENTATIONS))}.'
     )
   if implementation == 'auto':
-    platform = jax.default_backend()
+    platform = mesh.platform()
     implementation = _KERNELS.get(platform, 'loop')
     if implementation != 'loop' and libraries.unsupported_reason(
       implementation, rows, experts
@@ -259,7 +260,7 @@ def _assigned_products(rows, experts, expert):
     products = rows[..., None].astype(dtype) * matrices.astype(dtype)
     return products.sum(1).astype(rows.dtype)
 
-  if jax.default_backend() == 'gpu' and not libraries.unsupported_reason(
+  if mesh.platform() == 'gpu' and not libraries.unsupported_reason(
     'triton', rows, experts
   ):
     return kernel.assigned_matmul(rows, experts, in_range)

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxsparse import mesh
 from jaxsparse.ops import chunking
 from jaxsparse.ops.kernels import grouped_matmul as kernel
 from jaxsparse.ops.shard_map_vma import match_vma
@@ -86,8 +87,8 @@ def unsupported_reason(
 ) -> str | None:
   """What keeps 'megablox' or 'triton' from running here, in words."""
   platform = dict(megablox='tpu', triton='gpu')[name]
-  if jax.default_backend() != platform:
-    return f'it is for {platform.upper()}, and this is {jax.default_backend()}'
+  if mesh.platform() != platform:
+    return f'it is for {platform.upper()}, and this is {mesh.platform()}'
   if name == 'triton' and (why := kernel.unsupported_reason(rows, experts)):
     return why
   try:

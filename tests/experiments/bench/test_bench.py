@@ -2,10 +2,12 @@
 """Benches run, on tiny sizes, and their contenders compute the same."""
 
 import argparse
+import inspect
 import itertools
 import json
 import subprocess
 import sys
+import types
 
 import jax
 import numpy as np
@@ -25,12 +27,16 @@ from jaxsparse.experiments.bench import (
   train_step,
   value_bag,
 )
+from jaxsparse.experiments.bench.report import Report
 
 LAYER = dict(
   tokens=6, model_dim=8, num_keys=8, key_dim=4, num_heads=2, num_selected=4,
   value_dim=6, expansion=4, rounds=1,
 )  # fmt: skip
-BAG = dict(rows=11, width=8, tokens=6, entries=5, cores=1, pools=1, rounds=1)
+BAG = dict(
+  rows=11, width=8, tokens=6, entries=5, cores=1, pools=1, dtype='float32',
+  rounds=1,
+)  # fmt: skip
 STEP = dict(
   config='', optimizers='lazy_row_adam', tokens=4, seq_len=4, num_keys=8,
   growth=4, rounds=1,
@@ -143,9 +149,10 @@ def test_memory_layer_tells_times_and_memory(
   command.main(['memory_layer', *_flags(LAYER)])
   lines = capsys.readouterr().out.splitlines()
   for name in contenders:
-    (line,) = [line for line in lines if line.startswith(name)]
-    assert line.count('ms') == len(memory_layer.PASSES)
-    assert line.endswith('1 MB')
+    for task in memory_layer.PASSES.values():
+      (line,) = [line for line in lines if f'{task:<36}{name:<26}' in line]
+      assert ' ms' in line
+    assert f'{name}: 1 MB of peak memory' in lines
 
 
 def test_peak_memory_of_one_contender(capsys):
@@ -202,8 +209,8 @@ def test_attention_tells_sparse_from_dense_and_composed_from_plain(capsys):
       train_chunk=8, rounds=1,
     )
   )  # fmt: skip
-  records = attention.measure(options)
-  attention.show(records)
+  records = []
+  Report('', {}).add(attention, vars(options), records)
   assert [(r['task'], r['contender']) for r in records] == [
     ('forward 40', 'dense'),
     ('forward 40', 'sparse'),
@@ -230,12 +237,42 @@ def test_attention_tells_sparse_from_dense_and_composed_from_plain(capsys):
 def test_attention_refuses(changes, message):
   options = argparse.Namespace(**attention.OPTIONS | changes)
   with pytest.raises(UserError, match=message):
-    attention.measure(options)
+    list(attention.measure(options))
 
 
 def test_only_a_gpu_reads_the_memory_of_its_host(capsys):
   assert host_memory.measure(argparse.Namespace(**host_memory.OPTIONS)) == []
   assert 'only a GPU' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('name', command.BENCHES)
+def test_rows_come_as_they_are_measured(name):
+  """No bench keeps rows back: each is a generator of them."""
+  bench = command.BENCHES[name]
+  one_table = ('top_m', 'host_memory')
+  assert name in one_table or inspect.isgeneratorfunction(bench.measure)
+
+
+def test_each_row_is_printed_and_written_before_the_next(capsys, tmp_path):
+  path = tmp_path / 'rows.json'
+  report, results, seen = Report(str(path), {}), [], []
+  report.content['results'] = results
+
+  def measure(options):
+    for i in range(3):
+      kept = json.loads(path.read_text() or '{}').get('results', [])
+      seen.append((len(kept), capsys.readouterr().out.count('ms')))
+      yield dict(task='t', contender=str(i), seconds=1.0, temp_bytes=None)
+    raise RuntimeError('out of memory')
+
+  bench = types.SimpleNamespace(measure=measure, show=measuring.print_last)
+  with pytest.raises(RuntimeError):
+    report.add(bench, {}, results)
+  assert seen == [(0, 0), (1, 1), (2, 1)]
+  # What comes after a failure is lost, and nothing before it.
+  assert [r['contender'] for r in json.loads(path.read_text())['results']] == [
+    *'012'
+  ]
 
 
 def test_all_runs_every_bench_and_writes_one_file(tmp_path, monkeypatch):

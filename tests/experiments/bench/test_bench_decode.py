@@ -17,6 +17,7 @@ from jaxsparse.config.errors import UserError
 from jaxsparse.experiments.bench import (
   command,
   decode,
+  decode_cell,
   decode_models,
   decode_program,
   measuring,
@@ -125,7 +126,7 @@ def test_the_family_of_680m_is_the_published_one(monkeypatch, tmp_path):
 def test_the_cache_stays_in_place(name):
   options = _options(context=512, models=name)
   model = decode_models.make_models(options, 1)[name]
-  cell = decode.Cell(
+  cell = decode_cell.Cell(
     {name: model}, {name: decode_models.draw_params(model)}, options, 16,
   )  # fmt: skip
   memory = cell._programs[name].memory_analysis()
@@ -217,22 +218,25 @@ def test_least_bytes_count_what_was_read():
   models = decode_models.make_models(_options(models='moe,ultramem_v2'), 1)
   moe, memory = models['moe'], models['ultramem_v2']
   every = float(moe.num_layers * moe.moe.num_experts)
-  assert decode.least_bytes(moe, 1, 24, every) == cost.decode_bytes(
+  assert decode_cell.least_bytes(moe, 1, 24, every) == cost.decode_bytes(
     moe, 10**6, 24, bytes_per_value=4
   ).__class__(
     **dataclasses.asdict(cost.decode_bytes(moe, 1, 24, bytes_per_value=4))
     | dict(experts=4.0 * cost.count_parameters(moe).experts)
   )
-  least = decode.least_bytes(memory, 1, 24, 10.0)
+  least = decode_cell.least_bytes(memory, 1, 24, 10.0)
   assert least.values == 4 * 10 * (8 + 8)
   half = dataclasses.replace(memory, dtype='bfloat16')
-  assert decode.least_bytes(half, 1, 24, 10.0).total == least.total / 2
+  of_half = decode_cell.least_bytes(half, 1, 24, 10.0)
+  assert of_half.weights == least.weights / 2
+  # Tables have a type of their own.
+  assert of_half.values == least.values
 
 
 def test_distinct_are_counted_by_layer():
   picks = np.array([[[[1, 2], [2, 3]], [[1, 1], [1, 1]]]] * 2)
-  assert decode.count_distinct(picks) == 4
-  assert decode.count_distinct(np.zeros((3, 0, 1, 1))) == 0
+  assert decode_cell.count_distinct(picks) == 4
+  assert decode_cell.count_distinct(np.zeros((3, 0, 1, 1))) == 0
 
 
 def _rigged(moe_seconds):
@@ -242,7 +246,7 @@ def _rigged(moe_seconds):
       bytes_per_second=1.0, share_of_copy=1.0, distinct_per_layer=1.0,
     )  # fmt: skip
 
-  return decode.with_ratios(
+  return decode_cell.with_ratios(
     [
       record('dense', 1.0, 100),
       record('moe', moe_seconds, 400),
@@ -297,4 +301,4 @@ def test_a_cell_above_the_limit_is_measured_again(
 )
 def test_bad_options_are_refused(option, value):
   with pytest.raises(UserError, match=option):
-    decode.measure(_options(**{option: value}))
+    list(decode.measure(_options(**{option: value})))

@@ -11,7 +11,7 @@ import pytest
 
 from jaxsparse import mesh
 from jaxsparse.config.errors import UserError
-from jaxsparse.ops.attention import libraries
+from jaxsparse.ops.attention import cpu, libraries
 from jaxsparse.ops.attention.dense import attention
 
 B, T, N, K, H = 1, 256, 4, 2, 16
@@ -75,7 +75,7 @@ def test_auto_takes_a_kernel_that_compiles(monkeypatch):
   """Found while a step is traced on a mesh, whose devices run it apart."""
   kernel = functools.partial(libraries.splash, interpret=True)
   monkeypatch.setitem(libraries._KERNELS, 'pallas', kernel)
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+  monkeypatch.setattr(mesh, 'platform', lambda: 'tpu')
   heads, segments = make_inputs()
   heads = [np.tile(x, (2, 1, 1, 1)) for x in heads]
   rows, segments = jax.device_put(
@@ -121,7 +121,7 @@ def test_a_choice_that_cannot_run_is_a_sentence(name):
   ],
 )
 def test_why_not(backend, fields, name, word, monkeypatch):
-  monkeypatch.setattr(jax, 'default_backend', lambda: backend)
+  monkeypatch.setattr(mesh, 'platform', lambda: backend)
   call = dataclasses.replace(CALL, **fields)
   assert word in libraries.unsupported_reason(name, call)
 
@@ -129,3 +129,13 @@ def test_why_not(backend, fields, name, word, monkeypatch):
 def test_an_unknown_name_is_refused():
   with pytest.raises(UserError, match="'flash' must be one of auto, xla"):
     libraries.choose('flash', CALL)
+
+
+def test_a_program_for_another_device_has_the_forms_of_that_device():
+  """What is compiled ahead of time is what the device would execute."""
+  gpu = jax.sharding.AbstractDevice('a GPU', num_cores=1, platform='gpu')
+  there = jax.sharding.AbstractMesh((1,), ('data',), abstract_device=gpu)
+  assert cpu.leaves_out_later_keys(num_rows=T)
+  with jax.sharding.use_abstract_mesh(there):
+    assert not cpu.leaves_out_later_keys(num_rows=T)
+    assert libraries.unsupported_reason('cudnn', CALL).startswith('it takes')

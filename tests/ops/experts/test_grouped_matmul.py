@@ -15,6 +15,7 @@ import pytest
 from compiled import arrays_of_size
 from lanes import few
 
+from jaxsparse import mesh
 from jaxsparse.config.errors import UserError
 from jaxsparse.experiments.bench import grouped_matmul as bench
 from jaxsparse.ops.experts import expert_mlp as mlp
@@ -190,7 +191,7 @@ def test_what_cannot_run_is_told_in_a_sentence():
 
 def test_tpus_take_ragged_dot_where_their_kernel_cannot_run(monkeypatch):
   args = draw(S, D), draw(X, D, F), integers(SIZES['even'])
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'tpu')
+  monkeypatch.setattr(mesh, 'platform', lambda: 'tpu')
   monkeypatch.setattr(libraries, 'unsupported_reason', lambda *args: 'a mesh')
   assert 'ragged_dot' in str(jax.make_jaxpr(ops.grouped_matmul)(*args))
 

@@ -50,7 +50,7 @@ def on_gpu(monkeypatch):
   """As if this were one, with the kernel interpreted."""
   run = functools.partial(kernel.decode_attention, interpret=True)
   monkeypatch.setattr(libraries, 'decode_attention', run)
-  monkeypatch.setattr(jax, 'default_backend', lambda: 'gpu')
+  monkeypatch.setattr(mesh, 'platform', lambda: 'gpu')
   libraries._decoding_error.cache_clear()
   yield
   libraries._decoding_error.cache_clear()
