@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Continues a prompt with a trained model: python -m jaxsparse generate.
+"""Continues prompts with a trained model: python -m jaxsparse generate.
 
-The text goes to stdout as it comes, everything else to stderr. Every sample is
+The text goes to stdout as it comes, everything else to stderr; of several texts
+at once the first one does, and the others when it is complete. Every sample is
 added to `samples.jsonl` in the workdir. A prompt from a file may be of any
 length: if it exceeds that of training and all attention is sparse or local, the
 sparse layers keep a history of bounded size, and memory does not grow with it.
@@ -11,11 +12,12 @@ import argparse
 import dataclasses
 import sys
 import time
+from collections.abc import Callable
 
 from jaxsparse.config import Config, ModelConfig
 from jaxsparse.config.errors import UserError, shown
 from jaxsparse.data.tokenizer import load_from_workdir
-from jaxsparse.inference import decoding
+from jaxsparse.inference import batch, weights
 from jaxsparse.inference.long_input import (
   Reading,
   can_forget,
@@ -25,7 +27,6 @@ from jaxsparse.inference.sampling import Sampling
 from jaxsparse.inference.text import (
   Completion,
   Request,
-  complete,
   encode_prompt,
   read_file,
 )
@@ -58,7 +59,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     default=argparse.SUPPRESS,
     help='folder of the training run',
   )
-  add('--prompt', default='', help='text to continue; empty: a new document')
+  add(
+    '--prompt',
+    action='append',
+    default=[],
+    help='text to continue, of several each; none: a new document',
+  )
   add(
     '--prompt_file',
     default='',
@@ -134,18 +140,18 @@ def _to_step(text: str) -> int | str:
   return text if text == 'best' else int(text)
 
 
-def to_request(arguments: argparse.Namespace) -> Request:
-  """What the first sample continues; the others have further seeds.
+def to_requests(arguments: argparse.Namespace) -> list[Request]:
+  """The samples of each prompt in turn.
 
   Raises:
-    UserError: a limit, the prompt or a stop string is not valid, or the file
+    UserError: a limit, a prompt or a stop string is not valid, or the file
       can't be read.
   """
-  prompt = arguments.prompt
+  prompts = arguments.prompt or ['']
   if arguments.prompt_file:
-    prompt = read_file('--prompt_file=', arguments.prompt_file)
-  return Request(
-    prompt=prompt,
+    prompts = [read_file('--prompt_file=', arguments.prompt_file)]
+  first = Request(
+    prompt=prompts[0],
     max_tokens=arguments.max_tokens,
     stop=tuple(arguments.stop),
     sampling=Sampling(
@@ -155,11 +161,16 @@ def to_request(arguments: argparse.Namespace) -> Request:
     ),
     seed=arguments.seed,
   )
+  return [
+    dataclasses.replace(first, prompt=prompt, seed=first.seed + i)
+    for prompt in prompts
+    for i in range(arguments.num_samples)
+  ]
 
 
 def main(argv: list[str]) -> None:
   arguments = parse_arguments(argv)
-  first = to_request(arguments)
+  requests = to_requests(arguments)
   config = run_config.read(arguments.workdir, _say)
   # Not where its config says: the workdir may come from anybody.
   compiled_programs.keep(say=_say)
@@ -168,26 +179,66 @@ def main(argv: list[str]) -> None:
   if step == 'best':
     losses = metrics.validation_losses(arguments.workdir)
     step = checkpoint.best_step(arguments.workdir, losses)
-  num_prompt = len(encode_prompt(tokenizer, first.prompt))
+  num_prompt = max(len(encode_prompt(tokenizer, r.prompt)) for r in requests)
   model = _with_history(config, arguments, num_prompt)
-  step, params = checkpoint.load_params(arguments.workdir, step)
-  # As the generation itself does, but before the prompt is written.
-  decoding.check_room(
-    model, params, 1, num_prompt, first.max_tokens, first.sampling
+  if not model.vocab_size:
+    model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+  step, params = weights.load(arguments.workdir, model, step)
+  # Refuses what memory has no room for before a prompt is written.
+  programs = batch.prepare(
+    model, params, tokenizer, requests, config.data.seq_len
   )
   if not (model.sparse and model.sparse.history_blocks):
     _warn_of_length(config, num_prompt + arguments.max_tokens)
-  for i in range(arguments.num_samples):
-    request = dataclasses.replace(first, seed=first.seed + i)
-    if i:
-      _write('\n\n')
-    if not arguments.prompt_file:
-      _write(request.prompt)
-    done = complete(
-      model, params, tokenizer, request, _write, _Progress(num_prompt)
-    )
+
+  def keep(request: Request, done: Completion) -> None:
     _report(done)
     _keep(arguments.workdir, to_row(step, request, done))
+
+  in_order = _InOrder(requests, not arguments.prompt_file, keep)
+  batch.complete_all(
+    programs,
+    tokenizer,
+    requests,
+    in_order.write,
+    in_order.finish,
+    _Progress(num_prompt),
+  )
+
+
+class _InOrder:
+  """Writes texts one after another, the first of them as it comes."""
+
+  def __init__(
+    self,
+    requests: list[Request],
+    has_prompts: bool,
+    keep: Callable[[Request, Completion], None],
+  ):
+    self._requests, self._has_prompts, self._keep = requests, has_prompts, keep
+    self._held, self._done = [''] * len(requests), {}
+    self._now = 0
+    self._begin()
+
+  def _begin(self) -> None:
+    text = self._held[self._now]
+    if self._has_prompts:
+      text = self._requests[self._now].prompt + text
+    _write(text if self._now == 0 else '\n\n' + text)
+
+  def write(self, number: int, text: str) -> None:
+    if number == self._now:
+      _write(text)
+    else:
+      self._held[number] += text
+
+  def finish(self, number: int, done: Completion) -> None:
+    self._done[number] = done
+    while self._now in self._done:
+      self._keep(self._requests[self._now], self._done[self._now])
+      self._now += 1
+      if self._now < len(self._requests):
+        self._begin()
 
 
 def _keep(folder: str, row: dict) -> None:

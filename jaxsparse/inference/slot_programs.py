@@ -12,16 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import require
-from jaxsparse.inference import slot_sampling, slots
+from jaxsparse.inference import slot_executables, slot_sampling, slots
 from jaxsparse.inference.jobs import Form, JobSampling
 from jaxsparse.inference.long_input import with_bounded_history
-from jaxsparse.nn.transformer import Transformer, init_cache
 from jaxsparse.ops.sparse_attention.bounded_slots import needs_room
 
 # Of a slot whose history is bounded: positions have 32 bits.
@@ -149,6 +146,7 @@ class Programs:
     history_blocks: int | None = None,
     progress: Callable[[int, int, str], Any] = lambda done, total, name: None,
     boundary_id: int = -1,
+    is_lazy: bool = False,
   ) -> Self:
     """Compiles everything, and makes the slots.
 
@@ -165,6 +163,8 @@ class Programs:
       progress: told before each program how many are done, of how many, and
         its name.
       boundary_id: the token that ends a document.
+      is_lazy: compile each program when it is first needed: where nobody waits,
+        and most are not.
 
     Raises:
       UserError: a number is below 1, the mesh splits sequences, or the model
@@ -172,12 +172,12 @@ class Programs:
     """
     return cls(
       config, params, num_slots, length, chunks, history_blocks, progress,
-      boundary_id,
+      boundary_id, is_lazy,
     )  # fmt: skip
 
   def __init__(
     self, config, params, num_slots, length, chunks, history_blocks, progress,
-    boundary_id,
+    boundary_id, is_lazy,
   ):  # fmt: skip
     require(num_slots >= 1, f'slots must be at least 1, got {num_slots}.')
     require(length >= 1, f'length must be at least 1, got {length}.')
@@ -199,104 +199,34 @@ class Programs:
     self._bounded_rows = slots.rows_of_bounded(config)
     self.length = _ENDLESS if self._bounded_rows else length
     self._num_rows = -(-length // longest) * longest
-    self._params, self._mesh = params, _mesh_of(params)
+    self._params = params
     self._lengths = np.zeros(num_slots, np.int64)
     # Of each slot: rows of its first chunks that a snapshot has, or had.
     self._known: list[tuple[Part, ...]] = [()] * num_slots
     self._has_room = np.zeros(num_slots, bool)
-    self._compile(progress)
+    self._compile(progress, is_lazy)
 
-  def _compile(self, progress):
-    size = -(-self.vocab_size // 32)
-    abstract = self._abstract
-    slot, flag = abstract((), np.int32), abstract((), np.bool_)
-    every, live = (
-      abstract((self.num_slots, size), np.uint32),
-      abstract((self.num_slots,), np.bool_),
-    )
-    one = abstract((1, size), np.uint32)
-    init = functools.partial(_init, self.config, self.num_slots, self._num_rows)
-    if self._mesh is None:
-      state = jax.eval_shape(init)
-    else:
-      with jax.set_mesh(self._mesh):
-        _check_mesh()
-      state = mesh.abstract(init, mesh=self._mesh)
-    fields = jax.tree.map(
-      lambda x: abstract(x.shape, x.dtype), slot_sampling.of_job(JobSampling())
-    )
-    params = jax.tree.map(self._abstract_of, self._params)
-    snapshot = functools.partial(_snapshot, self.config, self.chunks[0])
-    insert = functools.partial(_insert, self.config, self.chunks[0])
-    part = self._evaluated(snapshot, state, slot, slot)
-    model = dict(config=self.config, boundary=self.boundary_id)
-    wanted = dict(
-      init=(init, ()),
-      start=(_start, (state, slot, fields)),
-      plain=(
-        functools.partial(_decode, form='plain', **model),
-        (state, params, live),
-      ),
-    )
-    for form in ('sorted', 'logprobs'):
-      decode = functools.partial(_decode, form=form, **model)
-      wanted[form] = (decode, (state, params, live, every))
-    for n in self.chunks:
-      chunk, number = abstract((1, n), np.int32), slot
-      inputs = (state, params, slot, chunk, number, flag, one)
-      prefill = functools.partial(_prefill, **model)
-      wanted[f'prefill_{n}'] = (prefill, inputs)
-      score = functools.partial(_score, **model)
-      wanted[f'score_{n}'] = (score, (*inputs, abstract((n,), np.int32)))
-    wanted['snapshot'] = (snapshot, (state, slot, slot))
-    wanted['insert'] = (insert, (state, slot, slot, part))
-    if self._bounded_rows:
-      forget = functools.partial(_forget, self.config)
-      wanted['forget'] = (forget, (state, slot))
-    self._run = {}
-    for name, (function, inputs) in wanted.items():
-      progress(len(self._run), len(wanted), name)
-      self._run[name] = self._compiled(name, function, inputs)
-    self.num_compiled = len(self._run)
+  def _compile(self, progress, is_lazy):
+    self._run = slot_executables.of(
+      self.config, self._params, self.num_slots, self._num_rows, self.chunks,
+      self.boundary_id,
+    )  # fmt: skip
+    names = () if is_lazy else self._run.names
+    for i, name in enumerate(names):
+      progress(i, len(names), name)
+      self._run.compile(name)
     self._state = self._run['init']()
     self.state_bytes = sum(x.nbytes for x in jax.tree.leaves(self._state))
     # On the device for good, for steps without a grammar.
+    size = slot_executables.words(self.vocab_size)
     everything = [
       np.full((n, size), 2**32 - 1, np.uint32) for n in (self.num_slots, 1)
     ]
-    self._all_tokens, self._all_of_one = (
-      jax.device_put(x, self._sharding(jax.P())) for x in everything
-    )
+    self._all_tokens, self._all_of_one = map(self._run.placed, everything)
 
-  def _sharding(self, spec):
-    return self._mesh and jax.sharding.NamedSharding(self._mesh, spec)
-
-  def _abstract(self, shape, dtype):
-    return jax.ShapeDtypeStruct(shape, dtype, sharding=self._sharding(jax.P()))
-
-  def _abstract_of(self, x):
-    sharding = x.sharding if self._mesh else None
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
-
-  def _evaluated(self, function, *args):
-    if self._mesh is None:
-      return jax.eval_shape(function, *args)
-    return mesh.abstract(function, *args, mesh=self._mesh)
-
-  def _compiled(self, name, function, inputs):
-    donated = (0,) if inputs and name != 'snapshot' else ()
-    options = {}
-    if jax.default_backend() == 'gpu':
-      # A memory layer's output is needed blocks after its input is there.
-      options['xla_gpu_command_buffer_scheduling_mode'] = 'CONCURRENT'
-
-    def lower():
-      return jax.jit(function, donate_argnums=donated).lower(*inputs)
-
-    if self._mesh is None:
-      return lower().compile(compiler_options=options)
-    with jax.set_mesh(self._mesh):
-      return lower().compile(compiler_options=options)
+  @property
+  def num_compiled(self) -> int:
+    return len(self._run)
 
   def lengths(self) -> list[int]:
     """Tokens of each slot that programs were given."""
@@ -466,161 +396,3 @@ class Programs:
     self._lengths[slot] = length
     self._known[slot] = known
     self._has_room[slot] = False
-
-
-def _mesh_of(params):
-  """The mesh that parameters lie on; None for one device."""
-  sharding = jax.tree.leaves(params)[0].sharding
-  if not isinstance(sharding, jax.sharding.NamedSharding):
-    return None
-  return sharding.mesh
-
-
-def _check_mesh():
-  sizes = mesh.axis_sizes()
-  require(
-    sizes is not None and sizes['data'] * sizes['sparse'] == 1,
-    f'the mesh must have the shape (1, 1, n) to serve, got {sizes}.',
-  )
-
-
-def _init(config, num_slots, num_rows):
-  """The state of slots that nobody has."""
-  sampling = slot_sampling.init(num_slots, config.vocab_size)
-  return dict(
-    cache=init_cache(config, num_slots, num_rows, has_slots=True),
-    sampling=jax.tree.map(_whole, sampling),
-    # Of each slot the last token, which is fed next.
-    token=_whole(jnp.zeros(num_slots, jnp.int32)),
-  )
-
-
-def _whole(x):
-  """`x` alike on every device."""
-  return mesh.reshard(x, mesh.act('.' * x.ndim))
-
-
-def _scores(logits):
-  """Logits alike on every device, and in every program that makes them."""
-  return jax.lax.optimization_barrier(_whole(logits))
-
-
-def _like(new, old):
-  """The state laid as the programs take it."""
-  if mesh.axis_sizes() is None:
-    return new
-  return jax.tree.map(
-    lambda x, y: mesh.reshard(x, jax.typeof(y).sharding.spec), new, old
-  )
-
-
-def _start(state, slot, fields):
-  part = slots.take(state, slot)
-  part = dict(
-    cache=slots.emptied(part['cache']),
-    sampling=slot_sampling.taken_over(part['sampling'], fields),
-    token=jnp.zeros_like(part['token']),
-  )
-  return _like(slots.put(state, part, slot), state)
-
-
-def _decode(state, params, is_live, mask=None, *, config, boundary, form):
-  cache, sampling = state['cache'], state['sampling']
-  positions = cache['shared']['index'][:, None]
-  segment_ids = is_live[:, None].astype(jnp.int32)
-  logits, cache, _ = Transformer(config).apply(
-    {'params': params}, state['token'][:, None], positions, segment_ids, cache
-  )
-  logits = _scores(logits[:, -1])
-  if form == 'plain':
-    drawn = slot_sampling.draw(logits, sampling)
-  else:
-    drawn = slot_sampling.draw_sorted(logits, sampling, boundary, mask)
-  best = slot_sampling.best_of(logits, drawn) if form == 'logprobs' else None
-  new = dict(
-    cache=cache,
-    sampling=slot_sampling.with_drawn(
-      sampling, drawn, is_live, counts=form != 'plain'
-    ),
-    token=jnp.where(is_live, drawn, state['token']),
-  )
-  return _like(new, state), drawn, best
-
-
-def _prefill(
-  state, params, slot, tokens, count, is_last, mask, *, config, boundary
-):
-  part = slots.take(state, slot)
-  at = mesh.reshard((count - 1)[None], mesh.act('B'))
-  logits, part = _read(config, params, part, tokens, count, at)
-  part, drawn, best = _first_drawn(part, logits[:, 0], boundary, mask, is_last)
-  return _like(slots.put(state, part, slot), state), drawn, best
-
-
-def _score(
-  state, params, slot, tokens, count, is_last, mask, targets, *, config,
-  boundary,
-):  # fmt: skip
-  part = slots.take(state, slot)
-  logits, part = _read(config, params, part, tokens, count, None)
-  logits = _scores(logits[0])
-  last = jax.lax.dynamic_slice_in_dim(logits, count - 1, 1)
-  part, drawn, best = _first_drawn(part, last, boundary, mask, is_last)
-  of_prompt = slot_sampling.best_of(logits, targets)
-  return _like(slots.put(state, part, slot), state), drawn, best, of_prompt
-
-
-def _read(config, params, part, tokens, count, logits_at):
-  """Logits of one slot's new tokens, and the slot after them."""
-  offset = jnp.arange(tokens.shape[1])[None]
-  is_token = offset < count
-  index = part['cache']['shared']['index']
-  positions = mesh.reshard(index, mesh.act('.'))[:, None] + offset
-  logits, cache, _ = Transformer(config).apply(
-    {'params': params},
-    tokens,
-    positions,
-    is_token.astype(jnp.int32),
-    part['cache'],
-    logits_at=logits_at,
-  )
-  sampling = slot_sampling.with_prompt(part['sampling'], tokens, is_token)
-  return logits, part | dict(cache=cache, sampling=sampling)
-
-
-def _first_drawn(part, logits, boundary, mask, is_last):
-  logits, sampling = _scores(logits), part['sampling']
-  drawn = slot_sampling.draw_sorted(logits, sampling, boundary, mask)
-  best = slot_sampling.best_of(logits, drawn)
-  sampling = slot_sampling.with_drawn(
-    sampling, drawn, is_last[None], counts=True
-  )
-  token = jnp.where(is_last, drawn, part['token'])
-  return part | dict(sampling=sampling, token=token), drawn, best
-
-
-def _forget(config, state, slot):
-  part = slots.forget(config, slots.take(state['cache'], slot))
-  cache = slots.put(state['cache'], part, slot)
-  return _like(state | dict(cache=cache), state)
-
-
-def _snapshot(config, chunk, state, slot, begin):
-  """The rows of one chunk, and all of the slot that is not in rows."""
-  part = slots.take(state['cache'], slot)
-  rows, rest = slots.split_rows(config, chunk, part, begin)
-  in_prompt = slots.take(state['sampling'].in_prompt, slot)
-  return rows, dict(cache=rest, in_prompt=in_prompt)
-
-
-def _insert(config, chunk, state, slot, begin, snapshot):
-  rows, rest = snapshot
-  part = slots.take(state['cache'], slot)
-  part = slots.join_rows(config, chunk, part, begin, rows, rest['cache'])
-  sampling = state['sampling']
-  in_prompt = slots.put(sampling.in_prompt, rest['in_prompt'], slot)
-  new = state | dict(
-    cache=slots.put(state['cache'], part, slot),
-    sampling=sampling._replace(in_prompt=in_prompt),
-  )
-  return _like(new, state)

@@ -90,6 +90,24 @@ def test_sample_i_is_that_of_seed_plus_i(run):
   assert both == first + '\n\n' + second
 
 
+def test_several_prompts_are_continued_as_each_alone(run, workdir, caplog):
+  """In the order in which they were given; no length compiles anything."""
+  prompts = ['abc', 'd', 'a longer']
+  alone = [run(prompt=p, seed=s)[1] for p in prompts for s in (5, 6)]
+  before = len((workdir / 'samples.jsonl').read_text().splitlines())
+  code, text, report = run(prompt=prompts, num_samples=2)
+  assert code == 0
+  assert text == '\n\n'.join(alone)
+  assert report.count('tokens/s') == 6
+  rows = (workdir / 'samples.jsonl').read_text().splitlines()[before:]
+  of_rows = [(row['prompt'], row['seed']) for row in map(json.loads, rows)]
+  assert of_rows == [(p, s) for p in prompts for s in (5, 6)]
+  with jax.log_compiles():
+    assert run(prompt=['', 'xyz xyz'], num_samples=3)[0] == 0
+  seen = [r.getMessage() for r in caplog.records]
+  assert not [m for m in seen if m.startswith('Compiling')]
+
+
 def test_an_empty_prompt_and_a_stop_string(run, workdir):
   flags = dict(prompt='', temperature=0, max_tokens=20)
   _, text, _ = run(**flags)

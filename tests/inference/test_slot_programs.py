@@ -11,9 +11,12 @@ import numpy as np
 import pytest
 from lanes import few
 from letters import Letters
+from parameters import place
 from slot_models import MODELS, V, make_params
 from told import Told
 
+from jaxsparse import mesh
+from jaxsparse.config.errors import UserError
 from jaxsparse.inference.engine import Engine
 from jaxsparse.inference.jobs import Job, JobSampling
 from jaxsparse.inference.sampling import Sampling, sample
@@ -255,6 +258,46 @@ def test_nothing_compiles_once_it_runs(name, caplog):
   assert not [r for r in caplog.records if 'ompil' in r.getMessage()]
   with pytest.raises(TypeError):
     run.decode(np.array([True, False]))
+
+
+def on_mesh(name, *sizes):
+  config, one = MODELS[name], np.ones((2, 2), np.int32)
+  devices = jax.devices()[: np.prod(sizes)]
+  with jax.set_mesh(mesh.make_mesh(*sizes, devices=devices)):
+    init = Transformer(config).init
+    params = place(make_params(config), init, one, one, one)['params']
+  blocks = config.sparse.history_blocks if config.sparse else 0
+  return Programs.compile(
+    config,
+    params,
+    NUM_SLOTS,
+    LENGTH,
+    chunks=(C,),
+    history_blocks=blocks or None,
+    boundary_id=0,
+  )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('name', MODELS)
+def test_devices_hold_parts_of_all_slots(name):
+  run, jobs = on_mesh(name, 1, 1, 2), range(len(PROMPTS))
+  expected = served(run, jobs, 1, 'logprobs')
+  assert expected[0] == alone(name)
+  assert served(run, jobs[::-1], 2, 'logprobs') == expected
+  run.start(0, JobSampling())
+  _, snapshots = read(run, 0, prompts()[-1])
+  run.start(1, JobSampling(temperature=0.0))
+  run.insert(1, snapshots[C])
+  drawn, _ = read(run, 1, prompts()[-1])
+  run.start(2, JobSampling(temperature=0.0))
+  other, _ = read(run, 2, prompts()[-1])
+  assert continued(run, 1, drawn) == continued(run, 2, other)
+
+
+def test_a_mesh_that_splits_sequences_is_refused():
+  with pytest.raises(UserError, match=r'shape \(1, 1, n\)'):
+    on_mesh('small', 2, 1, 1)
 
 
 def test_what_does_not_fit_is_no_chunk():
