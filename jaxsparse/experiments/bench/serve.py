@@ -27,11 +27,12 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.experiments.bench import load
@@ -154,35 +155,40 @@ def server(
   with socket.socket() as free:
     free.bind(('127.0.0.1', 0))
     port = free.getsockname()[1]
-  process = subprocess.Popen(
-    [
-      *(sys.executable, '-m', 'jaxsparse.serving'),
-      *(f'--model-path={workdir}', f'--port={port}'),
-      *shlex.split(flags),
-    ],
-    stdout=sys.stderr,
-    env=os.environ | (environment or {}),
-  )
   url = f'http://127.0.0.1:{port}'
-  try:
-    _await_ready(url, process)
-    yield url, process.pid
-  finally:
-    if process.poll() is None:
-      process.send_signal(signal.SIGTERM)
-      try:
-        process.wait(30)
-      except subprocess.TimeoutExpired:
-        process.kill()
-        process.wait()
+  # A line for each request, which would hide the rows.
+  with tempfile.TemporaryFile('w+') as log:
+    process = subprocess.Popen(
+      [
+        *(sys.executable, '-m', 'jaxsparse.serving'),
+        *(f'--model-path={workdir}', f'--port={port}'),
+        *shlex.split(flags),
+      ],
+      stdout=log,
+      stderr=log,
+      env=os.environ | (environment or {}),
+    )
+    try:
+      _await_ready(url, process, log)
+      yield url, process.pid
+    finally:
+      if process.poll() is None:
+        process.send_signal(signal.SIGTERM)
+        try:
+          process.wait(60)
+        except subprocess.TimeoutExpired:
+          process.kill()
+          process.wait()
 
 
-def _await_ready(url: str, process: subprocess.Popen) -> None:
+def _await_ready(url: str, process: subprocess.Popen, log: TextIO) -> None:
   start = time.perf_counter()
   while time.perf_counter() - start < _STARTED:
     if process.poll() is not None:
+      log.seek(0)
+      last = log.read().strip().splitlines()[-1:]
       raise UserError(
-        f'the server ended with {process.returncode}; what it says is above.'
+        f'the server ended with {process.returncode}: {"".join(last)}'
       )
     with contextlib.suppress(OSError):
       urllib.request.urlopen(f'{url}/health', timeout=5).close()
