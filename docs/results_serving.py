@@ -1,0 +1,73 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of results about the server."""
+
+from results_tables import load, machine, table
+
+_WORDS = {
+  'throughput': 'tokens a second at full slots, to a batch in `generate`',
+  'gap': 'between tokens at full slots, to a bare decode step',
+  'first': 'to the first token of an idle server, to one chunk and one step',
+  'first, busy': 'to the first token at 70 % load (p95), to an idle server',
+  'continuous': 'tokens a second, answers of unequal length, to batches that '
+  'wait for their longest',
+  'prefix': 'to the first token of a prompt that was read before, to a new one',
+  'long prompt': 'between tokens (p99) while a long prompt is read, to without',
+  'start': 'to a ready server, programs kept, to without',
+  'memory': 'of the server after 2,000 more requests',
+}
+
+
+def serving():
+  files = {'`ultramem:tiny`': 'serve_cpu', 'dense, 25M': 'serve_25m_cpu'}
+  found = {
+    name: {r['figure']: r for r in load(file)['results']}
+    for name, file in files.items()
+  }
+  options = load('serve_cpu')['arguments']
+  rows = []
+  for figure, words in _WORDS.items():
+    records = [of_model[figure] for of_model in found.values()]
+    first = records[0]
+    sign = 'at least' if first['at_least'] else 'at most'
+    rows.append(
+      [words]
+      + [f'{r["ratio"]:.2f}x' for r in records]
+      + [f'{sign} {first["aim"]}x']
+    )
+  tiny = found['`ultramem:tiny`']
+  loops = load('serve_load_cpu')['results']
+  load_rows = [
+    [
+      f'{r["users"]} users' if r['loop'] == 'closed' else f'{r["rate"]:.1f} a second',
+      f'{r["tokens_per_second"]:,.0f}',
+      *(_ms(r[key]) for key in ('first_p50', 'first_p95', 'first_p99')),
+      *(_ms(r[key]) for key in ('gap_p50', 'gap_p99')),
+      str(r['refused']),
+    ]
+    for r in loops
+  ]
+  return f"""# Serving on a CPU
+
+## Beside the model without a server
+`model-server` and the same model in a process of its own, in turns on the same two cores, load generator and HTTP among them:
+`jaxsparse bench serve_ratios --workdir=...`; figures in `results/serve_cpu.json` and `results/serve_25m_cpu.json` ({machine('serve_cpu')}).
+{options['slots']} slots, prompts of {options['prompt_tokens']} tokens, answers of {options['answer_tokens']}, chunks of {options['chunk']}.
+
+{table(['figure', *found, 'aim'], rows)}
+
+The first token of `ultramem:tiny` comes after {_ms(tiny['first']['this'])} (aim: below 200 ms). A server of it is ready after
+{tiny['start']['to']:.0f} s, and after {tiny['start']['this']:.0f} s with compiled programs kept.
+
+## Under load
+`ultramem:tiny`: first users who wait for their answers, then questions at random times, at shares of what those users reached:
+`jaxsparse bench serve --workdir=... --picture=...`; figures in `results/serve_load_cpu.json`.
+
+{table(['load', 'tokens/s', 'first p50', 'p95', 'p99', 'gap p50', 'p99', 'refused'], load_rows)}
+
+![Latency against load](../pictures/serve_load.png)
+
+"""
+
+
+def _ms(seconds):
+  return '-' if seconds is None else f'{1e3 * seconds:.0f} ms'
