@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxsparse.ops import chunking
 from jaxsparse.ops.sparse_attention.bounded_history import (
   BoundedCache,
   advance,
@@ -82,7 +83,9 @@ def _of_one(inputs, cache, index, count, options, rotate):
 
     def skip(cache: BoundedCache):
       nothing = jax.eval_shape(run, cache)[1]
-      zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), nothing)
+      zeros = jax.tree.map(
+        lambda x: chunking.zeros(x.shape, x.dtype, new.query), nothing
+      )
       return cache, zeros
 
     return jax.lax.cond(begin < count, run, skip, cache)
