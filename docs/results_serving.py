@@ -38,7 +38,9 @@ def serving():
   loops = load('serve_load_cpu')['results']
   load_rows = [
     [
-      f'{r["users"]} users' if r['loop'] == 'closed' else f'{r["rate"]:.1f} a second',
+      f'{r["users"]} users'
+      if r['loop'] == 'closed'
+      else f'{r["rate"]:.1f} a second',
       f'{r["tokens_per_second"]:,.0f}',
       *(_ms(r[key]) for key in ('first_p50', 'first_p95', 'first_p99')),
       *(_ms(r[key]) for key in ('gap_p50', 'gap_p99')),

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from jaxsparse.inference.jobs import Event, Finish, Job, TokenLogprob
-from jaxsparse.inference.slot_programs import Drawn
+from jaxsparse.inference.slot_results import Drawn
 from jaxsparse.inference.text import TextStream
 
 

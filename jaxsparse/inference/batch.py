@@ -18,7 +18,8 @@ from jaxsparse.config.errors import UserError
 from jaxsparse.inference.decoding import check_room
 from jaxsparse.inference.jobs import JobSampling
 from jaxsparse.inference.long_input import Reading, chunk_size
-from jaxsparse.inference.slot_programs import Pending, Programs, Snapshot
+from jaxsparse.inference.slot_programs import Programs
+from jaxsparse.inference.slot_results import Pending, Snapshot
 from jaxsparse.inference.text import (
   Completion,
   Request,

@@ -6,8 +6,8 @@ an error, and nothing is compiled while somebody waits. The state of all slots
 is one donated tree with one owner; calls come from one thread.
 """
 
-import dataclasses
-import functools
+import itertools
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any, Self
 
@@ -19,106 +19,11 @@ from jaxsparse.config.errors import require
 from jaxsparse.inference import slot_executables, slot_sampling, slots
 from jaxsparse.inference.jobs import Form, JobSampling
 from jaxsparse.inference.long_input import with_bounded_history
+from jaxsparse.inference.slot_results import Part, Pending, Snapshot
 from jaxsparse.ops.sparse_attention.bounded_slots import needs_room
 
 # Of a slot whose history is bounded: positions have 32 bits.
 _ENDLESS = 2**31 - 1
-
-
-@dataclasses.dataclass(frozen=True)
-class Drawn:
-  """What one program has drawn, on the host."""
-
-  # The next token of each slot [B]; what is there of slots that took no part
-  # is no token.
-  tokens: np.ndarray
-  # Of the tokens [B], of the best ones [B, n], best first; None unless asked.
-  logprob: np.ndarray | None = None
-  top_ids: np.ndarray | None = None
-  top_logprobs: np.ndarray | None = None
-  # The same of the targets of `score`.
-  prompt_logprob: np.ndarray | None = None
-  prompt_top_ids: np.ndarray | None = None
-  prompt_top_logprobs: np.ndarray | None = None
-
-
-class Pending:
-  """A result on its way from the device."""
-
-  def __init__(
-    self,
-    tokens: jax.Array,
-    best: tuple | None = None,
-    of_prompt: tuple[tuple, int] | None = None,
-    place: tuple[int, int] | None = None,
-  ):
-    """Starts to fetch it.
-
-    Args:
-      tokens: of all slots, or of one.
-      best: their log-probabilities.
-      of_prompt: those of a chunk's rows, and how many of them count.
-      place: the slot and the number of slots where `tokens` are of one.
-    """
-    scores, self._num_scores = of_prompt or (None, 0)
-    self._arrays = (tokens, best, scores)
-    self._place = place
-    for x in jax.tree.leaves(self._arrays):
-      x.copy_to_host_async()
-
-  def is_ready(self) -> bool:
-    return all(x.is_ready() for x in jax.tree.leaves(self._arrays))
-
-  def result(self) -> Drawn:
-    """Waits for the device."""
-    tokens, best, scores = jax.tree.map(np.asarray, self._arrays)
-    tokens, *best = map(self._placed, (tokens, *(best or (None,) * 3)))
-    scores = [x[: self._num_scores] for x in scores or ()]
-    return Drawn(tokens, *best, *scores)
-
-  def _placed(self, x):
-    if self._place is None or x is None:
-      return x
-    slot, num_slots = self._place
-    out = np.zeros((num_slots, *x.shape[1:]), x.dtype)
-    out[slot] = x[0]
-    return out
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Part:
-  """What snapshots are made of, on the device; several may share one."""
-
-  arrays: Any
-
-  @functools.cached_property
-  def num_bytes(self) -> int:
-    return sum(x.nbytes for x in jax.tree.leaves(self.arrays))
-
-
-@dataclasses.dataclass(frozen=True)
-class Snapshot:
-  """A slot after some tokens; it can be inserted into any slot, any number of
-  times.
-
-  Attributes:
-    length: tokens that were read.
-    chunks: rows of each chunk, shared with snapshots of its beginning.
-    rest: what is not in rows.
-  """
-
-  length: int
-  chunks: tuple[Part, ...]
-  rest: Part
-
-  @property
-  def parts(self) -> tuple[Part, ...]:
-    return (*self.chunks, self.rest)
-
-  @property
-  def num_bytes(self) -> int:
-    """Of all parts, also of those that others share."""
-    return sum(part.num_bytes for part in self.parts)
 
 
 class Programs:
@@ -202,7 +107,8 @@ class Programs:
     self._params = params
     self._lengths = np.zeros(num_slots, np.int64)
     # Of each slot: rows of its first chunks that a snapshot has, or had.
-    self._known: list[tuple[Part, ...]] = [()] * num_slots
+    # Whoever keeps snapshots bounds them: here they are not kept alive.
+    self._known: list[tuple[weakref.ref, ...]] = [()] * num_slots
     self._has_room = np.zeros(num_slots, bool)
     self._compile(progress, is_lazy)
 
@@ -367,7 +273,7 @@ class Programs:
     length, size = int(self._lengths[slot]), self.chunks[0]
     if not length or length % size:
       raise ValueError(f"a slot of {length} tokens is not at a chunk's end.")
-    known, num_chunks = self._known[slot], length // size
+    known, num_chunks = self._living(slot), length // size
     if self.endless:
       # Nothing lies where it was written.
       known, num_chunks = (), 1
@@ -378,7 +284,7 @@ class Programs:
       )
       if i >= len(known):
         known = (*known, Part(rows))
-    self._known[slot] = known
+    self._known[slot] = tuple(map(weakref.ref, known))
     return Snapshot(length, known[:num_chunks], Part(rest))
 
   def insert(self, slot: int, snapshot: Snapshot) -> None:
@@ -390,7 +296,13 @@ class Programs:
         np.int32(i * self.chunks[0]),
         (chunk.arrays, snapshot.rest.arrays),
       )
-    self._stands(slot, snapshot.length, snapshot.chunks)
+    known = tuple(map(weakref.ref, snapshot.chunks))
+    self._stands(slot, snapshot.length, known)
+
+  def _living(self, slot: int) -> tuple[Part, ...]:
+    """The slot's first chunks that some snapshot still has."""
+    parts = (reference() for reference in self._known[slot])
+    return tuple(itertools.takewhile(lambda part: part is not None, parts))
 
   def _stands(self, slot, length, known):
     self._lengths[slot] = length

@@ -15,7 +15,8 @@ from jaxsparse.inference.jobs import Event, Finish, Form, Job
 from jaxsparse.inference.masks import MOST_SECONDS, Masks
 from jaxsparse.inference.prefix_store import PrefixStore
 from jaxsparse.inference.scheduler import Chunk, Scheduler, Task
-from jaxsparse.inference.slot_programs import Pending, Programs
+from jaxsparse.inference.slot_programs import Programs
+from jaxsparse.inference.slot_results import Pending
 
 Deliver = Callable[[list[Event]], Any]
 Observe = Callable[[str, float, str], Any]

@@ -4,6 +4,7 @@
 import dataclasses
 import functools
 import time
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -200,6 +201,10 @@ def test_a_snapshot_goes_on_as_if_it_had_been_read(name):
       shared = set(snapshots[length].chunks) & set(snapshot.chunks)
       assert len(shared) == len(snapshots[length].chunks) or run.endless
       assert snapshot.num_bytes == snapshots[i].num_bytes
+  # A slot keeps nothing alive that nobody else has: what it has is its own.
+  parts = [weakref.ref(part) for part in snapshots[C].chunks]
+  del snapshots, more, snapshot, shared
+  assert not any(part() for part in parts)
   run.decode(np.arange(NUM_SLOTS) == 0)
   with pytest.raises(ValueError, match='not at a chunk'):
     run.snapshot(0)
