@@ -266,7 +266,7 @@ def test_tiny_recipes_have_the_flops_that_xla_counts(name, monkeypatch):
       ),
     )
 
-    def all_experts(x, weights, experts, matrices, is_partial, gelu):
+    def all_experts(x, weights, experts, matrices, is_partial, gelu, **_):
       flat = (y[0] for y in (x, weights, experts))
       return expert_mlp_reference(*flat, matrices, gelu)[None]
 

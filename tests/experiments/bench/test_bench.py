@@ -23,6 +23,8 @@ from jaxsparse.experiments.bench import (
   measuring,
   memory_layer,
   peak_memory,
+  serve,
+  serve_ratios,
   top_m,
   train_step,
   value_bag,
@@ -281,7 +283,9 @@ def test_all_runs_every_bench_and_writes_one_file(tmp_path, monkeypatch):
     ('host', host_memory, [dict(rounds=2), dict(rounds=3)]),
   ]
   known = [bench for _, bench, _ in all_benches.sections()]
-  assert known == list(command.BENCHES.values())
+  # Those of a server need one, or a workdir.
+  served = [serve, serve_ratios]
+  assert known + served == list(command.BENCHES.values())
   for _, bench, runs in all_benches.sections():
     assert all(set(run) <= set(bench.OPTIONS) for run in runs)
   monkeypatch.setattr(all_benches, 'sections', lambda: sections)
