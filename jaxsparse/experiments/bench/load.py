@@ -42,6 +42,8 @@ class Answer:
   ended: float = 0.0
   num_tokens: int = 0
   error: str = ''
+  # Bytes, and when they came, until they are read.
+  arrived: list[tuple[float, bytes]] = dataclasses.field(default_factory=list)
 
   @property
   def is_whole(self) -> bool:
@@ -113,12 +115,14 @@ def _lengths_of(file: str) -> list[tuple[int, int]]:
 class Client:
   """Asks one server; used within `async with`."""
 
-  def __init__(self, url: str, model: str, api_key: str = ''):
+  def __init__(
+    self, url: str, model: str, api_key: str = '', is_streamed: bool = True
+  ):
     # The commands that ask no server need no client for it.
     import httpx
 
     headers = {'authorization': f'Bearer {api_key}'} if api_key else {}
-    self._model = model
+    self._model, self._is_streamed = model, is_streamed
     self._http = httpx.AsyncClient(
       base_url=url.rstrip('/'),
       headers=headers,
@@ -133,7 +137,7 @@ class Client:
     await self._http.aclose()
 
   async def ask(self, question: Question, start: float) -> Answer:
-    """One streamed answer, timed from `start` on."""
+    """One answer, timed from `start` on; `all_read` makes sense of it."""
     import httpx
 
     answer = Answer(time.perf_counter() - start)
@@ -142,27 +146,46 @@ class Client:
       prompt=list(question.prompt),
       max_tokens=question.max_tokens,
       temperature=0,
-      stream=True,
-      stream_options=dict(include_usage=True),
       ignore_eos=True,
     )
+    if self._is_streamed:
+      body |= dict(stream=True, stream_options=dict(include_usage=True))
+    arrived: list[tuple[float, bytes]] = []
     try:
       async with self._http.stream(
         'POST', '/v1/completions', json=body
       ) as response:
         answer.status = response.status_code
-        if answer.status != 200:
-          text = (await response.aread()).decode(errors='replace')
-          answer.error = text[:200]
-        else:
-          async for line in response.aiter_lines():
-            if line.startswith('data: {'):
-              _take(answer, json.loads(line[6:]), time.perf_counter() - start)
-    # A stream that is no JSON is an answer that failed, too.
-    except (httpx.HTTPError, ValueError, LookupError) as error:
+        # Read when all is over: the server may have the same cores.
+        async for data in response.aiter_raw():
+          arrived.append((time.perf_counter() - start, data))
+    except httpx.HTTPError as error:
       answer.error = f'{type(error).__name__}: {error}'
     answer.ended = time.perf_counter() - start
+    answer.arrived = arrived
     return answer
+
+
+def _read(answer: Answer) -> None:
+  """Fills in what the bytes of an answer say."""
+  arrived, answer.arrived = answer.arrived, []
+  if answer.status != 200:
+    text = b''.join(data for _, data in arrived).decode(errors='replace')
+    answer.error = answer.error or text[:200]
+    return
+  if arrived and arrived[0][1].startswith(b'{'):
+    # An answer that is not streamed.
+    arrived = [(arrived[-1][0], b'data: ' + b''.join(d for _, d in arrived))]
+    arrived.append((arrived[0][0], b'\n'))
+  rest = b''
+  for now, data in arrived:
+    *lines, rest = (rest + data).split(b'\n')
+    for line in lines:
+      if line.startswith(b'data: {'):
+        try:
+          _take(answer, json.loads(line[6:]), now)
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
+          answer.error = f'{type(error).__name__}: {error}'
 
 
 def _take(answer: Answer, chunk: dict[str, Any], now: float) -> None:
@@ -186,7 +209,7 @@ async def closed_loop(
       answers.append(await client.ask(left.pop(), start))
 
   await asyncio.gather(*(user() for _ in range(num_users)))
-  return answers
+  return all_read(answers)
 
 
 async def open_loop(
@@ -200,14 +223,22 @@ async def open_loop(
     await asyncio.sleep(max(0.0, start + due - time.perf_counter()))
     tasks.append(asyncio.create_task(client.ask(question, start)))
     due += rng.expovariate(rate)
-  return list(await asyncio.gather(*tasks))
+  return all_read(await asyncio.gather(*tasks))
+
+
+def all_read(answers: Sequence[Answer]) -> list[Answer]:
+  """Of what `Client.ask` returned: what its bytes say."""
+  for answer in answers:
+    _read(answer)
+  return list(answers)
 
 
 def summary(answers: Sequence[Answer]) -> dict[str, Any]:
   """Counts, rates, and 50th, 95th and 99th percentiles in seconds.
 
   `first` is from the question to the first text, `gap` between pieces of text,
-  which are tokens where each is whole characters, `total` to the end.
+  which are tokens where each is whole characters, `total` to the end. Without
+  streams an answer is one piece.
   """
   whole = [a for a in answers if a.is_whole]
   refused = [a for a in answers if a.status == 429]

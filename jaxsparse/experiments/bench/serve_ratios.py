@@ -7,13 +7,14 @@ A `model-server` of the workdir and the model in this process, in turns on the
 same cores. Each row is a ratio and what it should be:
 
 throughput    tokens a second of B users who wait for their answers, to a batch
-              of B prompts in `generate`; equal lengths
-gap           median time between tokens at full slots, to a decode step
+              of B prompts in `generate`; equal lengths, no streams
+gap           median time between streamed tokens at full slots, to a decode
+              step
 first         median time to the first token of an idle server, to the programs
               that read one chunk and decode one token
 first, busy   95th percentile at 70 % of the load that it can do, to idle
-continuous    tokens a second with answers of unequal length, to batches that
-              wait for their longest
+continuous    tokens a second with answers of unequal length (exponential, a
+              third of the longest on average), to batches that wait for theirs
 prefix        time to the first token of a prompt whose 8 chunks were read
               before, to one that is new
 long prompt   99th percentile between tokens while a prompt of 32 chunks is
@@ -25,7 +26,9 @@ memory        of the server after all this and --memory_requests more, to after
 
 import argparse
 import asyncio
+import dataclasses
 import pathlib
+import random
 import statistics
 import tempfile
 import time
@@ -60,7 +63,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict[str, Any]]:
     f'--prompt_tokens must be from 1 to --chunk={options.chunk}, got '
     f'{options.prompt_tokens}.',
   )
-  length = options.prompt_tokens + 2 * options.answer_tokens
+  length = options.prompt_tokens + options.answer_tokens
   flags = f'--slots={options.slots} --chunk={options.chunk} --max-queue=512'
   short = f'{flags} --max-len={length} --prefix-mib=0'
   long = f'{flags} --max-len={34 * options.chunk + options.answer_tokens}'
@@ -126,18 +129,28 @@ class _Asked:
     return load.draw_questions(number, length, str(answer), seed=self._seed)
 
   def closed(
-    self, questions: Sequence[Question], num_users: int
+    self,
+    questions: Sequence[Question],
+    num_users: int,
+    is_streamed: bool = True,
   ) -> dict[str, Any]:
-    return load.summary(self.run(load.closed_loop, questions, num_users))
+    answers = self.run(
+      load.closed_loop, questions, num_users, is_streamed=is_streamed
+    )
+    return load.summary(answers)
 
   def opened(
     self, questions: Sequence[Question], rate: float
   ) -> dict[str, Any]:
     return load.summary(self.run(load.open_loop, questions, rate))
 
-  def run(self, loop, questions, *arguments) -> list[load.Answer]:
+  def run(
+    self, loop, questions, *arguments, is_streamed=True
+  ) -> list[load.Answer]:
     async def run() -> list[load.Answer]:
-      async with load.Client(self._url, self._model) as client:
+      async with load.Client(
+        self._url, self._model, is_streamed=is_streamed
+      ) as client:
         return await loop(client, questions, *arguments)
 
     answers = asyncio.run(run())
@@ -155,19 +168,25 @@ def _beside_offline(
 ) -> Iterator[dict[str, Any]]:
   options, slots = asked.options, asked.options.slots
   full = asked.questions(2 * slots, options.answer_tokens)
-  uneven = asked.questions(
-    4 * slots, f'{max(1, options.answer_tokens // 16)}-{options.answer_tokens}'
-  )
+  rng, longest = random.Random(0), options.answer_tokens
+  uneven = [
+    dataclasses.replace(
+      question, max_tokens=min(longest, 1 + int(rng.expovariate(3 / longest)))
+    )
+    for question in asked.questions(12 * slots, longest)
+  ]
   loops = dict(throughput=full, continuous=uneven)
   for questions in loops.values():
     offline.batches(questions)  # Compiles.
-  found = {name: [] for name in (*loops, 'first', 'step', 'chunk')}
+  names = (*loops, 'streams', 'first', 'step', 'chunk')
+  found = {name: [] for name in names}
   for _ in range(options.rounds):
     for name, questions in loops.items():
-      served = asked.closed(questions, slots)
+      served = asked.closed(questions, slots, is_streamed=False)
       seconds = offline.batches(questions)
       tokens = sum(q.max_tokens for q in questions)
       found[name].append((served, tokens / seconds))
+    found['streams'].append(asked.closed(full, slots))
     found['first'].append(asked.closed(asked.questions(20, _SHORT), 1))
     found['step'].append(offline.step(options.answer_tokens))
     found['chunk'].append(offline.chunk(20))
@@ -183,12 +202,12 @@ def _beside_offline(
       at_least=aim,
     )
   step = median(found['step'])
-  gap = median(served['gap_p50'] for served, _ in found['throughput'])
+  gap = median(served['gap_p50'] for served in found['streams'])
   yield _row('gap', gap, step, at_most=1.15)
   first = median(found['first'][i]['first_p50'] for i in range(options.rounds))
   yield _row('first', first, median(found['chunk']) + step, at_most=1.5)
   idle = median(found['first'][i]['first_p95'] for i in range(options.rounds))
-  best = median(s['requests_per_second'] for s, _ in found['throughput'])
+  best = median(served['requests_per_second'] for served in found['streams'])
   busy = asked.opened(asked.questions(40, options.answer_tokens), 0.7 * best)
   yield _row('first, busy', busy['first_p95'], idle, at_most=4)
 
@@ -221,7 +240,7 @@ def _long_prompt(asked: _Asked) -> dict[str, Any]:
       await asyncio.sleep(0.2)
       for _ in range(number):
         others.append(asyncio.create_task(client.ask(questions[-1], start)))
-      return list(await asyncio.gather(*others))
+      return load.all_read(await asyncio.gather(*others))
 
     questions = asked.questions(users, options.answer_tokens)
     length = str(32 * options.chunk + 1)
