@@ -21,6 +21,9 @@ from jaxsparse.inference.slot_results import Pending
 Deliver = Callable[[list[Event]], Any]
 Observe = Callable[[str, float, str], Any]
 
+# Within which a turn reads the ends of several prompts: so long others wait.
+_READ_SECONDS = 0.05
+
 _FORMS: tuple[Form, ...] = ('plain', 'sorted', 'logprobs')
 
 
@@ -88,6 +91,8 @@ class Turns:
     self._in_flight: list[_Step] = []
     self._events: dict[Deliver, list[Event]] = {}
     self._collected = time.monotonic()
+    # Of the last one; as long as a turn has for them until one is known.
+    self._chunk_seconds = _READ_SECONDS
     self.counts: collections.Counter[str] = collections.Counter()
     self.steps: collections.Counter[str] = collections.Counter()
     self.finished = dict(stop=0, length=0, abort=0, error=0)
@@ -153,8 +158,7 @@ class Turns:
     """
     self._admit()
     done, self._in_flight = self._in_flight, []
-    if (slot := self.scheduler.next_reader()) is not None:
-      self._read(slot)
+    self._read_prompts()
     if slots := self.scheduler.draw():
       self._decode(slots)
     for step in done:
@@ -173,7 +177,20 @@ class Turns:
     for slot, job_id in admitted:
       self._programs.start(slot, self.entries[job_id].job.sampling)
 
-  def _read(self, slot: int) -> None:
+  def _read_prompts(self) -> None:
+    """One chunk, and after the end of a prompt others while there is time.
+
+    Newcomers that come together are not read one a step, each step with slots
+    that have nothing to do.
+    """
+    left = _READ_SECONDS
+    while (slot := self.scheduler.next_reader()) is not None:
+      chunk = self._read(slot)
+      left -= self._chunk_seconds
+      if not chunk.is_last or left < self._chunk_seconds:
+        break
+
+  def _read(self, slot: int) -> Chunk:
     entry = self._entry(slot)
     job = entry.job
     if not (self.scheduler.num_rows(slot) or job.wants_prompt_logprobs):
@@ -202,6 +219,7 @@ class Turns:
       self.steps['snapshot'] += 1
       snapshot = self._programs.snapshot(slot)
       self.store.keep(job.tokens, job.salt, snapshot)
+    return chunk
 
   def _reuse(self, slot: int, entry: Entry) -> None:
     """Begins with what has been read for others."""
@@ -246,7 +264,10 @@ class Turns:
     drawn = step.pending.result()
     # Before the step before it was done, the device had no time for it.
     since, self._collected = max(step.begun, self._collected), time.monotonic()
-    self._observe('step_seconds', self._collected - since, step.program)
+    seconds = self._collected - since
+    if step.read:
+      self._chunk_seconds = seconds
+    self._observe('step_seconds', seconds, step.program)
     self.steps[step.program] += 1
     if step.read and not step.read[0].is_over:
       entry, chunk = step.read
