@@ -66,16 +66,17 @@ def plot_load(
     below.set_ylabel('requests')
     below.set_xlabel('questions asked a second')
     refusing = [r['rate'] for r in rows if r['refused']]
-    for axes in (above, below):
-      if refusing:
-        axes.axvline(refusing[0], color='#888888', linestyle=':')
-      axes.legend(loc='upper left', fontsize=8)
+    # Where there are no curves: answers take long, or few are refused.
+    above.legend(loc='center right', fontsize=8)
+    below.legend(loc='upper left', fontsize=8)
+    for axes in (above, below) if refusing else ():
+      axes.axvline(refusing[0], color='#888888', linestyle=':')
     if refusing:
       above.annotate(
         'refusals (429) begin',
-        (refusing[0], 1),
+        (refusing[0], 0),
         xycoords=('data', 'axes fraction'),
-        xytext=(4, -12),
+        xytext=(4, 6),
         textcoords='offset points',
         color='#555555',
       )
