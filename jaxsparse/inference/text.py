@@ -299,7 +299,7 @@ class _Cut:
     if self.found is not None:
       return ''
     held = self._held + text
-    certain = min((_opening(held, s) for s in self._stop), default=len(held))
+    certain = _opening(held, self._stop)
     self._held = held[certain:]
     if not self._held.startswith(self._stop):
       return held[:certain]
@@ -321,8 +321,10 @@ class _Cut:
     return stop if self._include_stop else ''
 
 
-def _opening(text: str, stop: str) -> int:
-  """Where in the text `stop` begins, or may yet turn out to have begun."""
-  parts = (text[i : i + len(stop)] for i in range(len(text)))
-  opens = (i for i, part in enumerate(parts) if stop.startswith(part))
-  return next(opens, len(text))
+def _opening(text: str, stops: tuple[str, ...]) -> int:
+  """Where in the text one of `stops` begins, or may yet turn out to."""
+  for i in range(len(text)):
+    # Ends at the first, so that many stop strings cost little a token.
+    if any(stop.startswith(text[i : i + len(stop)]) for stop in stops):
+      return i
+  return len(text)

@@ -17,7 +17,8 @@ MOST_PROMPTS = 64
 MOST_CHOICES = 16
 # n times the prompts, for each slot.
 CHOICES_A_SLOT = 4
-MOST_STOPS = 4
+# OpenAI takes 4; evaluations of code send 6 and more.
+MOST_STOPS = 16
 MOST_STOP_CHARACTERS = 256
 MOST_STOP_IDS = 64
 MOST_BIASES = 300

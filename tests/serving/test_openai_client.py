@@ -77,6 +77,16 @@ def test_completions(client):
   assert done.usage.prompt_tokens_details.cached_tokens == 0
 
 
+def test_evaluations_of_code_send_many_stop_strings(server, client):
+  """Such as lm-evaluation-harness, which adds the boundary to a task's own."""
+  stop = ['\nclass', '\ndef', '\n#', '\nif', '\nprint', '<|endoftext|>', 'ca']
+  done = client.completions.create(
+    model=NAME, prompt='abc', max_tokens=6, seed=0, temperature=0, stop=stop
+  )
+  assert done.choices[0].text == 'ab'
+  assert server.engine.seen[-1].stop == tuple(stop)
+
+
 def test_what_the_engine_is_asked_for(server, client):
   client.completions.create(
     model=NAME,

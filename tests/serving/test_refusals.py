@@ -38,7 +38,7 @@ FIELDS = [
   ('logprobs', True, 'expected int, got bool'),
   ('best_of', 2, 'must equal n'),
   ('suffix', 'x', 'not served'),
-  ('stop', ['a'] * 5, 'at most 4'),
+  ('stop', ['a'] * 17, 'at most 16'),
   ('stop', 'a' * 257, '1 to 256 characters'),
   ('stop', [''], '1 to 256 characters'),
   ('stop_token_ids', [257], 'from 0 to 256'),
