@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
-from jaxsparse.config.errors import require
+from jaxsparse.config.errors import UserError, require
 from jaxsparse.inference.grammar import Guides
 from jaxsparse.inference.jobs import (
   Draining,
@@ -182,7 +182,9 @@ class Engine:
       while self._take_mail():
         self._turns.turn(self._deliver)
     except BaseException as error:
-      _log.exception('the engine has failed')
+      # What a user can mend is a sentence, which whoever started it shows.
+      if not (self._turns is None and isinstance(error, UserError)):
+        _log.exception('the engine has failed')
       self.failure = error
     self._end_all()
 

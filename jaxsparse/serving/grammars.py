@@ -3,11 +3,17 @@
 
 import asyncio
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from jaxsparse.config.errors import UserError
 from jaxsparse.inference.grammar import Grammar, check
 from jaxsparse.serving.errors import ApiError, wrong
-from jaxsparse.serving.protocol import GenerationRequest, ResponseFormat, is_set
+from jaxsparse.serving.protocol import (
+  GenerationRequest,
+  ResponseFormat,
+  decode,
+  is_set,
+)
 
 MOST_CHARACTERS = 1 << 16
 
@@ -74,4 +80,7 @@ def _of_format(wanted: ResponseFormat | None) -> Grammar | None:
       'response_format.json_schema',
       'response_format.json_schema must hold a schema.',
     )
-  return Grammar('json_schema', bytes(wanted.json_schema.schema).decode())
+  # Nobody has looked into it yet: not even whether it is UTF-8.
+  schema = bytes(wanted.json_schema.schema)
+  decode(schema, Any, 'response_format.json_schema.schema')
+  return Grammar('json_schema', schema.decode())

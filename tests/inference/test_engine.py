@@ -402,6 +402,20 @@ def test_programs_that_can_not_be_built():
   assert (str(engine.failure), engine.stage) == ('no room', 'compiling 1 of 9')
 
 
+@pytest.mark.parametrize(
+  ('error', 'is_logged'), [(UserError('no.'), False), (OSError('no.'), True)]
+)
+def test_what_a_user_can_mend_is_no_traceback(caplog, error, is_logged):
+  def build(tell):
+    raise error
+
+  engine = Engine(build, TOKENIZER)
+  engine.start()
+  wait_until(lambda: engine.state == 'dead')
+  assert engine.failure is error
+  assert ('the engine has failed' in caplog.text) == is_logged
+
+
 def test_a_device_that_hangs_shows_in_the_heartbeat(engine_of):
   programs = FakePrograms(2, 1.0)
   engine, told = engine_of(programs), Told()

@@ -96,6 +96,11 @@ def test_a_wrong_value_is_named(server, field, value, sentence):
     (b'{"metadata":' + b'{"a":' * 500_000, 'nested too deep'),
     (b'{"prompt": "a"} {}', 'trailing'),
     (b'{"response_format": {"type": "text", "strict": 1}}', 'response_format'),
+    (
+      b'{"response_format": {"type": "json_schema", "json_schema": '
+      b'{"name": "a", "schema": {"title": "\xff"}}}}',
+      'utf-8',
+    ),
   ],
 )
 def test_what_is_no_json_is_told(server, content, sentence):
