@@ -521,11 +521,10 @@ def test_texts_with_grammars_among_others(engine_of):
   assert told.tokens('plain') == alone(plain)[0]
   # Others have not waited for it: as many steps as tokens, or none for chunks.
   decoded = [what for name, what in programs.calls if name == 'decode']
-  slot = next(iter(collections.Counter(sum(decoded, ())).most_common(1)))[0]
-  first, last = (
-    f(i for i, slots in enumerate(decoded) if slot in slots) for f in (min, max)
-  )
-  assert last - first + 1 == 89
+  slot = decoded[0][0]
+  first = next(i for i, slots in enumerate(decoded) if slot in slots)
+  # Later the slot may have another tenant.
+  assert sum(slot in slots for slots in decoded[first : first + 89]) == 89
 
 
 def test_a_grammar_ends_with_the_length_and_a_stop_string(engine_of):
