@@ -153,7 +153,8 @@ Ratios of two builds or forms in turns, on two cores, JAX 0.10.2.
 
 ## To the first step
 From the start of `train.py --config=ultramem:tiny` to its first step, this code and the one before it in turns, two runs each: 15.5 s with
-nothing kept where it took 25.1 (0.62x; the aim was 0.45x), and 8.0 s with compiled programs kept where it took 9.5 (0.85x). What is left is
+nothing kept where it took 25.1 (0.62x; the aim was 0.45x), and 8.0 s with compiled programs kept where it took 9.5 (0.85x).
+`generate` of two tokens, as a whole process: 7.8 s where it took 8.5, and 4.3 where it took 5.6. What is left is
 work for both cores: 2.5 s of imports, 0.6 s to trace and 4 s of a core to compile the program that makes the parameters, 2.3 s to trace and
 lower the training step and 9 s of a core to compile it. XLA's CPU compiles each kernel by itself, at 13 ms of a core whatever it computes
 (40 arrays of zeros take 0.7 s), and the step has 770: 64 for the attention of each block and 18 for its two norms, 135 for AdamW, three
