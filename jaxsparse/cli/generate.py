@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 
 from jaxsparse.config import Config, ModelConfig
-from jaxsparse.config.errors import UserError, shown
+from jaxsparse.config.errors import UserError
 from jaxsparse.data.tokenizer import load_from_workdir
 from jaxsparse.inference import batch, weights
 from jaxsparse.inference.long_input import (
@@ -31,10 +31,9 @@ from jaxsparse.inference.text import (
   read_file,
 )
 from jaxsparse.run import (
-  checkpoint,
   compiled_programs,
-  metrics,
   run_config,
+  trained,
   workdir,
 )
 from jaxsparse.run.command_line import Parser
@@ -106,7 +105,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
   )
   add(
     '--step',
-    type=_to_step,
+    type=trained.to_step,
     help='checkpoint to read, or "best": the one of the lowest validation '
     'loss; %(default)s: the newest',
   )
@@ -130,14 +129,6 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
       f'{arguments.history_blocks}.'
     )
   return arguments
-
-
-def _to_step(text: str) -> int | str:
-  if text != 'best' and not text.isdecimal():
-    raise argparse.ArgumentTypeError(
-      f"must be a step or 'best', got {shown(text)}"
-    )
-  return text if text == 'best' else int(text)
 
 
 def to_requests(arguments: argparse.Namespace) -> list[Request]:
@@ -175,10 +166,7 @@ def main(argv: list[str]) -> None:
   # Not where its config says: the workdir may come from anybody.
   compiled_programs.keep(say=_say)
   tokenizer = load_from_workdir(arguments.workdir)
-  step = arguments.step
-  if step == 'best':
-    losses = metrics.validation_losses(arguments.workdir)
-    step = checkpoint.best_step(arguments.workdir, losses)
+  step = trained.step_of(arguments.workdir, arguments.step)
   num_prompt = max(len(encode_prompt(tokenizer, r.prompt)) for r in requests)
   model = _with_history(config, arguments, num_prompt)
   if not model.vocab_size:

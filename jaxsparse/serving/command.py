@@ -14,7 +14,8 @@ import os
 import pathlib
 from collections.abc import Sequence
 
-from jaxsparse.config.errors import UserError, require, shown
+from jaxsparse.config.errors import UserError, require
+from jaxsparse.run import trained
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.command_line import Parser
 from jaxsparse.serving.chat_template import ChatTemplate
@@ -45,7 +46,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
   add('--port', type=int, default=8080, help='0 takes a free one')
   add(
     '--step',
-    type=_step,
+    type=trained.to_step,
     help='checkpoint to serve, or "best": the one of the lowest validation '
     'loss; %(default)s: the newest',
   )
@@ -110,14 +111,6 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
   arguments = parser.parse_args(argv)
   _check(arguments)
   return arguments
-
-
-def _step(text: str) -> int | str:
-  if text != 'best' and not text.isdecimal():
-    raise argparse.ArgumentTypeError(
-      f"must be a step or 'best', got {shown(text)}"
-    )
-  return text if text == 'best' else int(text)
 
 
 def _check(arguments: argparse.Namespace) -> None:

@@ -4,7 +4,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
@@ -19,14 +19,7 @@ from jaxsparse.inference.engine import Engine
 from jaxsparse.inference.long_input import with_bounded_history
 from jaxsparse.inference.slot_programs import Programs
 from jaxsparse.nn.transformer import init_cache
-from jaxsparse.run import (
-  checkpoint,
-  compiled_programs,
-  run_config,
-)
-from jaxsparse.run import (
-  metrics as run_metrics,
-)
+from jaxsparse.run import compiled_programs, run_config, trained
 from jaxsparse.serving.metrics import Metrics
 
 # More would rather wait for each other on most machines.
@@ -38,7 +31,7 @@ class Sizes:
   """What of a model is served, and how much at once; None for the default."""
 
   # A checkpoint, or 'best'.
-  step: int | str | None = None
+  step: int | Literal['best'] | None = None
   slots: int | None = None
   # Tokens of a sequence.
   length: int | None = None
@@ -75,11 +68,11 @@ class Model:
         config.model, vocab_size=self.tokenizer.vocab_size
       )
     self.vocab_size = self.config.vocab_size
-    trained = config.data.seq_len
-    self.length = sizes.length or trained
-    if self.length > trained and sizes.history_blocks is None:
+    seq_len = config.data.seq_len
+    self.length = sizes.length or seq_len
+    if self.length > seq_len and sizes.history_blocks is None:
       say(
-        f'warning: --max-len={self.length} is more than the {trained} tokens '
+        f'warning: --max-len={self.length} is more than the {seq_len} tokens '
         'of training; what lies beyond may be poor.'
       )
     require(
@@ -106,8 +99,9 @@ class Model:
     devices = None
     if sizes.devices > 1:
       devices = mesh.make_mesh(1, 1, sizes.devices)
+    step = trained.step_of(self._workdir, sizes.step)
     self.step, params = weights.load(
-      self._workdir, self.config, self._wanted_step(), devices, self._say
+      self._workdir, self.config, step, devices, self._say
     )
     num_slots = self._num_slots(_bytes(params))
     programs = Programs.compile(
@@ -131,13 +125,6 @@ class Model:
       f'{programs.num_compiled} programs'
     )
     return programs
-
-  def _wanted_step(self) -> int | None:
-    step = self._sizes.step
-    if step != 'best':
-      return step
-    losses = run_metrics.validation_losses(self._workdir)
-    return checkpoint.best_step(self._workdir, losses)
 
   def _num_slots(self, weight_bytes: int) -> int:
     """As many as asked for, or as many as fit.
