@@ -54,6 +54,34 @@ class Choice:
     self.stop_reason: str | int | None = None
     self._piece = Piece(is_first=True)
 
+  def body(
+    self,
+    piece: Piece,
+    said: dict[str, Any],
+    logprobs: Any,
+    returns_ids: bool,
+  ) -> dict[str, Any]:
+    """This choice in an answer or a part of one.
+
+    Args:
+      piece: what is told.
+      said: its text, under the name that the route has for it.
+      logprobs: in the form of the route.
+      returns_ids: whether ids of tokens are wanted.
+    """
+    found = {
+      'index': self.index,
+      **said,
+      'logprobs': logprobs,
+      'finish_reason': self.finish,
+      'stop_reason': self.stop_reason,
+    }
+    if returns_ids:
+      found['token_ids'] = piece.tokens
+      if piece.is_first:
+        found['prompt_token_ids'] = self.prompt.tokens
+    return found
+
   def take(self, event: Event) -> None:
     piece = self._piece
     piece.text += event.text

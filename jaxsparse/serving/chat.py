@@ -139,18 +139,7 @@ class _Form:
     logprobs = None
     if self._has_logprobs:
       logprobs = {'content': [self._entry(one) for one in piece.logprobs]}
-    found = {
-      'index': choice.index,
-      name: said,
-      'logprobs': logprobs,
-      'finish_reason': choice.finish,
-      'stop_reason': choice.stop_reason,
-    }
-    if self._returns_ids:
-      found['token_ids'] = piece.tokens
-      if piece.is_first:
-        found['prompt_token_ids'] = choice.prompt.tokens
-    return found
+    return choice.body(piece, {name: said}, logprobs, self._returns_ids)
 
   def _entry(self, one: TokenLogprob) -> dict[str, Any]:
     top = [self._named(token, logprob) for token, logprob in one.top]

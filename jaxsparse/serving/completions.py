@@ -225,18 +225,9 @@ class _Form:
         offsets = prompts.offsets(self._tokenizer, tokens, prompt)
         logprobs.add(piece.prompt_logprobs, offsets)
       logprobs.add(piece.logprobs, [len(prompt) + o for o in piece.offsets])
-    found = {
-      'index': choice.index,
-      'text': prompt + text if is_echo else text,
-      'logprobs': logprobs and logprobs.body,
-      'finish_reason': choice.finish,
-      'stop_reason': choice.stop_reason,
-    }
-    if self._returns_ids:
-      found['token_ids'] = piece.tokens
-      if piece.is_first:
-        found['prompt_token_ids'] = choice.prompt.tokens
-    return found
+    said = {'text': prompt + text if is_echo else text}
+    body = logprobs and logprobs.body
+    return choice.body(piece, said, body, self._returns_ids)
 
 
 class _Lists:
