@@ -54,17 +54,6 @@ def _skip_without_torch(name):
     pytest.skip('torch is not installed')
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _short_measurements():
-  """The machine's rates are for real runs; here they are made up."""
-  patch = pytest.MonkeyPatch()
-  patch.setattr(measuring, 'copy_bandwidth', lambda: 1e9)
-  patch.setattr(measuring, 'matmul_rate', lambda: (1e9, 'float32'))
-  patch.setattr(measuring, '_SHORTEST_ROUND', 0)
-  yield
-  patch.undo()
-
-
 @pytest.fixture(scope='module')
 def problem():
   return memory_layer.make_problem(argparse.Namespace(**LAYER))

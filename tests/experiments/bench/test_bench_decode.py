@@ -20,7 +20,6 @@ from jaxsparse.experiments.bench import (
   decode_cell,
   decode_models,
   decode_program,
-  measuring,
 )
 from jaxsparse.inference.fuse_norms import fuse_key_norms
 from jaxsparse.nn.transformer import Transformer
@@ -30,17 +29,6 @@ TINY = dict(
   layers=3, heads=2, mlp_dim=128, vocab=64, growth=4, selected=4,
   width_multiple=1, margin=1e9,
 )  # fmt: skip
-
-
-@pytest.fixture(scope='module', autouse=True)
-def _short_measurements():
-  """The machine's rates are for real runs; here they are made up."""
-  patch = pytest.MonkeyPatch()
-  patch.setattr(measuring, 'copy_bandwidth', lambda: 1e9)
-  patch.setattr(measuring, 'matmul_rate', lambda: (1e9, 'float32'))
-  patch.setattr(measuring, '_SHORTEST_ROUND', 0)
-  yield
-  patch.undo()
 
 
 def _options(**changes):

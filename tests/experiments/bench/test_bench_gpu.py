@@ -30,17 +30,6 @@ from jaxsparse.ops import top_k
 HIDDEN = ('grain', 'tensorflow_datasets', 'ml_collections', 'array_record')
 
 
-@pytest.fixture(scope='module', autouse=True)
-def _short_measurements():
-  """The machine's rates are for real runs; here they are made up."""
-  patch = pytest.MonkeyPatch()
-  patch.setattr(measuring, 'copy_bandwidth', lambda: 1e9)
-  patch.setattr(measuring, 'matmul_rate', lambda: (1e9, 'float32'))
-  patch.setattr(measuring, '_SHORTEST_ROUND', 0)
-  yield
-  patch.undo()
-
-
 @pytest.fixture
 def text(tmp_path):
   path = tmp_path / 'text.txt'
