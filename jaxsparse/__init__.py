@@ -14,6 +14,7 @@ if TYPE_CHECKING:
   from jaxsparse.config import ModelConfig as ModelConfig
   from jaxsparse.config import MoEConfig as MoEConfig
   from jaxsparse.config import SparseAttentionConfig as SparseAttentionConfig
+  from jaxsparse.inference.trained_model import load as load
   from jaxsparse.mesh import Axes as Axes
   from jaxsparse.nn.attention.dcmha import DCMHA as DCMHA
   from jaxsparse.nn.attention.sparse import SparseAttention as SparseAttention
@@ -29,7 +30,6 @@ if TYPE_CHECKING:
   from jaxsparse.ops.memory.row_gradient import RowGradient as RowGradient
   from jaxsparse.ops.memory.tucker import tucker_top_m as tucker_top_m
   from jaxsparse.ops.memory.value_bag import value_bag as value_bag
-  from jaxsparse.run.trained import load as load
   from jaxsparse.training.optimizers.finalizing import partition as partition
   from jaxsparse.training.optimizers.row_optimizers import (
     row_adagrad as row_adagrad,
@@ -60,7 +60,7 @@ _HOMES = {
   'Transformer': 'nn.transformer',
   'apply_updates': 'training.optimizers.row_updates',
   'clip_by_global_norm': 'training.optimizers.row_updates',
-  'load': 'run.trained',
+  'load': 'inference.trained_model',
   'partition': 'training.optimizers.finalizing',
   'product_key_top_m': 'ops.memory.product_key',
   'row_adagrad': 'training.optimizers.row_optimizers',

@@ -20,7 +20,7 @@ from jaxsparse import (
   SparseAttentionConfig,
   Transformer,
 )
-from jaxsparse.config import Config
+from jaxsparse.nn.language_model import LanguageModel
 from jaxsparse.training.optimizers.finalizing import Optimizer
 
 
@@ -46,5 +46,6 @@ def functions(x: jax.Array, slot: jax.Array) -> None:
   assert_type(jaxsparse.tucker_top_m(x, x, x, 4), tuple[jax.Array, jax.Array])
   for optimizer in (jaxsparse.row_adam(1e-3), jaxsparse.row_adagrad(1e-3)):
     assert_type(optimizer, Optimizer)
-  assert_type(jaxsparse.load('runs/tiny'), tuple[Config, dict[str, Any]])
+  loaded = jaxsparse.load('runs/tiny')
+  assert_type(loaded, tuple[LanguageModel, dict[str, Any]])
   assert_type(jaxsparse.__version__, str)

@@ -9,7 +9,6 @@ the metadata of any step are damaged.
 """
 
 import math
-import shutil
 import sys
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,8 +19,7 @@ from orbax.checkpoint.experimental import v1 as ocp
 from orbax.checkpoint.path import step as steps_lib
 
 from jaxsparse.config.errors import UserError
-from jaxsparse.run import fingerprints, hosts, stored
-from jaxsparse.run import workdir as workdir_lib
+from jaxsparse.run import disk, fingerprints, hosts, stored
 from jaxsparse.run.stored import OPTIMIZER, PARAMS
 
 
@@ -52,6 +50,8 @@ class Checkpoints:
         self._guarded(self._prepare)
     # All processes follow what process 0 sees.
     self._steps = hosts.gather(stored.steps_in(workdir))[0]
+    # What no training can make again stays.
+    self._given = {s for s in self._steps if self._has_no_optimizer(s)}
 
   def _prepare(self) -> None:
     self._directory.mkdir(parents=True, exist_ok=True)
@@ -60,6 +60,10 @@ class Checkpoints:
     probe.unlink()
     for left in steps_lib.all_temporary_paths(self._directory):
       left.get().rmtree()
+
+  def _has_no_optimizer(self, step: int) -> bool:
+    path = self._directory / str(step)
+    return (path / PARAMS).exists() and not (path / OPTIMIZER).exists()
 
   def steps(self) -> list[int]:
     """Steps of the checkpoints saved and kept, oldest first."""
@@ -81,14 +85,7 @@ class Checkpoints:
       return
     self._finish(is_superseded=True)
     arrays = {PARAMS: params, OPTIMIZER: optimizer}
-    metadata = fingerprints.seal(
-      {
-        'fingerprints': {
-          name: fingerprints.of_arrays(tree) for name, tree in arrays.items()
-        },
-        'record': record,
-      }
-    )
+    metadata = _sealed(arrays, record)
     response = self._guarded(
       lambda: ocp.save_checkpointables_async(
         self._directory / str(step), arrays, custom_metadata=metadata
@@ -119,7 +116,7 @@ class Checkpoints:
 
   def _forget(self) -> list[int]:
     """Takes the steps that are no longer kept from the list."""
-    kept = {*self._steps[-self._keep :], *self._best()}
+    kept = {*self._steps[-self._keep :], *self._best(), *self._given}
     doomed = [step for step in self._steps if step not in kept]
     self._steps = [step for step in self._steps if step in kept]
     self._losses = {s: x for s, x in self._losses.items() if s in kept}
@@ -171,20 +168,7 @@ class Checkpoints:
       self._worker.shutdown()
 
   def _guarded(self, action: Callable[[], Any]) -> Any:
-    try:
-      return action()
-    except Exception as error:
-      if self._directory.exists() and not self._directory.is_dir():
-        raise UserError(
-          f'{str(self._directory)!r} is a file where the checkpoints are to '
-          'be: move it away or give another --workdir.'
-        ) from error
-      if not _is_disk_trouble(error):
-        raise
-      raise UserError(
-        f'a checkpoint could not be written to {str(self._directory)!r}: make '
-        f'room there or give another --workdir ({stored.first_line(error)}).'
-      ) from error
+    return disk.guarded(self._directory, action)
 
   def restore(
     self,
@@ -192,7 +176,7 @@ class Checkpoints:
     optimizer: Any,
     say: Callable[[str], None],
     other_optimizers: Sequence[Any] = (),
-  ) -> tuple[int, Any, Any, Any] | None:
+  ) -> tuple[int, Any, Any | None, Any] | None:
     """The newest checkpoint that is whole.
 
     A damaged one is moved to `damaged/` in the workdir and the one before it
@@ -206,7 +190,8 @@ class Checkpoints:
         activations have it; a checkpoint of theirs is restored to it.
 
     Returns:
-      step, params, optimizer, record; None if there is no checkpoint.
+      step, params, optimizer, record; None if there is no checkpoint. The
+      optimizer is None if `save_params` wrote it.
 
     Raises:
       UserError: there are checkpoints, but none that can be read; or they have
@@ -224,7 +209,7 @@ class Checkpoints:
           f'to {str(self._set_aside(step))!r}.'
         )
         continue
-      return step, arrays[PARAMS], arrays[OPTIMIZER], record
+      return step, arrays[PARAMS], arrays.get(OPTIMIZER), record
     if steps:
       raise UserError(
         f'none of the checkpoints of steps {steps} could be read: see the '
@@ -247,6 +232,27 @@ class Checkpoints:
         self._guarded(move)
     self._steps.remove(step)
     return target
+
+
+def save_params(workdir: epath.PathLike, params: Any, record: Any) -> None:
+  """Writes a checkpoint of step 0 without a state of an optimizer.
+
+  Args:
+    workdir: an existing folder without checkpoints.
+    params: the parameters.
+    record: anything JSON can hold.
+
+  Raises:
+    UserError: the disk is full or not writable.
+  """
+  directory, arrays = stored.folder_of(workdir), {PARAMS: params}
+  metadata = _sealed(arrays, record)
+
+  def save():
+    directory.mkdir(parents=True, exist_ok=True)
+    ocp.save_checkpointables(directory / '0', arrays, custom_metadata=metadata)
+
+  disk.guarded(directory, save)
 
 
 def load_params(
@@ -341,38 +347,10 @@ def best_step(workdir: epath.PathLike, losses: dict[int, float]) -> int:
   return min(known, key=losses.__getitem__)
 
 
-def check_disk_space(workdir: epath.PathLike, num_bytes: int) -> None:
-  """Refuses to start a run whose checkpoints would not fit a local disk.
-
-  Args:
-    workdir: an existing folder; remote ones are not checked.
-    num_bytes: of the checkpoints that stand there at one time.
-
-  Raises:
-    UserError: there is less room than `num_bytes`.
-  """
-  if workdir_lib.is_remote(workdir):
-    return
-  free = shutil.disk_usage(workdir).free
-  if free < num_bytes:
-    raise UserError(
-      f'workdir {str(workdir)!r} has {free / 2**20:.0f} MiB free, but its '
-      f'checkpoints need {num_bytes / 2**20:.0f} MiB: make room, lower '
-      'train.keep_checkpoints, or give another --workdir.'
-    )
-
-
-def _is_disk_trouble(error: BaseException | None) -> bool:
-  """Whether `error` or one of its causes is the file system's refusal."""
-  while error is not None:
-    text = str(error)
-    if isinstance(error, OSError) or any(
-      sign in text
-      for sign in ('No space left', 'RESOURCE_EXHAUSTED', 'Permission denied')
-    ):
-      return True
-    error = error.__cause__ or error.__context__
-  return False
+def _sealed(arrays: dict[str, Any], record: Any) -> dict:
+  """What stands beside the arrays of a checkpoint."""
+  sums = {name: fingerprints.of_arrays(tree) for name, tree in arrays.items()}
+  return fingerprints.seal({'fingerprints': sums, 'record': record})
 
 
 def _remove(path: epath.Path) -> None:

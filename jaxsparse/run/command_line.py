@@ -7,9 +7,10 @@ import logging
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NoReturn
+from typing import Any, Literal, NoReturn
 
 import jax
+from etils import epath
 
 from jaxsparse import config as config_lib
 from jaxsparse.config import Config
@@ -21,7 +22,8 @@ from jaxsparse.run.printing import escape_unprintable
 _FLAGS = """
 Flags besides the fields:
   --config=FILE:SIZE  a recipe, its path or its name, and which of its sizes;
-      --config.PART.FIELD=VALUE changes a field of it
+      that of the workdir if it has one; --config.PART.FIELD=VALUE changes a
+      field of it
   --workdir=FOLDER  of the run
   --distributed  join the other processes of the cluster's job
   --coordinator=HOST:PORT --num_processes=N --process_id=I  join those named so
@@ -129,10 +131,11 @@ def parse_recipe(
 ) -> tuple[Config, str]:
   """Reads `--config=FILE`, its overrides `--config.a.b=value` and `--workdir`.
 
-  `--help` prints `description` and where to start, `--help=PART` every field of
-  a part, and exits. `--distributed` joins this process with the others of its
-  cluster job, and `--coordinator`, `--num_processes` and `--process_id` with
-  those named so, within `--wait_seconds`.
+  A workdir that has a config needs no recipe. `--help` prints `description` and
+  where to start, `--help=PART` every field of a part, and exits.
+  `--distributed` joins this process with the others of its cluster job, and
+  `--coordinator`, `--num_processes` and `--process_id` with those named so,
+  within `--wait_seconds`.
 
   Returns:
     The checked config and the workdir.
@@ -144,7 +147,8 @@ def parse_recipe(
   _help(description, argv)
   values = _parser().parse_args(overrides.split(argv)[1])
   notes: list[str] = []
-  config = read_recipe(values.config, argv, notes.append)
+  recipe = values.config or _own_config(values.workdir)
+  config = read_recipe(recipe, argv, notes.append)
   if not values.workdir:
     raise UserError("--workdir=FOLDER is missing: name the run's folder.")
   workdir_lib.require_reachable(values.workdir)
@@ -153,6 +157,16 @@ def parse_recipe(
     for note in notes:
       _say(note)
   return config, workdir_lib.expanded(values.workdir)
+
+
+def _own_config(workdir: str) -> Config | Literal['']:
+  """That of a workdir which has one already."""
+  if not workdir:
+    return ''
+  workdir = workdir_lib.expanded(workdir)
+  workdir_lib.require_reachable(workdir)
+  has_one = (epath.Path(workdir) / workdir_lib.CONFIG).exists()
+  return workdir_lib.read_config(workdir) if has_one else ''
 
 
 def _help(description: str, argv: Sequence[str]) -> None:
@@ -264,25 +278,30 @@ def _say(note: str) -> None:
 
 
 def read_recipe(
-  path: str,
+  recipe: str | Config,
   arguments: Sequence[str] = (),
   say: Callable[[str], None] = _say,
 ) -> Config:
-  """The config that the recipe at `path` returns, with fields set by flags.
+  """The config that a recipe returns, with fields set by flags.
 
   Args:
-    path: of the recipe, or its name in configs/, and its size after a colon.
+    recipe: its path, or its name in configs/, and its size after a colon; or
+      what one has made.
     arguments: among which are overrides `--config.a.b=value`.
     say: gets a sentence for each part that overrides add to the recipe.
 
   Raises:
     UserError: there is no such file, or it fails, or its config is nonsense.
   """
-  if not path:
+  if not recipe:
     raise UserError(
       '--config=FILE is missing: name a recipe, such as ultramem:tiny.'
     )
-  config = recipe_files.load('--config', path, 'configs', 'get_config', Config)
+  config = recipe
+  if isinstance(recipe, str):
+    config = recipe_files.load(
+      '--config', recipe, 'configs', 'get_config', Config
+    )
   for note in overrides.apply(config, overrides.split(arguments)[0]):
     say(note)
   return config_lib.validated(config)

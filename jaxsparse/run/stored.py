@@ -63,7 +63,8 @@ def read(
     folder: of the checkpoints, in the workdir.
     step: of one of them.
     abstract: trees to restore to, by item, all of them or the parameters
-      alone; None stands for the latter, whole, on the default device.
+      alone; None stands for the latter, whole, on the default device. What has
+      no optimizer's state is restored without.
     others: `abstract` as earlier versions or other types of activations have
       it; a checkpoint that has one of these is restored to it.
 
@@ -82,6 +83,8 @@ def read(
     if abstract is None:
       abstract = {PARAMS: _on_one_device(found.metadata)}
     else:
+      if not _has_optimizer(saved['fingerprints']):
+        abstract, others = {PARAMS: abstract[PARAMS]}, ()
       fitting = (x for x in others if _fits(saved['fingerprints'], x))
       abstract = next(fitting, abstract)
       _check_structure(path, _of(abstract, saved['fingerprints']), abstract)
@@ -102,6 +105,11 @@ def _on_one_device(metadata: Any) -> Any:
   return jax.tree.map(
     lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=device), metadata
   )
+
+
+def _has_optimizer(expected: dict | list) -> bool:
+  # The lists of older checkpoints are of both.
+  return isinstance(expected, list) or OPTIMIZER in expected
 
 
 def _of(abstract: dict[str, Any], expected: dict | list) -> dict | list:

@@ -1,41 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A trained model, for commands and for programs of others."""
+"""Which checkpoint of a trained model is meant."""
 
 import argparse
-from typing import Any, Literal
+from typing import Literal
 
 from etils import epath
 
-from jaxsparse.config import Config
 from jaxsparse.config.errors import shown
-from jaxsparse.run import checkpoint, metrics, run_config
-
-
-def load(
-  workdir: epath.PathLike, step: int | None = None
-) -> tuple[Config, dict[str, Any]]:
-  """The config and the parameters of a training run; nothing is written.
-
-  `Transformer(config.model).apply({'params': params}, ...)` is the model, and
-  `jaxsparse.data.tokenizer.load_from_workdir(workdir)` makes its tokens. What
-  is read is compared with the fingerprints taken when it was saved. Needs the
-  extra `train`.
-
-  Args:
-    workdir: folder of the run, local or such as gs://...
-    step: which checkpoint; None takes the newest that is whole.
-
-  Returns:
-    The config, with the vocabulary's size set, and the parameters, whole on the
-    default device.
-
-  Raises:
-    UserError: there is no such run or checkpoint, it can't be read, or it
-      belongs to another tokenizer or model.
-  """
-  config = run_config.read(workdir)
-  _, params = checkpoint.load_params(workdir, step)
-  return config, params
+from jaxsparse.run import checkpoint, metrics
 
 
 def to_step(text: str) -> int | Literal['best']:

@@ -15,7 +15,7 @@ from jaxsparse import mesh
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError
 from jaxsparse.data.pipeline import merge_states
-from jaxsparse.run import checkpoint, hosts, peers, provenance
+from jaxsparse.run import checkpoint, disk, hosts, peers, provenance
 from jaxsparse.run.interrupt import Agreement, StopRequest, stop_on_signals
 from jaxsparse.run.metrics import validation_losses
 from jaxsparse.run.progress import Reporter
@@ -25,6 +25,7 @@ from jaxsparse.training.step import (
   TrainState,
   finalize,
   init_state,
+  state_from,
   train_step,
 )
 from jaxsparse.training.step_reports import StepReports
@@ -185,11 +186,16 @@ def _restore_or_init(
     others,
   )
   if restored is None:
-    checkpoint.check_disk_space(workdir, room)
+    disk.check_disk_space(workdir, room)
     reporter.say('Compiling the first parameters ...')
     with compiling_beside(train, abstract, abstract_batch(config)):
       return jax.block_until_ready(init())
   step, params, optimizer, record = restored
+  if optimizer is None:
+    disk.check_disk_space(workdir, room)
+    reporter.say('Beginning with the parameters that the workdir has.')
+    with compiling_beside(train, abstract, abstract_batch(config)):
+      return jax.block_until_ready(state_from(config, params))
   data.batches.set_state(record['data'])
   reporter.say(f'Going on from the checkpoint of step {step}.')
   for change in resume.rate_changes(record, config, step):

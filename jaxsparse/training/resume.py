@@ -13,7 +13,12 @@ from jaxsparse.config.errors import UserError
 from jaxsparse.data import tokenizer as tokenizer_lib
 from jaxsparse.data.pieces import Corpus
 from jaxsparse.data.tokenizer import Tokenizer
-from jaxsparse.run import checkpoint, field_meanings, run_config
+from jaxsparse.run import (
+  checkpoint,
+  field_meanings,
+  new_workdir,
+  run_config,
+)
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.training import changes
 
@@ -53,6 +58,10 @@ def open_workdir(
       ),
     )
   refused, accepted = changes.judge(saved, config)
+  if not _has_begun(workdir):
+    # Of what was brought in, the parameters alone are given.
+    accepted = []
+    refused = {k: why for k, why in refused.items() if k.startswith('model.')}
   if refused:
     why = ' and '.join(dict.fromkeys(refused.values()))
     raise UserError(
@@ -61,6 +70,12 @@ def open_workdir(
       '--workdir.'
     )
   return config, accepted
+
+
+def _has_begun(workdir: epath.Path) -> bool:
+  """Whether any text was trained on; not so of what `new_workdir` wrote."""
+  record = checkpoint.read_record(workdir)
+  return record is None or new_workdir.ORIGIN not in record
 
 
 def _saved(
@@ -87,7 +102,7 @@ def require_same_data(
   workdir = epath.Path(workdir_lib.expanded(workdir))
   advice = 'undo the change or give another --workdir.'
   record = checkpoint.read_record(workdir)
-  if record:
+  if record and 'data' in record:
     data = record['data']
     if data['corpus'] != corpus.key:
       raise UserError(

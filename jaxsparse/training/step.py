@@ -58,6 +58,21 @@ def init_state(config: Config) -> TrainState:
   model = Transformer(config.model)
   key = jax.random.key(config.train.seed)
   params = model.init(key, tokens, tokens, tokens)['params']
+  return _at_step_0(config, params)
+
+
+def state_from(config: Config, params: dict) -> TrainState:
+  """The state before the first step from given parameters, which are kept."""
+
+  # `params` pass by the program, which would copy them.
+  @jax.jit
+  def rest(params):
+    return dataclasses.replace(_at_step_0(config, params), params=None)
+
+  return dataclasses.replace(rest(params), params=params)
+
+
+def _at_step_0(config: Config, params: dict) -> TrainState:
   opt_state = optimizer_of(config).init(params)
   scale = loss_scale_lib.first(config.model.dtype)
   return TrainState(jnp.zeros((), jnp.int32), params, opt_state, scale)

@@ -16,7 +16,7 @@ import pytest
 
 from jaxsparse import mesh
 from jaxsparse.config.errors import UserError
-from jaxsparse.run import checkpoint, fingerprints
+from jaxsparse.run import checkpoint, disk, fingerprints
 
 SHAPES = [(8, 1, 1), (1, 1, 1), (2, 1, 4)]
 
@@ -397,7 +397,7 @@ def test_no_record(tmp_path):
 
 def test_too_little_disk_space(tmp_path):
   with pytest.raises(UserError, match='MiB free'):
-    checkpoint.check_disk_space(tmp_path, 2**60)
+    disk.check_disk_space(tmp_path, 2**60)
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason='mounting needs root')

@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A workdir that no training made: of a checkpoint of others, or of a change.
+
+It has parameters and no optimizer's state. All that reads a run's workdir reads
+it, and training begins from it, at step 0.
+"""
+
+from typing import Any
+
+from etils import epath
+
+from jaxsparse.config import Config, saved_config
+from jaxsparse.config.errors import UserError
+from jaxsparse.run import checkpoint, hosts, provenance
+from jaxsparse.run import workdir as workdir_lib
+
+
+def require_new(workdir: epath.PathLike) -> None:
+  """Checks that nothing is there yet that could be lost.
+
+  Raises:
+    UserError: the workdir holds something, or can't be reached or made.
+  """
+  workdir_lib.require_reachable(workdir)
+  path = epath.Path(workdir)
+  with workdir_lib.write_errors(workdir):
+    is_used = path.exists() and (not path.is_dir() or any(path.iterdir()))
+    if is_used:
+      raise UserError(
+        f'--workdir={workdir} must be new or an empty folder, but holds '
+        'something: name another, or move it away.'
+      )
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def write(
+  workdir: epath.PathLike,
+  config: Config,
+  params: Any,
+  origin: dict[str, Any],
+) -> None:
+  """Writes config.json and a checkpoint of step 0.
+
+  Args:
+    workdir: a folder with the tokenizer's files, if the model has any.
+    config: with the vocabulary's size set.
+    params: float32 arrays on any mesh, as `config.model` has them.
+    origin: where they are from, of what JSON can hold; the checkpoint's record
+      keeps it.
+
+  Raises:
+    UserError: the workdir can't be written.
+  """
+  if hosts.is_process_zero():
+    with workdir_lib.write_errors(workdir):
+      workdir_lib.write_whole(
+        epath.Path(workdir) / workdir_lib.CONFIG,
+        saved_config.to_json(config).encode(),
+      )
+  # What has no tokenizer may get one later.
+  recorded = provenance.record(config, workdir)
+  record = {name: of for name, of in recorded.items() if of}
+  checkpoint.save_params(workdir, params, record | {ORIGIN: origin})
+
+
+# What the record of such a checkpoint has instead of a place in the data.
+ORIGIN = 'origin'
