@@ -61,7 +61,7 @@ def get_config(size: str) -> c.Config:
     num_kv_heads=num_heads,
     head_dim=model_dim // num_heads,
     mlp_dim=mlp_dim,
-    use_qk_norm=True,
+    qk_norm='head',
     attention_pattern=('local', 'global'),
     dcmha=c.DCMHAConfig(),
   )

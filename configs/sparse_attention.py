@@ -34,7 +34,7 @@ def get_config(size: str) -> c.Config:
     model=c.ModelConfig(
       num_kv_heads=num_heads,
       head_dim=sizes['model_dim'] // num_heads,
-      use_qk_norm=True,
+      qk_norm='head',
       attention_pattern=('sparse',),
       sparse=c.SparseAttentionConfig(
         block=16,

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
   from jaxsparse.config import MemoryConfig as MemoryConfig
   from jaxsparse.config import ModelConfig as ModelConfig
   from jaxsparse.config import MoEConfig as MoEConfig
+  from jaxsparse.config import RopeScalingConfig as RopeScalingConfig
   from jaxsparse.config import SparseAttentionConfig as SparseAttentionConfig
   from jaxsparse.inference.trained_model import load as load
   from jaxsparse.mesh import Axes as Axes
@@ -54,6 +55,7 @@ _HOMES = {
   'MoE': 'nn.experts',
   'MoEConfig': 'config',
   'ModelConfig': 'config',
+  'RopeScalingConfig': 'config',
   'RowGradient': 'ops.memory.row_gradient',
   'SparseAttention': 'nn.attention.sparse',
   'SparseAttentionConfig': 'config',

@@ -44,7 +44,7 @@ def get_suite() -> Suite:
         num_heads=2,
         num_kv_heads=1,
         head_dim=32,
-        use_qk_norm=True,
+        qk_norm='head',
         vocab_size=needles.VOCAB_SIZE,
         **width,
       ),

@@ -30,10 +30,13 @@ def _router_parameters(config):
 
 def attention_gains(config: ModelConfig, layer: int) -> int:
   """Gains and biases of one block's attention."""
-  gains = 2 * config.head_dim if config.use_qk_norm else 0
-  if config.use_bias:
-    heads = config.num_heads + 2 * config.num_kv_heads
-    gains += heads * config.head_dim + config.model_dim
+  query_heads, key_heads = config.num_heads, config.num_kv_heads
+  normed = dict(none=0, head=2, projection=query_heads + key_heads)
+  gains = normed[config.qk_norm] * config.head_dim
+  if config.bias != 'none':
+    gains += (query_heads + 2 * key_heads) * config.head_dim
+  if config.bias == 'all':
+    gains += config.model_dim
   if config.attention_blocks[layer] == 'sparse':
     gains += config.num_kv_heads
   return gains

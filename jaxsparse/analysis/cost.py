@@ -71,7 +71,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
     gains += config.num_layers * memory_cost.router_biases(moe)
   else:
     dense += _num_mlps(config) * _mlp(config)
-    if config.use_bias:
+    if config.bias == 'all':
       inner = config.mlp_dim * (2 if config.mlp == 'swiglu' else 1)
       gains += _num_mlps(config) * (inner + config.model_dim)
   parameters = Parameters(

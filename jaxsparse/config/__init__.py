@@ -2,6 +2,7 @@
 """What a run is: every configuration dataclass, and its checks."""
 
 from jaxsparse.config.attention import DCMHAConfig as DCMHAConfig
+from jaxsparse.config.attention import RopeScalingConfig as RopeScalingConfig
 from jaxsparse.config.attention import (
   SparseAttentionConfig as SparseAttentionConfig,
 )

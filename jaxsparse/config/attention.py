@@ -12,7 +12,47 @@ from jaxsparse.config.errors import (
   require_not_negative,
   require_positive,
   require_unset,
+  shown,
 )
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class RopeScalingConfig:
+  """Lower frequencies of the rotary embedding, see `ops.attention.rope`."""
+
+  # 'linear' divides all by the factor (arXiv:2306.15595); 'llama3' only those
+  # that turn slowly, and some of them in part.
+  kind: str = 'llama3'
+  # By which they are divided.
+  factor: float = 8.0
+  # Turns within original_length: with up to so many a frequency is divided, and
+  # from so many on it stays; the share moves in a straight line between.
+  low_frequency_factor: float = 1.0
+  high_frequency_factor: float = 4.0
+  # Positions that were trained on first.
+  original_length: int = 8192
+
+  def __post_init__(self):
+    fields.check(self)
+    require(
+      self.kind in ('llama3', 'linear'),
+      'rope_scaling.kind must be one of llama3, linear; got '
+      f'{shown(self.kind)}.',
+    )
+    require(
+      self.factor >= 1,
+      f'rope_scaling.factor must be at least 1, got {self.factor}.',
+    )
+    names = 'low_frequency_factor', 'high_frequency_factor', 'original_length'
+    if self.kind == 'linear':
+      require_unset(self, True, "rope_scaling.kind = 'linear'", *names)
+      return
+    require_positive(self, *names)
+    require(
+      self.low_frequency_factor < self.high_frequency_factor,
+      'low_frequency_factor must be below high_frequency_factor = '
+      f'{self.high_frequency_factor}, got {self.low_frequency_factor}.',
+    )
 
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)

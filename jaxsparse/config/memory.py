@@ -109,8 +109,8 @@ class MemoryConfig:
   # (UltraMemV2: the output's variance is that of the MLP), or 'product_keys'
   # (PKM and its heirs).
   init: str = 'paper'
-  # (read, write) pairs of 0-based blocks: the layer reads the normalised mixer
-  # input of block `read`; its output is added after block `write`.
+  # (read, write) pairs of 0-based blocks: the layer reads what the
+  # MLP of block `read` reads; its output is added after block `write`.
   placements: tuple[tuple[int, int], ...] = ((1, 2),)
   # The tables: how they are stored, split and trained.
   table: TableConfig = dataclasses.field(default_factory=TableConfig)

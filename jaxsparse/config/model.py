@@ -5,7 +5,11 @@ import dataclasses
 import functools
 
 from jaxsparse.config import fields
-from jaxsparse.config.attention import DCMHAConfig, SparseAttentionConfig
+from jaxsparse.config.attention import (
+  DCMHAConfig,
+  RopeScalingConfig,
+  SparseAttentionConfig,
+)
 from jaxsparse.config.errors import (
   require,
   require_at_most,
@@ -99,7 +103,7 @@ class BesideMLP:
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class ModelConfig:
-  """A pre-norm decoder-only transformer."""
+  """A decoder-only transformer."""
 
   # Blocks L.
   num_layers: int = 4
@@ -119,8 +123,9 @@ class ModelConfig:
   vocab_size: int = 0
   # One table for the embedding and the output projection.
   tie_embeddings: bool = True
-  # RMSNorm on queries and keys of the attention.
-  use_qk_norm: bool = False
+  # RMSNorm on queries and keys of the attention: 'none', 'head' over each head
+  # (Qwen3), or 'projection' over all heads of a token together (OLMoE).
+  qk_norm: str = 'none'
   # What the blocks' attention sees, a pattern that repeats over the blocks:
   # 'global' for all earlier positions, 'local' for those of the window,
   # 'sparse' for what `sparse` says.
@@ -143,8 +148,15 @@ class ModelConfig:
   rope_max_wavelength: float = 10_000.0
   # Share of a head's coordinates that it rotates, the first ones.
   rope_fraction: float = 1.0
+  # Lower frequencies of it, for sequences longer than were trained on first;
+  # None for those of the formula.
+  rope_scaling: RopeScalingConfig | None = None
   # Norm of the residual stream: 'rms', or 'layer' with mean and bias.
   norm: str = 'rms'
+  # Where it stands: 'pre', on what attention and MLP read, or 'post', on what
+  # they add (OLMo 2). Memory layers then read the stream as it is, as the MLP
+  # does, and what they add stays as it is.
+  norm_placement: str = 'pre'
   # Added to the mean square in every norm.
   norm_epsilon: float = 1e-5
   # In those of queries and keys; 0 for norm_epsilon.
@@ -154,8 +166,9 @@ class ModelConfig:
   # for 1 / sqrt(fan-in), and for this over sqrt(2 num_layers). Without experts
   # and memories, which have their own.
   init_deviations: tuple[float, float] = (0.0, 0.0)
-  # Biases in all products of attention and MLPs; the logits have none.
-  use_bias: bool = False
+  # Biases: 'none', 'qkv' of queries, keys and values (Qwen2), or 'all' in every
+  # product of attention and MLPs (Pythia); the logits have none.
+  bias: str = 'none'
   # Attention and MLP of a block read the same residual stream (GPT-J).
   parallel_block: bool = False
   # Dropout on each mixer's output while training.
@@ -179,6 +192,9 @@ class ModelConfig:
     require_positive(self, 'mlp_dim', 'rope_max_wavelength', 'norm_epsilon')
     require_choice(self, 'mlp', ('swiglu', 'gelu', 'gelu_erf'))
     require_choice(self, 'norm', ('rms', 'layer'))
+    require_choice(self, 'norm_placement', ('pre', 'post'))
+    require_choice(self, 'qk_norm', ('none', 'head', 'projection'))
+    require_choice(self, 'bias', ('none', 'qkv', 'all'))
     require_choice(
       self, 'attention_implementation', ('auto', 'xla', 'pallas', 'cudnn')
     )
@@ -200,8 +216,18 @@ class ModelConfig:
       f'head_dim = {self.head_dim} coordinates; got {self.rope_fraction}.',
     )
     require(
-      not (self.moe and self.use_bias),
-      'use_bias is for MLPs, but moe puts experts in their place: unset one.',
+      not (self.moe and self.bias == 'all'),
+      "bias = 'all' is of MLPs, too, but moe puts experts in their place: set "
+      "bias to 'qkv' or 'none', or unset moe.",
+    )
+    require(
+      not (
+        self.norm_placement == 'post'
+        and self.memory
+        and self.memory.replaces_mlp
+      ),
+      "norm_placement = 'post' is of MLPs, but memory.replaces_mlp puts memory "
+      "layers in their place: set norm_placement to 'pre', or unset the other.",
     )
     require(
       not (self.moe and self.memory and self.memory.replaces_mlp),
@@ -267,7 +293,7 @@ class ModelConfig:
     unset('local' not in self.attention_pattern, pattern, 'window')
     is_all_sparse = set(self.attention_kinds) == {'sparse'}
     unset(is_all_sparse, pattern, 'query_chunk', 'attention_implementation')
-    unset(not self.use_qk_norm, 'use_qk_norm off', 'qk_norm_epsilon')
+    unset(self.qk_norm == 'none', "qk_norm = 'none'", 'qk_norm_epsilon')
 
   @property
   def beside_mlp(self) -> dict[str, BesideMLP]:

@@ -18,6 +18,13 @@ RENAMED = {
   'model.dcmha.post': 'model.dcmha.compose_probs',
   'model.sparse.budget_weight': 'model.sparse.sparsity_loss_weight',
   'model.sparse.budget_ramp': 'model.sparse.sparsity_loss_warmup',
+  'model.use_qk_norm': 'model.qk_norm',
+  'model.use_bias': 'model.bias',
+}
+# Of those that were true or false, what each is now.
+VALUES = {
+  'model.use_qk_norm': {False: 'none', True: 'head'},
+  'model.use_bias': {False: 'none', True: 'all'},
 }
 # Those that are gone, with the value that all have now.
 REMOVED = {
@@ -51,7 +58,7 @@ def renew(saved: dict[str, Any]) -> None:
   for path, new in RENAMED.items():
     for old in _take(saved, path):
       after, _, name = new.rpartition('.')
-      _part(saved, after)[name] = old
+      _part(saved, after)[name] = _value(path, old)
 
 
 def _drop_unused_pre_value_map(saved: dict[str, Any]) -> None:
@@ -60,6 +67,11 @@ def _drop_unused_pre_value_map(saved: dict[str, Any]) -> None:
     return  # Of this version.
   if not any(_take(saved, 'model.memory.pre_value_dim', keeps=True)):
     _take(saved, 'model.memory.pre_value_map')
+
+
+def _value(path: str, old: Any) -> Any:
+  """What the field of a former name has now; the same if it was damaged."""
+  return VALUES[path][old] if path in VALUES and isinstance(old, bool) else old
 
 
 def _take(saved: dict[str, Any], path: str, keeps: bool = False) -> list[Any]:

@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """One block of the language model: attention, then an MLP or its like.
 
-A memory layer with the placement (i, j) reads the normalised MLP input of block
-i and is added to the residual stream after block j: its lookup can run beside
-the blocks between (arXiv:2411.12364, section 3.2). Several may be in flight at
+A memory layer with the placement (i, j) reads what the MLP of block i reads and
+is added to the residual stream after block j: its lookup can run beside the
+blocks between (arXiv:2411.12364, section 3.2). Several may be in flight at
 once.
 """
 
@@ -85,16 +85,22 @@ class Block(nn.Module):
     norm = functools.partial(
       NORMS[config.norm], epsilon=config.norm_epsilon, dtype=config.dtype
     )
+    attention_norm = norm(name='attention_norm')
+    mlp_norm = norm(name='mlp_norm')
+    is_post = config.norm_placement == 'post'
     y, of_attention, metrics = Attention(config, self.index, name='attention')(
-      norm(name='attention_norm')(x),
+      x if is_post else attention_norm(x),
       positions,
       segment_ids,
       cache.get('attention'),
     )
+    y = attention_norm(y) if is_post else y
     before, x = x, x + self._drop(y)
-    h = norm(name='mlp_norm')(before if config.parallel_block else x)
+    h = before if config.parallel_block else x
+    h = h if is_post else mlp_norm(h)
     has_slots = bool(cache) and slot_rows.has_slots(cache['attention'])
     outputs, channel_metrics = self._channel_mixer(h, segment_ids, has_slots)
+    outputs = [mlp_norm(y) for y in outputs] if is_post else outputs
     outputs = [self._drop(y) for y in outputs]
     metrics = merged(prefixed('attention', metrics), channel_metrics)
     for name, part in config.beside_mlp.items():
@@ -134,7 +140,7 @@ class Block(nn.Module):
         MLP,
         config.mlp_dim,
         deviations=config.init_deviations,
-        use_bias=config.use_bias,
+        use_bias=config.bias == 'all',
       )
     has_memory = self.index in dict(placements(config))
     if has_memory and config.memory.replaces_mlp:
@@ -184,13 +190,14 @@ class Block(nn.Module):
   def _is_partial(self) -> bool:
     """Whether sums over `model` wait.
 
-    Dropout needs them before its mask and a bias before it is added, and what a
-    memory without an output map returns is no such sum.
+    Dropout needs them before its mask, a bias before it is added and a norm for
+    its mean, and what a memory without an output map returns is no such sum.
     """
-    memory = self.config.memory
+    config, memory = self.config, self.config.memory
     has_sums = memory is None or memory.output_map
-    is_plain = self.deterministic or not self.config.dropout_rate
-    return has_sums and is_plain and not self.config.use_bias
+    is_plain = self.deterministic or not config.dropout_rate
+    is_plain &= config.norm_placement == 'pre' and config.bias != 'all'
+    return has_sums and is_plain
 
   def _drop(self, y: jax.Array) -> jax.Array:
     if self.deterministic or not self.config.dropout_rate:

@@ -72,24 +72,28 @@ def dropout(
 class RMSNorm(nn.Module):
   """Division by the root mean square (Zhang and Sennrich, arXiv:1910.07467).
 
-  Over the last dimension, statistics and gain in float32; the output is of type
-  `dtype`, by default that of the input. `dim` is the letter of that dimension:
-  the gain is stored as other parameters with this letter.
+  Over the last dimension, or the last ones, statistics and gain in float32; the
+  output is of type `dtype`, by default that of the input. `dims` are the
+  letters of these dimensions: the gain has them all, and is stored as other
+  parameters with these letters.
   """
 
   epsilon: float = 1e-5
-  dim: str = 'D'
+  dims: str = 'D'
   dtype: jax.typing.DTypeLike | None = None
 
   @nn.compact
   def __call__(self, x: Num[Array, '*B D']) -> Float[Array, '*B D']:
     require_floats(x)
-    init = mesh.sharded(nn.initializers.ones, mesh.param(self.dim))
-    scale = mesh.gather(self.param('scale', init, x.shape[-1:]), self.dim)
+    axes = tuple(range(-len(self.dims), 0))
+    init = mesh.sharded(nn.initializers.ones, mesh.param(self.dims))
+    scale = self.param('scale', init, x.shape[axes[0] :])
+    scale = mesh.gather(scale, self.dims)
     dtype = x.dtype if self.dtype is None else self.dtype
     x = x.astype(jnp.float32)
-    mean_square = jnp.square(x).mean(axis=-1, keepdims=True)
-    scale = scale.reshape((1,) * (x.ndim - 1) + scale.shape)
+    # Over dimensions that the mesh splits, too: the mean is of all devices.
+    mean_square = jnp.square(x).mean(axis=axes, keepdims=True)
+    scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
     return (x * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(dtype)
 
 
@@ -100,7 +104,7 @@ class LayerNorm(nn.Module):
   """
 
   epsilon: float = 1e-5
-  dim: str = 'D'
+  dims: str = 'D'
   dtype: jax.typing.DTypeLike | None = None
 
   @nn.compact
@@ -109,8 +113,8 @@ class LayerNorm(nn.Module):
     dtype = x.dtype if self.dtype is None else self.dtype
     x = x.astype(jnp.float32)
     x = x - x.mean(axis=-1, keepdims=True)
-    x = RMSNorm(self.epsilon, self.dim, name='gain')(x)
-    return (x + bias(self, 'bias', self.dim, x.shape[-1:], x.ndim)).astype(
+    x = RMSNorm(self.epsilon, self.dims, name='gain')(x)
+    return (x + bias(self, 'bias', self.dims, x.shape[-1:], x.ndim)).astype(
       dtype
     )
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The language model: pre-norm blocks, unrolled, some with a memory layer."""
+"""The language model: its blocks, unrolled, some with a memory layer."""
 
 import math
 

@@ -113,7 +113,10 @@ def _value(path: str, text: str, hint: Any) -> Any:
 
 def _no_field(path: str) -> UserError:
   if new := renamed.RENAMED.get(path):
-    return UserError(f'{_PREFIX}{path} is {_PREFIX}{new} now: set that one.')
+    now = f'{_PREFIX}{path} is {_PREFIX}{new} now: set that one'
+    values = renamed.VALUES.get(path)
+    said = f", to '{values[True]}' or '{values[False]}'" if values else ''
+    return UserError(f'{now}{said}.')
   if path in renamed.REMOVED:
     value = renamed.REMOVED[path]
     return UserError(f'{_PREFIX}{path} is gone: it is always {value!r}.')

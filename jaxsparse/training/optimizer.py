@@ -241,9 +241,9 @@ def labels(params: dict) -> dict:
     if name == 'router_bias':
       return BALANCE
     # Gains and Tucker cores set scales that decay would pull to zero, and
-    # biases, of whatever rank, are no matrices.
-    is_matrix = leaf.ndim > 1 and name != 'cores' and not name.endswith('bias')
-    return DECAYED if is_matrix else UNDECAYED
+    # both gains and biases, of whatever rank, are no matrices.
+    has_decay = not name.endswith(('bias', 'scale', 'cores'))
+    return DECAYED if leaf.ndim > 1 and has_decay else UNDECAYED
 
   return jax.tree_util.tree_map_with_path(label, params)
 

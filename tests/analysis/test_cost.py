@@ -441,7 +441,7 @@ def test_dcpythia_without_its_additions_is_pythia(name, vocab_size, published):
     RECIPES[name]().model,
     vocab_size=vocab_size,
     dcmha=None,
-    use_qk_norm=False,
+    qk_norm='none',
     qk_norm_epsilon=0.0,
   )
   assert cost.count_parameters(model).total == published

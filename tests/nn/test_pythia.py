@@ -27,7 +27,7 @@ CONFIG = ModelConfig(
   mlp='gelu_erf',
   tie_embeddings=False,
   norm='layer',
-  use_bias=True,
+  bias='all',
   parallel_block=True,
   rope_fraction=ROTATED / H,
 )

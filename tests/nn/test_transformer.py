@@ -58,9 +58,9 @@ SPARSE = SparseAttentionConfig(
 MODELS = dict(
   pythia=make_config(
     num_layers=1, num_kv_heads=4, mlp='gelu', tie_embeddings=False,
-    norm='layer', use_bias=True, parallel_block=True, rope_fraction=0.5,
+    norm='layer', bias='all', parallel_block=True, rope_fraction=0.5,
   ),
-  qk_norm=make_config(use_qk_norm=True),
+  qk_norm=make_config(qk_norm='head'),
   memory=make_config(((0, 1), (1, 1))),
   conv=make_config(((0, 2), (1, 1)), taps=3, num_layers=3),
   dcmha=make_config(
@@ -76,7 +76,7 @@ MODELS = dict(
   joined=make_config(
     ((0, 1),),
     num_kv_heads=4,
-    use_qk_norm=True,
+    qk_norm='head',
     attention_pattern=('local', 'sparse'),
     window=3,
     dcmha=DCMHAConfig(),

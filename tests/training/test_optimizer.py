@@ -98,7 +98,7 @@ def test_every_leaf_has_its_group():
 
 BIASED = ModelConfig(
   num_layers=2, model_dim=8, num_heads=2, num_kv_heads=2, head_dim=4, mlp_dim=8,
-  vocab_size=5, norm='layer', use_bias=True, use_qk_norm=True,
+  vocab_size=5, norm='layer', bias='all', qk_norm='projection',
   attention_pattern=('global', 'sparse'), dcmha=DCMHAConfig(),
   sparse=SparseAttentionConfig(block=4, tile=4),
   memory=MemoryConfig(
@@ -127,7 +127,7 @@ def test_muon_takes_the_maps_of_activations_only():
   moe = MoEConfig(
     num_experts=2, num_experts_per_token=1, expert_dim=4, num_shared=1
   )
-  model = dataclasses.replace(BIASED, moe=moe, use_bias=False)
+  model = dataclasses.replace(BIASED, moe=moe, bias='qkv')
   init = Transformer(model).init
   params = jax.eval_shape(init, jax.random.key(0), one, one, one)['params']
   groups = optimizer_lib.labels_with_matrices(params)

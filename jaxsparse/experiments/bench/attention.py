@@ -260,7 +260,7 @@ def _train_config(options, dcmha: DCMHAConfig | None) -> Config:
       head_dim=options.width,
       mlp_dim=options.model_dim * 11 // 4,
       vocab_size=256,
-      use_qk_norm=True,
+      qk_norm='head',
       attention_pattern=('local', 'global'),
       query_chunk=options.train_chunk,
       dcmha=dcmha,

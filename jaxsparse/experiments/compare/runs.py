@@ -43,6 +43,7 @@ _PARTS = dict(
   moe=config_lib.MoEConfig,
   dcmha=config_lib.DCMHAConfig,
   sparse=config_lib.SparseAttentionConfig,
+  rope_scaling=config_lib.RopeScalingConfig,
 )
 
 

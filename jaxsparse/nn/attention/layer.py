@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int, Num
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.nn.attention import cache as attention_cache
+from jaxsparse.nn.attention import rotation
 from jaxsparse.nn.attention.cache import Cache
 from jaxsparse.nn.attention.dcmha import DCMHA, cached_factors, head_mix
 from jaxsparse.nn.attention.kinds import KINDS
@@ -33,8 +34,8 @@ class Attention(nn.Module):
 
   Leaves: `query` [D, N, H], `key` and `value` [D, K, H], `output` [N, H, D];
   with biases also `query_bias` and so on; with QK-norm also `query_norm` and
-  `key_norm`, one gain for all heads; with composition those of `DCMHA`, in a
-  sparse block those of `SparseAttention`.
+  `key_norm`, one gain [H] for all heads or one of each, [N, H] and [K, H]; with
+  composition those of `DCMHA`, in a sparse block those of `SparseAttention`.
 
   Attributes:
     config: of the model.
@@ -58,8 +59,9 @@ class Attention(nn.Module):
     """Reads the new tokens, and with a cache everything before them too.
 
     Args:
-      x: the normalised residual stream; the last leading dimension is that of
-        positions, and the cache has one batch of all before it.
+      x: the residual stream, normalised where norms stand before; the last
+        leading dimension is that of positions, and the cache has one batch of
+        all before it.
       positions: position of each token in its document, by default that in its
         sequence; a document's tokens come in this order.
       segment_ids: document of each token; 0 for padding. By default a sequence
@@ -115,7 +117,7 @@ class Attention(nn.Module):
     y = token_product(
       'gh,ghd->d', encoded, output, out_sharding=mesh.act('BTD')
     )
-    if config.use_bias:
+    if config.bias == 'all':
       b = bias(self, 'output_bias', 'D', (model_dim,), y.ndim)
       y += b.astype(y.dtype)
     return y, cache, metrics
@@ -189,7 +191,7 @@ class Attention(nn.Module):
       shape = (model_dim, num_heads, config.head_dim)
       matrix = weight(self, name, dims, shape, reading, config.dtype)
       heads = token_product('d,dnh->nh', x, matrix)
-      if not config.use_bias:
+      if config.bias == 'none':
         return heads
       b = bias(self, f'{name}_bias', dims[1:], shape[1:], heads.ndim)
       return heads + b.astype(heads.dtype)
@@ -197,20 +199,21 @@ class Attention(nn.Module):
     query = project('query', 'DNH', config.num_heads)
     key = project('key', 'DKH', config.num_kv_heads)
     value = project('value', 'DKH', config.num_kv_heads)
-    if config.use_qk_norm:
-      norm = functools.partial(
-        RMSNorm,
-        epsilon=config.qk_norm_epsilon or config.norm_epsilon,
-        dim='H',
-        dtype=config.dtype,
+    if config.qk_norm != 'none':
+      epsilon = config.qk_norm_epsilon or config.norm_epsilon
+      of_query, of_key = (
+        RMSNorm(
+          epsilon,
+          'H' if config.qk_norm == 'head' else dims,
+          config.dtype,
+          name=name,
+        )
+        for name, dims in (('query_norm', 'NH'), ('key_norm', 'KH'))
       )
-      query, key = norm(name='query_norm')(query), norm(name='key_norm')(key)
+      query, key = of_query(query), of_key(key)
     if not is_rotated:
       return query, key, value
     rotate = functools.partial(
-      apply_rope,
-      positions=positions,
-      max_wavelength=config.rope_max_wavelength,
-      width=config.rope_dim,
+      apply_rope, positions=positions, **rotation.settings(config)
     )
     return rotate(query), rotate(key), value

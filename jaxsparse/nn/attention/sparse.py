@@ -17,6 +17,7 @@ from jaxtyping import Array, Float, Int, Num
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig, SparseAttentionConfig
+from jaxsparse.nn.attention import rotation
 from jaxsparse.nn.attention.maps import show, show_arrays
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.layers import Metrics, weight
@@ -272,11 +273,7 @@ class SparseAttention(nn.Module):
     return y, cache | new._asdict(), stats
 
   def _rotate(self):
-    return functools.partial(
-      rotate,
-      max_wavelength=self.config.rope_max_wavelength,
-      width=self.config.rope_dim,
-    )
+    return functools.partial(rotate, **rotation.settings(self.config))
 
   def _zeros(self, name, dims, *shape):
     init = mesh.sharded(nn.initializers.zeros, mesh.param(dims))

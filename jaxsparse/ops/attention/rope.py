@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Rotary position embedding (Su et al. 2021, arXiv:2104.09864, eq. 34)."""
 
+import math
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Real
@@ -8,12 +11,47 @@ from jaxtyping import Array, Float, Int, Real
 from jaxsparse.ops.attention import cpu
 from jaxsparse.ops.cpu import computed_once
 
+# Of frequencies, in radians a position: other ones, for longer sequences.
+Scaling = Callable[[Float[Array, 'h']], Float[Array, 'h']]
+
+
+def linear_scaling(
+  frequency: Float[Array, 'h'], factor: float
+) -> Float[Array, 'h']:
+  """All divided by `factor` (Chen et al. 2023, arXiv:2306.15595, eq. 4)."""
+  return frequency / factor
+
+
+def llama3_scaling(
+  frequency: Float[Array, 'h'],
+  factor: float,
+  low_frequency_factor: float,
+  high_frequency_factor: float,
+  original_length: int,
+) -> Float[Array, 'h']:
+  """The slow ones divided by `factor`, as Llama 3.1 does.
+
+  Args:
+    frequency: radians a position.
+    factor: by which they are divided.
+    low_frequency_factor: with up to so many turns within `original_length` one
+      is divided whole.
+    high_frequency_factor: from so many turns on one stays; between both the
+      share that stays rises in a straight line.
+    original_length: positions that were trained on first.
+  """
+  turns = frequency * (original_length / (2 * math.pi))
+  between = high_frequency_factor - low_frequency_factor
+  stays = jnp.clip((turns - low_frequency_factor) / between, 0, 1)
+  return frequency * (stays + (1 - stays) / factor)
+
 
 def apply_rope(
   x: Float[Array, 'B T N H'],
   positions: Int[Array, 'B T'],
   max_wavelength: float = 10_000.0,
   width: int = 0,
+  scaling: Scaling | None = None,
 ) -> Float[Array, 'B T N H']:
   """Rotates queries or keys by their positions.
 
@@ -28,15 +66,16 @@ def apply_rope(
     max_wavelength: base of the geometric series of wavelengths, over 2 pi.
     width: coordinates that are rotated, the first ones, which take the place of
       H in the formula; 0 for all.
+    scaling: of the frequencies; None leaves them as they are.
 
   Returns:
     The rotated heads in the type of `x`; the rotation itself is in float32.
   """
   if cpu.wants_heads_first(x.shape[1]):
     x = jnp.swapaxes(x, 1, 2)
-    x = rotate(x, positions[:, None], max_wavelength, width)
+    x = rotate(x, positions[:, None], max_wavelength, width, scaling)
     return jnp.swapaxes(x, 1, 2)
-  return rotate(x, positions[:, :, None], max_wavelength, width)
+  return rotate(x, positions[:, :, None], max_wavelength, width, scaling)
 
 
 def rotate(
@@ -44,14 +83,18 @@ def rotate(
   positions: Real[Array, '...'],
   max_wavelength: float = 10_000.0,
   width: int = 0,
+  scaling: Scaling | None = None,
 ) -> Float[Array, '*shape H']:
   """`apply_rope` of any shape, over which the positions are broadcast."""
   if 0 < width < x.shape[-1]:
-    first = rotate(x[..., :width], positions, max_wavelength)
+    first = rotate(x[..., :width], positions, max_wavelength, 0, scaling)
     return jnp.concatenate([first, x[..., width:]], axis=-1)
   half = x.shape[-1] // 2
   exponent = jnp.arange(half, dtype=jnp.float32) / half
-  frequency = (max_wavelength**-exponent).reshape((1,) * (x.ndim - 1) + (half,))
+  frequency = max_wavelength**-exponent
+  if scaling is not None:
+    frequency = scaling(frequency)
+  frequency = frequency.reshape((1,) * (x.ndim - 1) + (half,))
   angle = positions[..., None].astype(jnp.float32) * frequency
   cos, sin = computed_once(jnp.cos(angle)), computed_once(jnp.sin(angle))
   left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -63,10 +106,12 @@ def apply_rope_reference(
   x: Float[Array, 'B T N H'],
   positions: Int[Array, 'B T'],
   max_wavelength: jax.typing.ArrayLike = 10_000.0,
+  scaling: Scaling | None = None,
 ):
   """The same as a product of complex numbers."""
   half = x.shape[-1] // 2
   frequency = max_wavelength ** (-jnp.arange(half) / half)
+  frequency = scaling(frequency) if scaling else frequency
   turn = jnp.exp(1j * jnp.einsum('bt,h->bth', positions, frequency))
   z = x[..., :half] + 1j * x[..., half:]
   z = jnp.einsum('btnh,bth->btnh', z, turn)

@@ -2,6 +2,7 @@
 """The attention module: its formula, its cache, its normalisation."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,12 @@ from jaxsparse.analysis import attention_cost
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.attention import (
   DCMHAConfig,
+  RopeScalingConfig,
   SparseAttentionConfig,
   query_wise_dcmha,
 )
 from jaxsparse.nn.attention import cache as attention_cache
+from jaxsparse.nn.attention import rotation
 from jaxsparse.nn.attention.dcmha import DCMHA
 from jaxsparse.nn.attention.layer import Attention
 from jaxsparse.ops.attention.dense import attention_reference
@@ -43,38 +46,73 @@ def make_config(**fields):
   return ModelConfig(**(sizes | fields))
 
 
-@pytest.mark.parametrize('use_qk_norm', [False, True])
-def test_is_its_formula(use_qk_norm):
-  config = make_config(use_qk_norm=use_qk_norm, norm_epsilon=1e-6)
+SHAPES = dict(query=(D, 4, 4), key=(D, 2, 4), value=(D, 2, 4), output=(4, 4, D))
+BIASES = dict(query_bias=(4, 4), key_bias=(2, 4), value_bias=(2, 4))
+LLAMA3 = RopeScalingConfig(original_length=32)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'more'),
+  [
+    ({}, {}),
+    (dict(qk_norm='head'), dict(query_norm=(4,), key_norm=(4,))),
+    (
+      dict(qk_norm='projection', bias='qkv', rope_scaling=LLAMA3),
+      BIASES | dict(query_norm=(4, 4), key_norm=(2, 4)),
+    ),
+  ],
+  ids=['plain', 'head', 'projection'],
+)
+def test_is_its_formula(fields, more):
+  config = make_config(**fields, norm_epsilon=1e-6)
   module = Attention(config)
   inputs = X, POSITIONS, SEGMENTS
   params = draw(module.init, *inputs)
-  y, cache, _ = jax.jit(module.apply)(params, *inputs)
-  assert cache is None
   p = params['params']
-  shapes = {n: p[n].shape for n in ('query', 'key', 'value', 'output')}
-  assert shapes == dict(
-    query=(D, 4, 4), key=(D, 2, 4), value=(D, 2, 4), output=(4, 4, D)
-  )
+  shapes = jax.tree.map(np.shape, p)
+  for name in shapes.keys() & {'query_norm', 'key_norm'}:
+    shapes[name] = shapes[name]['scale']
+  assert shapes == SHAPES | more
+  axes = -1 if config.qk_norm == 'head' else (-2, -1)
 
-  @jax.jit
-  def formula(p, positions, segments):
-    query, key, value = (
-      jnp.einsum('btd,dnh->btnh', X, p[n]) for n in ('query', 'key', 'value')
+  def heads_of(p, name):
+    heads = jnp.einsum('btd,dnh->btnh', X, p[name])
+    if f'{name}_bias' in p:
+      heads += p[f'{name}_bias'][None, None]
+    if f'{name}_norm' in p:
+      heads /= jnp.sqrt(jnp.square(heads).mean(axes, keepdims=True) + 1e-6)
+      heads *= jnp.broadcast_to(p[f'{name}_norm']['scale'], heads.shape)
+    return heads
+
+  def formula(p, _, positions, segments):
+    query, key, value = (heads_of(p, n) for n in ('query', 'key', 'value'))
+    scaling = rotation.settings(config)['scaling']
+    query, key = (
+      apply_rope_reference(x, positions, scaling=scaling) for x in (query, key)
     )
-    if use_qk_norm:
-      query, key = (
-        x
-        / jnp.sqrt(jnp.square(x).mean(-1, keepdims=True) + 1e-6)
-        * p[f'{n}_norm']['scale'][None, None, None]
-        for n, x in (('query', query), ('key', key))
-      )
-    query, key = (apply_rope_reference(x, positions) for x in (query, key))
     ids = (positions, positions, segments, segments)
     encoded = attention_reference(query, key, value, *ids)
     return jnp.einsum('btnh,nhd->btd', encoded, p['output'])
 
-  np.testing.assert_allclose(y, formula(p, POSITIONS, SEGMENTS), atol=1e-5)
+  def layer(p, *inputs):
+    y, cache, _ = module.apply({'params': p}, *inputs)
+    assert cache is None
+    return y
+
+  def run(function):
+    def loss(p, *inputs):
+      y = function(p, *inputs)
+      return jnp.sin(y).sum(), y
+
+    return jax.jit(jax.grad(loss, has_aux=True))(p, *inputs)
+
+  (slopes, y), (expected_slopes, expected) = run(layer), run(formula)
+  np.testing.assert_allclose(y, expected, atol=1e-5)
+  jax.tree.map(
+    functools.partial(np.testing.assert_allclose, atol=3e-5, rtol=1e-5),
+    slopes,
+    expected_slopes,
+  )
 
 
 SPARSE = SparseAttentionConfig(
@@ -99,7 +137,7 @@ def sparse_layer(sparse, **fields):
 
 # Global and local, with and without composition of heads, and sparse.
 VARIANTS = dict(
-  plain=dict(use_qk_norm=True),
+  plain=dict(qk_norm='head'),
   local=LOCAL_OF_3,
   dcmha=dict(dcmha=DCMHAConfig(base=True)),
   dcmha_in_groups=dict(dcmha=DCMHAConfig(num_groups=2, rank=1)),
