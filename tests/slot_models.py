@@ -12,6 +12,7 @@ from jaxsparse.config import (
   MemoryConfig,
   ModelConfig,
   MoEConfig,
+  RopeScalingConfig,
   SparseAttentionConfig,
 )
 from jaxsparse.nn.transformer import Transformer
@@ -92,7 +93,12 @@ MODELS = dict(
   ),
   sparse=sparse(('sparse', 'local')),
   indexed=sparse(('local', 'sparse'), router='indexer', tile=1),
-  bounded=sparse(('sparse', 'local'), history_blocks=2),
+  # With all that published models need besides.
+  bounded=dataclasses.replace(
+    sparse(('sparse', 'local'), history_blocks=2),
+    qk_norm='projection', bias='qkv', norm_placement='post',
+    rope_scaling=RopeScalingConfig(original_length=16),
+  ),
 )  # fmt: skip
 
 

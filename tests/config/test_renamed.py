@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fields that have moved are read under their former names."""
 
+import dataclasses
 import json
 
 import pytest
@@ -44,6 +45,38 @@ def test_what_did_nothing_still_does_nothing():
   saved = former(CONFIG)
   saved['model']['memory']['pre_value_map'] = False
   assert saved_config.from_json(json.dumps(saved)) == CONFIG
+
+
+@pytest.mark.parametrize(
+  ('before', 'now'),
+  [
+    (dict(use_qk_norm=True), dict(qk_norm='head')),
+    (dict(use_qk_norm=False), dict(qk_norm='none')),
+    (dict(use_bias=True), dict(bias='all')),
+    (dict(use_bias=False), dict(bias='none')),
+  ],
+  ids=str,
+)
+def test_what_was_true_or_false_is_a_word(before, now):
+  saved = former(CONFIG)
+  for name in now:
+    del saved['model'][name]
+  saved['model'] |= before
+  expected = dataclasses.replace(CONFIG.model, **now)
+  assert saved_config.from_json(json.dumps(saved)).model == expected
+
+
+@pytest.mark.parametrize('value', [[], 'yes', None, 1])
+def test_damage_under_a_former_name_is_told(value):
+  saved = former(CONFIG)
+  saved['model']['use_bias'] = value
+  with pytest.raises(UserError, match=r'^bias must be'):
+    saved_config.from_json(json.dumps(saved))
+
+
+def test_an_old_flag_names_the_new_values():
+  with pytest.raises(UserError, match="set that one, to 'head' or 'none'"):
+    overrides.apply(Config(), [('model.use_qk_norm', 'true')])
 
 
 def test_a_config_without_the_part_is_read():

@@ -19,6 +19,7 @@ from jaxsparse.config import (
   MemoryConfig,
   ModelConfig,
   MoEConfig,
+  RopeScalingConfig,
   SparseAttentionConfig,
 )
 from jaxsparse.config.errors import UserError
@@ -57,10 +58,15 @@ SPARSE = SparseAttentionConfig(
 )
 MODELS = dict(
   pythia=make_config(
-    num_layers=1, num_kv_heads=4, mlp='gelu', tie_embeddings=False,
+    num_layers=1, num_kv_heads=4, mlp='gelu_erf', tie_embeddings=False,
     norm='layer', bias='all', parallel_block=True, rope_fraction=0.5,
   ),
   qk_norm=make_config(qk_norm='head'),
+  # As OLMo 2, Qwen2 and Llama 3.1 together.
+  published=make_config(
+    num_layers=1, norm_placement='post', qk_norm='projection', bias='qkv',
+    rope_scaling=RopeScalingConfig(original_length=16),
+  ),
   memory=make_config(((0, 1), (1, 1))),
   conv=make_config(((0, 2), (1, 1)), taps=3, num_layers=3),
   dcmha=make_config(
@@ -76,7 +82,7 @@ MODELS = dict(
   joined=make_config(
     ((0, 1),),
     num_kv_heads=4,
-    qk_norm='head',
+    qk_norm='projection',
     attention_pattern=('local', 'sparse'),
     window=3,
     dcmha=DCMHAConfig(),
@@ -112,7 +118,8 @@ MODELS = dict(
   ),
 )  # fmt: skip
 all_models = pytest.mark.parametrize(
-  'name', few(['pythia', 'conv', 'joined', 'experts', 'v2'], MODELS)
+  'name',
+  few(['pythia', 'published', 'conv', 'joined', 'experts', 'v2'], MODELS),
 )
 
 
@@ -302,6 +309,26 @@ def test_same_block_placement_is_a_parallel_branch():
     normalised(expected, config, params['attention_norm']['scale']),
     atol=1e-5,
   )
+
+
+def test_a_norm_after_is_of_attention_and_mlp_alone():
+  """They and the memory read the stream as it is; the memory's is added so."""
+  config = make_config(((0, 1), (1, 1)), norm_placement='post')
+  seen, params = streams(config), make_params(config)['params']
+  x, arrived = seen['embed/__call__'], []
+  for name in ('block_00', 'block_01'):
+    block = {path.removeprefix(f'{name}/'): y for path, y in seen.items()}
+    attention, mlp = (
+      normalised(
+        block[f'{layer}/__call__'][0], config, params[name][norm]['scale']
+      )
+      for layer, norm in (('attention', 'attention_norm'), ('mlp', 'mlp_norm'))
+    )
+    x = x + attention + mlp
+    arrived.append(block['memory/__call__'][0])
+    x = x + sum(arrived) if name == 'block_01' else x
+    np.testing.assert_allclose(block['__call__'][0], x, atol=1e-5)
+  assert min(np.abs(y).max() for y in arrived) > 0.1
 
 
 def test_a_memory_on_its_way_touches_no_block():

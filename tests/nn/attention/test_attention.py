@@ -138,6 +138,7 @@ def sparse_layer(sparse, **fields):
 # Global and local, with and without composition of heads, and sparse.
 VARIANTS = dict(
   plain=dict(qk_norm='head'),
+  published=dict(qk_norm='projection', bias='qkv', rope_scaling=LLAMA3),
   local=LOCAL_OF_3,
   dcmha=dict(dcmha=DCMHAConfig(base=True)),
   dcmha_in_groups=dict(dcmha=DCMHAConfig(num_groups=2, rank=1)),
@@ -155,7 +156,9 @@ VARIANTS = dict(
   fraction=sparse_layer(FRACTION),
 )
 RARE_VARIANTS = dict(
-  bounded_indexer=sparse_layer(INDEXER, history_blocks=4),
+  # Which rotates keys when it reads them.
+  bounded_indexer=sparse_layer(INDEXER, history_blocks=4)
+  | dict(qk_norm='projection', rope_scaling=LLAMA3),
   indexer_no_summaries=sparse_layer(INDEXER, use_summaries=False),
   bounded_no_summaries=sparse_layer(
     SPARSE, use_summaries=False, history_blocks=4
@@ -209,7 +212,7 @@ def run_in_parts(module, params, lengths, *inputs, capacity=None):
   'variant',
   few(
     [
-      'plain', 'dcmha_in_groups', 'local_dcmha_chunks', 'nsa',
+      'published', 'dcmha_in_groups', 'local_dcmha_chunks', 'nsa',
       'bounded_indexer',
     ],
     [*VARIANTS, *RARE_VARIANTS],
@@ -340,13 +343,26 @@ LOCAL = dict(attention_pattern=('local',), window=3, query_chunk=4)
       MODEL_OF_4,
       dict(num_heads=8, attention_pattern=('sparse',), sparse=SPARSE),
     ),
+    # A norm over heads of all devices.
+    (
+      MODEL_OF_4,
+      dict(num_heads=8, qk_norm='projection', bias='qkv', rope_scaling=LLAMA3),
+    ),
     pytest.param(
       MODEL_OF_4,
       dict(num_heads=8, attention_pattern=('sparse',), sparse=INDEXER),
       marks=pytest.mark.slow,
     ),
   ],
-  ids=['one device', 'dcmha', 'by factors', 'by matrices', 'sparse', 'indexer'],
+  ids=[
+    'one device',
+    'dcmha',
+    'by factors',
+    'by matrices',
+    'sparse',
+    'published',
+    'indexer',
+  ],
 )
 def test_any_mesh_gives_the_same(sizes, fields):
   config = make_config(num_kv_heads=4, **fields)
