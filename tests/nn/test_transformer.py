@@ -312,7 +312,7 @@ def test_same_block_placement_is_a_parallel_branch():
 
 
 def test_a_norm_after_is_of_attention_and_mlp_alone():
-  """They and the memory read the stream as it is; the memory's is added so."""
+  """What a memory layer adds, it adds as it is."""
   config = make_config(((0, 1), (1, 1)), norm_placement='post')
   seen, params = streams(config), make_params(config)['params']
   x, arrived = seen['embed/__call__'], []
