@@ -10,9 +10,10 @@ import pytest
 from parameters import draw, place
 
 from jaxsparse import mesh
-from jaxsparse.config import ModelConfig
+from jaxsparse.config import MemoryConfig, ModelConfig
 from jaxsparse.nn.attention.layer import Attention
 from jaxsparse.nn.layers import MLP
+from jaxsparse.nn.memory.layer import MemoryLayer
 from jaxsparse.nn.transformer import Transformer
 
 V, F = 11, 16
@@ -27,7 +28,10 @@ CONFIG = ModelConfig(
   norm_placement='post',
   qk_norm='projection',
   norm_epsilon=1e-6,
-)
+  memory=MemoryConfig(
+    num_keys=4, key_dim=4, num_selected=3, value_dim=8, placements=((0, 0),)
+  ),
+)  # fmt: skip
 TOKENS = np.random.default_rng(0).integers(0, V, (2, 5), np.int32)
 
 # The programs run once.
@@ -45,11 +49,13 @@ def formula(p, tokens):
   """Of the layers, which have formulas of their own."""
   x = p['embed']['table'][tokens]
   block = p['block_00']
-  attend, mlp = Attention(CONFIG), MLP(F)
+  attend, mlp, memory = Attention(CONFIG), MLP(F), MemoryLayer(CONFIG.memory)
   y, _, _ = attend.apply({'params': block['attention']}, x)
   x = x + rms_norm(y, block['attention_norm'])
   y, _ = mlp.apply({'params': block['mlp']}, x)
-  x = x + rms_norm(y, block['mlp_norm'])
+  # The memory reads the stream as it is, and what it adds stays as it is.
+  read, _ = memory.apply({'params': block['memory']}, x)
+  x = x + rms_norm(y, block['mlp_norm']) + read
   return rms_norm(x, p['final_norm']) @ p['embed']['table'].T
 
 

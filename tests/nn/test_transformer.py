@@ -311,26 +311,6 @@ def test_same_block_placement_is_a_parallel_branch():
   )
 
 
-def test_a_norm_after_is_of_attention_and_mlp_alone():
-  """What a memory layer adds, it adds as it is."""
-  config = make_config(((0, 1), (1, 1)), norm_placement='post')
-  seen, params = streams(config), make_params(config)['params']
-  x, arrived = seen['embed/__call__'], []
-  for name in ('block_00', 'block_01'):
-    block = {path.removeprefix(f'{name}/'): y for path, y in seen.items()}
-    attention, mlp = (
-      normalised(
-        block[f'{layer}/__call__'][0], config, params[name][norm]['scale']
-      )
-      for layer, norm in (('attention', 'attention_norm'), ('mlp', 'mlp_norm'))
-    )
-    x = x + attention + mlp
-    arrived.append(block['memory/__call__'][0])
-    x = x + sum(arrived) if name == 'block_01' else x
-    np.testing.assert_allclose(block['__call__'][0], x, atol=1e-5)
-  assert min(np.abs(y).max() for y in arrived) > 0.1
-
-
 def test_a_memory_on_its_way_touches_no_block():
   """Golden check 8: with (0, 2), the inputs of blocks 1 and 2 stay as is."""
   with_memory = make_config(((0, 2),), num_layers=3)
