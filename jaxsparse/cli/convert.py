@@ -1,0 +1,45 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models in and out: `jaxsparse convert from-hf` and the like."""
+
+import importlib
+
+from jaxsparse.config.errors import UserError, did_you_mean, shown
+
+# Each with its module and what it does.
+_DIRECTIONS = {
+  'from-hf': (
+    'convert_from_hf',
+    'a published checkpoint becomes a workdir, which all commands read',
+  ),
+  'to-hf': (
+    'convert_to_hf',
+    "a workdir becomes a folder that Hugging Face's transformers loads",
+  ),
+}
+
+
+def main(arguments: list[str]) -> None:
+  """Runs the direction that the arguments begin with.
+
+  Raises:
+    UserError: there is no such direction, or one of its flags is wrong.
+  """
+  if not arguments or arguments[0] in ('-h', '--help'):
+    print(_page())
+    return
+  name, *rest = arguments
+  if name not in _DIRECTIONS:
+    raise UserError(
+      f'there is no direction {shown(name)}{did_you_mean(name, _DIRECTIONS)}; '
+      f'there are {", ".join(_DIRECTIONS)}.'
+    )
+  module, _ = _DIRECTIONS[name]
+  importlib.import_module(f'jaxsparse.cli.{module}').main(rest)
+
+
+def _page() -> str:
+  lines = ['usage: jaxsparse convert DIRECTION ...', '']
+  lines += [f'  {name:<12}{what}' for name, (_, what) in _DIRECTIONS.items()]
+  return '\n'.join(
+    [*lines, '', '`jaxsparse convert DIRECTION --help` says more.']
+  )
