@@ -13,11 +13,11 @@ from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import UserError, did_you_mean, require, shown
 from jaxsparse.interop import config_json, tokenizers_in
 from jaxsparse.interop.config_json import Fields
-from jaxsparse.interop.families import llama
+from jaxsparse.interop.families import gpt_neox, llama, mixtral, olmo2
 from jaxsparse.interop.importing import Opened
 from jaxsparse.interop.source import SafetensorsSource, Source, Without
 
-FAMILIES = (llama,)
+FAMILIES = (llama, mixtral, olmo2, gpt_neox)
 
 # Positions where a config.json names none.
 _LENGTH = 2048
@@ -48,7 +48,7 @@ def open_folder(folder: pathlib.Path) -> Opened:
   source = _without_surplus(SafetensorsSource(folder), family, config)
   return Opened(
     source=source,
-    layout=family.layout(config),
+    layout=family.layout(config, content['model_type']),
     config=config,
     length=Fields(content).take('max_position_embeddings', int, _LENGTH),
     family=content['model_type'],

@@ -103,8 +103,44 @@ def read_common(fields: Fields, kind: str) -> dict[str, Any]:
   )
 
 
-def layout(config: ModelConfig) -> Layout:
+def to_json(config: ModelConfig, kind: str) -> dict[str, Any] | None:
+  """What `to_config` reads, as far as `kind` has it."""
+  found = write_common(config, kind)
+  if kind == 'llama':
+    # Its class refuses other widths, though it has head_dim.
+    if config.model_dim % config.num_heads:
+      return None
+    has_bias = config.bias == 'all'
+    return found | dict(attention_bias=has_bias, mlp_bias=has_bias)
+  if kind == 'mistral':
+    return found | windows_json.write_one(config)
+  found |= windows_json.write_by_layer(config)
+  return found | (dict(attention_bias=False) if kind == 'qwen3' else {})
+
+
+def write_common(config: ModelConfig, kind: str) -> dict[str, Any]:
+  """What `read_common` reads."""
+  found = dict(
+    hidden_size=config.model_dim,
+    num_attention_heads=config.num_heads,
+    num_key_value_heads=config.num_kv_heads,
+    num_hidden_layers=config.num_layers,
+    intermediate_size=config.mlp_dim,
+    vocab_size=config.vocab_size,
+    tie_word_embeddings=config.tie_embeddings,
+    rms_norm_eps=config.norm_epsilon,
+    hidden_act='silu',
+    **rope_json.write(config),
+  )
+  # The classes of the others take it from the width.
+  if kind not in ('qwen2', 'olmo2', 'olmoe'):
+    found['head_dim'] = config.head_dim
+  return found
+
+
+def layout(config: ModelConfig, kind: str) -> Layout:
   """Where the leaves of a dense model lie."""
+  del kind
   found = outside(config)
   for i in range(config.num_layers):
     ours, theirs = block_name(i), f'model.layers.{i}'
@@ -154,7 +190,7 @@ def attention(config: ModelConfig, ours: str, theirs: str) -> Layout:
     found[f'{ours}/{name}'] = transposed(
       Part(f'{tensor}.weight', (inner, dim)), (dim, num_heads, width)
     )
-    if getattr(config, 'bias', 'none') != 'none':
+    if config.bias != 'none':
       found[f'{ours}/{name}_bias'] = as_is(
         Part(f'{tensor}.bias', (inner,)), (num_heads, width)
       )
@@ -162,13 +198,11 @@ def attention(config: ModelConfig, ours: str, theirs: str) -> Layout:
   found[f'{ours}/output'] = transposed(
     Part(f'{tensor}.weight', (dim, inner)), (config.num_heads, width, dim)
   )
-  if getattr(config, 'bias', 'none') == 'all':
+  if config.bias == 'all':
     found[f'{ours}/output_bias'] = as_is(Part(f'{tensor}.bias', (dim,)))
-  for name in (
-    () if getattr(config, 'qk_norm', 'none') == 'none' else ('query', 'key')
-  ):
+  for name in () if config.qk_norm == 'none' else ('query', 'key'):
     shape = (width,)
-    if getattr(config, 'qk_norm', 'none') == 'projection':
+    if config.qk_norm == 'projection':
       shape = (heads[name], width)
     tensor = f'{theirs}.{name[0]}_norm.weight'
     size = shape[0] * (shape[1] if len(shape) > 1 else 1)
@@ -187,7 +221,7 @@ def mlp(config: ModelConfig, ours: str, theirs: str) -> Layout:
   for name, shape in sizes.items():
     tensor = f'{theirs}.{name}_proj'
     found[f'{ours}/mlp/{name}'] = transposed(Part(f'{tensor}.weight', shape))
-    if getattr(config, 'bias', 'none') == 'all':
+    if config.bias == 'all':
       found[f'{ours}/mlp/{name}_bias'] = as_is(
         Part(f'{tensor}.bias', shape[:1])
       )
