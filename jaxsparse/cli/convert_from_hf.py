@@ -5,7 +5,7 @@ import argparse
 import pathlib
 
 from jaxsparse.config.errors import require
-from jaxsparse.interop import hugging_face, importing
+from jaxsparse.interop import config_json, hugging_face, importing, own_format
 from jaxsparse.interop.importing import Opened
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.command_line import Parser
@@ -66,4 +66,7 @@ def open_path(path: pathlib.Path) -> Opened:
   """
   require(path.exists(), f'there is no folder {str(path)!r}.')
   require(path.is_dir(), f'{str(path)!r} must be a folder, but is a file.')
-  return hugging_face.open_folder(path)
+  content = config_json.read(path)
+  if own_format.is_own(content):
+    return own_format.open_folder(path, content)
+  return hugging_face.open_folder(path, content)

@@ -11,7 +11,7 @@ import numpy as np
 
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import UserError, did_you_mean, require, shown
-from jaxsparse.interop import config_json, tokenizers_in
+from jaxsparse.interop import tokenizers_in
 from jaxsparse.interop.config_json import Fields
 from jaxsparse.interop.families import gpt_neox, llama, mixtral, olmo2
 from jaxsparse.interop.importing import Opened
@@ -36,13 +36,12 @@ _KNOWN_REASONS = dict(
 )
 
 
-def open_folder(folder: pathlib.Path) -> Opened:
-  """Reads what a folder says of its model and of its tensors.
+def open_folder(folder: pathlib.Path, content: dict[str, Any]) -> Opened:
+  """What a folder holds whose config.json has `content`.
 
   Raises:
     UserError: it is damaged, or of a model that we do not have.
   """
-  content = config_json.read(folder)
   family = _family(content)
   config = to_config(family, content)
   source = _without_surplus(SafetensorsSource(folder), family, config)

@@ -6,18 +6,14 @@ first, when there is most room.
 """
 
 import dataclasses
-import math
 import time
 from collections.abc import Callable
 from typing import Any
 
-import flax.traverse_util
 import jax
-import jax.numpy as jnp
 import numpy as np
 from etils import epath
 
-from jaxsparse import mesh
 from jaxsparse.config import (
   Config,
   DataConfig,
@@ -26,9 +22,9 @@ from jaxsparse.config import (
 )
 from jaxsparse.config.errors import require
 from jaxsparse.interop import layout as layout_lib
+from jaxsparse.interop import our_leaves
 from jaxsparse.interop.layout import Layout, Leaf
 from jaxsparse.interop.source import Source
-from jaxsparse.nn.transformer import Transformer
 from jaxsparse.run import new_workdir
 from jaxsparse.run.progress import Reporter
 
@@ -96,32 +92,27 @@ def import_model(
     data=DataConfig(seq_len=opened.length),
     optimizer=OptimizerConfig(learning_rate=_LEARNING_RATE),
   )
-  with jax.set_mesh(_mesh(model)):
-    params = read_params(opened.source, opened.layout, model, reporter)
-    reporter.say(opened.write_tokenizer(workdir))
+  devices = our_leaves.mesh_for(model)
+  params = read_params(opened.source, opened.layout, model, devices, reporter)
+  reporter.say(opened.write_tokenizer(workdir))
+  with jax.set_mesh(devices):
     new_workdir.write(workdir, config, params, opened.origin)
   return sum(leaf.size for leaf in jax.tree.leaves(params))
 
 
-def _mesh(model: ModelConfig) -> jax.sharding.Mesh:
-  """Of as many devices at hand as can share every leaf."""
-  devices = jax.devices()
-  return mesh.make_mesh(
-    devices=devices[: math.gcd(len(devices), model.model_dim)]
-  )
-
-
 def read_params(
-  source: Source, layout: Layout, model: ModelConfig, reporter: Reporter
+  source: Source,
+  layout: Layout,
+  model: ModelConfig,
+  devices: jax.sharding.Mesh,
+  reporter: Reporter,
 ) -> dict[str, Any]:
-  """The parameters, float32, each spread over the mesh in use as it is read.
+  """The parameters, float32, each spread over the mesh as it is read.
 
   Raises:
     UserError: a tensor can't be read, or holds what is no number.
   """
-  abstract = flax.traverse_util.flatten_dict(
-    mesh.abstract(lambda: _init(model), mesh=_in_use()), sep='/'
-  )
+  abstract = our_leaves.abstract(model, devices)
   if abstract.keys() != layout.keys():
     raise ValueError(
       f'{sorted(abstract.keys() ^ layout.keys())} are not in the model or have '
@@ -136,17 +127,7 @@ def read_params(
       is_late = time.monotonic() - said > _SECONDS
       said = time.monotonic() if is_late else said
       reporter.show(done, total, {}, is_logged=is_late)
-  return flax.traverse_util.unflatten_dict(found, sep='/')
-
-
-def _in_use() -> jax.sharding.Mesh:
-  return jax.sharding.get_mesh()
-
-
-def _init(model: ModelConfig) -> Any:
-  # Divisible however tokens are split.
-  tokens = jnp.ones((mesh.num_token_shards(), 1), jnp.int32)
-  return Transformer(model).init(jax.random.key(0), tokens)['params']
+  return our_leaves.nested(found)
 
 
 def _placed(
@@ -158,9 +139,8 @@ def _placed(
     raise ValueError(
       f'{name} is {abstract.shape}, but its layout makes {whole.shape}.'
     )
-  # A sum in float64 is finite if all of its terms are.
   require(
-    bool(np.isfinite(np.sum(whole, dtype=np.float64))),
+    layout_lib.is_finite(whole),
     f'{leaf.sources[0].name} holds what is not a finite number: the checkpoint '
     'is damaged, so fetch it again.',
   )

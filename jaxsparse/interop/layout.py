@@ -110,6 +110,11 @@ def read(source: Source, leaf: Leaf) -> np.ndarray:
   return leaf.to_ours(parts)
 
 
+def is_finite(tensor: np.ndarray) -> bool:
+  # A sum in float64 is finite if all of its terms are.
+  return bool(np.isfinite(np.sum(tensor, dtype=np.float64)))
+
+
 def tensors(layout: Layout) -> dict[str, tuple[int, ...]]:
   """Shapes of the tensors that the layout's leaves make up, by their names.
 

@@ -8,13 +8,14 @@ import jax
 import numpy as np
 
 import jaxsparse
-from jaxsparse.interop import hugging_face, importing
+from jaxsparse.cli import convert_from_hf
+from jaxsparse.interop import importing
 
 HF = pathlib.Path(__file__).parents[1] / 'fixtures' / 'hf'
 
 
 def open_fixture(name):
-  return hugging_face.open_folder(HF / name)
+  return convert_from_hf.open_path(HF / name)
 
 
 def expected(name):

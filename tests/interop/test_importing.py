@@ -5,7 +5,16 @@ import numpy as np
 import pytest
 from imported import expected, import_into, loaded
 
-EXACT = ('llama',)
+EXACT = (
+  'llama',
+  'llama3_rope',
+  'qwen2',
+  'qwen3',
+  'olmo2',
+  'mixtral',
+  'olmoe',
+  'gpt_neox',
+)
 
 
 @pytest.mark.parametrize('name', EXACT)

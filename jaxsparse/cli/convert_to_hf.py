@@ -1,0 +1,108 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Models out: `jaxsparse convert to-hf --workdir=W FOLDER`."""
+
+import argparse
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+
+from jaxsparse.config.errors import require
+from jaxsparse.data import tokenizer as tokenizer_lib
+from jaxsparse.interop import exporting, our_leaves, tokenizers_in
+from jaxsparse.run import checkpoint, run_config, trained
+from jaxsparse.run import workdir as workdir_lib
+from jaxsparse.run.command_line import Parser
+from jaxsparse.run.progress import Reporter
+
+
+def main(arguments: list[str]) -> None:
+  """Writes the folder, and says what loads it.
+
+  Raises:
+    UserError: a flag or the workdir is wrong, or the folder can't be written.
+  """
+  parser = Parser(
+    prog='jaxsparse convert to-hf',
+    description="Make a folder that Hugging Face's transformers loads.",
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+  )
+  parser.add_argument('folder', help='the folder to make, new or empty')
+  parser.add_argument(
+    '--workdir',
+    required=True,
+    default=argparse.SUPPRESS,
+    help='of a training run or an import',
+  )
+  parser.add_argument(
+    '--step',
+    type=trained.to_step,
+    help='checkpoint to read, or "best": the one of the lowest validation '
+    'loss; %(default)s: the newest',
+  )
+  parser.add_argument(
+    '--dtype',
+    default='float32',
+    choices=('float32', 'bfloat16', 'float16'),
+    help='of the tensors',
+  )
+  options = parser.parse_args(arguments)
+  workdir = workdir_lib.expanded(options.workdir)
+  folder = pathlib.Path(workdir_lib.expanded(options.folder))
+  require(
+    not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
+    f'{str(folder)!r} must be new or an empty folder, but holds something: '
+    'name another, or move it away.',
+  )
+  reporter = Reporter()
+  config = run_config.read(workdir, reporter.say)
+  tokenizer = _tokenizer(workdir)
+  if not config.model.vocab_size:
+    require(
+      tokenizer is not None,
+      f'model.vocab_size in workdir {workdir!r} is the size of its tokenizer, '
+      'but it holds no tokenizer.',
+    )
+    config = dataclasses.replace(
+      config,
+      model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size),
+    )
+  form = exporting.form_of(config, _special_ids(tokenizer), options.dtype)
+  devices = our_leaves.mesh_for(config.model)
+  abstract = our_leaves.nested(our_leaves.abstract(config.model, devices))
+  step = trained.step_of(workdir, options.step)
+  with jax.set_mesh(devices):
+    step, params = checkpoint.load_params(workdir, step, reporter.say, abstract)
+    exporting.write(params, form, folder, options.dtype, reporter)
+  reporter.say(tokenizers_in.write_tokenizer(workdir, folder))
+  reporter.say(_summary(form, step, str(folder)))
+
+
+def _tokenizer(workdir: str) -> tokenizer_lib.Tokenizer | None:
+  """None where the workdir has none."""
+  names = workdir_lib.TOKENIZERS
+  if not any((pathlib.Path(workdir) / name).exists() for name in names):
+    return None
+  return tokenizer_lib.load_from_workdir(workdir)
+
+
+def _special_ids(tokenizer: tokenizer_lib.Tokenizer | None) -> dict[str, Any]:
+  """What a config.json says of them; other defaults than null are wrong."""
+  end = tokenizer and tokenizer.boundary_id
+  begin = tokenizer and getattr(tokenizer, 'begin_id', end)
+  return dict(bos_token_id=begin, eos_token_id=end, pad_token_id=None)
+
+
+def _summary(form: exporting.Form, step: int, folder: str) -> str:
+  begin = f'The checkpoint of step {step} is in {folder}'
+  if form.name:
+    return (
+      f'{begin} as a {form.name}. Load it with\n'
+      f'  transformers.AutoModelForCausalLM.from_pretrained({folder!r})'
+    )
+  return (
+    f'{begin} under the names of jaxsparse and with its config.json, as no '
+    'class of transformers that is written here has this model. Bring it back '
+    f'with\n  jaxsparse convert from-hf {folder} --workdir=...'
+  )
