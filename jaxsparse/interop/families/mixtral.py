@@ -4,6 +4,7 @@
 from typing import Any
 
 from jaxsparse.config import ModelConfig, MoEConfig
+from jaxsparse.config.errors import require
 from jaxsparse.config.model import block_name
 from jaxsparse.interop import windows_json
 from jaxsparse.interop.config_json import Fields
@@ -50,7 +51,15 @@ def to_config(content: dict[str, Any]) -> ModelConfig:
 
 def _read_experts(fields: Fields, kind: str) -> MoEConfig:
   is_mixtral = kind == 'mixtral'
-  count = fields.take('num_local_experts' if is_mixtral else 'num_experts', int)
+  # transformers 5 writes the second where the hub's files have the first.
+  names = ('num_experts', 'num_local_experts')
+  counts = {fields.take(name, int, 0) for name in names} - {0}
+  require(
+    len(counts) == 1,
+    f'config.json must have {" or ".join(names)}, and one number in both, but '
+    f'has {sorted(counts) or "neither"}.',
+  )
+  (count,) = counts
   used = fields.take('num_experts_per_tok', int)
   width = 'moe_' * (kind == 'qwen3_moe') + 'intermediate_size'
   return MoEConfig(
