@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
+import jax
 from etils import epath
 from orbax.checkpoint.experimental import v1 as ocp
 from orbax.checkpoint.path import step as steps_lib
@@ -21,6 +22,9 @@ from orbax.checkpoint.path import step as steps_lib
 from jaxsparse.config.errors import UserError
 from jaxsparse.run import disk, fingerprints, hosts, stored
 from jaxsparse.run.stored import OPTIMIZER, PARAMS
+
+# Of parameters that are written at one time, where nobody waits to go on.
+_WRITTEN_BYTES = 2**26
 
 
 class Checkpoints:
@@ -248,9 +252,17 @@ def save_params(workdir: epath.PathLike, params: Any, record: Any) -> None:
   directory, arrays = stored.folder_of(workdir), {PARAMS: params}
   metadata = _sealed(arrays, record)
 
+  largest = max(leaf.nbytes for leaf in jax.tree.leaves(params))
+  context = ocp.Context()
+  # Else all arrays are compressed at once, which takes as much room again.
+  context.memory.write_concurrent_bytes = max(_WRITTEN_BYTES, largest + 1)
+
   def save():
     directory.mkdir(parents=True, exist_ok=True)
-    ocp.save_checkpointables(directory / '0', arrays, custom_metadata=metadata)
+    with context:
+      ocp.save_checkpointables(
+        directory / '0', arrays, custom_metadata=metadata
+      )
 
   disk.guarded(directory, save)
 

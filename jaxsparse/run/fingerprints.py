@@ -20,7 +20,8 @@ Fingerprints = dict[str, list]
 
 def of_arrays(tree: Any) -> Fingerprints:
   """The fingerprint of each leaf, as JSON gives it back."""
-  hashes = np.asarray(_hashes(tree)).tolist()
+  # One after another: on a CPU one program of all would hold copies of all.
+  hashes = [int(_hash(x)) for x in jax.tree.leaves(tree)]
   types = of_types(tree)
   return {
     name: [types[name], one] for name, one in zip(types, hashes, strict=True)
@@ -67,10 +68,6 @@ def digest(content: Any) -> str:
 
 
 @jax.jit
-def _hashes(tree: Any) -> jax.Array:
-  return jnp.stack([_hash(x) for x in jax.tree.leaves(tree)])
-
-
 def _hash(x: jax.Array) -> jax.Array:
   """Sum modulo 2^32 of a hash of each word and its place.
 
