@@ -20,7 +20,6 @@ from jaxsparse.config import (
   ModelConfig,
   OptimizerConfig,
 )
-from jaxsparse.config.errors import require
 from jaxsparse.interop import layout as layout_lib
 from jaxsparse.interop import our_leaves
 from jaxsparse.interop.layout import Layout, Leaf
@@ -139,11 +138,6 @@ def _placed(
     raise ValueError(
       f'{name} is {abstract.shape}, but its layout makes {whole.shape}.'
     )
-  require(
-    layout_lib.is_finite(whole),
-    f'{leaf.sources[0].name} holds what is not a finite number: the checkpoint '
-    'is damaged, so fetch it again.',
-  )
   return jax.make_array_from_callback(
     whole.shape,
     abstract.sharding,

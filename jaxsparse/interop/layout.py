@@ -105,8 +105,19 @@ def stacked(leaves: Sequence[Leaf]) -> Leaf:
 
 
 def read(source: Source, leaf: Leaf) -> np.ndarray:
-  """The leaf as it is in a source, of the source's type."""
-  parts = [part.of(source.read(part.name)) for part in leaf.sources]
+  """The leaf as it is in a source, of the source's type.
+
+  Raises:
+    UserError: a tensor can't be read, or holds what is no number.
+  """
+  parts = []
+  for part in leaf.sources:
+    parts.append(part.of(source.read(part.name)))
+    require(
+      is_finite(parts[-1]),
+      f'{part.name} holds what is not a finite number: the checkpoint is '
+      'damaged, so fetch it again.',
+    )
   return leaf.to_ours(parts)
 
 

@@ -69,7 +69,14 @@ class SafetensorsSource:
     index = _read_index(folder)
     if not index and not (folder / WHOLE).is_file():
       _refuse_folder(folder)
-    for file in sorted(set(index.values())) or [WHOLE]:
+    files = sorted(set(index.values())) or [WHOLE]
+    gone = [file for file in files if not (folder / file).is_file()]
+    require(
+      not gone,
+      f'{INDEX} names {", ".join(gone[:5])}, but {str(folder)!r} has no such '
+      'file: fetch the checkpoint again.',
+    )
+    for file in files:
       self._add(folder / file, index)
     lost = [name for name in index if name not in self._files]
     require(
@@ -79,11 +86,6 @@ class SafetensorsSource:
     )
 
   def _add(self, path: pathlib.Path, index: dict[str, str]) -> None:
-    require(
-      path.is_file(),
-      f'{INDEX} names {path.name}, but {str(path.parent)!r} has no such file: '
-      'fetch the checkpoint again.',
-    )
     with _opened(path) as file:
       for name in file.keys():  # noqa: SIM118, as the file is no mapping.
         if name in self._files or index.get(name, path.name) != path.name:
