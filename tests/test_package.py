@@ -20,7 +20,7 @@ import importlib.abc, sys
 class Missing(importlib.abc.MetaPathFinder):
   def find_spec(self, name, path, target=None):
     if name.partition('.')[0] in {
-      'grain', 'matplotlib', 'orbax', 'pyarrow', 'sentencepiece',
+      'grain', 'matplotlib', 'orbax', 'pyarrow', 'safetensors', 'sentencepiece',
       'tensorboardX', 'tensorflow_datasets', 'tokenizers', 'wandb',
     }:
       raise ModuleNotFoundError(f'{name} is for training', name=name)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Models in and out: `jaxsparse convert from-hf` and the like."""
+"""Models in, out, and into others: `jaxsparse convert from-hf` and so on."""
 
 import importlib
 
@@ -14,6 +14,10 @@ _DIRECTIONS = {
   'to-hf': (
     'convert_to_hf',
     "a workdir becomes a folder that Hugging Face's transformers loads",
+  ),
+  'add-memory': (
+    'convert_add_memory',
+    'a trained model gets memory layers, experts or composed heads',
   ),
 }
 

@@ -4,6 +4,8 @@
 import argparse
 import pathlib
 
+from etils import epath
+
 from jaxsparse.config.errors import require
 from jaxsparse.interop import config_json, hugging_face, importing, own_format
 from jaxsparse.interop.importing import Opened
@@ -50,8 +52,19 @@ def main(arguments: list[str]) -> None:
     f'{opened.length:,} tokens.'
   )
   size = importing.import_model(opened, workdir, options.dtype, reporter)
-  reporter.say(
-    f'{size:,} parameters are in {workdir}. Go on with\n'
+  reporter.say(_summary(size, workdir))
+
+
+def _summary(size: int, workdir: str) -> str:
+  begin = f'{size:,} parameters are in {workdir}.'
+  names = workdir_lib.TOKENIZERS
+  if not any((epath.Path(workdir) / name).exists() for name in names):
+    return (
+      f'{begin} Put its {" or ".join(names)} there, too: without one no '
+      f'command reads text. In Python\n  jaxsparse.load({workdir!r})'
+    )
+  return (
+    f'{begin} Go on with\n'
     f'  jaxsparse generate --workdir={workdir} --prompt=...\n'
     f'  jaxsparse serve --model-path={workdir}\n'
     f'  jaxsparse train --workdir={workdir} --config.data.text=...'

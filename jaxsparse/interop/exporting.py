@@ -140,7 +140,7 @@ def write(
   tensors = _Tensors(form.layout, leaves, dtype)
   files = _files(tensors, file_bytes)
   total, done = sum(leaf.size for leaf in leaves.values()), 0
-  bar = reporter.steps(0, total, 'parameters exported', compiles=False)
+  bar = reporter.steps(0, total, 'parameters exported', False, 'parameters')
   with _write_errors(folder), bar:
     folder.mkdir(parents=True, exist_ok=True)
     for file, names in files.items():

@@ -5,9 +5,10 @@ No more than one leaf is held besides the parameters: largest leaves are read
 first, when there is most room.
 """
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -67,7 +68,7 @@ def import_model(
   """Makes a new workdir of a checkpoint of others.
 
   Names and shapes of all tensors are compared before one is read, and nothing
-  is written before all are.
+  is left in the workdir if something fails.
 
   Args:
     opened: the checkpoint.
@@ -92,11 +93,24 @@ def import_model(
     optimizer=OptimizerConfig(learning_rate=_LEARNING_RATE),
   )
   devices = our_leaves.mesh_for(model)
-  params = read_params(opened.source, opened.layout, model, devices, reporter)
-  reporter.say(opened.write_tokenizer(workdir))
-  with jax.set_mesh(devices):
-    new_workdir.write(workdir, config, params, opened.origin)
+  with _emptied_on_failure(epath.Path(workdir)):
+    reporter.say(opened.write_tokenizer(workdir))
+    params = read_params(opened.source, opened.layout, model, devices, reporter)
+    reporter.say('Writing the checkpoint ...')
+    with jax.set_mesh(devices):
+      new_workdir.write(workdir, config, params, opened.origin)
   return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+@contextlib.contextmanager
+def _emptied_on_failure(workdir: epath.Path) -> Iterator[None]:
+  """Leaves a workdir that was new or empty as it was, so that one can retry."""
+  try:
+    yield
+  except BaseException:
+    for path in workdir.iterdir():
+      path.rmtree() if path.is_dir() else path.unlink()
+    raise
 
 
 def read_params(
@@ -119,7 +133,7 @@ def read_params(
     )
   total = sum(leaf.size for leaf in abstract.values())
   done, said, found = 0, time.monotonic(), {}
-  with reporter.steps(0, total, 'parameters imported', compiles=False):
+  with reporter.steps(0, total, 'parameters imported', False, 'parameters'):
     for name in sorted(abstract, key=lambda name: -abstract[name].size):
       found[name] = _placed(source, name, layout[name], abstract[name])
       done += abstract[name].size

@@ -39,6 +39,7 @@ class Reporter:
       console=self._console,
     )
     self._tasks: list[rich.progress.TaskID] = []
+    self._units: dict[rich.progress.TaskID, str] = {}
 
   def say(self, text: str) -> None:
     with self._unread_output_dropped():
@@ -46,7 +47,12 @@ class Reporter:
 
   @contextlib.contextmanager
   def steps(
-    self, first: int, total: int, what: str, compiles: bool = True
+    self,
+    first: int,
+    total: int,
+    what: str,
+    compiles: bool = True,
+    unit: str = 'step',
   ) -> Iterator[None]:
     """Shows a bar for `what` until the block ends; bars may be nested.
 
@@ -55,6 +61,7 @@ class Reporter:
       total: steps in all.
       what: names them.
       compiles: whether their program is made first.
+      unit: before the numbers in lines where there is no bar.
     """
     is_outermost = self._console.is_terminal and not self._tasks
     if compiles and not self._console.is_terminal:
@@ -66,6 +73,7 @@ class Reporter:
     task = self._progress.add_task(
       what, total=total, completed=first, status=status
     )
+    self._units[task] = unit
     self._tasks.append(task)
     try:
       yield
@@ -91,7 +99,8 @@ class Reporter:
     self._progress.update(self._tasks[-1], completed=step, status=status)
     if is_logged and not self._console.is_terminal:
       left = '' if seconds_left is None else f'  {_clock(seconds_left)} left'
-      self.say(f'step {step}/{total}  {status}{left}')
+      unit = self._units[self._tasks[-1]]
+      self.say(f'{unit} {step}/{total}  {status}{left}'.rstrip())
 
   @contextlib.contextmanager
   def _unread_output_dropped(self) -> Iterator[None]:
