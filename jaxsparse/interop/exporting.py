@@ -57,7 +57,7 @@ def form_of(config: Config, special_ids: dict[str, Any], dtype: str) -> Form:
     special_ids: 'bos_token_id' and the like, for programs that generate.
     dtype: of the tensors.
   """
-  model = _function_of(config.model)
+  model = config.model
   for family in hugging_face.FAMILIES:
     for kind, name in family.MODEL_TYPES.items():
       content = family.to_json(model, kind)
@@ -75,7 +75,7 @@ def form_of(config: Config, special_ids: dict[str, Any], dtype: str) -> Form:
       if _is(model, family.to_config, content):
         layout = family.layout(model, kind)
         return Form(name, json.dumps(content, indent=2) + '\n', layout)
-  return Form('', saved_config.to_json(config), own_format.layout(config.model))
+  return Form('', saved_config.to_json(config), own_format.layout(model))
 
 
 def _is(
@@ -89,7 +89,7 @@ def _is(
     read = to_config(json.loads(json.dumps(content)))
   except UserError:
     return False
-  return _function_of(read) == model
+  return _function_of(read) == _function_of(model)
 
 
 def _function_of(model: ModelConfig) -> ModelConfig:

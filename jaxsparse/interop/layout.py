@@ -123,7 +123,8 @@ def read(source: Source, leaf: Leaf) -> np.ndarray:
 
 def is_finite(tensor: np.ndarray) -> bool:
   # A sum in float64 is finite if all of its terms are.
-  return bool(np.isfinite(np.sum(tensor, dtype=np.float64)))
+  with np.errstate(invalid='ignore'):
+    return bool(np.isfinite(np.sum(tensor, dtype=np.float64)))
 
 
 def tensors(layout: Layout) -> dict[str, tuple[int, ...]]:

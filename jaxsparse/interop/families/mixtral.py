@@ -78,10 +78,9 @@ def to_json(config: ModelConfig, kind: str) -> dict[str, Any] | None:
   if not moe:
     return None
   found = llama.write_common(config, kind)
-  found |= dict(
-    num_experts_per_tok=moe.num_experts_per_token,
-    intermediate_size=moe.expert_dim,
-  )
+  found['num_experts_per_tok'] = moe.num_experts_per_token
+  if kind != 'qwen3_moe':
+    found['intermediate_size'] = moe.expert_dim
   if kind == 'mixtral':
     found |= windows_json.write_one(config)
     return found | dict(num_local_experts=moe.num_experts)
