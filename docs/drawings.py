@@ -40,6 +40,7 @@ ROOMS = dict(
   analysis='costs, budgets, pictures',
   training='step, loop, optimizers',
   inference='decoding, sampling',
+  interop='models in and out',
   serving='models over HTTP',
   experiments='compare, bench',
   cli='the commands',

@@ -6,7 +6,7 @@ import importlib
 from jaxsparse.config.errors import UserError, did_you_mean, shown
 
 # Each with its module and what it does.
-_DIRECTIONS = {
+DIRECTIONS = {
   'from-hf': (
     'convert_from_hf',
     'a published checkpoint becomes a workdir, which all commands read',
@@ -32,18 +32,18 @@ def main(arguments: list[str]) -> None:
     print(_page())
     return
   name, *rest = arguments
-  if name not in _DIRECTIONS:
+  if name not in DIRECTIONS:
     raise UserError(
-      f'there is no direction {shown(name)}{did_you_mean(name, _DIRECTIONS)}; '
-      f'there are {", ".join(_DIRECTIONS)}.'
+      f'there is no direction {shown(name)}{did_you_mean(name, DIRECTIONS)}; '
+      f'there are {", ".join(DIRECTIONS)}.'
     )
-  module, _ = _DIRECTIONS[name]
+  module, _ = DIRECTIONS[name]
   importlib.import_module(f'jaxsparse.cli.{module}').main(rest)
 
 
 def _page() -> str:
   lines = ['usage: jaxsparse convert DIRECTION ...', '']
-  lines += [f'  {name:<12}{what}' for name, (_, what) in _DIRECTIONS.items()]
+  lines += [f'  {name:<12}{what}' for name, (_, what) in DIRECTIONS.items()]
   return '\n'.join(
     [*lines, '', '`jaxsparse convert DIRECTION --help` says more.']
   )

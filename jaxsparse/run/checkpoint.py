@@ -24,7 +24,7 @@ from jaxsparse.run import disk, fingerprints, hosts, stored
 from jaxsparse.run.stored import OPTIMIZER, PARAMS
 
 # Of parameters that are written at one time, where nobody waits to go on.
-_WRITTEN_BYTES = 2**26
+_WRITTEN_BYTES = 2**25
 
 
 class Checkpoints:

@@ -3,7 +3,6 @@
 
 import dataclasses
 import json
-import shutil
 
 import jax
 import numpy as np
@@ -12,6 +11,7 @@ from commands import exit_code
 from imported import HF, NAMES, open_fixture, params_of, read
 from lanes import few
 from parameters import draw
+from published import write_published
 from safetensors.numpy import load_file
 
 from jaxsparse.cli import convert_from_hf
@@ -204,12 +204,7 @@ def test_a_number_that_does_not_fit(tmp_path):
 def written(tmp_path_factory):
   """A folder of a Llama of one layer with a tokenizer, and its workdir."""
   folder = tmp_path_factory.mktemp('written')
-  model = ModelConfig(**(SMALL | dict(num_layers=1, vocab_size=320)))
-  tokens = np.zeros((1, 8), np.int32)
-  params = draw(Transformer(model).init, tokens)['params']
-  exporting.write(params, form_of(model), folder / 'in')
-  for name in ('tokenizer.json', 'tokenizer_config.json'):
-    shutil.copyfile(HF / 'tokenizer' / name, folder / 'in' / name)
+  write_published(folder / 'in')
   argv = ['convert', 'from-hf', f'{folder}/in', f'--workdir={folder}/w']
   assert exit_code(argv) == 0
   return folder
