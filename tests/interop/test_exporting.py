@@ -210,12 +210,6 @@ def written(tmp_path_factory):
   return folder
 
 
-def test_generate_reads_an_import(written, capsys):
-  argv = [f'--workdir={written}/w', '--prompt=def', '--max_tokens=3']
-  assert exit_code(['generate', *argv]) == 0
-  assert capsys.readouterr().out.startswith('def')
-
-
 def test_the_command_brings_all_of_it_out(written, capsys):
   out = written / 'out'
   argv = ['convert', 'to-hf', str(out), f'--workdir={written}/w']
