@@ -3,18 +3,16 @@
 
 import argparse
 import copy
-import dataclasses
 from typing import Any
 
 import jax
 from etils import epath
 
 from jaxsparse import config as config_lib
-from jaxsparse import mesh
 from jaxsparse.analysis import cost
 from jaxsparse.config import Config
 from jaxsparse.inference import trained_model
-from jaxsparse.interop import upcycling
+from jaxsparse.interop import our_leaves, upcycling
 from jaxsparse.run import new_workdir, overrides, run_config, trained
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.command_line import Parser
@@ -58,7 +56,7 @@ def main(argv: list[str]) -> None:
   new = extended(old, arguments.preset, argv)
   step = trained.step_of(arguments.workdir, arguments.step)
   new_workdir.require_new(arguments.out)
-  with jax.set_mesh(mesh.make_mesh(**dataclasses.asdict(old.mesh))):
+  with jax.set_mesh(our_leaves.mesh_for(old.model)):
     _, params = trained_model.load(arguments.workdir, step)
     field = upcycling.field_of(arguments.preset)
     params = upcycling.extend(old.model, new.model, field, params)

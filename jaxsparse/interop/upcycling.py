@@ -17,6 +17,7 @@ from jaxtyping import Array, Float
 from jaxsparse import mesh
 from jaxsparse.config import DCMHAConfig, MemoryConfig, ModelConfig, MoEConfig
 from jaxsparse.config.errors import require
+from jaxsparse.interop import our_leaves
 from jaxsparse.nn.transformer import Transformer
 
 MEMORIES = ('ultramem', 'ultramem_v2', 'memory_plus', 'pkm', 'peer')
@@ -125,7 +126,7 @@ def extend(
   Returns:
     The tree that `Transformer(new)` has.
   """
-  given = dict(_flat(params))
+  given = our_leaves.flat(params)
 
   @jax.jit
   def added() -> dict[str, jax.Array]:
@@ -136,7 +137,7 @@ def extend(
     # What is not returned is not drawn either.
     return {
       name: _silent(name, x, new)
-      for name, x in _flat(drawn)
+      for name, x in our_leaves.flat(drawn).items()
       if name not in given and not _is_expert(name)
     }
 
@@ -148,7 +149,7 @@ def extend(
       else x
       for name, x in given.items()
     }
-  return _nested(given | added())
+  return our_leaves.nested(given | added())
 
 
 def _is_expert(name: str) -> bool:
@@ -183,22 +184,3 @@ def _copies(
     return mesh.reshard(copies, mesh.param(f'X{dims}'))
 
   return copy(matrix)
-
-
-def _flat(tree: Mapping, prefix: str = ''):
-  for name, value in tree.items():
-    if isinstance(value, Mapping):
-      yield from _flat(value, f'{prefix}{name}/')
-    else:
-      yield prefix + name, value
-
-
-def _nested(flat: Mapping[str, Any]) -> dict[str, Any]:
-  tree: dict[str, Any] = {}
-  for path, value in flat.items():
-    *parts, name = path.split('/')
-    holder = tree
-    for part in parts:
-      holder = holder.setdefault(part, {})
-    holder[name] = value
-  return tree

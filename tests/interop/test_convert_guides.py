@@ -14,7 +14,9 @@ from published import write_published
 from jaxsparse.cli import convert
 from jaxsparse.interop import hugging_face
 
-IMPORT, EXPORT = 'docs/guides/import.md', 'docs/guides/export.md'
+IMPORT, EXPORT, UPCYCLE = (
+  f'docs/guides/{name}.md' for name in ('import', 'export', 'upcycle')
+)
 
 
 @pytest.fixture(scope='module')
@@ -28,14 +30,15 @@ def folder(tmp_path_factory):
 def test_commands_of_the_guides_run_one_after_another(folder, monkeypatch):
   monkeypatch.chdir(folder)
   said = []
-  for page in (IMPORT, EXPORT):
+  for page in (IMPORT, EXPORT, UPCYCLE):
     for line in ''.join(blocks(page, 'bash')).splitlines():
       with contextlib.redirect_stdout(io.StringIO()) as out:
         assert exit_code(shlex.split(line)[1:]) == 0, line
       said.append(out.getvalue())
-  imported, written, exported, again = said
+  imported, written, exported, again, _, with_memory = said
   assert 'jaxsparse serve --model-path=runs/smollm2' in imported
   assert written.startswith('The sea is')
+  assert with_memory.startswith('The sea is')
   assert 'as a LlamaForCausalLM' in exported
   assert 'parameters are in runs/again' in again
   names = {}

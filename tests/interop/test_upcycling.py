@@ -15,7 +15,7 @@ import jaxsparse
 from jaxsparse import config, mesh
 from jaxsparse.cli import convert_add_memory
 from jaxsparse.config.errors import UserError
-from jaxsparse.interop import upcycling
+from jaxsparse.interop import our_leaves, upcycling
 from jaxsparse.nn.language_model import LanguageModel
 from jaxsparse.nn.transformer import Transformer
 from jaxsparse.run import run_config
@@ -89,7 +89,7 @@ def test_the_function_stays_and_learns(preset):
     scores = jax.nn.log_softmax(scores)
     return -jnp.take_along_axis(scores, TOKENS[:, 1:, None], -1).mean()
 
-  by_name = dict(upcycling._flat(gradient(extended)))
+  by_name = our_leaves.flat(gradient(extended))
   silent = dict(
     moe=('moe/up', 'moe/router'), dcmha=('low_rank', 'gate', 'post_base'),
     pkm=('value_table',), peer=('value_table',),
