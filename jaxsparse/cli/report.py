@@ -158,6 +158,6 @@ def _say(text: str) -> None:
 
 
 def _text(tokenizer: tokenizer_lib.Tokenizer, token: int) -> str:
-  if token == tokenizer.boundary_id:
+  if token in (tokenizer.begin_id, tokenizer.boundary_id):
     return '\N{END OF PROOF}'
   return tokenizer.decode_bytes([token]).decode('utf-8', 'replace')

@@ -21,10 +21,10 @@ def shifted(piece: Piece, tokenizer: Tokenizer) -> dict[str, np.ndarray]:
   Returns:
     'tokens' and 'targets', int32[n] each.
   """
-  boundary = [tokenizer.boundary_id]
+  begin, boundary = [tokenizer.begin_id], [tokenizer.boundary_id]
   tokens = tokenizer.encode(piece.text.decode('utf-8', 'replace'))
   sequence = np.concatenate(
-    [boundary, tokens, boundary if piece.ends_document else []]
+    [begin, tokens, boundary if piece.ends_document else []]
   ).astype(np.int32)
   return dict(tokens=sequence[:-1], targets=sequence[1:])
 

@@ -1,16 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text to tokens and back: bytes, byte-pair encoding, SentencePiece.
 
-Every tokenizer has one boundary token. It stands before a document's first
-token and is the target behind its last one; no text encodes to it, and it
-decodes to nothing.
+Every tokenizer has one boundary token: the target behind a document's last
+one. It stands before a document's first token, too, unless the vocabulary has
+another token for that. No text encodes to them, and they decode to nothing.
 """
 
 import functools
 import json
 import pathlib
-import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -19,14 +18,13 @@ from etils import epath
 
 from jaxsparse.config import DataConfig
 from jaxsparse.config.errors import UserError
+from jaxsparse.data import spelling
 from jaxsparse.data.pieces import Corpus
+from jaxsparse.data.tokenizer_roles import BOUNDARIES, Roles
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.workdir import expanded, write_whole
 
 JSON_NAME, SENTENCEPIECE_NAME = workdir_lib.TOKENIZERS
-
-# What a document ends with in vocabularies of others; the first one is ours.
-_BOUNDARIES = ('<|endoftext|>', '</s>', '<|end_of_text|>', '<eos>', '<|eos|>')
 
 # More text hardly changes the merges that byte-pair encoding learns.
 _BPE_TRAINING_BYTES = 1 << 26
@@ -40,10 +38,23 @@ class Tokenizer(Protocol):
   """What training, inference and analysis need to know of a tokenizer."""
 
   vocab_size: int
+  # What ends a document.
   boundary_id: int
+  # What stands before a document's first token.
+  begin_id: int
+  # What ends an answer: of chats first, then of documents.
+  stop_ids: tuple[int, ...]
+  # Tokens by the texts that stand for them in templates of chats.
+  markers: Mapping[str, int]
 
-  def encode(self, text: str) -> np.ndarray:
-    """The text's tokens, int32[n], without boundaries."""
+  def encode(self, text: str, has_markers: bool = False) -> np.ndarray:
+    """The text's tokens, int32[n], without boundaries.
+
+    Args:
+      text: any.
+      has_markers: whether markers that it spells out become their tokens. In
+        what a user wrote they are text like any other.
+    """
 
   def decode(self, ids: Ids) -> str:
     """The tokens' text, with U+FFFD where it is not UTF-8."""
@@ -59,9 +70,11 @@ class ByteTokenizer:
   """One token for each byte of UTF-8."""
 
   vocab_size = 257
-  boundary_id = 256
+  boundary_id = begin_id = 256
+  stop_ids = (256,)
+  markers: Mapping[str, int] = {}
 
-  def encode(self, text: str) -> np.ndarray:
+  def encode(self, text: str, has_markers: bool = False) -> np.ndarray:
     # Surrogates stand for bytes that were no UTF-8 when Python read them.
     content = text.encode('utf-8', 'surrogateescape')
     return np.frombuffer(content, np.uint8).astype(np.int32)
@@ -79,31 +92,52 @@ class ByteTokenizer:
 class JsonTokenizer:
   """A tokenizer.json, as the `tokenizers` library writes it."""
 
-  def __init__(self, tokenizer: tokenizers.Tokenizer):
-    ids = (tokenizer.token_to_id(token) for token in _BOUNDARIES)
-    boundary_id = next((i for i in ids if i is not None), None)
-    if boundary_id is None:
-      tokenizer.add_special_tokens([_BOUNDARIES[0]])
-      boundary_id = tokenizer.token_to_id(_BOUNDARIES[0])
-    # A text that spells a special token out must not become that token.
-    tokenizer.encode_special_tokens = True
+  def __init__(
+    self, tokenizer: tokenizers.Tokenizer, roles: Roles | None = None
+  ):
+    """Takes the tokenizer over.
+
+    Args:
+      tokenizer: gets a boundary where it has none.
+      roles: of its tokens, if it was published with them.
+    """
     tokenizer.no_truncation()
     tokenizer.no_padding()
+    added = _begins_with(tokenizer)
+    roles = roles or Roles(adds_bos=False)
+    names = {*BOUNDARIES, roles.eos, roles.bos} - {None}
+    ids = {name: tokenizer.token_to_id(name) for name in names}
+    ids = {name: i for name, i in ids.items() if i is not None}
+    boundary_id = roles.boundary(ids)
+    if boundary_id is None:
+      tokenizer.add_special_tokens([BOUNDARIES[0]])
+      boundary_id = tokenizer.token_to_id(BOUNDARIES[0])
+    # A text that spells a special token out must not become that token.
+    tokenizer.encode_special_tokens = True
     self._tokenizer = tokenizer
     self.boundary_id = boundary_id
+    bos_id = ids.get(roles.bos)
+    adds_bos = roles.adds_bos
+    if adds_bos is None:
+      adds_bos = bos_id is not None and bos_id == added
+    self.begin_id = boundary_id if bos_id is None or not adds_bos else bos_id
+    self.stop_ids = _unique(
+      ids.get(roles.eos, boundary_id), *roles.stop_ids, boundary_id
+    )
     # Identifiers may have gaps.
     self.vocab_size = max(tokenizer.get_vocab().values()) + 1
 
-  def encode(self, text: str) -> np.ndarray:
+  def encode(self, text: str, has_markers: bool = False) -> np.ndarray:
     text = text.encode('utf-8', 'replace').decode()
-    encoding = self._tokenizer.encode(text, add_special_tokens=False)
+    tokenizer = self._with_markers if has_markers else self._tokenizer
+    encoding = tokenizer.encode(text, add_special_tokens=False)
     return np.asarray(encoding.ids, np.int32)
 
   def decode(self, ids: Ids) -> str:
     if 'ByteLevel' in self._decoder:
       return self.decode_bytes(ids).decode('utf-8', 'replace')
     # Other decoders join tokens by rules that look at their neighbours.
-    ids = [i for i in _as_list(ids) if i != self.boundary_id]
+    ids = [i for i in _as_list(ids) if i not in self._silent]
     return self._tokenizer.decode(ids, skip_special_tokens=False)
 
   def decode_bytes(self, ids: Ids) -> bytes:
@@ -111,6 +145,20 @@ class JsonTokenizer:
 
   def save(self, workdir: Workdir) -> None:
     _write(workdir, JSON_NAME, self._tokenizer.to_str().encode())
+
+  @functools.cached_property
+  def markers(self) -> Mapping[str, int]:
+    added = self._tokenizer.get_added_tokens_decoder()
+    return {x.content: i for i, x in added.items() if x.special}
+
+  @functools.cached_property
+  def _with_markers(self) -> tokenizers.Tokenizer:
+    # Another one: threads encode at the same time.
+    return tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+
+  @functools.cached_property
+  def _silent(self) -> frozenset[int]:
+    return frozenset({self.boundary_id, self.begin_id, *self.stop_ids})
 
   @functools.cached_property
   def _decoder(self) -> str:
@@ -121,19 +169,21 @@ class JsonTokenizer:
   def _byte_table(self) -> dict[int, bytes]:
     """Bytes of each token; the words of WordPiece come without spaces."""
     to_bytes = (
-      _byte_level_bytes if 'ByteLevel' in self._decoder else _piece_bytes
+      spelling.byte_level_bytes
+      if 'ByteLevel' in self._decoder
+      else spelling.piece_bytes
     )
     vocab = self._tokenizer.get_vocab(with_added_tokens=False)
     table = {i: to_bytes(token) for token, i in vocab.items()}
     for i, token in self._tokenizer.get_added_tokens_decoder().items():
       table[i] = token.content.encode()
-    return table | {self.boundary_id: b''}
+    return table | dict.fromkeys(self._silent, b'')
 
 
 class SentencePieceTokenizer:
   """A SentencePiece model; its end-of-sentence token is the boundary."""
 
-  def __init__(self, model: bytes):
+  def __init__(self, model: bytes, roles: Roles | None = None):
     """Raises UserError when the model has no end-of-sentence token."""
     processor = _sentencepiece()(model_proto=model)
     if processor.eos_id() < 0:
@@ -144,19 +194,32 @@ class SentencePieceTokenizer:
     self._model = model
     self._processor = processor
     self.vocab_size = processor.vocab_size()
-    self.boundary_id = processor.eos_id()
+    self.boundary_id = self.begin_id = processor.eos_id()
+    roles = roles or Roles(adds_bos=False)
+    # Published models were trained so unless they say otherwise.
+    if roles.adds_bos is not False and processor.bos_id() >= 0:
+      self.begin_id = processor.bos_id()
+    self.stop_ids = _unique(
+      self.markers.get(roles.eos or '', self.boundary_id),
+      *roles.stop_ids,
+      self.boundary_id,
+    )
 
-  def encode(self, text: str) -> np.ndarray:
+  def encode(self, text: str, has_markers: bool = False) -> np.ndarray:
     text = text.encode('utf-8', 'replace').decode()
-    return np.asarray(self._processor.encode(text), np.int32)
+    parts = spelling.split_at(self.markers, text) if has_markers else [text]
+    ids = (
+      [self.markers[part]]
+      if has_markers and part in self.markers
+      else self._processor.encode(part)
+      for part in parts
+    )
+    return np.asarray([i for part in ids for i in part], np.int32)
 
   def decode(self, ids: Ids) -> str:
+    silent = {self.boundary_id, self.begin_id, *self.stop_ids}
     return self._processor.decode(
-      [
-        i
-        for i in _as_list(ids)
-        if i != self.boundary_id and i < self.vocab_size
-      ]
+      [i for i in _as_list(ids) if i not in silent and i < self.vocab_size]
     )
 
   def decode_bytes(self, ids: Ids) -> bytes:
@@ -164,10 +227,19 @@ class SentencePieceTokenizer:
     # stands for a token must not hang on what comes before it.
     return b''.join(self._bytes_of(i) for i in _as_list(ids))
 
+  @functools.cached_property
+  def markers(self) -> Mapping[str, int]:
+    is_control = self._processor.is_control
+    return {
+      self._processor.id_to_piece(i): i
+      for i in range(self._processor.vocab_size())
+      if is_control(i)
+    }
+
   def _bytes_of(self, i: int) -> bytes:
     if i >= self.vocab_size or self._processor.is_control(i):
       return b''
-    return _piece_bytes(self._processor.id_to_piece(i))
+    return spelling.piece_bytes(self._processor.id_to_piece(i))
 
   def save(self, workdir: Workdir) -> None:
     _write(workdir, SENTENCEPIECE_NAME, self._model)
@@ -190,7 +262,7 @@ def make_tokenizer(
   elif config.tokenizer == 'bpe':
     tokenizer = _train_bpe(corpus, config.bpe_vocab_size)
   else:
-    tokenizer = _read(epath.Path(expanded(config.tokenizer)))
+    tokenizer = read(epath.Path(expanded(config.tokenizer)))
   tokenizer.save(workdir)
   return tokenizer
 
@@ -203,14 +275,24 @@ def load_from_workdir(workdir: Workdir) -> Tokenizer:
   """
   for name in workdir_lib.TOKENIZERS:
     if (path := epath.Path(workdir) / name).exists():
-      return _read(path)
+      return read(path, Roles.read(workdir))
   raise UserError(
     f'workdir {str(workdir)!r} holds no tokenizer: give the --workdir of a '
     'training run.'
   )
 
 
-def _read(path: epath.Path) -> Tokenizer:
+def read(path: epath.PathLike, roles: Roles | None = None) -> Tokenizer:
+  """The tokenizer in a file.
+
+  Args:
+    path: of a tokenizer.json, or of a SentencePiece model named *.model.
+    roles: of its tokens, if it was published with them.
+
+  Raises:
+    UserError: it can't be read.
+  """
+  path = epath.Path(path)
   if not path.exists() or path.is_dir():
     raise UserError(
       f"data.tokenizer = {str(path)!r} is no file: give 'bytes', 'bpe', or the "
@@ -219,10 +301,10 @@ def _read(path: epath.Path) -> Tokenizer:
   try:
     content = path.read_bytes()
     if path.suffix == '.model':
-      return SentencePieceTokenizer(content)
+      return SentencePieceTokenizer(content, roles)
     if json.loads(content).get('jaxsparse') == 'bytes':
       return ByteTokenizer()
-    return JsonTokenizer(tokenizers.Tokenizer.from_buffer(content))
+    return JsonTokenizer(tokenizers.Tokenizer.from_buffer(content), roles)
   except UserError:
     raise
   except Exception as error:
@@ -233,17 +315,30 @@ def _read(path: epath.Path) -> Tokenizer:
     ) from error
 
 
-def _train_bpe(corpus: Corpus, vocab_size: int) -> JsonTokenizer:
-  """Byte-level byte-pair encoding; the same corpus gives the same one."""
-  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+def bytes_as_json() -> JsonTokenizer:
+  """The `ByteTokenizer` as programs of others can have it."""
+  vocabulary = {
+    char: byte[0] for char, byte in spelling.byte_alphabet().items()
+  }
+  return JsonTokenizer(_byte_level(tokenizers.models.BPE(vocabulary, [])))
+
+
+def _byte_level(model: tokenizers.models.Model) -> tokenizers.Tokenizer:
+  tokenizer = tokenizers.Tokenizer(model)
   tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
     add_prefix_space=False
   )
   tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  return tokenizer
+
+
+def _train_bpe(corpus: Corpus, vocab_size: int) -> JsonTokenizer:
+  """Byte-level byte-pair encoding; the same corpus gives the same one."""
+  tokenizer = _byte_level(tokenizers.models.BPE())
   trainer = tokenizers.trainers.BpeTrainer(
     vocab_size=vocab_size,
-    special_tokens=[_BOUNDARIES[0]],
-    initial_alphabet=list(_byte_alphabet()),
+    special_tokens=[BOUNDARIES[0]],
+    initial_alphabet=list(spelling.byte_alphabet()),
     show_progress=False,
   )
   tokenizer.train_from_iterator(_bpe_training_texts(corpus), trainer)
@@ -261,31 +356,14 @@ def _bpe_training_texts(corpus: Corpus) -> Iterator[str]:
       return
 
 
-@functools.cache
-def _byte_alphabet() -> dict[str, bytes]:
-  """The character by which GPT-2's byte-level vocabularies write each byte.
-
-  Printable bytes of Latin-1 stand for themselves; the others take the
-  characters from U+0100 on, in their order.
-  """
-  printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-  others = [byte for byte in range(256) if byte not in printable]
-  alphabet = {chr(byte): bytes([byte]) for byte in printable}
-  return alphabet | {
-    chr(256 + i): bytes([byte]) for i, byte in enumerate(others)
-  }
+def _begins_with(tokenizer: tokenizers.Tokenizer) -> int | None:
+  """The token that it puts before every text, if there is one."""
+  ids = tokenizer.encode('').ids
+  return ids[0] if ids else None
 
 
-def _byte_level_bytes(token: str) -> bytes:
-  alphabet = _byte_alphabet()
-  return b''.join(alphabet.get(char) or char.encode() for char in token)
-
-
-def _piece_bytes(piece: str) -> bytes:
-  """Bytes of a SentencePiece piece, of which some stand for one byte."""
-  if byte := re.fullmatch('<0x([0-9A-F]{2})>', piece):
-    return bytes([int(byte[1], 16)])
-  return piece.replace('\u2581', ' ').encode()
+def _unique(*ids: int) -> tuple[int, ...]:
+  return tuple(dict.fromkeys(ids))
 
 
 def _sentencepiece() -> type:

@@ -15,12 +15,12 @@ class Answer:
 
   Args:
     job: what was asked.
-    tokenizer: of the model; its `boundary_id` ends a document.
+    tokenizer: of the model; its `stop_ids` end an answer.
   """
 
   def __init__(self, job: Job, tokenizer: Any):
     self._job = job
-    self._boundary_id = tokenizer.boundary_id
+    self._stop_ids = tokenizer.stop_ids
     self._stream = TextStream(tokenizer, job.tokens, job.stop, job.include_stop)
     self._num_tokens = 0
     self._prompt = [TokenLogprob(job.tokens[0], None)]
@@ -87,7 +87,7 @@ class Answer:
 
   def _ending(self, token: int) -> tuple[Finish | None, int | None]:
     job = self._job
-    if token == self._boundary_id and not job.sampling.ignore_eos:
+    if token in self._stop_ids and not job.sampling.ignore_eos:
       return 'stop', None
     is_enough = self._num_tokens > job.sampling.min_tokens
     if token in job.stop_token_ids and is_enough:

@@ -77,7 +77,7 @@ def prepare(
     num_slots,
     length,
     chunks=(chunk, *(n for n in _SHORTER if n < chunk)),
-    boundary_id=tokenizer.boundary_id,
+    stop_ids=tokenizer.stop_ids,
     is_lazy=True,
   )
 
@@ -95,7 +95,7 @@ class _Text:
       seed=request.seed,
     )
     self.is_done, self.num_asked, self.num_tokens = False, 0, 0
-    self._boundary = tokenizer.boundary_id
+    self._stop_ids = tokenizer.stop_ids
     self._stream = TextStream(tokenizer, self.prompt, request.stop)
     self._pieces: list[str] = []
     self._start, self._times = time.monotonic(), (0.0, 0.0)
@@ -105,7 +105,7 @@ class _Text:
     now = time.monotonic()
     self._times = (self._times[0] if self.num_tokens else now, now)
     self.num_tokens += 1
-    is_end, piece = token == self._boundary, ''
+    is_end, piece = token in self._stop_ids, ''
     if not is_end:
       piece = self._stream.feed(token)
     self.is_done = (

@@ -143,9 +143,13 @@ class _Tokens:
     num_known = min(vocab_size, tokenizer.vocab_size)
     self.tokens = [self._spelled([i]) for i in range(num_known)]
     self.tokens += [b''] * (vocab_size - num_known)
-    boundary = tokenizer.boundary_id
-    self.tokens[boundary] = b'<end>'
-    self.eos_token_id, self.special_token_ids = boundary, [boundary]
+    self.eos_token_id = tokenizer.stop_ids[0]
+    silent = {*tokenizer.stop_ids, tokenizer.begin_id}
+    special = silent | set(tokenizer.markers.values())
+    # Of these no text is made, whatever they are called.
+    self.special_token_ids = [i for i in special if i < num_known]
+    for i in self.special_token_ids:
+      self.tokens[i] = b'<end>' if i == self.eos_token_id else b'<%d>' % i
 
   def __call__(self, text: str) -> list[int]:
     """Tokens of what the grammar leaves no choice about, or the first ones."""
@@ -164,7 +168,7 @@ class _Tokens:
         (
           i
           for i, x in enumerate(self.tokens)
-          if x and content.startswith(x) and i != self.eos_token_id
+          if x and content.startswith(x) and i not in self.special_token_ids
         ),
         key=lambda i: len(self.tokens[i]),
         default=None,

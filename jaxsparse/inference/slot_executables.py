@@ -25,7 +25,7 @@ def of(
   num_slots: int,
   num_rows: int,
   chunks: tuple[int, ...],
-  boundary_id: int,
+  stop_ids: tuple[int, ...],
 ) -> 'Executables':
   """Those of such slots, whatever the parameters' values are.
 
@@ -35,7 +35,7 @@ def of(
     num_slots: sequences at once.
     num_rows: rows of each, a multiple of the longest chunk.
     chunks: tokens that are read at once, falling.
-    boundary_id: the token that ends a document; -1 if there is none.
+    stop_ids: tokens that end an answer.
 
   Raises:
     UserError: the mesh splits sequences.
@@ -49,7 +49,7 @@ def of(
   leaves, structure = jax.tree.flatten(jax.tree.map(abstract, params))
   return _kept(
     config, devices, tuple(leaves), structure, num_slots, num_rows, chunks,
-    boundary_id, jax.default_backend(),
+    stop_ids, jax.default_backend(),
   )  # fmt: skip
 
 
@@ -79,7 +79,7 @@ class Executables(dict):
     num_slots: int,
     num_rows: int,
     chunks: tuple[int, ...],
-    boundary_id: int,
+    stop_ids: tuple[int, ...],
     backend: str,
   ):
     """As `of`; `params` are abstract, on the mesh `devices` if it is one."""
@@ -100,7 +100,7 @@ class Executables(dict):
     fields = jax.tree.map(
       lambda x: abstract(x.shape, x.dtype), slot_sampling.of_job(JobSampling())
     )
-    model = dict(config=config, boundary=boundary_id)
+    model = dict(config=config, stop_ids=stop_ids)
     wanted = dict(
       init=(init,),
       start=(f.start, state, number, fields),

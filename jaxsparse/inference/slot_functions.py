@@ -69,7 +69,7 @@ def decode(
   mask: jax.Array | None = None,
   *,
   config: ModelConfig,
-  boundary: int,
+  stop_ids: tuple[int, ...],
   form: str,
 ) -> tuple[State, jax.Array, slot_sampling.Best | None]:
   """Feeds the live slots [B] their last tokens and draws the next ones [B]."""
@@ -83,7 +83,7 @@ def decode(
   if form == 'plain':
     drawn = slot_sampling.draw(logits, sampling)
   else:
-    drawn = slot_sampling.draw_sorted(logits, sampling, boundary, mask)
+    drawn = slot_sampling.draw_sorted(logits, sampling, stop_ids, mask)
   best = slot_sampling.best_of(logits, drawn) if form == 'logprobs' else None
   new = dict(
     cache=cache,
@@ -105,13 +105,13 @@ def prefill(
   mask: jax.Array,
   *,
   config: ModelConfig,
-  boundary: int,
+  stop_ids: tuple[int, ...],
 ) -> tuple[State, jax.Array, slot_sampling.Best]:
   """Reads the first `count` of tokens [1, C], and draws after the last ones."""
   part = slots.take(state, slot)
   at = mesh.reshard((count - 1)[None], mesh.act('B'))
   logits, part = _read(config, params, part, tokens, count, at)
-  part, drawn, best = _first_drawn(part, logits[:, 0], boundary, mask, is_last)
+  part, drawn, best = _first_drawn(part, logits[:, 0], stop_ids, mask, is_last)
   return _like(slots.put(state, part, slot), state), drawn, best
 
 
@@ -126,14 +126,14 @@ def score(
   targets: jax.Array,
   *,
   config: ModelConfig,
-  boundary: int,
+  stop_ids: tuple[int, ...],
 ) -> tuple[State, jax.Array, slot_sampling.Best, slot_sampling.Best]:
   """`prefill`, and how probable the targets [C] of all places are."""
   part = slots.take(state, slot)
   logits, part = _read(config, params, part, tokens, count, None)
   logits = _scores(logits[0])
   last = jax.lax.dynamic_slice_in_dim(logits, count - 1, 1)
-  part, drawn, best = _first_drawn(part, last, boundary, mask, is_last)
+  part, drawn, best = _first_drawn(part, last, stop_ids, mask, is_last)
   of_prompt = slot_sampling.best_of(logits, targets)
   return _like(slots.put(state, part, slot), state), drawn, best, of_prompt
 
@@ -156,9 +156,9 @@ def _read(config, params, part, tokens, count, logits_at):
   return logits, part | dict(cache=cache, sampling=sampling)
 
 
-def _first_drawn(part, logits, boundary, mask, is_last):
+def _first_drawn(part, logits, stop_ids, mask, is_last):
   logits, sampling = _scores(logits), part['sampling']
-  drawn = slot_sampling.draw_sorted(logits, sampling, boundary, mask)
+  drawn = slot_sampling.draw_sorted(logits, sampling, stop_ids, mask)
   best = slot_sampling.best_of(logits, drawn)
   sampling = slot_sampling.with_drawn(
     sampling, drawn, is_last[None], counts=True

@@ -35,7 +35,7 @@ class Programs:
     length: tokens for which a slot has room.
     chunks: lengths of the programs that read prompts, falling.
     vocab_size: of the model, V.
-    boundary_id: the token that ends a document; -1 if there is none.
+    stop_ids: tokens that end an answer.
     num_compiled: executables.
     state_bytes: of all slots, on all devices together.
   """
@@ -50,7 +50,7 @@ class Programs:
     chunks: Sequence[int] = (256, 64, 16),
     history_blocks: int | None = None,
     progress: Callable[[int, int, str], Any] = lambda done, total, name: None,
-    boundary_id: int = -1,
+    stop_ids: tuple[int, ...] = (),
     is_lazy: bool = False,
   ) -> Self:
     """Compiles everything, and makes the slots.
@@ -67,7 +67,7 @@ class Programs:
         keeps all.
       progress: told before each program how many are done, of how many, and
         its name.
-      boundary_id: the token that ends a document.
+      stop_ids: tokens that end an answer.
       is_lazy: compile each program when it is first needed: where nobody waits,
         and most are not.
 
@@ -77,12 +77,12 @@ class Programs:
     """
     return cls(
       config, params, num_slots, length, chunks, history_blocks, progress,
-      boundary_id, is_lazy,
+      stop_ids, is_lazy,
     )  # fmt: skip
 
   def __init__(
     self, config, params, num_slots, length, chunks, history_blocks, progress,
-    boundary_id, is_lazy,
+    stop_ids, is_lazy,
   ):  # fmt: skip
     require(num_slots >= 1, f'slots must be at least 1, got {num_slots}.')
     require(length >= 1, f'length must be at least 1, got {length}.')
@@ -100,7 +100,7 @@ class Programs:
       longest, *sorted({n for n in chunks if n < longest}, reverse=True)
     )  # fmt: skip
     self.config, self.num_slots = config, num_slots
-    self.vocab_size, self.boundary_id = config.vocab_size, boundary_id
+    self.vocab_size, self.stop_ids = config.vocab_size, stop_ids
     self._bounded_rows = slots.rows_of_bounded(config)
     self.length = _ENDLESS if self._bounded_rows else length
     self._num_rows = -(-length // longest) * longest
@@ -115,7 +115,7 @@ class Programs:
   def _compile(self, progress, is_lazy):
     self._run = slot_executables.of(
       self.config, self._params, self.num_slots, self._num_rows, self.chunks,
-      self.boundary_id,
+      self.stop_ids,
     )  # fmt: skip
     names = () if is_lazy else self._run.names
     for i, name in enumerate(names):

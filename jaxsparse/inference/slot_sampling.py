@@ -146,7 +146,7 @@ def draw(
 def draw_sorted(
   logits: Float[Array, 'B V'],
   sampling: SlotSampling,
-  boundary: int,
+  stop_ids: tuple[int, ...],
   mask: UInt[Array, 'B W'],
 ) -> Int[Array, 'B']:
   """The next tokens with all limits and penalties, int32.
@@ -154,11 +154,11 @@ def draw_sorted(
   Args:
     logits: of the model.
     sampling: of the slots.
-    boundary: the token that ends a document.
+    stop_ids: tokens that end an answer.
     mask: tokens that may be drawn, a bit for each: of token i the bit i mod 32
       of word i // 32, from the lowest on.
   """
-  logits = _adjusted(logits, sampling, boundary, mask)
+  logits = _adjusted(logits, sampling, stop_ids, mask)
   is_limited = (
     (sampling.top_k > 0) | (sampling.top_p < 1) | (sampling.min_p > 0)
   ) & (sampling.temperature > 0)
@@ -189,7 +189,7 @@ def _draw_limited(logits, sampling):
   return found[:, 0].astype(jnp.int32)
 
 
-def _adjusted(logits, sampling, boundary, mask):
+def _adjusted(logits, sampling, stop_ids, mask):
   """Logits after penalties and biases; -inf where a token is forbidden."""
   vocab_size = logits.shape[1]
   counts = sampling.counts.astype(jnp.float32)
@@ -203,7 +203,8 @@ def _adjusted(logits, sampling, boundary, mask):
   logits = logits.at[rows, sampling.biased].add(sampling.bias)
   token = jnp.arange(vocab_size)
   is_early = sampling.num_drawn < sampling.min_tokens
-  is_barred = is_early[:, None] & (token == boundary)[None]
+  is_stop = (token[:, None] == jnp.array(stop_ids, int)[None]).any(1)
+  is_barred = is_early[:, None] & is_stop[None]
   words = jnp.repeat(mask, 32, axis=1)[:, :vocab_size]
   may_be = (words >> (token % 32).astype(jnp.uint32)[None]) & 1 > 0
   return jnp.where(may_be & ~is_barred, logits, -jnp.inf)

@@ -181,8 +181,8 @@ def _read_bounded(name: str, path: pathlib.Path) -> bytearray:
 
 def encode_prompt(tokenizer: Any, prompt: str) -> np.ndarray:
   """The tokens of a prompt, which begins a document: int32 [T]."""
-  boundary = np.array([tokenizer.boundary_id], np.int32)
-  return np.concatenate([boundary, tokenizer.encode(prompt)])
+  begin = np.array([tokenizer.begin_id], np.int32)
+  return np.concatenate([begin, tokenizer.encode(prompt)])
 
 
 def stream_text(
@@ -195,7 +195,7 @@ def stream_text(
 
   Args:
     tokens: ids as they come; not read further than needed.
-    tokenizer: whose `boundary_id` ends the document.
+    tokenizer: whose `stop_ids` end the text.
     prompt_ids: what stands before the first token.
     stop: strings that end the text and are left out.
 
@@ -205,7 +205,7 @@ def stream_text(
   """
   stream = TextStream(tokenizer, prompt_ids, stop)
   for token in tokens:
-    if token == tokenizer.boundary_id:
+    if token in tokenizer.stop_ids:
       break
     yield stream.feed(token)
     if stream.stop_found is not None:

@@ -20,7 +20,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from jaxsparse.config.errors import shown
-from jaxsparse.serving import metrics, prompts
+from jaxsparse.serving import metrics
 from jaxsparse.serving.chat import chat
 from jaxsparse.serving.completions import complete
 from jaxsparse.serving.errors import ApiError
@@ -132,13 +132,17 @@ async def _tokenize(request: Request) -> Response:
   service.require_model(body.model)
   has_boundary = body.add_special_tokens is not False
   tokenizer = service.tokenizer
-  if body.prompt == prompts.BOUNDARY:
+  named = {
+    service.names(token): token
+    for token in (tokenizer.boundary_id, tokenizer.begin_id)
+  }
+  if body.prompt in named:
     # So clients that have a tokenizer's name for it find its id. In a longer
     # text it is a text like any other.
-    tokens = [tokenizer.boundary_id]
+    tokens = [named[body.prompt]]
   else:
     found = await service.in_thread(tokenizer.encode, body.prompt)
-    tokens = [tokenizer.boundary_id] * has_boundary + found.tolist()
+    tokens = [tokenizer.begin_id] * has_boundary + found.tolist()
   return _json(
     {
       'tokens': tokens,
@@ -167,11 +171,11 @@ async def _detokenize(request: Request) -> Response:
 async def _tokenizer_info(request: Request) -> Response:
   """What evaluations look for that have no tokenizer of their own."""
   service: Service = request.app.state.service
-  template = service.template
+  template, tokenizer = service.template, service.tokenizer
   return _json(
     {
-      'eos_token': prompts.BOUNDARY,
-      'bos_token': prompts.BOUNDARY,
+      'eos_token': service.names(tokenizer.boundary_id),
+      'bos_token': service.names(tokenizer.begin_id),
       'pad_token': None,
       'chat_template': template and template.source,
     }

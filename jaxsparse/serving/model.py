@@ -114,7 +114,7 @@ class Model:
       progress=lambda done, total, name: progress(
         f'compiling {done + 1} of {total} ({name})'
       ),
-      boundary_id=self.tokenizer.boundary_id,
+      stop_ids=self.tokenizer.stop_ids,
     )
     words = free_memory.words
     is_endless = sizes.history_blocks is not None

@@ -124,6 +124,9 @@ class TokenNames:
   def __init__(self, tokenizer: Any):
     self._tokenizer = tokenizer
     self._known: dict[int, str] = {}
+    # Of tokens that have no text.
+    self._silent = {tokenizer.boundary_id: BOUNDARY}
+    self._silent |= {i: text for text, i in tokenizer.markers.items()}
 
   def __call__(self, token: int) -> str:
     if (name := self._known.get(token)) is None:
@@ -136,8 +139,7 @@ class TokenNames:
   def _name(self, token: int) -> str:
     content = self.bytes_of(token)
     if not content:
-      is_boundary = token == self._tokenizer.boundary_id
-      return BOUNDARY if is_boundary else f'<|{token}|>'
+      return self._silent.get(token, f'<|{token}|>')
     try:
       return content.decode()
     except UnicodeDecodeError:

@@ -44,7 +44,7 @@ def programs_of(name):
     LENGTH,
     (C, 2),
     bounded or None,
-    boundary_id=V - 1,
+    stop_ids=(V - 1,),
   )
 
 

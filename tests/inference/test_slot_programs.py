@@ -54,7 +54,7 @@ def programs(name):
     # Of several lengths where time does not matter.
     chunks=(C,) if name == 'small' else (C, 2),
     history_blocks=blocks or None,
-    boundary_id=0,
+    stop_ids=(0,),
   )
 
 
@@ -279,7 +279,7 @@ def on_mesh(name, *sizes):
     LENGTH,
     chunks=(C,),
     history_blocks=blocks or None,
-    boundary_id=0,
+    stop_ids=(0,),
   )
 
 

@@ -11,9 +11,11 @@ from jaxsparse.inference.jobs import JobSampling
 from jaxsparse.inference.sampling import Sampling, sample
 
 V, BOUNDARY = 37, 3
+# A second one, of chats; and one that only the tokenizer has.
+STOP_IDS = (BOUNDARY, 30, V + 5)
 ALL = np.full((1, 2), 2**32 - 1, np.uint32)
 draw = jax.jit(slot_sampling.draw)
-draw_sorted = jax.jit(slot_sampling.draw_sorted, static_argnames='boundary')
+draw_sorted = jax.jit(slot_sampling.draw_sorted, static_argnames='stop_ids')
 
 
 def rows(*samplings, num_drawn=0, **arrays):
@@ -34,7 +36,7 @@ def logits_of(num_rows, seed=0):
 
 def drawn_sorted(logits, sampling, mask=None):
   mask = np.repeat(ALL, len(logits), axis=0) if mask is None else mask
-  return np.asarray(draw_sorted(logits, sampling, boundary=BOUNDARY, mask=mask))
+  return np.asarray(draw_sorted(logits, sampling, stop_ids=STOP_IDS, mask=mask))
 
 
 LIMITS = [
@@ -115,7 +117,7 @@ def test_penalties_are_their_formulas():
 
 def test_biases_masks_and_the_least_number_of_tokens():
   logits = np.zeros((1, V), np.float32)
-  logits[0, [5, BOUNDARY, 36, 9]] = 4, 3, 2, 1
+  logits[0, [5, BOUNDARY, 30, 36, 9]] = 4, 3, 2.5, 2, 1
   greedy = dict(temperature=0.0)
   biased = JobSampling(**greedy, logit_bias=((5, -2.5), (36, 1.25), (9, 0.5)))
   assert best(logits, rows(biased)) == [36]

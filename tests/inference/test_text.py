@@ -122,10 +122,20 @@ def test_reading_ends_with_the_stop_string_and_with_the_document():
   assert list(tokens) == [98]
 
 
+def test_any_of_its_ends_ends_a_text():
+  class Chatty(ByteTokenizer):
+    stop_ids = (65, 256)
+
+  for end in Chatty.stop_ids:
+    tokens = iter([97, end, 98])
+    assert ''.join(stream_text(tokens, Chatty(), [256])) == 'a'
+    assert list(tokens) == [98]
+
+
 class SpacingTokenizer:
   """Words; a text's first one stands without the space before it."""
 
-  boundary_id = 0
+  stop_ids = (0,)
   words = ('', 'a', 'b')
 
   def decode_bytes(self, ids):

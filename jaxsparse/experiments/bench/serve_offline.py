@@ -31,7 +31,7 @@ class Offline:
 
   def __init__(self, workdir: str, num_slots: int, length: int, chunk: int):
     self._config = run_config.read(workdir, lambda text: None).model
-    self._boundary = load_from_workdir(workdir).boundary_id
+    self._stop_ids = load_from_workdir(workdir).stop_ids
     self.num_slots, self._length, self._chunk = num_slots, length, chunk
     _, self._params = weights.load(workdir, self._config)
     self._programs: Programs | None = None
@@ -76,7 +76,7 @@ class Offline:
         self.num_slots,
         self._length,
         chunks=(self._chunk,),
-        boundary_id=self._boundary,
+        stop_ids=self._stop_ids,
       )
     for slot in range(self.num_slots):
       self._programs.start(slot, _GREEDY)

@@ -52,7 +52,7 @@ def measure(
   for first in range(0, len(documents), _BATCH_SIZE):
     some = documents[first : first + _BATCH_SIZE]
     tokens = np.array(
-      [[tokenizer.boundary_id, *tokenizer.encode(d.text)] for d in some],
+      [[tokenizer.begin_id, *tokenizer.encode(d.text)] for d in some],
       np.int32,
     )
     batch = dict(
