@@ -4,7 +4,6 @@
 import time
 from typing import Any
 
-import numpy as np
 from starlette.requests import Request
 from starlette.responses import Response
 
@@ -95,14 +94,10 @@ def _max_tokens(body: ChatRequest) -> int | None:
 def _prompt(
   template: ChatTemplate, body: ChatRequest, tokenizer: Any, limit: int
 ) -> Prompt:
-  texts = template.render(chat_template.plain(body.messages))
-  parts = [np.asarray(tokenizer.encode(text)) for text in texts]
-  boundary = [tokenizer.boundary_id]
-  # Every prompt begins with one, and one stands where a turn ends.
-  tokens = np.concatenate([x for part in parts for x in (boundary, part)])
+  tokens = template.tokens(chat_template.plain(body.messages), tokenizer)
   if len(tokens) > limit:
     raise options.too_long(len(tokens), limit, 'messages')
-  return Prompt(tuple(tokens.astype(int).tolist()), None)
+  return Prompt(tuple(tokens.tolist()), None)
 
 
 class _Form:

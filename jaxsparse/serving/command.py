@@ -92,7 +92,11 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     help='holds the key that clients must send; %(default)s: the variable '
     f'{KEY_VARIABLE}, and without it no key',
   )
-  add('--chat-template', help='a file with a Jinja template of chats')
+  add(
+    '--chat-template',
+    help='a file with a Jinja template of chats; %(default)s: the one that the '
+    'model was published with',
+  )
   add(
     '--cors-origin',
     action='append',
@@ -148,9 +152,10 @@ def main(argv: Sequence[str]) -> None:
   _log_to_stderr()
   workdir = _workdir(arguments.model_path)
   key = read_key(arguments.api_key_file)
-  template = None
   if arguments.chat_template is not None:
     template = ChatTemplate.read(arguments.chat_template)
+  else:
+    template = ChatTemplate.of_workdir(workdir)
   # Before the model, which takes long: a port that is taken is told at once.
   listener = listen(arguments.host, arguments.port)
   with contextlib.closing(listener):
