@@ -7,7 +7,13 @@ import pathlib
 from etils import epath
 
 from jaxsparse.config.errors import require
-from jaxsparse.interop import config_json, hugging_face, importing, own_format
+from jaxsparse.interop import (
+  config_json,
+  gguf_file,
+  hugging_face,
+  importing,
+  own_format,
+)
 from jaxsparse.interop.importing import Opened
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.command_line import Parser
@@ -77,7 +83,9 @@ def open_path(path: pathlib.Path) -> Opened:
   Raises:
     UserError: it is nothing that can be imported.
   """
-  require(path.exists(), f'there is no folder {str(path)!r}.')
+  require(path.exists(), f'there is no folder or file {str(path)!r}.')
+  if path.suffix == '.gguf' and path.is_file():
+    return gguf_file.open_file(path)
   require(path.is_dir(), f'{str(path)!r} must be a folder, but is a file.')
   content = config_json.read(path)
   if own_format.is_own(content):
