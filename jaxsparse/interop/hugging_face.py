@@ -13,11 +13,19 @@ from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import UserError, did_you_mean, require, shown
 from jaxsparse.interop import tokenizers_in
 from jaxsparse.interop.config_json import Fields
-from jaxsparse.interop.families import gpt_neox, llama, mixtral, olmo2
+from jaxsparse.interop.families import (
+  dcformer,
+  gpt_neox,
+  llama,
+  mixtral,
+  olmo2,
+)
 from jaxsparse.interop.importing import Opened
 from jaxsparse.interop.source import SafetensorsSource, Source, Without
 
+# Those that there is a way out to, and those that are programs of their own.
 FAMILIES = (llama, mixtral, olmo2, gpt_neox)
+_READ_ONLY = (dcformer,)
 
 # Positions where a config.json names none.
 _LENGTH = 2048
@@ -45,11 +53,17 @@ def open_folder(folder: pathlib.Path, content: dict[str, Any]) -> Opened:
   family = _family(content)
   config = to_config(family, content)
   source = _without_surplus(SafetensorsSource(folder), family, config)
+  notes: list[str] = []
+  if hasattr(family, 'prepare'):
+    source, config, notes = family.prepare(source, config)
   return Opened(
     source=source,
     layout=family.layout(config, content['model_type']),
     config=config,
-    length=Fields(content).take('max_position_embeddings', int, _LENGTH),
+    length=Fields(content).take(
+      getattr(family, 'LENGTH', 'max_position_embeddings'), int, _LENGTH
+    ),
+    notes=tuple(notes),
     family=content['model_type'],
     origin=dict(
       format='Hugging Face',
@@ -64,8 +78,9 @@ def open_folder(folder: pathlib.Path, content: dict[str, Any]) -> Opened:
 
 def _family(content: dict[str, Any]) -> ModuleType:
   kind = content.get('model_type')
-  known = [name for family in FAMILIES for name in family.MODEL_TYPES]
-  for family in FAMILIES:
+  families = (*FAMILIES, *_READ_ONLY)
+  known = [name for family in families for name in family.MODEL_TYPES]
+  for family in families:
     if isinstance(kind, str) and kind in family.MODEL_TYPES:
       break
   else:
@@ -85,7 +100,7 @@ def _family(content: dict[str, Any]) -> ModuleType:
     'give the checkpoint that is not.',
   )
   require(
-    not content.get('auto_map'),
+    not content.get('auto_map') or hasattr(family, 'IS_PROGRAM'),
     'auto_map in config.json says that the model is a program beside it, which '
     f'may be another than {kind} and is not run here.',
   )

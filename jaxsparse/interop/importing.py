@@ -48,6 +48,7 @@ class Opened:
     origin: where it is from, plain JSON; the workdir keeps it.
     write_tokenizer: puts its tokenizer into a workdir, and says in a sentence
       what it did.
+    notes: sentences about what was found in it.
   """
 
   source: Source
@@ -57,6 +58,7 @@ class Opened:
   family: str
   origin: dict[str, Any]
   write_tokenizer: Callable[[epath.PathLike], str]
+  notes: tuple[str, ...] = ()
 
 
 def import_model(
@@ -92,6 +94,8 @@ def import_model(
     data=DataConfig(seq_len=opened.length),
     optimizer=OptimizerConfig(learning_rate=_LEARNING_RATE),
   )
+  for note in opened.notes:
+    reporter.say(note)
   devices = our_leaves.mesh_for(model)
   with _emptied_on_failure(epath.Path(workdir)):
     reporter.say(opened.write_tokenizer(workdir))

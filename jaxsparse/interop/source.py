@@ -49,6 +49,20 @@ class Without:
     return self._names
 
 
+class Replaced:
+  """A source of which some tensors are others, of the same shapes and types."""
+
+  def __init__(self, source: Source, others: dict[str, np.ndarray]):
+    self._source, self._others = source, others
+    self.names, self.shape = source.names, source.shape
+    self.dtype = source.dtype
+
+  def read(self, name: str) -> np.ndarray:
+    if name in self._others:
+      return self._others[name]
+    return self._source.read(name)
+
+
 class SafetensorsSource:
   """A folder with model.safetensors, or with parts of it and an index.
 
