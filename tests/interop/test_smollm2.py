@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """A real model: SmolLM2-135M-Instruct, whose bits per byte are known.
 
-It comes by its name from the package index, 93 MB. JAXSPARSE_ENWIK8 is the path
-of enwik8 or enwik8.gz, which nothing brings along; without it the number of that
-text is not looked at.
+It comes by its name from the package index, 93 MB. JAXSPARSE_ENWIK8 is the
+path of enwik8 or enwik8.gz, which nothing brings along; without it the number
+of that text is not looked at.
 """
 
 import argparse
@@ -83,7 +83,7 @@ def bits_per_byte(workdir, model, text):
 def test_bits_per_byte_of_python(workdir, model):
   text = pathlib.Path(argparse.__file__).read_text('utf-8')
   num_bytes, bits = bits_per_byte(workdir, model, text)
-  # A wrong rotary base gives 0.03 more. Of other versions it is like these.
+  # A wrong rotary base gives 0.03 more. Other versions are like these.
   expected = ARGPARSE.get(num_bytes, 0.72)
   assert bits == pytest.approx(
     expected, abs=0.005 if num_bytes in ARGPARSE else 0.02
