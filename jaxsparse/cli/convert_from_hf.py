@@ -12,6 +12,7 @@ from jaxsparse.interop import (
   gguf_file,
   hugging_face,
   importing,
+  maxtext,
   own_format,
 )
 from jaxsparse.interop.importing import Opened
@@ -87,6 +88,8 @@ def open_path(path: pathlib.Path) -> Opened:
   if path.suffix == '.gguf' and path.is_file():
     return gguf_file.open_file(path)
   require(path.is_dir(), f'{str(path)!r} must be a folder, but is a file.')
+  if state := maxtext.find(path):
+    return maxtext.open_folder(path, state)
   content = config_json.read(path)
   if own_format.is_own(content):
     return own_format.open_folder(path, content)
