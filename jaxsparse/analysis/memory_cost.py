@@ -28,10 +28,11 @@ def memory_parameters(memory: MemoryConfig, model_dim: int) -> int:
 
 
 def memory_gains(memory: MemoryConfig) -> int:
-  """One gain for all queries, one for all keys, and the query's bias."""
+  """One gain for all queries, one for all keys, the query's bias, addresses."""
   gains = memory.key_dim * (memory.query_norm != 'none')
   gains += _key_width(memory) // memory.num_ranks * (memory.key_norm != 'none')
-  return gains + memory.query_bias * _query_width(memory)
+  gains += memory.query_bias * _query_width(memory)
+  return gains + memory.stored_addresses * memory.num_logical_keys**2
 
 
 def table_parameters(memory: MemoryConfig, model_dim: int) -> int:

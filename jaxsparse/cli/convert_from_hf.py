@@ -8,6 +8,7 @@ from etils import epath
 
 from jaxsparse.config.errors import require
 from jaxsparse.interop import (
+  bytedance,
   config_json,
   gguf_file,
   hugging_face,
@@ -88,6 +89,8 @@ def open_path(path: pathlib.Path) -> Opened:
   if path.suffix == '.gguf' and path.is_file():
     return gguf_file.open_file(path)
   require(path.is_dir(), f'{str(path)!r} must be a folder, but is a file.')
+  if (path / bytedance.CONFIG).is_file():
+    return bytedance.open_folder(path)
   if state := maxtext.find(path):
     return maxtext.open_folder(path, state)
   content = config_json.read(path)

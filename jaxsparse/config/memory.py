@@ -73,6 +73,9 @@ class MemoryConfig:
   # What makes a weight of a kept score: 'identity', 'softmax' over a head's
   # kept scores, 'sigmoid' or 'relu'.
   score_activation: str = 'identity'
+  # Scatter addresses by a table that is among the parameters, as layers of
+  # others need; otherwise by a hash.
+  stored_addresses: bool = False
   # Taps of the causal depth-wise convolution before the query; 0 for none.
   query_conv_taps: int = 0
   # Candidates from both same-sign quadrants instead of the positive one.
@@ -328,6 +331,9 @@ class MemoryConfig:
       "init = 'matched' is UltraMemV2's rule and needs pre_value_dim above 0: "
       'MemoryConfig.ultramem_v2() has both.',
     )
+    if self.stored_addresses:
+      # As whole numbers of float32, the type of all parameters.
+      require_at_most(self, 2**12, 'num_logical_keys')
 
   def _check_use(self):
     """Refuses what would do nothing."""

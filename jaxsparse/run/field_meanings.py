@@ -63,6 +63,7 @@ MEANINGS = {
     ('model.memory', _SHAPES, 'grid tucker_rank num_cores cores_per_pairing'),
     ('model.memory', _SHAPES, 'split_key_dim query share_keys query_bias'),
     ('model.memory', _SHAPES, 'query_norm key_norm query_conv_taps'),
+    ('model.memory', _SHAPES, 'stored_addresses'),
     ('model.memory', _SHAPES, 'pre_value_dim pre_value_map pool_by_block'),
     ('model.memory', _SHAPES, 'output_map gate shared_rows replaces_mlp'),
     ('model.memory', _SHAPES, 'placements'),

@@ -158,6 +158,13 @@ def initial_scales(
   return scales
 
 
+def _shuffled(
+  key: jax.Array, shape: tuple[int, ...], dtype: jax.typing.DTypeLike = float
+) -> jax.Array:
+  """All addresses in a random order."""
+  return jax.random.permutation(key, shape[0]).astype(dtype)
+
+
 # E[(silu(a) b)^2] of independent normal a and b: times 1 / (2 L) what the MLP
 # of `layers` writes for an input of unit variance ('gelu' writes 1.2 times it).
 _MLP_VARIANCE = 0.3558
@@ -237,6 +244,8 @@ def parameters(
       r *= math.isqrt(config.expansion)
     cores = nn.initializers.uniform(scales.cores)
     declared['cores'] = (cores, param('....'), (config.num_cores, P, r, r))
+  if config.stored_addresses:
+    declared['addresses'] = (_shuffled, param('.'), (Q**2,))
   if scheme is not None:
     declared |= table_parameters(config, model_dim, num_layers, scheme)
   if U and config.pre_value_map:

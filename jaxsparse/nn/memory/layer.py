@@ -241,6 +241,10 @@ def memory_forward(
     for name, value in params.items()
     if not name.endswith('_table')
   }
+  if permutation is None and config.stored_addresses:
+    # No gradient leads there, and nothing decays it.
+    stored = jax.lax.stop_gradient(weights['addresses'])
+    permutation = stored.astype(jnp.int32)
   read = retrieve(
     weights,
     x,
