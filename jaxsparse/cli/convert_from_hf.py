@@ -35,7 +35,9 @@ def main(arguments: list[str]) -> None:
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
   )
   parser.add_argument(
-    'path', help='a folder with config.json and model.safetensors'
+    'path',
+    help='a folder with config.json and model.safetensors, a .gguf file, or a '
+    "run of MaxText's DCFormer or of UltraMem's trainer",
   )
   parser.add_argument(
     '--workdir',

@@ -25,7 +25,7 @@ from jaxsparse.interop.source import SafetensorsSource, Source, Without
 
 # Those that there is a way out to, and those that are programs of their own.
 FAMILIES = (llama, mixtral, olmo2, gpt_neox)
-_READ_ONLY = (dcformer,)
+READ_ONLY = (dcformer,)
 
 # Positions where a config.json names none.
 _LENGTH = 2048
@@ -78,7 +78,7 @@ def open_folder(folder: pathlib.Path, content: dict[str, Any]) -> Opened:
 
 def _family(content: dict[str, Any]) -> ModuleType:
   kind = content.get('model_type')
-  families = (*FAMILIES, *_READ_ONLY)
+  families = (*FAMILIES, *READ_ONLY)
   known = [name for family in families for name in family.MODEL_TYPES]
   for family in families:
     if isinstance(kind, str) and kind in family.MODEL_TYPES:
