@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from imported import loaded
+from loading import loaded
 from safetensors.numpy import save_file
 
 import jaxsparse

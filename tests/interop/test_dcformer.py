@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from imported import loaded
+from loading import loaded
 from safetensors.numpy import save_file
 
 from jaxsparse.config.errors import UserError
@@ -54,7 +54,7 @@ def weights_of(config, seed=0):
   add('tok_embeddings.weight', V, D)
   add('output.weight', V, D)
   norm('norm')
-  for i in range(L):
+  for i in range(config['n_layer']):
     at = f'layers.{i}'
     norm(f'{at}.attention_norm')
     norm(f'{at}.ffn_norm')

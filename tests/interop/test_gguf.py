@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Kind
 from gguf_files import TEMPLATE, write_llama, write_tensors
-from imported import expected, loaded
+from imported import expected
+from loading import loaded
 
 from jaxsparse.config import ModelConfig, RopeScalingConfig
 from jaxsparse.config.errors import UserError
