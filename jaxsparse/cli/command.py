@@ -15,6 +15,7 @@ COMMANDS = {
   'train': ('cli.train', 'train a model of a recipe, or go on with it'),
   'generate': ('cli.generate', 'let a trained model write'),
   'serve': ('serving.command', "serve a trained model to OpenAI's clients"),
+  'evaluate': ('cli.evaluate', 'measure a trained model on tasks and texts'),
   'report': ('cli.report', 'draw what a run left'),
   'cost': ('cli.cost', 'say parameters, FLOPs and bytes of a recipe'),
   'compare': (
