@@ -41,6 +41,7 @@ ROOMS = dict(
   training='step, loop, optimizers',
   inference='decoding, sampling',
   serving='models over HTTP',
+  evaluation='tasks, scores, differences',
   experiments='compare, bench',
   cli='the commands',
 )

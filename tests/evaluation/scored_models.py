@@ -33,6 +33,8 @@ DENSE = ModelConfig(
   mlp_dim=8,
   vocab_size=257,
 )
+# For what asks for several programs.
+SMALL = dataclasses.replace(DENSE, num_layers=1)
 _MOE = MoEConfig(num_experts=4, num_experts_per_token=2, expert_dim=4)
 _MEMORY = MemoryConfig(
   num_keys=8,

@@ -15,7 +15,7 @@ from small_run import save_untrained
 from jaxsparse.evaluation import run as run_lib
 from jaxsparse.evaluation.scorer import Scorer
 
-MODEL = scored_models.DENSE
+MODEL = scored_models.SMALL
 QUESTIONS = [
   dict(id='sky', context='The sky', choices=['is', 'isn'], gold=0),
   dict(context='A cat, if asked, says', choices=['miau', 'wau'], gold=1),
