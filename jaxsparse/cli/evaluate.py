@@ -66,7 +66,8 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
   add(
     '--window',
     type=int,
-    help='tokens of a text that are read at once; %(default)s: --max-len',
+    help='tokens of a text that are read at once; %(default)s: as many as '
+    '--max-len says, at most 2048',
   )
   add(
     '--stride',
@@ -188,10 +189,15 @@ def main(argv: Sequence[str]) -> None:
     print(table.of_differences(results, others))
     _keep_differences(arguments, folder, step, other_step, results, others)
     drawn = {
-      _name(arguments.workdir): _of_step(drawn, step),
-      _name(arguments.against): _of_step(
-        {'': evaluation_pictures.read(other)}, other_step
-      ),
+      f'{_name(workdir)}, step {of}': [
+        result
+        for result in evaluation_pictures.read(place)
+        if result['settings']['step'] == of
+      ]
+      for workdir, place, of in (
+        (arguments.workdir, folder, step),
+        (arguments.against, other, other_step),
+      )
     }
   path = folder.parent / workdir_lib.PLOTS / PICTURE
   if arguments.output:
@@ -271,11 +277,6 @@ def _keep_differences(
     workdir_lib.write_whole(
       folder / name, json.dumps(content, indent=2).encode() + b'\n'
     )
-
-
-def _of_step(drawn: dict, step: int) -> list[dict]:
-  (results,) = drawn.values()
-  return [r for r in results if r['settings']['step'] == step]
 
 
 def _name(workdir: str) -> str:

@@ -59,14 +59,11 @@ class Question:
     ]
 
 
-def read(
-  path: pathlib.Path, limit: int | None = None
-) -> tuple[list[Question], str]:
+def read(path: pathlib.Path) -> tuple[list[Question], str]:
   """The questions of a file, and the SHA-256 of its content.
 
   Args:
     path: of JSON lines, or of a `.gz` of them.
-    limit: the first questions only.
 
   Raises:
     UserError: the file can't be read, or a line has no question.
@@ -90,7 +87,7 @@ def read(
       f'{str(path)!r} has questions with several choices and with one: split '
       'it, as they are measured differently.'
     )
-  return questions[:limit], hashlib.sha256(content).hexdigest()
+  return questions, hashlib.sha256(content).hexdigest()
 
 
 def _content(path: pathlib.Path) -> bytes:

@@ -23,6 +23,10 @@ from jaxsparse.evaluation.scorer import Score, Scorer
 from jaxsparse.inference.text import encode_prompt, read_file
 from jaxsparse.run import workdir
 
+# Tokens of a text that are read at once unless a flag says so: memory for
+# attention may grow with the square.
+_WINDOW = 2048
+
 
 @dataclasses.dataclass(frozen=True)
 class Encodings:
@@ -66,15 +70,15 @@ class QuestionTask:
   name: str
   questions: list[Question]
   sha256: str
-  limit: int | None = None
 
   @classmethod
   def read(cls, name: str, path: pathlib.Path, limit: int | None = None):
-    return cls(name, *questions.read(path, limit), limit)
+    found, sha256 = questions.read(path)
+    return cls(_limited(name, len(found), limit), found[:limit], sha256)
 
   @property
   def settings(self) -> dict:
-    return dict(requests_sha256=self.sha256, limit=self.limit)
+    return dict(requests_sha256=self.sha256, num_questions=len(self.questions))
 
   def encode(self, scorer: Scorer) -> Encodings:
     sequences, labels, num_cut = [], [], 0
@@ -154,7 +158,8 @@ class TextTask:
     for path, text in zip(paths, texts, strict=False):
       if not text:
         raise UserError(f'--text={path} is empty: leave it out.')
-    return cls(pattern, texts, window, stride)
+    name = _limited(pattern, len(paths), limit)
+    return cls(name, texts, window, stride)
 
   @property
   def settings(self) -> dict:
@@ -166,7 +171,7 @@ class TextTask:
     )
 
   def encode(self, scorer: Scorer) -> Encodings:
-    window = self.window or scorer.max_length
+    window = self.window or min(scorer.max_length, _WINDOW)
     require(
       1 <= window <= scorer.max_length,
       f'--window must be within 1 and the {scorer.max_length} tokens that the '
@@ -198,3 +203,9 @@ class TextTask:
       sizes[last[number]] += len(text.encode()) - spelled[number]
     num_words = sum(len(re.split(r'\s+', text)) for text in self.texts)
     return metrics.of_texts([s.logprob for s in scores], sizes, num_words)
+
+
+def _limited(name: str, count: int, limit: int | None) -> str:
+  """A name of its own for a part: what is left of the whole stays."""
+  is_whole = limit is None or limit >= count
+  return name if is_whole else f'{name} (first {limit})'

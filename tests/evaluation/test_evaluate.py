@@ -76,7 +76,7 @@ def test_tasks_and_texts(folder, capsys, monkeypatch):
   assert metrics['acc']['value'] in (0, 1 / 3, 2 / 3, 1)
   assert found['num_items'] == 3
   assert found['num_cut'] == 1
-  assert found['settings']['limit'] is None
+  assert found['settings']['num_questions'] == 3
   assert 'animals: 1 of 3 lost the beginning of a context' in out
   rows = items(folder, 'animals')
   assert rows[0] == found['settings']
@@ -151,23 +151,27 @@ def test_an_evaluation_that_is_stopped_goes_on(folder, capsys, monkeypatch):
   assert len(asked) == 2
 
 
-@pytest.mark.parametrize('change', ['file', 'limit', 'length', 'tokenizer'])
-def test_scores_of_other_settings_are_not_taken(folder, capsys, change):
-  evaluate(folder, capsys, ALL[0])
-  flags = [ALL[0]]
-  if change == 'file':
-    rows = [*QUESTIONS[1:], QUESTIONS[0]]
-    (folder / 'animals.jsonl').write_text('\n'.join(map(json.dumps, rows)))
-  elif change == 'limit':
-    flags.append('--limit=2')
-  elif change == 'length':
-    flags.append('--max-len=15')
-  else:
-    (folder / 'one' / 'tokenizer_config.json').write_text('{}')
-  code, out, _ = evaluate(folder, capsys, *flags)
-  assert code == 0
-  assert 'are taken from' not in out
-  assert len(items(folder, 'animals')) == (9 if change == 'limit' else 15)
+def test_scores_of_other_settings_are_not_taken(folder, capsys):
+  def is_new(*more):
+    code, out, _ = evaluate(folder, capsys, ALL[0], *more)
+    assert code == 0
+    assert len(items(folder, 'animals')) == 15
+    return 'are taken from' not in out
+
+  assert [is_new(), is_new()] == [True, False]
+  rows = [*QUESTIONS[1:], QUESTIONS[0]]
+  (folder / 'animals.jsonl').write_text('\n'.join(map(json.dumps, rows)))
+  assert [is_new(), is_new('--max-len=15')] == [True, True]
+  (folder / 'one' / 'tokenizer_config.json').write_text('{}')
+  assert is_new('--max-len=15')
+
+
+def test_a_part_has_a_file_of_its_own(folder, capsys):
+  evaluate(folder, capsys, ALL[0], '--limit=3')
+  _, out, _ = evaluate(folder, capsys, ALL[0], '--limit=2')
+  assert 'animals (first 2)' in out
+  assert len(items(folder, 'animals')) == 15
+  assert len(items(folder, 'animals_first_2')) == 9
 
 
 def test_differences_of_two_runs(folder, capsys):
@@ -202,7 +206,8 @@ def test_where_the_workdir_is_not_to_be_written(folder, capsys):
   assert code == 0
   assert not (folder / 'one' / 'evaluations').exists()
   assert {p.name for p in (folder / 'out').iterdir()} == {
-    '3.animals.json', '3.animals.items.jsonl', 'evaluations.png'
+    '3.animals_first_1.json', '3.animals_first_1.items.jsonl',
+    'evaluations.png',
   }  # fmt: skip
 
 
