@@ -42,6 +42,7 @@ ROOMS = dict(
   inference='decoding, sampling',
   interop='models in and out',
   serving='models over HTTP',
+  evaluation='tasks, scores, differences',
   experiments='compare, bench',
   cli='the commands',
 )

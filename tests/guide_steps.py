@@ -31,7 +31,7 @@ def take(guide: str, folder: pathlib.Path) -> set[str]:
   for language, name, text in steps(guide):
     file = folder / name
     touched.add(name)
-    if language == 'python':
+    if language != 'diff':
       assert not file.exists(), f'{name} is there already.'
       file.write_text(text)
       continue

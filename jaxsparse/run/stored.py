@@ -49,6 +49,21 @@ def steps_in(workdir: epath.PathLike) -> list[int]:
   return sorted(found.step for found in names.find_all(folder))
 
 
+def digest(workdir: epath.PathLike, step: int) -> str:
+  """SHA-256 of what a checkpoint says of its arrays and of its run.
+
+  Raises:
+    UserError: the checkpoint can't be read.
+  """
+  path = folder_of(workdir) / str(step)
+  try:
+    return fingerprints.digest(ocp.metadata(path, PARAMS).custom_metadata)
+  except Exception as error:  # Orbax has no type for 'damaged'.
+    raise UserError(
+      f"the checkpoint {str(path)!r} can't be read ({first_line(error)})."
+    ) from error
+
+
 def read(
   folder: epath.Path,
   step: int,

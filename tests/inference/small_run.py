@@ -28,10 +28,11 @@ def draw_params(model, deviation=0.05):
   return jax.tree.map_with_path(draw, jax.eval_shape(init))
 
 
-def save_untrained(folder, model, deviation=0.05):
+def save_untrained(folder, model, deviation=0.05, seq_len=16):
   """Writes config, tokenizer and a checkpoint of step 3; returns the folder."""
   whole = config.Config(
-    model=model, data=config.DataConfig(seq_len=16, cache_dir=str(folder))
+    model=model,
+    data=config.DataConfig(seq_len=seq_len, cache_dir=str(folder)),
   )
   (folder / 'config.json').write_text(saved_config.to_json(whole))
   ByteTokenizer().save(folder)
