@@ -11,6 +11,7 @@ from etils import epath
 from jaxsparse import config as config_lib
 from jaxsparse.analysis import cost
 from jaxsparse.config import Config
+from jaxsparse.data import tokenizer_roles
 from jaxsparse.inference import trained_model
 from jaxsparse.interop import our_leaves, upcycling
 from jaxsparse.run import new_workdir, overrides, run_config, trained
@@ -89,7 +90,7 @@ def extended(old: Config, preset: str, argv: list[str]) -> Config:
 
 
 def _copy_tokenizer(source: str, target: str) -> None:
-  for name in workdir_lib.TOKENIZERS:
+  for name in (*workdir_lib.TOKENIZERS, *tokenizer_roles.FILES):
     path = epath.Path(source) / name
     if path.exists():
       (epath.Path(target) / name).write_bytes(path.read_bytes())
