@@ -89,9 +89,15 @@ def _tokenizer(workdir: str) -> tokenizer_lib.Tokenizer | None:
 
 def _special_ids(tokenizer: tokenizer_lib.Tokenizer | None) -> dict[str, Any]:
   """What a config.json says of them; other defaults than null are wrong."""
-  end = tokenizer and tokenizer.boundary_id
-  begin = tokenizer and getattr(tokenizer, 'begin_id', end)
-  return dict(bos_token_id=begin, eos_token_id=end, pad_token_id=None)
+  if tokenizer is None:
+    return dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+  # One number where one is all, as everybody reads that.
+  ends = sorted({tokenizer.boundary_id, *tokenizer.stop_ids})
+  return dict(
+    bos_token_id=tokenizer.begin_id,
+    eos_token_id=ends if len(ends) > 1 else ends[0],
+    pad_token_id=None,
+  )
 
 
 def _summary(form: exporting.Form, step: int, folder: str) -> str:

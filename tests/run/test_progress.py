@@ -7,6 +7,8 @@ import pty
 import subprocess
 import sys
 
+from jaxsparse.run.progress import Reporter
+
 ROOT = pathlib.Path(__file__).parents[2]
 
 PROGRAM = """
@@ -52,3 +54,10 @@ def test_a_terminal():
   assert 'Compiling ...' in before
   assert 'loss 1.0000' in after
   assert 'Compiling ...' not in after[after.index('validation') :]
+
+
+def test_lines_name_their_unit(capsys):
+  reporter = Reporter()
+  with reporter.steps(0, 9, 'parameters imported', False, 'parameters'):
+    reporter.show(4, 9, {}, is_logged=True)
+  assert capsys.readouterr().out == 'parameters 4/9\n'
