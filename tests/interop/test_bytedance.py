@@ -11,6 +11,7 @@ import pytest
 from loading import loaded
 from safetensors.numpy import save_file
 
+from jaxsparse.analysis import cost
 from jaxsparse.cli.convert_from_hf import open_path
 from jaxsparse.config.errors import UserError
 from jaxsparse.nn.memory.layer import MemoryLayer
@@ -166,6 +167,8 @@ def test_memory_layers_are_the_official_ones(
   tensors = dense(num_layers) | memory_tensors(arrays, layers)
   folder = write(tmp_path / 'a', fields, tensors)
   module, params, _ = loaded(open_path(folder))
+  counted = cost.count_parameters(module.config)
+  assert counted.total == sum(x.size for x in jax.tree.leaves(params))
   memory = module.config.memory
   own = params[f'block_{block:02}']['memory']
 
