@@ -141,6 +141,11 @@ def test_types_in_tuples(cls, values, message):
     (ModelConfig, dict(vocab_size=99999999999), 'vocab_size must be at most'),
     (MemoryConfig, dict(num_keys=50_000), 'num_keys must be at most 46,340'),
     (MemoryConfig, dict(expansion=10**6), 'at most 65,536'),
+    (
+      MemoryConfig,
+      dict(num_keys=2049, expansion=4, stored_addresses=True),
+      'num_logical_keys must be at most 4,096, got 4098',
+    ),
   ],
 )
 def test_sizes(cls, values, message):

@@ -1,19 +1,22 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What an import has left in a workdir, as a stranger's program loads it."""
+"""What an import gives, as a function of tokens."""
 
 import functools
 
 import jax
+import numpy as np
+from imported import read
 
-import jaxsparse
+from jaxsparse.nn.transformer import Transformer
 
 
-def loaded(workdir):
-  """The imported model's parameters, and its logits as a function."""
-  module, params = jaxsparse.load(workdir)
-  return params, functools.partial(_logits, module)
+def loaded(opened):
+  """The model, its parameters on no mesh, and its logits as a function."""
+  params = jax.tree.map(np.asarray, read(opened))
+  model = Transformer(opened.config)
+  return model, params, functools.partial(_logits, model)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _logits(module, params, tokens):
-  return module.apply({'params': params}, tokens)
+def _logits(model, params, tokens):
+  return model.apply({'params': params}, tokens)[0]

@@ -11,10 +11,9 @@ import pytest
 from loading import loaded
 from safetensors.numpy import save_file
 
-import jaxsparse
+from jaxsparse.analysis import cost
 from jaxsparse.cli.convert_from_hf import open_path
 from jaxsparse.config.errors import UserError
-from jaxsparse.interop import importing
 from jaxsparse.nn.memory.layer import MemoryLayer
 
 FIXTURES = pathlib.Path(__file__).parents[1] / 'fixtures'
@@ -143,8 +142,7 @@ def oracle(tensors, tokens):
 def test_a_dense_model_is_its_own_function(tmp_path):
   tensors = dense()
   folder = write(tmp_path / 'a', {}, tensors)
-  importing.import_model(open_path(folder), tmp_path / 'w')
-  params, apply = loaded(tmp_path / 'w')
+  _, params, apply = loaded(open_path(folder))
   tokens = np.random.default_rng(1).integers(0, V, (1, 9)).astype(np.int32)
   found, wanted = apply(params, tokens)[0], oracle(tensors, tokens[0])
   scale = np.abs(wanted).max()
@@ -168,8 +166,9 @@ def test_memory_layers_are_the_official_ones(
   layers = range(4) if fields is V2 else (0,)
   tensors = dense(num_layers) | memory_tensors(arrays, layers)
   folder = write(tmp_path / 'a', fields, tensors)
-  importing.import_model(open_path(folder), tmp_path / 'w')
-  module, params = jaxsparse.load(tmp_path / 'w')
+  module, params, _ = loaded(open_path(folder))
+  counted = cost.count_parameters(module.config)
+  assert counted.total == sum(x.size for x in jax.tree.leaves(params))
   memory = module.config.memory
   own = params[f'block_{block:02}']['memory']
 
@@ -202,16 +201,14 @@ def test_it_can_be_trained_on(tmp_path):
   """The order of addresses is among the parameters, and has no gradient."""
   arrays = official('ultramem_v1.npz', 'v1_H2_E4')
   tensors = dense() | memory_tensors(arrays, (0,))
-  importing.import_model(
-    open_path(write(tmp_path / 'a', V1, tensors)), tmp_path / 'w'
-  )
-  module, params = jaxsparse.load(tmp_path / 'w')
+  folder = write(tmp_path / 'a', V1, tensors)
+  module, params, _ = loaded(open_path(folder))
   tokens = jnp.arange(8)[None]
 
   @jax.jit
   @jax.grad
   def gradient(params):
-    return (module.apply({'params': params}, tokens) ** 2).mean()
+    return (module.apply({'params': params}, tokens)[0] ** 2).mean()
 
   memory = gradient(params)['block_00']['memory']
   assert not np.any(memory['addresses'])

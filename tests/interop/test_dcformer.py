@@ -10,7 +10,7 @@ from loading import loaded
 from safetensors.numpy import save_file
 
 from jaxsparse.config.errors import UserError
-from jaxsparse.interop import hugging_face, importing
+from jaxsparse.interop import hugging_face
 from jaxsparse.interop.config_json import read
 
 D, N, H, F, V, L, T = 32, 4, 8, 40, 50, 2, 9
@@ -84,11 +84,6 @@ def write(folder, config, weights):
 
 def opened(folder):
   return hugging_face.open_folder(folder, read(folder))
-
-
-def imported(folder, workdir):
-  importing.import_model(opened(folder), workdir)
-  return loaded(workdir)
 
 
 # The model of arXiv:2405.08553 for one sequence, in float64.
@@ -187,7 +182,7 @@ def test_logits_are_those_of_the_paper(tmp_path, config):
   weights = weights_of(config)
   folder = write(tmp_path / 'a', config, weights)
   assert opened(folder).length == 64
-  params, apply = imported(folder, tmp_path / 'w')
+  _, params, apply = loaded(opened(folder))
   wanted = oracle(weights, config, TOKENS[0])
   assert_equal(apply(params, TOKENS)[0], wanted)
   # Neither windows nor composed heads are without effect.
@@ -226,9 +221,8 @@ def test_a_static_map_is_a_base(tmp_path):
   for name in weights:
     if name.endswith('_proj.w'):
       weights[name] = np.full((1, N, N), 0.3, np.float32)
-  params, apply = imported(
-    write(tmp_path / 'a', CONFIG, weights), tmp_path / 'w'
-  )
+  folder = write(tmp_path / 'a', CONFIG, weights)
+  _, params, apply = loaded(opened(folder))
   wanted = oracle(weights, CONFIG, TOKENS[0], static=0.3)
   assert_equal(apply(params, TOKENS)[0], wanted)
 
