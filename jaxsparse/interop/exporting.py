@@ -145,7 +145,11 @@ def write(
     folder.mkdir(parents=True, exist_ok=True)
     for file, names in files.items():
       content = {name: tensors.make(name) for name in names}
+      # The library's own files are for their owner alone.
+      (folder / file).touch()
+      mode = (folder / file).stat().st_mode
       save_file(content, folder / file, _METADATA)
+      (folder / file).chmod(mode)
       done += sum(tensor.size for tensor in content.values())
       reporter.show(done, total, {}, is_logged=len(files) > 1)
     if len(files) > 1:

@@ -217,6 +217,8 @@ def test_the_command_brings_all_of_it_out(written, capsys):
   assert 'step 0' in capsys.readouterr().out
   for name in ('model.safetensors', 'tokenizer.json', 'tokenizer_config.json'):
     assert (out / name).exists()
+  modes = {path.stat().st_mode for path in out.iterdir()}
+  assert len(modes) == 1, 'files are for the same readers'
   one, other = (written / n / 'model.safetensors' for n in ('in', 'out'))
   assert one.read_bytes() == other.read_bytes()
   config = json.loads((out / 'config.json').read_text())
