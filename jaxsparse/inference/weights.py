@@ -14,6 +14,7 @@ from etils import epath
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
+from jaxsparse.nn.parameter import is_quantized
 from jaxsparse.nn.transformer import Transformer
 from jaxsparse.run import checkpoint
 
@@ -82,11 +83,15 @@ def cast(config: ModelConfig, params: dict) -> dict:
   Those that are cast take the place of the given ones, which are gone.
   """
   dtype = jnp.dtype(config.dtype)
-  leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+  leaves, structure = jax.tree_util.tree_flatten_with_path(
+    params, is_leaf=is_quantized
+  )
   chosen = [
     i
     for i, (path, x) in enumerate(leaves)
-    if x.dtype != dtype and _is_cast([p.key for p in path])
+    if not is_quantized(x)
+    and x.dtype != dtype
+    and _is_cast([p.key for p in path])
   ]
   values = [x for _, x in leaves]
   cast_all = jax.jit(lambda xs: [x.astype(dtype) for x in xs], donate_argnums=0)

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
+from jaxsparse import mesh
 from jaxsparse.ops.tables import row_format
 
 
@@ -54,6 +55,21 @@ class QuantizedTable:
     return self.stored.shape[1] // bytes_of(self.part_width, self.kind)
 
   @property
+  def units(self) -> tuple[int, int]:
+    """The shape in what can't be cut: rows, and parts of them."""
+    return len(self), self.num_own_parts
+
+  @property
+  def entries(self) -> tuple[tuple[str, ...], ...]:
+    """As `mesh.entries` has those of an array."""
+    return mesh.entries(self.stored)
+
+  def specs(self, spec: jax.P) -> 'QuantizedTable':
+    """How the arrays lie where the table lies as `spec` says."""
+    scale = None if self.scale is None else spec
+    return dataclasses.replace(self, stored=spec, scale=scale)
+
+  @property
   def dtype(self) -> np.dtype:
     """Of the numbers."""
     return np.dtype(np.float32)
@@ -78,7 +94,7 @@ class QuantizedTable:
     return values.reshape(*values.shape[:-3], self.shape[1])
 
   def read_codes(self, rows: Callable) -> tuple[jax.Array, jax.Array]:
-    """What `row_format.codes_and_scales` makes of rows read by `rows(array)`."""
+    """`row_format.codes_and_scales` of rows read by `rows(array)`."""
     scale = None if self.scale is None else rows(self.scale)
     width, parts = self.shape[1], self.num_own_parts
     stored = rows(self.stored)
