@@ -5,6 +5,7 @@ Training keeps float32 and casts at every step; what is only ever used in the
 type of the activations is cast once here, to the same numbers.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,9 +15,10 @@ from etils import epath
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
+from jaxsparse.inference import quantized_leaves
+from jaxsparse.inference.quantize import Quantization, quantize
 from jaxsparse.nn.parameter import is_quantized
 from jaxsparse.nn.transformer import Transformer
-from jaxsparse.run import checkpoint
 
 # What a module casts to the type of its input before it is used, by the name of
 # the module. Norms, routers and scores of keys are of float32, and tables of
@@ -41,6 +43,7 @@ def load(
   step: int | None = None,
   devices: jax.sharding.Mesh | None = None,
   say: Callable[[str], None] | None = None,
+  how: Quantization | None = None,
 ) -> tuple[int, dict]:
   """The parameters of a checkpoint, to be used by `config` as it is.
 
@@ -53,6 +56,7 @@ def load(
     devices: the mesh to spread them over, see `mesh.make_mesh`; None for the
       default device.
     say: gets a sentence about each checkpoint that could not be read.
+    how: to quantize it; None leaves it as it is stored.
 
   Returns:
     The step and the parameters.
@@ -64,10 +68,10 @@ def load(
   abstract = None
   if devices is not None:
     abstract = mesh.abstract(lambda: _init(config), mesh=devices)
-  step, params = checkpoint.load_params(workdir, step, say, abstract)
-  if devices is None:
-    return step, cast(config, params)
-  with jax.set_mesh(devices):
+  step, params = quantized_leaves.load_params(workdir, step, say, abstract)
+  with jax.set_mesh(devices) if devices else contextlib.nullcontext():
+    if how:
+      params = quantize(config, params, how)
     return step, cast(config, params)
 
 

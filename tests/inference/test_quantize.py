@@ -84,31 +84,40 @@ def test_slots_decode_as_with_the_numbers(name, how):
   assert np.abs(numbers - run(params_of(name))).max() > 1e-4
 
 
-@pytest.mark.parametrize(
-  ('name', 'batch_size'),
-  few(
-    [('v2', 8), ('few_experts', 1)],
-    [(name, n) for name in MODELS for n in (8, 1)],
-  ),
-)
-def test_on_a_mesh_too(name, batch_size):
-  """Also one sequence, which the mesh can't split."""
-  config, inputs = MODELS[name], tokens(batch_size)
+def logits_of(config, inputs, *axes):
+  return jax.jit(
+    lambda p: Transformer(config, *axes).apply({'params': p}, inputs)[0]
+  )
+
+
+@pytest.mark.parametrize('name', few(['v2'], MODELS))
+def test_on_a_mesh_too(name):
+  config, inputs = MODELS[name], tokens(8)
   how = Quantization(weights='int4', tables='int8')
-
-  def logits(params):
-    return Transformer(config).apply({'params': params}, inputs)[0]
-
   params, one = params_of(name), np.ones((8, 2), np.int32)
   with jax.set_mesh(mesh_lib.make_mesh(2, 2, 2)):
     params = place({'params': params}, Transformer(config).init, one, one, one)[
       'params'
     ]
     split = quantize(config, params, how)
-    found = jax.jit(logits)(split)
+    found = logits_of(config, inputs)(split)
     whole = dequantized(split)
   whole = jax.device_put(jax.device_get(whole))
-  close(found, jax.jit(logits)(whole))
+  close(found, logits_of(config, inputs)(whole))
+
+
+@pytest.mark.parametrize('name', few(['few_experts'], MODELS))
+def test_on_the_mesh_of_a_guest_too(name):
+  """Whose columns cut no row between its parts, and no group of a matrix."""
+  config, inputs = MODELS[name], tokens(4)
+  how = Quantization(weights='int4', tables='int4')
+  params = quantize(config, params_of(name), how)
+  expected = logits_of(config, inputs)(dequantized(params))
+  axes = mesh_lib.Axes(batch=('host',), columns=('chip',))
+  with jax.set_mesh(jax.make_mesh((4, 2), ('host', 'chip'))):
+    placed = jax.device_put((params, inputs), jax.P())
+    found = logits_of(config, placed[1], axes)(placed[0])
+  close(found, expected)
 
 
 def leaves(params):

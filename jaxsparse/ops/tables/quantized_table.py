@@ -112,6 +112,14 @@ class QuantizedTable:
     stored, scale = _scales_apart(self.stored, *args)
     return dataclasses.replace(self, stored=stored, scale=scale)
 
+  def with_scales_inside(self) -> 'QuantizedTable':
+    """The same for a file, see `row_format`."""
+    if self.scale is None:
+      return self
+    args = self.kind, self.width, self.parts
+    stored = _scales_inside(self.stored, self.scale, *args)
+    return dataclasses.replace(self, stored=stored, scale=None)
+
   def in_parts(self, parts: int) -> 'QuantizedTable':
     """The same numbers, each part cut into several with the same scale."""
     if parts == self.parts:
@@ -141,6 +149,13 @@ def _dequantized(table):
 
 _scales_apart = jax.jit(row_format.scales_apart, static_argnums=(1, 2, 3))
 _encode = jax.jit(row_format.encode_rows, static_argnums=(1, 2, 3))
+
+
+@jax.jit(static_argnums=(2, 3, 4))
+def _scales_inside(stored, scale, kind, width, parts):
+  codes, scale = row_format.codes_and_scales(stored, kind, width, parts, scale)
+  codes = codes.reshape(len(stored), parts, -1)
+  return row_format.joined(codes, scale, kind)
 
 
 @jax.jit(static_argnums=(1, 2, 3, 4))

@@ -144,6 +144,8 @@ def test_scales_apart_make_the_same_numbers(kind):
   assert apart.scale.shape == (M, 3)
   assert apart.shape == table.shape
   np.testing.assert_array_equal(apart.dequantized(), table.dequantized())
+  inside = apart.with_scales_inside()
+  np.testing.assert_array_equal(inside.stored, table.stored)
   bag = jax.jit(value_bag)
   equal(bag(apart, SLOT, WEIGHT), bag(table, SLOT, WEIGHT))
 
