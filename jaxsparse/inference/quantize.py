@@ -44,6 +44,12 @@ _TABLES = ('value_table', 'pre_value_table')
 
 _GROUPS = (32, 64)
 
+# Of the flag --quantize, wherever there is one.
+QUANTIZE_HELP = (
+  'quantize at load, such as weights=int8,tables=int4; group=64 and '
+  'clip_search=true besides'
+)
+
 # What a part of the model is called, by the name of a module.
 _PARTS = dict(
   embed='embedding and output',
