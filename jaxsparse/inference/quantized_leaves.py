@@ -153,6 +153,12 @@ def _in_parts(table: QuantizedTable, where: Any) -> QuantizedTable:
   pieces = _pieces(where.spec, 1, where.mesh.shape)
   if table.parts % pieces == 0:
     return table
-  cut = table.in_parts(math.lcm(table.parts, pieces))
-  stored = jax.device_put(cut.stored, where)
-  return dataclasses.replace(cut, stored=stored)
+  parts, rows = math.lcm(table.parts, pieces), jax.P(*where.spec[:1])
+  # By each device its rows.
+  cut = jax.shard_map(
+    lambda table: table.in_parts(parts),
+    mesh=where.mesh,
+    in_specs=(rows,),
+    out_specs=rows,
+  )(table)
+  return jax.device_put(cut, where)
