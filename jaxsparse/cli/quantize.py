@@ -5,11 +5,14 @@ import argparse
 import dataclasses
 from typing import Any
 
+import numpy as np
+
 from jaxsparse.config import Config
 from jaxsparse.config.errors import require
 from jaxsparse.data.tokenizer import load_from_workdir
 from jaxsparse.inference import quantized_leaves
-from jaxsparse.inference.bits_per_byte import bits_per_byte
+from jaxsparse.inference.bits_per_byte import bits_per_byte, windows
+from jaxsparse.inference.calibration import quantize_by_text
 from jaxsparse.inference.quantize import (
   Quantization,
   bytes_by_part,
@@ -21,6 +24,9 @@ from jaxsparse.interop import tokenizers_in
 from jaxsparse.run import new_workdir, run_config, trained
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.command_line import Parser
+
+# Of a calibration's text: more change little.
+_MOST_SEQUENCES = 128
 
 
 def parse_arguments(argv: list[str]) -> argparse.Namespace:
@@ -47,6 +53,8 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     action='store_true',
     help='cut int4 rows of tables off where their error is less for it',
   )
+  add('--calibrate', default='', help='a file: round int4 matrices by what '
+      'its text feeds them')  # fmt: skip
   add('--text', default='', help='a file: say the bits per byte of it, before '
       'and after')  # fmt: skip
   add(
@@ -55,7 +63,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     help='checkpoint to read, or "best"; %(default)s: the newest',
   )
   arguments = parser.parse_args(argv)
-  for name in ('workdir', 'out', 'text'):
+  for name in ('workdir', 'out', 'text', 'calibrate'):
     path = getattr(arguments, name)
     setattr(arguments, name, workdir_lib.expanded(path))
   return arguments
@@ -73,10 +81,14 @@ def main(argv: list[str]) -> None:
   text = read_file('--text=', arguments.text) if arguments.text else ''
   config = run_config.read(arguments.workdir)
   config = _with_vocabulary(config, arguments.workdir)
+  rows = _calibration(arguments, config, how)
   step = trained.step_of(arguments.workdir, arguments.step)
   new_workdir.require_new(arguments.out)
   step, params = quantized_leaves.load_params(arguments.workdir, step)
-  done = quantize(config.model, params, how)
+  if arguments.calibrate:
+    done = quantize_by_text(config.model, params, how, rows)
+  else:
+    done = quantize(config.model, params, how)
   plain, kinds = quantized_leaves.plain(done)
   tokenizers_in.write_tokenizer(arguments.workdir, arguments.out)
   origin = dict(
@@ -102,6 +114,20 @@ def _how(arguments: argparse.Namespace) -> Quantization:
     bool(how), 'give --weights=, --tables= or both: else nothing is quantized.'
   )
   return how
+
+
+def _calibration(arguments, config, how) -> np.ndarray | None:
+  """Sequences of the calibration's text."""
+  if not arguments.calibrate:
+    return None
+  require(
+    how.weights == 'int4',
+    f'--calibrate is for --weights=int4, got {how.weights or "none"}.',
+  )
+  text = read_file('--calibrate=', arguments.calibrate)
+  tokenizer = load_from_workdir(arguments.workdir)
+  rows = windows(tokenizer, text, config.data.seq_len, '--calibrate')
+  return rows[:_MOST_SEQUENCES, :-1]
 
 
 def _with_vocabulary(config: Config, workdir: str) -> Config:

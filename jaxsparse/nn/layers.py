@@ -16,7 +16,7 @@ from jaxsparse import mesh
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.leading import Leading, require_floats
 from jaxsparse.nn.parameter import gathered, parameter
-from jaxsparse.ops.token_product import token_product
+from jaxsparse.ops.token_product import named, token_product
 
 Metrics = dict[str, jax.typing.ArrayLike]
 # Those that training adds to the loss, each the sum over all layers.
@@ -38,7 +38,8 @@ def weight(
   """
 
   init = mesh.sharded(nn.initializers.normal(variance**0.5), mesh.param(dims))
-  return gathered(parameter(module, name, init, shape), dims, dtype)
+  matrix = gathered(parameter(module, name, init, shape), dims, dtype)
+  return named(matrix, '/'.join((*module.path, name)))
 
 
 def init_variances(
