@@ -70,7 +70,7 @@ def in_slots(config):
 @pytest.mark.parametrize(
   ('name', 'how'),
   few(
-    [('v2', FOUR_BITS), ('moe', MIXED), ('dcmha', EIGHT_BITS)],
+    [('v2', FOUR_BITS), ('few_experts', MIXED)],
     [(name, how) for name in MODELS for how in (FOUR_BITS, MIXED, EIGHT_BITS)],
   ),
 )
