@@ -20,6 +20,7 @@ COMMANDS = {
     'cli.convert',
     'bring in a published checkpoint, or bring a model out',
   ),
+  'quantize': ('cli.quantize', 'store a trained model in 8 or 4 bits'),
   'report': ('cli.report', 'draw what a run left'),
   'cost': ('cli.cost', 'say parameters, FLOPs and bytes of a recipe'),
   'compare': (

@@ -13,6 +13,7 @@ from jaxsparse.analysis import cost
 from jaxsparse.config import Config
 from jaxsparse.data import tokenizer_roles
 from jaxsparse.inference import trained_model
+from jaxsparse.inference.quantize import dequantized
 from jaxsparse.interop import our_leaves, upcycling
 from jaxsparse.run import new_workdir, overrides, run_config, trained
 from jaxsparse.run import workdir as workdir_lib
@@ -59,6 +60,7 @@ def main(argv: list[str]) -> None:
   new_workdir.require_new(arguments.out)
   with jax.set_mesh(our_leaves.mesh_for(old.model)):
     _, params = trained_model.load(arguments.workdir, step)
+    params = dequantized(params)
     field = upcycling.field_of(arguments.preset)
     params = upcycling.extend(old.model, new.model, field, params)
     _copy_tokenizer(arguments.workdir, arguments.out)

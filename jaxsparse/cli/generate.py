@@ -23,6 +23,7 @@ from jaxsparse.inference.long_input import (
   can_forget,
   with_bounded_history,
 )
+from jaxsparse.inference.quantize import QUANTIZE_HELP, parse
 from jaxsparse.inference.sampling import Sampling
 from jaxsparse.inference.text import (
   Completion,
@@ -109,6 +110,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     help='checkpoint to read, or "best": the one of the lowest validation '
     'loss; %(default)s: the newest',
   )
+  add('--quantize', default='', help=QUANTIZE_HELP)
   arguments = parser.parse_args(argv)
   arguments.workdir = workdir.expanded(arguments.workdir)
   arguments.prompt_file = workdir.expanded(arguments.prompt_file)
@@ -162,6 +164,7 @@ def to_requests(arguments: argparse.Namespace) -> list[Request]:
 def main(argv: list[str]) -> None:
   arguments = parse_arguments(argv)
   requests = to_requests(arguments)
+  quantization = parse(arguments.quantize)
   config = run_config.read(arguments.workdir, _say)
   # Not where its config says: the workdir may come from anybody.
   compiled_programs.keep(say=_say)
@@ -171,7 +174,7 @@ def main(argv: list[str]) -> None:
   model = _with_history(config, arguments, num_prompt)
   if not model.vocab_size:
     model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
-  step, params = weights.load(arguments.workdir, model, step)
+  step, params = weights.load(arguments.workdir, model, step, how=quantization)
   # Refuses what memory has no room for before a prompt is written.
   programs = batch.prepare(
     model, params, tokenizer, requests, config.data.seq_len

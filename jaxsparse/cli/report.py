@@ -20,10 +20,10 @@ from jaxsparse.analysis import attention_pictures, run_pictures
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError, require_utf8
 from jaxsparse.data import tokenizer as tokenizer_lib
-from jaxsparse.inference import attention_maps
+from jaxsparse.inference import attention_maps, quantized_leaves
 from jaxsparse.inference.text import encode_prompt, read_file
 from jaxsparse.nn import block
-from jaxsparse.run import checkpoint, metrics, run_config
+from jaxsparse.run import metrics, run_config
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.command_line import Parser
 from jaxsparse.training import inputs
@@ -117,7 +117,7 @@ def draw_attention(
       f'--attention must be a text of 1 to {_MOST_TOKENS - 1} tokens, got '
       f'{len(tokens) - 1}.'
     )
-  _, params = checkpoint.load_params(workdir, None)
+  _, params = quantized_leaves.load_params(workdir)
   model = inputs.with_vocabulary(config, tokenizer.vocab_size).model
   maps = attention_maps.extract_maps(model, params, tokens)
   texts = [_text(tokenizer, token) for token in tokens.tolist()]

@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from etils import epath
 
 from jaxsparse import mesh
+from jaxsparse.inference import quantized_leaves
 from jaxsparse.nn.language_model import LanguageModel
-from jaxsparse.run import checkpoint, run_config
+from jaxsparse.run import run_config
 
 _EXPLICIT = jax.sharding.AxisType.Explicit
 
@@ -41,7 +42,9 @@ def load(
   """
   config = run_config.read(workdir)
   module = LanguageModel(config.model, axes)
-  _, params = checkpoint.load_params(workdir, step, abstract=_abstract(module))
+  _, params = quantized_leaves.load_params(
+    workdir, step, abstract=_abstract(module)
+  )
   return module, params
 
 

@@ -5,6 +5,7 @@ Training keeps float32 and casts at every step; what is only ever used in the
 type of the activations is cast once here, to the same numbers.
 """
 
+import contextlib
 from collections.abc import Callable
 from typing import Any
 
@@ -14,8 +15,10 @@ from etils import epath
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
+from jaxsparse.inference import quantized_leaves
+from jaxsparse.inference.quantize import Quantization, quantize
+from jaxsparse.nn.parameter import is_quantized
 from jaxsparse.nn.transformer import Transformer
-from jaxsparse.run import checkpoint
 
 # What a module casts to the type of its input before it is used, by the name of
 # the module. Norms, routers and scores of keys are of float32, and tables of
@@ -40,6 +43,7 @@ def load(
   step: int | None = None,
   devices: jax.sharding.Mesh | None = None,
   say: Callable[[str], None] | None = None,
+  how: Quantization | None = None,
 ) -> tuple[int, dict]:
   """The parameters of a checkpoint, to be used by `config` as it is.
 
@@ -52,6 +56,7 @@ def load(
     devices: the mesh to spread them over, see `mesh.make_mesh`; None for the
       default device.
     say: gets a sentence about each checkpoint that could not be read.
+    how: to quantize it; None leaves it as it is stored.
 
   Returns:
     The step and the parameters.
@@ -63,10 +68,10 @@ def load(
   abstract = None
   if devices is not None:
     abstract = mesh.abstract(lambda: _init(config), mesh=devices)
-  step, params = checkpoint.load_params(workdir, step, say, abstract)
-  if devices is None:
-    return step, cast(config, params)
-  with jax.set_mesh(devices):
+  step, params = quantized_leaves.load_params(workdir, step, say, abstract)
+  with jax.set_mesh(devices) if devices else contextlib.nullcontext():
+    if how:
+      params = quantize(config, params, how)
     return step, cast(config, params)
 
 
@@ -82,11 +87,15 @@ def cast(config: ModelConfig, params: dict) -> dict:
   Those that are cast take the place of the given ones, which are gone.
   """
   dtype = jnp.dtype(config.dtype)
-  leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+  leaves, structure = jax.tree_util.tree_flatten_with_path(
+    params, is_leaf=is_quantized
+  )
   chosen = [
     i
     for i, (path, x) in enumerate(leaves)
-    if x.dtype != dtype and _is_cast([p.key for p in path])
+    if not is_quantized(x)
+    and x.dtype != dtype
+    and _is_cast([p.key for p in path])
   ]
   values = [x for _, x in leaves]
   cast_all = jax.jit(lambda xs: [x.astype(dtype) for x in xs], donate_argnums=0)

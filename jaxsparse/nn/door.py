@@ -30,6 +30,7 @@ from jaxsparse import mesh
 from jaxsparse.mesh import guest
 from jaxsparse.mesh.guest import Inside, Names
 from jaxsparse.mesh.layout import TableLayout
+from jaxsparse.nn.parameter import Parameter, is_quantized
 
 # Which dimensions of a parameter are rows (or experts) and columns.
 _TABLES = dict(value_table=(0, 1), pre_value_table=(0, 1))
@@ -319,9 +320,10 @@ def _split_of_tables(
   for layer in _layers(params):
     for name, x in layer.items():
       if dims := _dims(layer, name, kinds):
-        split = guest.entries(x)
+        split = x.entries if is_quantized(x) else guest.entries(x)
+        units = x.units if is_quantized(x) else x.shape
         seen = [split[d] for d in dims] if seen is None else seen
-        sizes = [math.gcd(sizes[i], x.shape[d]) for i, d in enumerate(dims)]
+        sizes = [math.gcd(sizes[i], units[d]) for i, d in enumerate(dims)]
   if seen is None:
     return (), ()
   found = guest.split(seen, {0: axes.rows, 1: axes.columns}, sizes)
@@ -331,11 +333,12 @@ def _split_of_tables(
 def _specs_of_parameters(params: Any, *, tables: tuple, experts: tuple) -> Any:
   """Sharding of each parameter behind the door."""
 
-  def spec(name: str, x: jax.Array) -> jax.P:
+  def spec(name: str, x: Parameter) -> Any:
     for kinds, split in ((_TABLES, tables), (_EXPERTS, experts)):
       if dims := _dims(params, name, kinds):
         of_dim = dict(zip(dims, split, strict=True))
-        return jax.P(*(of_dim.get(i) or None for i in range(x.ndim)))
+        found = jax.P(*(of_dim.get(i) or None for i in range(x.ndim)))
+        return x.specs(found) if is_quantized(x) else found
     return jax.P()
 
   return {

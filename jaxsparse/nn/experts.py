@@ -18,6 +18,7 @@ from jaxsparse.config.model import MoEConfig
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.layers import MLP, Metrics, weight
 from jaxsparse.nn.leading import Leading
+from jaxsparse.nn.parameter import gathered, parameter
 from jaxsparse.ops.experts import routing
 from jaxsparse.ops.experts.expert_mlp import sharded_expert_mlp
 from jaxsparse.ops.memory import usage
@@ -123,7 +124,8 @@ class MoE(nn.Module):
   def _matrices(self, model_dim):
     """Matrices of all experts, as they are stored: f32, or less for serving.
 
-    They are cast where they are used, so that only those in use are.
+    They are cast where they are used, so that only those in use are; quantized
+    ones are turned into f32 before, all of them.
     """
     num_experts, width = self.config.num_experts, self.config.expert_dim
 
@@ -131,7 +133,7 @@ class MoE(nn.Module):
       init = nn.initializers.normal(variance**0.5)
       init = mesh.sharded(init, mesh.param(dims))
       shape = mesh.part(dims, (num_experts, *shape))
-      return mesh.gather(self.param(name, init, shape), dims)
+      return gathered(parameter(self, name, init, shape), dims)
 
     variance = 1 / (2 * self.num_layers * width)
     matrices = dict(

@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Num
 from jaxsparse import mesh
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.leading import Leading, require_floats
-from jaxsparse.ops.token_product import token_product
+from jaxsparse.nn.parameter import gathered, parameter
+from jaxsparse.ops.token_product import named, token_product
 
 Metrics = dict[str, jax.typing.ArrayLike]
 # Those that training adds to the loss, each the sum over all layers.
@@ -33,11 +34,12 @@ def weight(
   """Declares a float32 normal parameter and returns it ready for a matmul.
 
   It is gathered over `data` before the cast: its gradient is summed over the
-  devices in float32.
+  devices in float32. A quantized one is turned into numbers of `dtype`.
   """
 
   init = mesh.sharded(nn.initializers.normal(variance**0.5), mesh.param(dims))
-  return mesh.gather(module.param(name, init, shape), dims).astype(dtype)
+  matrix = gathered(parameter(module, name, init, shape), dims, dtype)
+  return named(matrix, '/'.join((*module.path, name)))
 
 
 def init_variances(

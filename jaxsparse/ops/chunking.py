@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Int, PyTree, Shaped
 
 from jaxsparse.ops.shard_map_vma import match_vma
+from jaxsparse.ops.tables.quantized_table import QuantizedTable
 
 # Gathered rows of one chunk of tokens: for a TPU's fast memory, or for the
 # second-level cache of a CPU's core.
@@ -25,9 +26,15 @@ CHUNK_BYTES_CPU = 2**21
 _ENTRIES = 8
 
 
-def accumulator(*arrays: jax.Array):
+def accumulator(*arrays: jax.Array | QuantizedTable):
   """The type in which sums are kept: f32, or f64 where any array is."""
-  return jnp.promote_types(jnp.result_type(*arrays), jnp.float32)
+  types = [x.dtype for x in arrays]
+  return jnp.promote_types(jnp.result_type(*types), jnp.float32)
+
+
+def row_nbytes(table: Shaped[Array, 'M W'] | QuantizedTable) -> int:
+  """Bytes of a row after it is read."""
+  return table.shape[1] * table.dtype.itemsize
 
 
 def read_in_place(table: Shaped[Array, 'M ...'], index: Int[Array, '...']):
@@ -48,7 +55,12 @@ def read_in_place(table: Shaped[Array, 'M ...'], index: Int[Array, '...']):
   )
 
 
-def rows(table: Shaped[Array, 'M ...'], slot: Int[Array, '...']):
+def rows(
+  table: Shaped[Array, 'M ...'] | QuantizedTable, slot: Int[Array, '...']
+):
+  """Rows of a table, those of a quantized one as numbers."""
+  if isinstance(table, QuantizedTable):
+    return table.read(lambda x: rows(x, slot))
   table, slot = read_in_place(table, slot)
   # Negative slots would be taken to count from the end, at a cost.
   return table.at[slot].get(

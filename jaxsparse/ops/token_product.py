@@ -8,11 +8,56 @@ would copy more for one dimension: a train step has half as much again in
 temporaries.
 """
 
+import contextlib
+import contextvars
+from collections.abc import Callable, Iterator
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsparse import mesh
+
+
+class _Observer:
+  """Gives what is multiplied with named matrices to a function."""
+
+  def __init__(self, on_product: Callable[[str, str, jax.Array], None]):
+    self._on_product = on_product
+    # By their ids, and themselves, that no other gets the id.
+    self._named: dict[int, tuple[str, jax.Array]] = {}
+
+  def name(self, matrix: jax.Array, name: str) -> None:
+    self._named[id(matrix)] = name, matrix
+
+  def see(self, letters: str, x: jax.Array, matrix: jax.Array) -> None:
+    if id(matrix) in self._named:
+      self._on_product(self._named[id(matrix)][0], letters, x)
+
+
+# Set around one trace, by whoever wants to know of its inputs.
+_OBSERVER: contextvars.ContextVar[_Observer | None] = contextvars.ContextVar(
+  'observer', default=None
+)
+
+
+@contextlib.contextmanager
+def observed(
+  on_product: Callable[[str, str, jax.Array], None],
+) -> Iterator[None]:
+  """Calls `on_product(name, letters, x)` for products with named matrices."""
+  token = _OBSERVER.set(_Observer(on_product))
+  try:
+    yield
+  finally:
+    _OBSERVER.reset(token)
+
+
+def named(matrix: jax.Array, name: str) -> jax.Array:
+  """The matrix, by that name for `observed`."""
+  if observer := _OBSERVER.get():
+    observer.name(matrix, name)
+  return matrix
 
 
 def token_product(
@@ -32,6 +77,8 @@ def token_product(
     out_sharding: of the result, where it is not as its sides have it.
     dtype: of the sums and the result, by default that of the sides.
   """
+  if observer := _OBSERVER.get():
+    observer.see(letters, x, matrix)
   left, right = letters.split(',')
   matrix_letters, out = right.split('->')
   # What is still to be added up can't be reshaped.

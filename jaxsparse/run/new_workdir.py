@@ -13,6 +13,7 @@ from jaxsparse.config import Config, saved_config
 from jaxsparse.config.errors import UserError
 from jaxsparse.run import checkpoint, hosts, provenance
 from jaxsparse.run import workdir as workdir_lib
+from jaxsparse.run.stored import QUANTIZED
 
 
 def require_new(workdir: epath.PathLike) -> None:
@@ -38,6 +39,7 @@ def write(
   config: Config,
   params: Any,
   origin: dict[str, Any],
+  quantized: dict[str, Any] | None = None,
 ) -> None:
   """Writes config.json and a checkpoint of step 0.
 
@@ -47,6 +49,7 @@ def write(
     params: float32 arrays on any mesh, as `config.model` has them.
     origin: where they are from, of what JSON can hold; the checkpoint's record
       keeps it.
+    quantized: what the leaves are that are no floats, if there are any.
 
   Raises:
     UserError: the workdir can't be written.
@@ -60,6 +63,8 @@ def write(
   # What has no tokenizer may get one later.
   recorded = provenance.record(config, workdir)
   record = {name: of for name, of in recorded.items() if of}
+  if quantized:
+    record[QUANTIZED] = quantized
   checkpoint.save_params(workdir, params, record | {ORIGIN: origin})
 
 

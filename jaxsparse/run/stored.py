@@ -24,6 +24,9 @@ from jaxsparse.run import workdir as workdir_lib
 # reads nothing else.
 PARAMS, OPTIMIZER = 'params', 'optimizer'
 
+# In the record of a checkpoint with quantized leaves: what each of them is.
+QUANTIZED = 'quantized'
+
 
 class DamageError(Exception):
   """What is wrong with a checkpoint."""
@@ -88,13 +91,19 @@ def read(
 
   Raises:
     DamageError: it is not what was saved.
-    UserError: it is, but of another model, tokenizer or optimizer.
+    UserError: it is, but of another model, tokenizer or optimizer, or it is to
+      be trained and quantized.
   """
   path = folder / str(step)
   try:
     found = ocp.metadata(path, PARAMS)
     saved = fingerprints.unseal(found.custom_metadata)
     provenance.check(saved['record'], folder.parent)
+    if abstract and OPTIMIZER in abstract and QUANTIZED in saved['record']:
+      raise UserError(
+        f'the checkpoint {str(path)!r} is quantized, which no training goes on '
+        'from: train the model that it was made of.'
+      )
     if abstract is None:
       abstract = {PARAMS: _on_one_device(found.metadata)}
     else:

@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Sequence
 
 from jaxsparse.config.errors import UserError, require
+from jaxsparse.inference.quantize import QUANTIZE_HELP, parse
 from jaxsparse.run import trained
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.command_line import Parser
@@ -87,6 +88,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     help='of free memory, for weights, slots and prefixes',
   )
   add('--devices', type=int, default=1, help='over which the model is divided')
+  add('--quantize', default='', help=QUANTIZE_HELP)
   add(
     '--api-key-file',
     help='holds the key that clients must send; %(default)s: the variable '
@@ -172,6 +174,7 @@ def main(argv: Sequence[str]) -> None:
         prefix_bytes=arguments.prefix_mib * _MIB,
         memory_fraction=arguments.memory_fraction,
         devices=arguments.devices,
+        quantization=parse(arguments.quantize),
       ),
       say,
     )

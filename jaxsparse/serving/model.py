@@ -17,6 +17,7 @@ from jaxsparse.inference import weights
 from jaxsparse.inference.capacity import slots_that_fit
 from jaxsparse.inference.engine import Engine
 from jaxsparse.inference.long_input import with_bounded_history
+from jaxsparse.inference.quantize import Quantization
 from jaxsparse.inference.slot_programs import Programs
 from jaxsparse.nn.transformer import init_cache
 from jaxsparse.run import compiled_programs, run_config, trained
@@ -42,6 +43,7 @@ class Sizes:
   prefix_bytes: int = 0
   memory_fraction: float = 0.8
   devices: int = 1
+  quantization: Quantization | None = None
 
 
 class Model:
@@ -101,7 +103,12 @@ class Model:
       devices = mesh.make_mesh(1, 1, sizes.devices)
     step = trained.step_of(self._workdir, sizes.step)
     self.step, params = weights.load(
-      self._workdir, self.config, step, devices, self._say
+      self._workdir,
+      self.config,
+      step,
+      devices,
+      self._say,
+      sizes.quantization,
     )
     num_slots = self._num_slots(_bytes(params))
     programs = Programs.compile(

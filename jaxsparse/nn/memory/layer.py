@@ -34,6 +34,7 @@ from jaxsparse.nn.leading import Leading
 from jaxsparse.nn.memory.init import parameters
 from jaxsparse.nn.memory.retrieval import Context, Read, retrieve
 from jaxsparse.nn.memory.tables import ENTRIES, PROBES, Tables, table_scheme
+from jaxsparse.nn.parameter import Parameter, gathered, parameter
 from jaxsparse.ops.memory import usage
 from jaxsparse.ops.memory.sharded_bag import (
   sharded_gathered_dot,
@@ -138,7 +139,7 @@ class MemoryLayer(nn.Module):
       scheme if tables is None else None,
     )
     params = {
-      name: mesh.whole(self.param(name, mesh.sharded(init, spec), shape))
+      name: mesh.whole(parameter(self, name, mesh.sharded(init, spec), shape))
       for name, (init, spec, shape) in declared.items()
     }
     probes = self._probes(config, lead, dtype)
@@ -215,7 +216,7 @@ class MemoryLayer(nn.Module):
 
 
 def memory_forward(
-  params: dict[str, jax.Array],
+  params: dict[str, Parameter],
   x: Float[Array, 'B T D'],
   config: MemoryConfig,
   *,
@@ -237,7 +238,7 @@ def memory_forward(
   """
   config = config.for_width(x.shape[-1])
   weights = {
-    name: mesh.gather(value, _COMPUTE_DIMS.get(name, '.' * value.ndim))
+    name: gathered(value, _COMPUTE_DIMS.get(name, '.' * value.ndim))
     for name, value in params.items()
     if not name.endswith('_table')
   }
@@ -263,7 +264,7 @@ def memory_forward(
     table_gradient=config.table.gradient,
   )
 
-  def table(name: str) -> jax.Array:
+  def table(name: str) -> Parameter:
     # With probes the gradient goes its own way.
     return jax.lax.stop_gradient(params[name]) if probes else params[name]
 
@@ -327,7 +328,7 @@ def _output(weights, x, pooled, is_partial):
 
 
 def memory_metrics(
-  params: dict[str, jax.Array],
+  params: dict[str, Parameter],
   read: Read,
   config: MemoryConfig,
   segment_ids: Int[Array, 'B T'] | None = None,

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jaxsparse import mesh
 from jaxsparse.config import MemoryConfig
 from jaxsparse.nn.memory.init import table_parameters
+from jaxsparse.nn.parameter import Parameter, parameter
 from jaxsparse.ops.memory.table_scheme import (
   TableUse,
   choose_scheme,
@@ -23,7 +24,7 @@ PROBES, ENTRIES = 'probes', 'entries'
 # The table of whose rows each is.
 TABLE_OF = dict(pooled='value_table', products='pre_value_table')
 
-Tables = dict[str, jax.Array]
+Tables = dict[str, Parameter]
 
 
 class SharedTables(nn.Module):
@@ -44,7 +45,7 @@ class SharedTables(nn.Module):
       table_scheme(config, self.dtype),
     )
     return {
-      name: mesh.whole(self.param(name, mesh.sharded(init, spec), shape))
+      name: mesh.whole(parameter(self, name, mesh.sharded(init, spec), shape))
       for name, (init, spec, shape) in declared.items()
     }
 

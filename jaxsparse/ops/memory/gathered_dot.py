@@ -22,10 +22,11 @@ from jaxsparse.ops.memory import value_bag_gradient as gradient
 from jaxsparse.ops.memory.value_bag import value_bag
 from jaxsparse.ops.memory.value_bag_gradient import NumValid, Slots, Table
 from jaxsparse.ops.shard_map_vma import match_vma
+from jaxsparse.ops.tables.quantized_table import QuantizedTable
 
 
 def gathered_dot(
-  table: Float[Array, 'M W'],
+  table: Float[Array, 'M W'] | QuantizedTable,
   slot: Int[Array, 'T k'],
   vector: Float[Array, 'T W'],
   *,
@@ -35,7 +36,8 @@ def gathered_dot(
   """The products, in f32 (f64 for f64 input).
 
   Args:
-    table: rows to read, in range; they are not checked.
+    table: rows to read, in range; they are not checked. A quantized one gets
+      no gradient.
     slot: row of each of a token's k entries.
     vector: of each token.
     num_valid: how many of a token's entries count, from the first on; None for
@@ -96,9 +98,11 @@ def _restore(
   table, slot, vector, num_valid = inputs
   weight = cotangent[..., None]
   d_vector = value_bag(table, slot, weight, num_valid=num_valid)[:, 0]
-  d_table = gradient.table_gradient(
-    table, slot, weight, None, num_valid, vector[:, None], table_gradient
-  )
+  d_table = None
+  if not isinstance(table, QuantizedTable):
+    d_table = gradient.table_gradient(
+      table, slot, weight, None, num_valid, vector[:, None], table_gradient
+    )
   return d_table, None, d_vector.astype(vector.dtype), None
 
 

@@ -34,10 +34,11 @@ from jaxsparse import mesh
 from jaxsparse.ops.memory.gathered_dot import gathered_dot
 from jaxsparse.ops.memory.table_exchange import TableExchange, put_back
 from jaxsparse.ops.memory.value_bag import value_bag
+from jaxsparse.ops.tables.quantized_table import QuantizedTable
 
 
 def sharded_value_bag(
-  table: Float[Array, 'M W'],
+  table: Float[Array, 'M W'] | QuantizedTable,
   slot: Int[Array, '*T k'],
   weight: Float[Array, '*T k c'],
   pool: Int[Array, '*T k'] | None = None,
@@ -99,7 +100,7 @@ def sharded_value_bag(
 
 
 def sharded_gathered_dot(
-  table: Float[Array, 'M W'],
+  table: Float[Array, 'M W'] | QuantizedTable,
   slot: Int[Array, '*T k'],
   vector: Float[Array, '*T _'],
   *,

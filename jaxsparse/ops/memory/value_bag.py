@@ -46,6 +46,8 @@ from jaxsparse.ops.memory.value_bag_gradient import (
   Weights,
 )
 from jaxsparse.ops.shard_map_vma import match_vma
+from jaxsparse.ops.tables.quantized_bag import one_pool_bag
+from jaxsparse.ops.tables.quantized_table import QuantizedTable
 
 # Entries of a chunk, where not all are fused. On a CPU the sums should stay in
 # the cache, and compile time counts.
@@ -65,7 +67,7 @@ _FUSED_READS = 2**24
 
 
 def value_bag(
-  table: Float[Array, 'M W'],
+  table: Float[Array, 'M W'] | QuantizedTable,
   slot: Int[Array, 'T k'],
   weight: Float[Array, 'T k c'],
   pool: Int[Array, 'T k'] | None = None,
@@ -84,7 +86,7 @@ def value_bag(
   dead code, which the compiler removes.
 
   Args:
-    table: rows to read.
+    table: rows to read. A quantized one is read in place and gets no gradient.
     slot: row of each of a token's k entries; repeats count each time.
     weight: c weights of each entry, one for each column block.
     pool: of each entry; None puts all into the only one.
@@ -172,8 +174,10 @@ def _save(
 def _restore(
   num_pools: int, table_gradient: str, inputs: tuple, cotangent: Pools
 ):
-  # Two programs, not one: the table's is dead code where it is not needed.
-  d_table = gradient.table_gradient(*inputs, cotangent, table_gradient)
+  d_table = None
+  if not isinstance(inputs[0], QuantizedTable):
+    # Two programs, not one: the table's is dead code where it is not needed.
+    d_table = gradient.table_gradient(*inputs, cotangent, table_gradient)
   d_weight = gradient.weight_gradient(*inputs, cotangent)
   return d_table, None, d_weight, None, None
 
@@ -215,7 +219,20 @@ def _forward(
   ):
     return _forward_gathered(table, slot, weight, pool, num_pools)
 
+  def quantized(
+    table: Table,
+    slot: Slots,
+    weight: Weights,
+    pool: PoolIndices,
+    num_valid: NumValid,
+  ):
+    return one_pool_bag(table, slot, weight, num_valid)
+
   by_matmul = table.dtype.itemsize < 4 or pool is not None
+  on_cpu = chunked(chunking.CHUNK_BYTES_CPU)
+  if not by_matmul:
+    is_quantized = isinstance(table, QuantizedTable)
+    on_cpu = quantized if is_quantized else unrolled(_UNROLL_CPU)
   if num_valid is None and slot.size * table.shape[1] <= _FEW_READS:
     on_gpu = gathered
   elif num_valid is None and slot.shape[1] <= _FUSED_ENTRIES:
@@ -224,11 +241,7 @@ def _forward(
     on_gpu = unrolled(_UNROLL_GPU)
   return jax.lax.platform_dependent(
     table, slot, weight, pool, num_valid,
-    cpu=(
-      chunked(chunking.CHUNK_BYTES_CPU)
-      if by_matmul
-      else unrolled(_UNROLL_CPU)
-    ),
+    cpu=on_cpu,
     tpu=chunked(chunking.CHUNK_BYTES),
     default=on_gpu,
   )  # fmt: skip
@@ -379,6 +392,6 @@ def _forward_chunked(
     pool_rows,
     None,
     (slot, weight, pool, num_valid),
-    chunk_bytes // (chunk_size * table[0].nbytes),
+    chunk_bytes // (chunk_size * chunking.row_nbytes(table)),
   )
   return pooled.reshape(slot.shape[0], num_pools, width)

@@ -27,9 +27,10 @@ from jaxsparse.ops.memory.segment_sum import (
   updates_at,
 )
 from jaxsparse.ops.shard_map_vma import sort_key_val
+from jaxsparse.ops.tables.quantized_table import QuantizedTable
 
 # What a bag is made of.
-Table = Float[Array, 'M W']
+Table = Float[Array, 'M W'] | QuantizedTable
 Slots = Int[Array, 'T k']
 Weights = Float[Array, 'T k c']
 PoolIndices = Int[Array, 'T k'] | None
@@ -166,7 +167,7 @@ def _weight_gradient_chunked(chunk_bytes: int):
       on_chunk,
       None,
       (cotangent, num_valid, slot, pool),
-      chunk_bytes // (chunk_size * table[0].nbytes),
+      chunk_bytes // (chunk_size * chunking.row_nbytes(table)),
     )
     return d_weight.astype(weight.dtype)
 
@@ -252,7 +253,7 @@ def _scatter_chunked(chunk_bytes: int):
       on_chunk,
       _zeros_like_table(table, weight, slot),
       (cotangent, num_valid, slot, weight, pool),
-      chunk_bytes // (chunk_size * table[0].nbytes),
+      chunk_bytes // (chunk_size * chunking.row_nbytes(table)),
     )
     return d_table
 
@@ -310,7 +311,7 @@ def _add_equal_after_equal(
 
 def _sorted_chunks(chunk_bytes: int):
   def table_gradient(table: Table, *args: jax.Array | None):
-    chunk_size = max(1, chunk_bytes // table[0].nbytes)
+    chunk_size = max(1, chunk_bytes // chunking.row_nbytes(table))
     return _add_sorted(_add_equal_after_equal, table, *args, chunk_size)
 
   return table_gradient

@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Parameters that may be quantized, as a module asks for them.
+
+A quantized one stands in its array's place in the tree. Linen compares the
+shapes of a parameter's arrays with those that it would draw, and would refuse
+it.
+"""
+
+from collections.abc import Callable
+
+import flax.errors
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from jaxsparse import mesh
+from jaxsparse.ops.quantized_matrix import QuantizedMatrix
+from jaxsparse.ops.tables.quantized_table import QuantizedTable
+
+Parameter = jax.Array | QuantizedMatrix | QuantizedTable
+
+
+def parameter(
+  module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]
+) -> Parameter:
+  """`module.param`, and what is quantized as it is.
+
+  Raises:
+    ScopeParamShapeError: of Flax, it has another shape.
+  """
+  if module.has_variable('params', name):
+    value = module.get_variable('params', name)
+    if is_quantized(value):
+      if value.shape != tuple(shape):
+        path = '/'.join(module.path)
+        raise flax.errors.ScopeParamShapeError(name, path, value.shape, shape)
+      return value
+  return module.param(name, init, shape)
+
+
+def is_quantized(value: object) -> bool:
+  return isinstance(value, QuantizedMatrix | QuantizedTable)
+
+
+def gathered(
+  value: jax.Array | QuantizedMatrix,
+  dims: str,
+  dtype: jax.typing.DTypeLike | None = None,
+) -> jax.Array:
+  """A parameter as it takes part in a computation, see `mesh.gather`.
+
+  Args:
+    value: of dimensions with the letters `dims`.
+    dims: likewise.
+    dtype: of the result; None leaves that of the numbers.
+  """
+  if isinstance(value, QuantizedMatrix):
+    return value.gathered(dims, jnp.float32 if dtype is None else dtype)
+  value = mesh.gather(value, dims)
+  return value if dtype is None else value.astype(dtype)
