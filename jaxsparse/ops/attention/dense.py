@@ -21,17 +21,18 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int8
 
 from jaxsparse import mesh
 from jaxsparse.ops.attention import cpu, libraries
 from jaxsparse.ops.attention.compose import HeadMix, compose, compose_reference
 from jaxsparse.ops.cpu import product
+from jaxsparse.ops.quantized_rows import QuantizedRows
 from jaxsparse.ops.softmax import softmax
 
 # Arrays of the queries or of the keys: their heads, positions and segments, and
 # factors of the heads' composition.
-_Side = dict[str, jax.Array | None]
+_Side = dict[str, jax.Array | QuantizedRows | None]
 _Mixes = dict[str, HeadMix]
 
 # Number of stages into which chunks are sorted by how many keys they see: with
@@ -59,8 +60,8 @@ def document_mask(
 
 def attention(
   query: Float[Array, 'B T N H'],
-  key: Float[Array, 'B S K H'],
-  value: Float[Array, 'B S K H'],
+  key: Float[Array, 'B S K H'] | QuantizedRows,
+  value: Float[Array, 'B S K H'] | QuantizedRows,
   query_positions: Int[Array, 'B T'],
   key_positions: Int[Array, 'B S'],
   query_segments: Int[Array, 'B T'],
@@ -76,7 +77,7 @@ def attention(
 
   Args:
     query: N heads; head n reads key/value head n // (N / K).
-    key: K heads, already rotated.
+    key: K heads, already rotated; of a cache also quantized, as are values.
     value: as `key`.
     query_positions: position of each query in its document.
     key_positions: position of each key in its document.
@@ -109,6 +110,7 @@ def attention(
     dtype=query.dtype,
     window=window,
     is_composed=bool(mixes),
+    is_quantized=isinstance(key, QuantizedRows),
   )
   library = libraries.choose(implementation, call)
   if library != 'xla' and call.is_decoding:
@@ -122,7 +124,9 @@ def attention(
     )
   letter = _head_letter(mixes)
 
-  def placed(x: jax.Array | None, dims: str):
+  def placed(x: jax.Array | QuantizedRows | None, dims: str):
+    if isinstance(x, QuantizedRows):
+      return QuantizedRows(placed(x.codes, dims), placed(x.scale, dims[:-1]))
     return None if x is None else mesh.reshard(x, mesh.act(dims))
 
   queries = dict(
@@ -276,8 +280,8 @@ def _attend(queries: _Side, keys: _Side, mixes: _Mixes, window: int):
   bound = jnp.finfo(dtype).min
   mask = mask_BTS[:, :, None, None] if mixes else mask_BTS[:, None, None]
   weight = softmax(jnp.where(mask, score, bound))
-  weight = _composed(weight, 'post', queries, keys, mixes).astype(value.dtype)
-  encoded = _sums(weight, value, bool(mixes))
+  weight = _composed(weight, 'post', queries, keys, mixes)
+  encoded = _sums(weight, value, bool(mixes), query.dtype)
   merged = mesh.act(f'BT{letter}H')
   encoded = encoded.reshape(B, T, N, H, out_sharding=merged)
   sees_any = mask_BTS.any(axis=-1)[:, :, None, None]
@@ -292,11 +296,18 @@ def _attend(queries: _Side, keys: _Side, mixes: _Mixes, window: int):
 
 def _scores(
   query: Float[Array, 'B T K G H'],
-  key: Float[Array, 'B S K H'],
+  key: Float[Array, 'B S K H'] | QuantizedRows,
   is_composed: bool,
   dtype: jax.typing.DTypeLike,
 ):
   """[B, K, G, T, S], or [B, T, K, G, S]: composition wants a query's heads."""
+  if isinstance(key, QuantizedRows):
+
+    def of_codes(codes: Int8[Array, 'B S K H']):
+      return _scores(query, codes.astype(query.dtype), is_composed, dtype)
+
+    score = cpu.scores_in_parts(of_codes, key.codes)
+    return score * _beside_scores(key.scale, is_composed)
   order = 'btkgs' if is_composed else 'bkgts'
   if query.shape[1] == 1:
     letters = f'btkgh,bskh->{order}'
@@ -313,14 +324,35 @@ def _scores(
 
 def _sums(
   weight: Float[Array, 'B _ _ _ S'],
-  value: Float[Array, 'B S K H'],
+  value: Float[Array, 'B S K H'] | QuantizedRows,
   is_composed: bool,
+  dtype: jax.typing.DTypeLike,
 ):
   """Weights in the order of `_scores` to sums [B, T, K, G, H]."""
+  if isinstance(value, QuantizedRows):
+
+    def of_codes(
+      weight: Float[Array, 'B _ _ _ S'], codes: Int8[Array, 'B S K H']
+    ):
+      codes = codes.astype(weight.dtype)
+      return _sums(weight, codes, is_composed, weight.dtype)
+
+    weight *= _beside_scores(value.scale, is_composed)
+    weight = weight.astype(dtype)
+    return cpu.sums_in_parts(of_codes, weight, value.codes)
+  weight = weight.astype(value.dtype)
   if is_composed:
     return jnp.moveaxis(jnp.einsum('btkgs,bskh->bktgh', weight, value), 2, 1)
   value = jnp.moveaxis(value, 1, 2)
   return jnp.moveaxis(product('bkgts,bksh->bkgth', weight, value), 3, 1)
+
+
+def _beside_scores(scale: Float[Array, 'B S K'], is_composed: bool):
+  """Of each key and head, to be broadcast over scores."""
+  scale = jnp.moveaxis(scale, 1, 2)
+  if is_composed:
+    return scale[:, None, :, None]
+  return scale[:, :, None, None]
 
 
 def _composed(
