@@ -11,6 +11,7 @@ what was written stays as it is, whatever comes after it.
 
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -53,14 +54,22 @@ def quantize_rows(x: Float[Array, '*rows H']) -> QuantizedRows:
 
 
 def dequantize_rows(
-  rows: QuantizedRows, dtype: Any = jnp.float32
+  rows: QuantizedRows, dtype: jax.typing.DTypeLike = jnp.float32
 ) -> Float[Array, '*rows H']:
   """The numbers that the codes stand for."""
   return (rows.codes * rows.scale[..., None]).astype(dtype)
 
 
+def dtype_of_sums(dtype: jax.typing.DTypeLike) -> jax.typing.DTypeLike:
+  """In which weights times scales are multiplied with codes.
+
+  The exponents of float16 have no room for such weights of many tokens.
+  """
+  return jnp.float32 if dtype == jnp.float16 else dtype
+
+
 def split_rows(
-  x: Rows, dtype: Any
+  x: Rows, dtype: jax.typing.DTypeLike
 ) -> tuple[Float[Array, '*rows H'], Float[Array, '*rows'] | None]:
   """Numbers and the scale that they lack; None for rows that lack none.
 

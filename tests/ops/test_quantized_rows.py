@@ -177,4 +177,3 @@ def test_no_row_becomes_numbers_at_once():
   scores = 4 * 8 * num_rows
   held = program.memory_analysis().temp_size_in_bytes
   assert held < of_codes + 4 * scores
-

@@ -21,12 +21,12 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int, Int8
+from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse import mesh
 from jaxsparse.ops.attention import cpu, libraries
 from jaxsparse.ops.attention.compose import HeadMix, compose, compose_reference
-from jaxsparse.ops.cpu import product
+from jaxsparse.ops.attention.products import scores, sums
 from jaxsparse.ops.quantized_rows import QuantizedRows
 from jaxsparse.ops.softmax import softmax
 
@@ -265,9 +265,9 @@ def _attend(queries: _Side, keys: _Side, mixes: _Mixes, window: int):
   query = query.reshape(B, T, K, N // K, H, out_sharding=split)
   scale = H**-0.5
   if query.dtype == dtype:  # Narrower, it would round; scores are many more.
-    score = _scores(query * scale, key, bool(mixes), dtype)
+    score = scores(query * scale, key, bool(mixes), dtype)
   else:
-    score = _scores(query, key, bool(mixes), dtype) * scale
+    score = scores(query, key, bool(mixes), dtype) * scale
   score = _composed(score, 'pre', queries, keys, mixes)
   mask_BTS = document_mask(
     queries['positions'],
@@ -281,78 +281,11 @@ def _attend(queries: _Side, keys: _Side, mixes: _Mixes, window: int):
   mask = mask_BTS[:, :, None, None] if mixes else mask_BTS[:, None, None]
   weight = softmax(jnp.where(mask, score, bound))
   weight = _composed(weight, 'post', queries, keys, mixes)
-  encoded = _sums(weight, value, bool(mixes), query.dtype)
+  encoded = sums(weight, value, bool(mixes), query.dtype)
   merged = mesh.act(f'BT{letter}H')
   encoded = encoded.reshape(B, T, N, H, out_sharding=merged)
   sees_any = mask_BTS.any(axis=-1)[:, :, None, None]
   return jnp.where(sees_any, encoded, jnp.zeros_like(encoded))
-
-
-# A product's own order is that of its batch, its left side and its right side.
-# Asked for another, einsum has XLA multiply the other way around, for which its
-# CPU copies both sides; turning what comes out costs less. For one query the
-# other way around is the better one, as keys are then the left side.
-
-
-def _scores(
-  query: Float[Array, 'B T K G H'],
-  key: Float[Array, 'B S K H'] | QuantizedRows,
-  is_composed: bool,
-  dtype: jax.typing.DTypeLike,
-):
-  """[B, K, G, T, S], or [B, T, K, G, S]: composition wants a query's heads."""
-  if isinstance(key, QuantizedRows):
-
-    def of_codes(codes: Int8[Array, 'B S K H']):
-      return _scores(query, codes.astype(query.dtype), is_composed, dtype)
-
-    score = cpu.scores_in_parts(of_codes, key.codes)
-    return score * _beside_scores(key.scale, is_composed)
-  order = 'btkgs' if is_composed else 'bkgts'
-  if query.shape[1] == 1:
-    letters = f'btkgh,bskh->{order}'
-  elif is_composed:
-    letters = 'btkgh,bskh->bktgs'
-  else:
-    query, key = jnp.moveaxis(query, 1, 3), jnp.moveaxis(key, 1, 2)
-    if query.dtype == dtype:
-      return product('bkgth,bksh->bkgts', query, key)
-    letters = 'bkgth,bksh->bkgts'
-  score = jnp.einsum(letters, query, key, preferred_element_type=dtype)
-  return jnp.moveaxis(score, 1, 2) if letters.endswith('bktgs') else score
-
-
-def _sums(
-  weight: Float[Array, 'B _ _ _ S'],
-  value: Float[Array, 'B S K H'] | QuantizedRows,
-  is_composed: bool,
-  dtype: jax.typing.DTypeLike,
-):
-  """Weights in the order of `_scores` to sums [B, T, K, G, H]."""
-  if isinstance(value, QuantizedRows):
-
-    def of_codes(
-      weight: Float[Array, 'B _ _ _ S'], codes: Int8[Array, 'B S K H']
-    ):
-      codes = codes.astype(weight.dtype)
-      return _sums(weight, codes, is_composed, weight.dtype)
-
-    weight *= _beside_scores(value.scale, is_composed)
-    weight = weight.astype(dtype)
-    return cpu.sums_in_parts(of_codes, weight, value.codes)
-  weight = weight.astype(value.dtype)
-  if is_composed:
-    return jnp.moveaxis(jnp.einsum('btkgs,bskh->bktgh', weight, value), 2, 1)
-  value = jnp.moveaxis(value, 1, 2)
-  return jnp.moveaxis(product('bkgts,bksh->bkgth', weight, value), 3, 1)
-
-
-def _beside_scores(scale: Float[Array, 'B S K'], is_composed: bool):
-  """Of each key and head, to be broadcast over scores."""
-  scale = jnp.moveaxis(scale, 1, 2)
-  if is_composed:
-    return scale[:, None, :, None]
-  return scale[:, :, None, None]
 
 
 def _composed(

@@ -17,7 +17,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from jaxsparse.ops.kernels.tile_product import dot
-from jaxsparse.ops.quantized_rows import QuantizedRows
+from jaxsparse.ops.quantized_rows import QuantizedRows, dtype_of_sums
 
 # Rows at once, and programs that a GPU should have at least.
 _ROWS, _PROGRAMS = 64, 512
@@ -98,8 +98,8 @@ def decode_attention(
       rows = first + jnp.arange(_ROWS)
       is_row = rows < num_rows
 
-      def load(heads: jax.Ref | QuantizedRows):
-        """Rows [_ROWS, width], and their scales or 1."""
+      def load(heads: jax.Ref | QuantizedRows, dtype: jnp.dtype):
+        """Rows [_ROWS, width], codes in a type, and their scales or 1."""
         is_quantized = isinstance(heads, QuantizedRows)
         x = triton.load(
           (heads.codes if is_quantized else heads).at[
@@ -110,10 +110,8 @@ def decode_attention(
         )
         if not is_quantized:
           return x, 1
-        scale = triton.load(
-          heads.scale.at[b, head, rows], mask=is_row, other=0
-        )
-        return x.astype(q.dtype), scale[None]
+        scale = triton.load(heads.scale.at[b, head, rows], mask=is_row, other=0)
+        return x.astype(dtype), scale[None]
 
       of_rows = triton.load(segments.at[b, rows], mask=is_row, other=0)
       at_rows = triton.load(positions.at[b, rows], mask=is_row, other=0)
@@ -121,13 +119,13 @@ def decode_attention(
       is_seen = (of_rows == segment) & (of_rows > 0) & (distance >= 0)
       if window:
         is_seen &= distance < window
-      key, key_scale = load(keys)
+      key, key_scale = load(keys, q.dtype)
       scores = dot(q, key, is_transposed=True) * width**-0.5 * key_scale
       scores = jnp.where(is_seen[None], scores, _NEVER)
       highest = jnp.maximum(maximum, scores.max(1))
       shares = jnp.where(is_seen[None], jnp.exp(scores - highest[:, None]), 0)
       before = jnp.exp(maximum - highest)
-      value, value_scale = load(values)
+      value, value_scale = load(values, dtype_of_sums(q.dtype))
       weights = (shares * value_scale).astype(value.dtype)
       sums = sums * before[:, None] + dot(weights, value)
       return highest, total * before + shares.sum(1), sums
