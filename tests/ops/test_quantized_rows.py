@@ -57,6 +57,16 @@ def test_error_of_normal_rows():
   np.testing.assert_allclose(error, 0.0070, rtol=0.03)
 
 
+def test_error_of_scores_is_that_of_rounding():
+  """Each code is off by up to half a step, evenly."""
+  query, key = jax.random.normal(jax.random.key(0), (2, 512, 64))
+  rows = quantize_rows(key)
+  error = query @ (dequantize_rows(rows) - key).T
+  predicted = jnp.linalg.norm(query, axis=1)[:, None] * rows.scale / 12**0.5
+  rms = jnp.sqrt(((error / predicted) ** 2).mean())
+  np.testing.assert_allclose(rms, 1, atol=0.05)
+
+
 def make_inputs(num_queries, num_rows, seed=0):
   rng = np.random.default_rng(seed)
 

@@ -98,7 +98,7 @@ def decode_attention(
       rows = first + jnp.arange(_ROWS)
       is_row = rows < num_rows
 
-      def load(heads: jax.Ref | QuantizedRows, dtype: jnp.dtype):
+      def load(heads: jax.Ref | QuantizedRows, dtype: jax.typing.DTypeLike):
         """Rows [_ROWS, width], codes in a type, and their scales or 1."""
         is_quantized = isinstance(heads, QuantizedRows)
         x = triton.load(
