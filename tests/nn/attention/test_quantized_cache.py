@@ -96,7 +96,7 @@ def by_rounded_rows(name, monkeypatch):
 
 @pytest.mark.parametrize(
   'name',
-  few(['dcmha', 'bounded'], ['dense', 'dcmha', 'sparse', 'indexed', 'bounded']),
+  few(['dcmha'], ['dense', 'dcmha', 'sparse', 'indexed', 'bounded']),
 )
 def test_decoding_reads_rounded_keys_and_values(name, monkeypatch):
   """Rings go around seven times, histories forget, heads are composed."""
