@@ -100,6 +100,18 @@ MODELS = dict(
     rope_scaling=RopeScalingConfig(original_length=16),
   ),
 )  # fmt: skip
+MODELS |= {
+  f'{name}_int8': dataclasses.replace(MODELS[name], kv_cache='int8')
+  for name in ('dcmha', 'indexed', 'bounded')
+}
+
+
+def tolerance(config, atol):
+  """Of what other programs compute of the same.
+
+  Numbers that differ in their last bits may be rounded to other codes.
+  """
+  return atol if config.kv_cache == 'exact' else 0.02
 
 
 @functools.cache

@@ -103,12 +103,15 @@ ROWS_READ: dict[str, Callable[[ModelConfig, int], int]] = {
 }
 
 
-def row_values(config: ModelConfig, layer: int) -> int:
-  """Numbers of one cached row: key, value, and factors of its token."""
-  values = 2 * config.num_kv_heads * config.head_dim
-  dcmha = config.composition(layer)
+def row_bytes(config: ModelConfig, layer: int, bytes_per_value: int) -> int:
+  """Of one cached row: key, value, and factors of its token."""
+  per_head = config.head_dim * bytes_per_value
+  if config.kv_cache == 'int8':
+    # A byte each, and a scale in f32.
+    per_head = config.head_dim + 4
+  num_others, dcmha = 0, config.composition(layer)
   if config.attention_kinds[layer] == 'sparse':
-    values += config.sparse.router_width
+    num_others = config.sparse.router_width
   elif dcmha:
-    values += dcmha.num_cached * dcmha.num_factors * config.num_heads
-  return values
+    num_others = dcmha.num_cached * dcmha.num_factors * config.num_heads
+  return 2 * config.num_kv_heads * per_head + num_others * bytes_per_value

@@ -164,7 +164,7 @@ def decode_bytes(
     config: of the model.
     batch_size: sequences B.
     context: tokens before, of each sequence.
-    bytes_per_value: of parameters and cache.
+    bytes_per_value: of parameters and cache, where it is not quantized.
     is_uniform: expected number of distinct experts and rows where tokens choose
       evenly and on their own, X (1 - (1 - k / X)^B); by default the most there
       can be, min(B k, X), which is what the papers count.
@@ -188,15 +188,15 @@ def decode_bytes(
     rows = distinct(memory.num_slots, reads) * len(memory.placements)
     values = rows * (memory.value_dim + memory.pre_value_dim)
   projection = config.vocab_size * config.model_dim
-  cache = _over_blocks(config, _cache_values, context)
   counts = dict(
     weights=parameters.dense + parameters.memory + projection,
     experts=experts,
     values=values,
-    cache=cache * batch_size,
   )
+  cache = _over_blocks(config, _cache_bytes, context, bytes_per_value)
   return DecodeBytes(
-    **{name: float(bytes_per_value * n) for name, n in counts.items()}
+    **{name: float(bytes_per_value * n) for name, n in counts.items()},
+    cache=float(cache * batch_size),
   )
 
 
@@ -217,10 +217,12 @@ def _over_blocks(
   )
 
 
-def _cache_values(config: ModelConfig, layer: int, context: int) -> int:
-  """Numbers of a block's cache that a step reads."""
-  values = attention_cost.row_values(config, layer)
-  return values * attention_cost.rows_read(config, layer, context)
+def _cache_bytes(
+  config: ModelConfig, layer: int, context: int, bytes_per_value: int
+) -> int:
+  """Of a block's cache that a step reads."""
+  num_rows = attention_cost.rows_read(config, layer, context)
+  return num_rows * attention_cost.row_bytes(config, layer, bytes_per_value)
 
 
 def _mlp(config: ModelConfig) -> int:

@@ -16,6 +16,7 @@ from collections.abc import Callable
 
 from jaxsparse.config import Config, ModelConfig
 from jaxsparse.config.errors import UserError
+from jaxsparse.config.model import KV_CACHES
 from jaxsparse.data.tokenizer import load_from_workdir
 from jaxsparse.inference import batch, weights
 from jaxsparse.inference.long_input import (
@@ -76,6 +77,12 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     help='blocks that sparse attention keeps between the first one and its '
     'window; 0 keeps all; %(default)s: all, or with a --prompt_file longer '
     'than the training length what makes up that length',
+  )
+  add(
+    '--kv',
+    choices=KV_CACHES,
+    help='how keys and values of earlier tokens are kept: exact, or in '
+    'int8, in a quarter to half of the memory; %(default)s: as the run has it',
   )
   add('--max_tokens', type=int, default=200, help='most tokens to write')
   add(
@@ -174,6 +181,8 @@ def main(argv: list[str]) -> None:
   model = _with_history(config, arguments, num_prompt)
   if not model.vocab_size:
     model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+  if arguments.kv:
+    model = dataclasses.replace(model, kv_cache=arguments.kv)
   step, params = weights.load(arguments.workdir, model, step, how=quantization)
   # Refuses what memory has no room for before a prompt is written.
   programs = batch.prepare(

@@ -25,6 +25,8 @@ MOST_LAYERS = 10_000
 
 ATTENTION_KINDS = ('global', 'local', 'sparse')
 
+KV_CACHES = ('exact', 'int8')
+
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class MoEConfig:
@@ -139,6 +141,9 @@ class ModelConfig:
   # of a library, 'pallas' (TPU, GPU) or 'cudnn' (GPU), or 'auto' for what runs
   # here (`ops.attention.libraries`).
   attention_implementation: str = 'auto'
+  # How decoding keeps the keys and values of earlier tokens: 'exact', as they
+  # are, or 'int8', with a scale for each token and head (`ops.quantized_rows`).
+  kv_cache: str = 'exact'
   # Composition of heads of global and local blocks; None for heads that do not
   # meet.
   dcmha: DCMHAConfig | None = None
@@ -198,6 +203,7 @@ class ModelConfig:
     require_choice(
       self, 'attention_implementation', ('auto', 'xla', 'pallas', 'cudnn')
     )
+    require_choice(self, 'kv_cache', KV_CACHES)
     require_choice(self, 'dtype', ('float32', 'bfloat16', 'float16'))
     require(
       self.num_heads % self.num_kv_heads == 0,

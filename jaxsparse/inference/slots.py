@@ -63,9 +63,8 @@ def emptied(part: Cache) -> Cache:
 
   def empty(path, x):
     is_counted = jax.tree_util.keystr(path[-1:], simple=True) in _COUNTED
-    if is_counted or not jnp.issubdtype(x.dtype, jnp.floating):
-      return jnp.zeros_like(x)
-    return x
+    is_kept = jnp.issubdtype(x.dtype, jnp.floating) or x.dtype == jnp.int8
+    return jnp.zeros_like(x) if is_counted or not is_kept else x
 
   return jax.tree.map_with_path(empty, part)
 
@@ -89,7 +88,7 @@ def rows_of_bounded(config: ModelConfig) -> int:
     return 0
   cache = jax.eval_shape(lambda: init_cache(config, 1, 1))
   block = block_name(config.attention_kinds.index('sparse'))
-  return cache['blocks'][block]['attention']['pages'].key.shape[2]
+  return cache['blocks'][block]['attention']['pages'].segments.shape[1]
 
 
 def row_axes(config: ModelConfig, chunk: int) -> Any:

@@ -93,13 +93,14 @@ def _is(
 
 
 def _function_of(model: ModelConfig) -> ModelConfig:
-  """The config without what is of training or of how it is computed."""
+  """The config without what is of training, decoding or how it is computed."""
   default = ModelConfig()
   plain = dict(
     query_chunk=default.query_chunk,
     attention_implementation=default.attention_implementation,
     init_deviations=default.init_deviations,
     dropout_rate=default.dropout_rate,
+    kv_cache=default.kv_cache,
     dtype=default.dtype,
     use_remat=default.use_remat,
     attention_pattern=model.attention_blocks,

@@ -42,6 +42,7 @@ def partial_softmax(
   value: jax.Array,
   is_kept: jax.Array | bool = True,
   weight: jax.Array | None = None,
+  value_scale: jax.Array | None = None,
 ) -> SoftmaxState:
   """Sums over the last axis.
 
@@ -53,6 +54,7 @@ def partial_softmax(
     is_kept: what is seen and not kept adds nothing, but may have a gradient by
       its weight.
     weight: 1 for what is kept and 0 for other rows.
+    value_scale: [B, K, n, l], by which rows of values are yet to be multiplied.
   """
   maximum = jnp.where(is_seen & is_kept, logits, _NEVER).max(-1)
   maximum = jax.lax.stop_gradient(maximum)
@@ -61,9 +63,12 @@ def partial_softmax(
   if weight is not None:
     share *= weight
   rows = 'bknl' if value.ndim == 5 else 'bkl'
+  of_values = share
+  if value_scale is not None:
+    of_values = share * value_scale[:, :, :, None, None]
   values = jnp.einsum(
     f'bknrgl,{rows}h->bknrgh',
-    share.astype(value.dtype),
+    of_values.astype(value.dtype),
     value,
     preferred_element_type=share.dtype,
   )

@@ -55,7 +55,8 @@ MEANINGS = {
     ('model', _FREE, 'query_chunk attention_implementation use_remat'),
     ('model', _START, 'init_deviations'),
     ('model', Meaning('the rounding of activations from here on'), 'dtype'),
-    ('model', _FREE, 'dropout_rate'),
+    # The latter is of decoding.
+    ('model', _FREE, 'dropout_rate kv_cache'),
     ('model.rope_scaling', _FUNCTION, 'kind factor original_length'),
     ('model.rope_scaling', _FUNCTION, 'low_frequency_factor'),
     ('model.rope_scaling', _FUNCTION, 'high_frequency_factor'),

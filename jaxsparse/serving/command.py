@@ -15,6 +15,7 @@ import pathlib
 from collections.abc import Sequence
 
 from jaxsparse.config.errors import UserError, require
+from jaxsparse.config.model import KV_CACHES
 from jaxsparse.inference.quantize import QUANTIZE_HELP, parse
 from jaxsparse.run import trained
 from jaxsparse.run import workdir as workdir_lib
@@ -67,6 +68,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     help='blocks that sparse attention keeps between the first one and its '
     'window, with which prompts may be of any length; 0: what --max-len holds; '
     '%(default)s: all',
+  )
+  add(
+    '--kv',
+    choices=KV_CACHES,
+    help='how keys and values of earlier tokens are kept: exact, or in '
+    'int8, in a quarter to half of the memory; %(default)s: as the run has it',
   )
   add('--max-queue', type=int, help='requests that may wait; %(default)s: 4 '
       'for each slot')  # fmt: skip
@@ -169,6 +176,7 @@ def main(argv: Sequence[str]) -> None:
         length=arguments.max_len,
         chunk=arguments.chunk,
         history_blocks=arguments.history_blocks,
+        kv=arguments.kv,
         max_queue=arguments.max_queue,
         max_queue_tokens=arguments.max_queue_tokens,
         prefix_bytes=arguments.prefix_mib * _MIB,

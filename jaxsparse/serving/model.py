@@ -38,6 +38,8 @@ class Sizes:
   length: int | None = None
   chunk: int = 256
   history_blocks: int | None = None
+  # How keys and values are kept, one of `KV_CACHES`.
+  kv: str | None = None
   max_queue: int | None = None
   max_queue_tokens: int | None = None
   prefix_bytes: int = 0
@@ -69,6 +71,8 @@ class Model:
       self.config = dataclasses.replace(
         config.model, vocab_size=self.tokenizer.vocab_size
       )
+    if sizes.kv:
+      self.config = dataclasses.replace(self.config, kv_cache=sizes.kv)
     self.vocab_size = self.config.vocab_size
     seq_len = config.data.seq_len
     self.length = sizes.length or seq_len

@@ -13,6 +13,8 @@ import targets
 
 from jaxsparse import mesh
 from jaxsparse.ops.attention import libraries
+from jaxsparse.ops.attention.dense import attention
+from jaxsparse.ops.quantized_rows import QuantizedRows
 
 pytestmark = pytest.mark.aot
 
@@ -91,3 +93,33 @@ def test_devices_run_it_on_their_own_heads(compiled, target, kernel, width):
   assert 'custom-call' in program.text
   for transfer in ('all-gather', 'all-to-all', 'collective-permute'):
     assert transfer not in program.text
+
+
+@pytest.mark.parametrize('target', ['h100', 'v5e'])
+def test_codes_become_numbers_as_they_are_multiplied(target, monkeypatch):
+  """Where no kernel reads them; on a CPU it takes parts of them."""
+  platform = 'tpu' if target == 'v5e' else 'gpu'
+  monkeypatch.setattr(mesh, 'platform', lambda: platform)
+  # As they lie in a cache.
+  shape = (8, KV_HEADS, LENGTH, 128)
+  rows = QuantizedRows(
+    jax.ShapeDtypeStruct(shape, jnp.int8),
+    jax.ShapeDtypeStruct(shape[:-1], jnp.float32),
+  )
+
+  def read(query, key, value, *ids):
+    turned = (
+      jax.tree.map(lambda x: jnp.moveaxis(x, 2, 1), x) for x in (key, value)
+    )
+    return attention(query, *turned, *ids)
+
+  program = targets.compile_for(
+    target,
+    read,
+    jax.ShapeDtypeStruct((8, 1, HEADS, 128), jnp.bfloat16),
+    rows,
+    rows,
+    *[jax.ShapeDtypeStruct((8, n), jnp.int32) for n in (1, LENGTH)] * 2,
+  )
+  num_codes = 8 * KV_HEADS * LENGTH * 128
+  assert program.temp_bytes < num_codes / 2

@@ -16,6 +16,7 @@ from jaxsparse.nn.memory import retrieval
 from jaxsparse.ops.experts import expert_mlp, grouped_matmul_libraries
 from jaxsparse.ops.kernels import grouped_matmul as grouped
 from jaxsparse.ops.kernels.decode_attention import decode_attention
+from jaxsparse.ops.quantized_rows import QuantizedRows
 
 pytestmark = pytest.mark.aot
 
@@ -97,12 +98,18 @@ def test_experts_split_over_tpus_have_a_kernel():
   assert 'output_mask' not in program.text
 
 
+@pytest.mark.parametrize('is_quantized', [False, True])
 @pytest.mark.parametrize(
   ('batch', 'num_kv_heads', 'group', 'width'),
   [(64, 2, 8, 96), (1, 16, 1, 128)],
 )
-def test_attention_of_one_token(batch, num_kv_heads, group, width, tmp_path):
+def test_attention_of_one_token(
+  batch, num_kv_heads, group, width, is_quantized, tmp_path
+):
   keys = SHAPE((batch, num_kv_heads, 2080, width), BF16)
+  if is_quantized:
+    scale = SHAPE(keys.shape[:-1], jnp.float32)
+    keys = QuantizedRows(SHAPE(keys.shape, jnp.int8), scale)
   program = targets.compile_for(
     'h100',
     decode_attention,

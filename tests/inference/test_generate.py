@@ -71,6 +71,26 @@ def run(workdir, capsys):
   return call
 
 
+def test_a_flag_says_how_keys_and_values_are_kept(run, monkeypatch):
+  seen = []
+
+  def prepare(model, *args):
+    seen.append(model.kv_cache)
+    raise UserError('enough')
+
+  monkeypatch.setattr(generate.batch, 'prepare', prepare)
+  assert run(kv='int8')[0] == run()[0] == 2
+  assert seen == ['int8', 'exact']
+  code, _, error = run(kv='int4')
+  assert code == 2
+  assert "invalid choice: 'int4'" in error
+
+
+@pytest.mark.slow
+def test_keys_and_values_of_8_bits_write_a_text(run):
+  assert run(prompt='dé', kv='int8')[1].startswith('dé')
+
+
 # So are prompts of every length: three bytes where any would do.
 def test_the_same_seed_writes_the_same_text(run, workdir):
   code, text, report = run(prompt='dé')

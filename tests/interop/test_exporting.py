@@ -184,6 +184,7 @@ def test_what_training_alone_needs_is_no_matter():
     init_deviations=(0.1, 0.1),
     query_chunk=8,
     use_remat=True,
+    kv_cache='int8',
     dtype='bfloat16',
     mlp_dim=7,
   )

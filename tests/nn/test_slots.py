@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from lanes import few
-from slot_models import MODELS, V, make_params
+from slot_models import MODELS, V, make_params, tolerance
 
 from jaxsparse.inference import slots
 from jaxsparse.nn.transformer import Transformer, init_cache
@@ -104,7 +104,8 @@ def test_slots_are_their_sequences_alone(name):
   expected = offline(config)
 
   def check(logits, rows, at):
-    np.testing.assert_allclose(logits, expected[rows, at], atol=2e-5)
+    atol = tolerance(config, 2e-5)
+    np.testing.assert_allclose(logits, expected[rows, at], atol=atol)
 
   cache = init_cache(config, B, rows_for_chunks(LENGTH), has_slots=True)
   cache = fed(config, cache, 0, check)

@@ -39,7 +39,7 @@ WORDS = (
   'adamw', 'row_adam', 'row_adagrad', 'lazy_row_adam', 'additive', 'tucker',
   'bfloat16', 'float32', 'softmax', 'per_rank', 'per_head', 'matched',
   'release', 'dense', 'indexer', 'gated', 'merged', 'layer',
-  'none', 'gelu', 'head', 'projection', 'qkv', 'post', 'linear',
+  'none', 'gelu', 'head', 'projection', 'qkv', 'post', 'linear', 'int8',
 )  # fmt: skip
 ODD = (
   *WORDS,

@@ -10,6 +10,10 @@ share these.
 All sequences of a batch move together, or each by itself: `index` is then [B],
 new tokens come before padding, and only they stay.
 
+Keys and values may be quantized as they are written: whatever is read, those of
+the same call too, is what a later call would read. Factors of composition stay
+as they are: they say how all heads mix, and are few beside the heads.
+
 A head's rows lie next to each other, and all rows of a factor: a token that
 reads them then needs no transpose, which would take a CPU ten times as long.
 """
@@ -23,12 +27,16 @@ from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.nn.attention.kinds import KINDS
 from jaxsparse.ops.attention import slot_rows
+from jaxsparse.ops.quantized_rows import QuantizedRows, quantize_rows
 
 Cache = dict[str, Any]
 
 # Where an array has its rows, if not next to the batch.
-_AXIS_OF_ROWS = dict(key=2, value=2, factors=4)
-_DIMS = dict(key='BKSH', value='BKSH', factors='B...S')
+_AXIS_OF_ROWS = dict(key=2, value=2, key_scale=2, value_scale=2, factors=4)
+_DIMS = dict(
+  key='BKSH', value='BKSH', key_scale='BKS', value_scale='BKS', factors='B...S',
+)  # fmt: skip
+_HEADS = ('key', 'value')
 
 # Names of the rows' positions and documents, which layers of one kind share.
 _ROWS = dict(
@@ -81,23 +89,31 @@ def init_rows(
 ) -> Cache:
   """One layer's own part of a cache: keys and values [B, K, S, H].
 
-  With key-wise composition also 'factors' [B, C, F, N, S] of the keys' tokens;
-  the kinds of `kinds` have what they need, a sparse layer a `SparseCache`.
+  Quantized, these are int8, and beside them 'key_scale' and 'value_scale' f32
+  [B, K, S]. With key-wise composition also 'factors' [B, C, F, N, S] of the
+  keys' tokens; the kinds of `kinds` have what they need, a sparse layer a
+  `SparseCache`.
   """
   if kind := KINDS.get(config.attention_kinds[layer]):
     return kind.init_rows(config, batch_size, length)
   num_rows = _num_rows(config, layer, length)
 
-  def empty(dims, *shape):
-    rows = jnp.zeros((batch_size, *shape), config.dtype)
-    return mesh.reshard(rows, mesh.act(dims))
+  def empty(name, *shape, dtype=config.dtype):
+    rows = jnp.zeros((batch_size, *shape), dtype)
+    return mesh.reshard(rows, mesh.act(_DIMS[name]))
 
-  heads = (config.num_kv_heads, num_rows, config.head_dim)
-  cache = {name: empty('BKSH', *heads) for name in ('key', 'value')}
+  heads, cache = (config.num_kv_heads, num_rows), {}
+  is_quantized = config.kv_cache == 'int8'
+  for name in _HEADS:
+    dtype = jnp.int8 if is_quantized else config.dtype
+    cache[name] = empty(name, *heads, config.head_dim, dtype=dtype)
+    if is_quantized:
+      scale = f'{name}_scale'
+      cache[scale] = empty(scale, *heads, dtype=jnp.float32)
   dcmha = config.composition(layer)
   if dcmha and dcmha.num_cached:
     shape = (dcmha.num_cached, dcmha.num_factors, config.num_heads)
-    cache['factors'] = empty('B...S', *shape, num_rows)
+    cache['factors'] = empty('factors', *shape, num_rows)
   return cache
 
 
@@ -116,12 +132,17 @@ def append(cache: Cache, new: Cache, has_ring: bool) -> tuple[Cache, Cache]:
     has_ring: whether the layer's own part is a ring.
 
   Returns:
-    What the new tokens may read [B, S, ...], under the names of `new`, and the
-    cache. For a ring and several tokens that is the ring as it was and then the
-    new rows, in the order of time: the first of them still read what the last
-    ones replace.
+    What the new tokens may read [B, S, ...], under the names of `new`, with
+    keys and values as `QuantizedRows` if the cache's are, and the cache. For a
+    ring and several tokens that is the ring as it was and then the new rows, in
+    the order of time: the first of them still read what the last ones replace.
   """
   rows = _ROWS['ring' if has_ring else 'linear']
+  is_quantized = 'key_scale' in cache
+  if is_quantized:
+    for name in _HEADS:
+      codes, scale = quantize_rows(new[name])
+      new = new | {name: codes, f'{name}_scale': scale}
   stored = {name: rows.get(name, name) for name in new}
   index, num_new = cache['index'], new['positions'].shape[1]
   read, kept = {}, {}
@@ -139,6 +160,9 @@ def append(cache: Cache, new: Cache, has_ring: bool) -> tuple[Cache, Cache]:
       at = index % old.shape[axis] if has_ring else index
       seen = old = jax.lax.dynamic_update_slice_in_dim(old, rows, at, axis)
     read[name], kept[stored[name]] = jnp.moveaxis(seen, axis, 1), old
+  if is_quantized:
+    for name in _HEADS:
+      read[name] = QuantizedRows(read[name], read.pop(f'{name}_scale'))
   index = slot_rows.advanced(index, new['segment_ids'])
   return read, cache | kept | dict(index=index)
 

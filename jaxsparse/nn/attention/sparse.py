@@ -25,6 +25,7 @@ from jaxsparse.nn.leading import Leading
 from jaxsparse.ops.attention import slot_rows
 from jaxsparse.ops.attention.rope import rotate
 from jaxsparse.ops.memory import usage
+from jaxsparse.ops.quantized_rows import QuantizedRows
 from jaxsparse.ops.sparse_attention import bounded_slots
 from jaxsparse.ops.sparse_attention.block_router import Router, no_router
 from jaxsparse.ops.sparse_attention.bounded_history import (
@@ -70,13 +71,17 @@ def _whole(dims):
   return jax.tree.map(lambda d: d.replace('K', '.').replace('N', '.'), dims)
 
 
-_BOUNDED_DIMS = BoundedCache(pages=_whole(_CACHE_DIMS), worth='B.', seen='B.')
-# Of inputs, cache, sums and figures.
-_DIMS_OF_BOUNDED = (
-  _whole(_INPUT_DIMS),
-  _BOUNDED_DIMS,
-  *_whole(('BTN.', _STATS_DIMS)),
-)
+def _cache_dims(config):
+  if config.kv_cache == 'exact':
+    return _CACHE_DIMS
+  rows = QuantizedRows('BK..', 'BK.')
+  return _CACHE_DIMS._replace(key=rows, value=rows)
+
+
+def _bounded_dims(config):
+  return BoundedCache(_whole(_cache_dims(config)), worth='B.', seen='B.')
+
+
 _SETS = ('window', 'kept', 'summary')
 
 
@@ -100,7 +105,7 @@ def init_rows(
   """A sparse layer's part of a decoding cache."""
   sparse, dtype = config.sparse, jnp.dtype(config.dtype)
   sizes = (batch_size, config.num_kv_heads)
-  options = make_options(sparse)
+  options, is_quantized = make_options(sparse), config.kv_cache == 'int8'
   if sparse.history_blocks:
     cache = init_bounded_cache(
       *sizes,
@@ -109,13 +114,15 @@ def init_rows(
       sparse.history_blocks,
       dtype,
       sparse.router_width,
+      is_quantized,
     )
-    all_dims = _BOUNDED_DIMS
+    all_dims = _bounded_dims(config)
   else:
     cache = init_sparse_cache(
-      *sizes, length, config.head_dim, options, dtype, sparse.router_width
-    )
-    all_dims = _CACHE_DIMS
+      *sizes, length, config.head_dim, options, dtype, sparse.router_width,
+      is_quantized,
+    )  # fmt: skip
+    all_dims = _cache_dims(config)
   placed = jax.tree.map(
     lambda dims, x: mesh.reshard(x, mesh.act(dims)), all_dims, cache
   )
@@ -134,7 +141,8 @@ def forget(
   def on_device(cache, index):
     return (bounded_slots.forget(cache, index[0], options),)
 
-  run = mesh.per_device(on_device, (_BOUNDED_DIMS, 'B'), (_BOUNDED_DIMS,))
+  dims = _bounded_dims(config)
+  run = mesh.per_device(on_device, (dims, 'B'), (dims,))
   old = BoundedCache(*(rows[name] for name in BoundedCache._fields))
   return rows | run(old, index)[0]._asdict()
 
@@ -238,14 +246,12 @@ class SparseAttention(nn.Module):
     cache = cache | dict(lengths=lengths + count)
     if has_slots and reads_unrotated(self.config, has_cache=True):
       kind, rows, dims_of_rows = BoundedCache, (lengths, count), ('B', 'B')
-      dims = _DIMS_OF_BOUNDED
 
       def attend(*arrays):
         return bounded_slots.attention(*arrays, options, self._rotate())
 
     elif reads_unrotated(self.config, has_cache=True):
       kind, rows, dims_of_rows = BoundedCache, (cache['index'],), ('',)
-      dims = _DIMS_OF_BOUNDED
 
       def attend(inputs, cache, index):
         return bounded_attention(inputs, cache, index, options, self._rotate())
@@ -253,7 +259,6 @@ class SparseAttention(nn.Module):
     else:
       kind, rows = SparseCache, (lengths, skipped, count)
       dims_of_rows = ('B', 'B', 'B')
-      dims = (_INPUT_DIMS, _CACHE_DIMS, 'BTN.', _STATS_DIMS)
 
       def attend(*arrays):
         return unpadded_cached_attention(*arrays, options)
@@ -262,7 +267,11 @@ class SparseAttention(nn.Module):
       y, new, stats = attend(*arrays)
       return y, new, {name: stats[name] for name in _STATS_DIMS}
 
-    of_inputs, of_cache, of_y, of_stats = dims
+    of_cache = _cache_dims(self.config)
+    of_inputs, of_y, of_stats = _INPUT_DIMS, 'BTN.', _STATS_DIMS
+    if kind is BoundedCache:
+      of_cache = _bounded_dims(self.config)
+      of_inputs, of_y, of_stats = _whole((of_inputs, of_y, of_stats))
     run = mesh.per_device(
       on_device,
       (of_inputs, of_cache, *dims_of_rows),

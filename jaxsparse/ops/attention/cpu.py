@@ -4,14 +4,20 @@
 Letters as in `compose`.
 """
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int, Int8
 
 from jaxsparse import mesh
 
 # Rows from which attention in two parts is faster than all at once.
 _SPLIT_ROWS = 64
+
+# Rows of codes that become numbers at once: few enough for a core's cache, and
+# a loop's steps cost little beside them.
+_CODE_ROWS = 128
 
 
 def wants_heads_first(num_rows: int) -> bool:
@@ -71,6 +77,75 @@ def pad_off_cache_alias(num_keys: int) -> int:
   """
   is_slow = mesh.platform() == 'cpu' and num_keys % 256 == 0
   return 16 if is_slow else 0
+
+
+def scores_in_parts(
+  score: Callable[[jax.Array], jax.Array], codes: Int8[Array, 'B S K H']
+) -> Float[Array, 'B _ _ _ S']:
+  """`score(codes)`, on a CPU some rows at a time.
+
+  XLA's CPU makes numbers of all codes before a product with any, four times
+  their bytes. In parts that stay in a core's cache decoding takes less time
+  than with keys in f32 (B = 1, 2,048 rows of 8 heads: half of it, JAX 0.10.2).
+  """
+  if not _is_in_parts(codes):
+    return score(codes)
+  num_parts, begin = _parts_of_codes(codes)
+  of_part = _part_reader(codes)
+  scores = jax.lax.map(
+    lambda i: score(of_part(i * _CODE_ROWS)), jnp.arange(num_parts)
+  )
+  scores = jnp.moveaxis(scores, 0, -2)
+  scores = scores.reshape(*scores.shape[:-2], begin)
+  if begin == codes.shape[1]:
+    return scores
+  return jnp.concatenate([scores, score(codes[:, begin:])], axis=-1)
+
+
+def sums_in_parts(
+  add_up: Callable[[jax.Array, jax.Array], jax.Array],
+  weight: Float[Array, 'B _ _ _ S'],
+  codes: Int8[Array, 'B S K H'],
+) -> Float[Array, 'B T K G H']:
+  """`add_up(weight, codes)`, likewise, in f32 over the parts."""
+  if not _is_in_parts(codes):
+    return add_up(weight, codes)
+  num_parts, begin = _parts_of_codes(codes)
+  of_part, dtype = _part_reader(codes), weight.dtype
+  weight = weight.astype(jnp.promote_types(dtype, jnp.float32))
+
+  def sums(i: Int[Array, ''] | int):
+    rows = jax.lax.dynamic_slice_in_dim(
+      weight, i * _CODE_ROWS, _CODE_ROWS, weight.ndim - 1
+    )
+    return add_up(rows, of_part(i * _CODE_ROWS))
+
+  total = jax.lax.fori_loop(1, num_parts, lambda i, y: y + sums(i), sums(0))
+  if begin < codes.shape[1]:
+    total += add_up(weight[..., begin:], codes[:, begin:])
+  return total.astype(dtype)
+
+
+def _is_in_parts(codes: Int8[Array, 'B S K H']):
+  return mesh.platform() == 'cpu' and codes.shape[1] > _CODE_ROWS
+
+
+def _parts_of_codes(codes: Int8[Array, 'B S K H']):
+  """How many whole parts there are, and the row after them."""
+  num_parts = codes.shape[1] // _CODE_ROWS
+  return num_parts, num_parts * _CODE_ROWS
+
+
+def _part_reader(codes: Int8[Array, 'B S K H']):
+  # As a cache has them, where this undoes what its reader did: a loop would be
+  # given a copy that is turned over.
+  codes = jnp.moveaxis(codes, 1, 2)
+
+  def read(begin: Int[Array, ''] | int):
+    rows = jax.lax.dynamic_slice_in_dim(codes, begin, _CODE_ROWS, 2)
+    return jnp.moveaxis(rows, 2, 1)
+
+  return read
 
 
 def _squeeze_single_group(x: Float[Array, 'B T G ...']):

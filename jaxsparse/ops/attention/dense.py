@@ -26,12 +26,13 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsparse import mesh
 from jaxsparse.ops.attention import cpu, libraries
 from jaxsparse.ops.attention.compose import HeadMix, compose, compose_reference
-from jaxsparse.ops.cpu import product
+from jaxsparse.ops.attention.products import scores, sums
+from jaxsparse.ops.quantized_rows import QuantizedRows
 from jaxsparse.ops.softmax import softmax
 
 # Arrays of the queries or of the keys: their heads, positions and segments, and
 # factors of the heads' composition.
-_Side = dict[str, jax.Array | None]
+_Side = dict[str, jax.Array | QuantizedRows | None]
 _Mixes = dict[str, HeadMix]
 
 # Number of stages into which chunks are sorted by how many keys they see: with
@@ -59,8 +60,8 @@ def document_mask(
 
 def attention(
   query: Float[Array, 'B T N H'],
-  key: Float[Array, 'B S K H'],
-  value: Float[Array, 'B S K H'],
+  key: Float[Array, 'B S K H'] | QuantizedRows,
+  value: Float[Array, 'B S K H'] | QuantizedRows,
   query_positions: Int[Array, 'B T'],
   key_positions: Int[Array, 'B S'],
   query_segments: Int[Array, 'B T'],
@@ -76,7 +77,7 @@ def attention(
 
   Args:
     query: N heads; head n reads key/value head n // (N / K).
-    key: K heads, already rotated.
+    key: K heads, already rotated; of a cache also quantized, as are values.
     value: as `key`.
     query_positions: position of each query in its document.
     key_positions: position of each key in its document.
@@ -109,6 +110,7 @@ def attention(
     dtype=query.dtype,
     window=window,
     is_composed=bool(mixes),
+    is_quantized=isinstance(key, QuantizedRows),
   )
   library = libraries.choose(implementation, call)
   if library != 'xla' and call.is_decoding:
@@ -122,7 +124,9 @@ def attention(
     )
   letter = _head_letter(mixes)
 
-  def placed(x: jax.Array | None, dims: str):
+  def placed(x: jax.Array | QuantizedRows | None, dims: str):
+    if isinstance(x, QuantizedRows):
+      return QuantizedRows(placed(x.codes, dims), placed(x.scale, dims[:-1]))
     return None if x is None else mesh.reshard(x, mesh.act(dims))
 
   queries = dict(
@@ -261,9 +265,9 @@ def _attend(queries: _Side, keys: _Side, mixes: _Mixes, window: int):
   query = query.reshape(B, T, K, N // K, H, out_sharding=split)
   scale = H**-0.5
   if query.dtype == dtype:  # Narrower, it would round; scores are many more.
-    score = _scores(query * scale, key, bool(mixes), dtype)
+    score = scores(query * scale, key, bool(mixes), dtype)
   else:
-    score = _scores(query, key, bool(mixes), dtype) * scale
+    score = scores(query, key, bool(mixes), dtype) * scale
   score = _composed(score, 'pre', queries, keys, mixes)
   mask_BTS = document_mask(
     queries['positions'],
@@ -276,51 +280,12 @@ def _attend(queries: _Side, keys: _Side, mixes: _Mixes, window: int):
   bound = jnp.finfo(dtype).min
   mask = mask_BTS[:, :, None, None] if mixes else mask_BTS[:, None, None]
   weight = softmax(jnp.where(mask, score, bound))
-  weight = _composed(weight, 'post', queries, keys, mixes).astype(value.dtype)
-  encoded = _sums(weight, value, bool(mixes))
+  weight = _composed(weight, 'post', queries, keys, mixes)
+  encoded = sums(weight, value, bool(mixes), query.dtype)
   merged = mesh.act(f'BT{letter}H')
   encoded = encoded.reshape(B, T, N, H, out_sharding=merged)
   sees_any = mask_BTS.any(axis=-1)[:, :, None, None]
   return jnp.where(sees_any, encoded, jnp.zeros_like(encoded))
-
-
-# A product's own order is that of its batch, its left side and its right side.
-# Asked for another, einsum has XLA multiply the other way around, for which its
-# CPU copies both sides; turning what comes out costs less. For one query the
-# other way around is the better one, as keys are then the left side.
-
-
-def _scores(
-  query: Float[Array, 'B T K G H'],
-  key: Float[Array, 'B S K H'],
-  is_composed: bool,
-  dtype: jax.typing.DTypeLike,
-):
-  """[B, K, G, T, S], or [B, T, K, G, S]: composition wants a query's heads."""
-  order = 'btkgs' if is_composed else 'bkgts'
-  if query.shape[1] == 1:
-    letters = f'btkgh,bskh->{order}'
-  elif is_composed:
-    letters = 'btkgh,bskh->bktgs'
-  else:
-    query, key = jnp.moveaxis(query, 1, 3), jnp.moveaxis(key, 1, 2)
-    if query.dtype == dtype:
-      return product('bkgth,bksh->bkgts', query, key)
-    letters = 'bkgth,bksh->bkgts'
-  score = jnp.einsum(letters, query, key, preferred_element_type=dtype)
-  return jnp.moveaxis(score, 1, 2) if letters.endswith('bktgs') else score
-
-
-def _sums(
-  weight: Float[Array, 'B _ _ _ S'],
-  value: Float[Array, 'B S K H'],
-  is_composed: bool,
-):
-  """Weights in the order of `_scores` to sums [B, T, K, G, H]."""
-  if is_composed:
-    return jnp.moveaxis(jnp.einsum('btkgs,bskh->bktgh', weight, value), 2, 1)
-  value = jnp.moveaxis(value, 1, 2)
-  return jnp.moveaxis(product('bkgts,bksh->bkgth', weight, value), 3, 1)
 
 
 def _composed(

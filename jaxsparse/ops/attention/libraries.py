@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from jaxsparse import mesh
 from jaxsparse.config.errors import UserError
 from jaxsparse.ops.kernels.decode_attention import decode_attention
+from jaxsparse.ops.quantized_rows import QuantizedRows
 
 LIBRARIES = ('pallas', 'cudnn')
 
@@ -39,6 +40,8 @@ class Call:
   dtype: jnp.dtype
   window: int
   is_composed: bool
+  # Keys and values of the call.
+  is_quantized: bool = False
 
   @property
   def is_decoding(self) -> bool:
@@ -126,19 +129,22 @@ def _compilation_error(name: str, call: Call) -> str | None:
 def _decoding_error(call: Call) -> str | None:
   keys = (1, call.num_kv_heads, call.num_keys, call.width)
   group = call.num_heads // call.num_kv_heads
-  heads = [
-    jax.ShapeDtypeStruct(shape, call.dtype)
-    for shape in ((*keys[:2], group, call.width), keys, keys)
-  ]
+  query = jax.ShapeDtypeStruct((*keys[:2], group, call.width), call.dtype)
+  key = jax.ShapeDtypeStruct(keys, call.dtype)
+  if call.is_quantized:
+    key = QuantizedRows(
+      jax.ShapeDtypeStruct(keys, jnp.int8),
+      jax.ShapeDtypeStruct(keys[:-1], jnp.float32),
+    )
   rows = [
     jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1,), (1, keys[2]))
   ]
   kernel = functools.partial(decode_attention, window=call.window)
-  return _first_error(kernel, *heads, *rows, *rows)
+  return _first_error(kernel, query, key, key, *rows, *rows)
 
 
 def _first_error(
-  function: Callable, *arguments: jax.ShapeDtypeStruct
+  function: Callable, *arguments: jax.ShapeDtypeStruct | QuantizedRows
 ) -> str | None:
   """The first line of the error that compiling for one device raises, or
   None."""
@@ -152,8 +158,8 @@ def _first_error(
 
 def decoding_attention(
   query: Float[Array, 'B 1 N H'],
-  key: Float[Array, 'B S K H'],
-  value: Float[Array, 'B S K H'],
+  key: Float[Array, 'B S K H'] | QuantizedRows,
+  value: Float[Array, 'B S K H'] | QuantizedRows,
   query_positions: Int[Array, 'B 1'],
   key_positions: Int[Array, 'B S'],
   query_segments: Int[Array, 'B 1'],
@@ -164,8 +170,8 @@ def decoding_attention(
 
   def run(
     query: Float[Array, 'B 1 N H'],
-    key: Float[Array, 'B S K H'],
-    value: Float[Array, 'B S K H'],
+    key: Float[Array, 'B S K H'] | QuantizedRows,
+    value: Float[Array, 'B S K H'] | QuantizedRows,
     *rows: Int[Array, 'B ...'],
   ):
     batch, _, num_heads, width = query.shape
@@ -173,16 +179,20 @@ def decoding_attention(
     y = decode_attention(
       query.reshape(batch, num_kv_heads, num_heads // num_kv_heads, width),
       # As a cache has them, where this undoes what its reader did.
-      jnp.moveaxis(key, 1, 2),
-      jnp.moveaxis(value, 1, 2),
+      jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), key),
+      jax.tree.map(lambda x: jnp.moveaxis(x, 1, 2), value),
       *(x.squeeze(1) if i % 2 == 0 else x for i, x in enumerate(rows)),
       window=window,
     )
     return (y.reshape(query.shape),)
 
+  of_rows = [
+    QuantizedRows('BSK.', 'BSK') if isinstance(x, QuantizedRows) else 'BSK.'
+    for x in (key, value)
+  ]
   run = mesh.per_device(
     run,
-    ('BTN.', 'BSK.', 'BSK.', 'BT', 'BS', 'BT', 'BS'),
+    ('BTN.', *of_rows, 'BT', 'BS', 'BT', 'BS'),
     ('BTN.',),
     is_opaque=True,
   )

@@ -17,6 +17,7 @@ from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
 from jaxsparse.ops.kernels.tile_product import dot
+from jaxsparse.ops.quantized_rows import QuantizedRows, dtype_of_sums
 
 # Rows at once, and programs that a GPU should have at least.
 _ROWS, _PROGRAMS = 64, 512
@@ -28,8 +29,8 @@ _NEVER = -1e30
 
 def decode_attention(
   query: Float[Array, 'B K G H'],
-  key: Float[Array, 'B K S H'],
-  value: Float[Array, 'B K S H'],
+  key: Float[Array, 'B K S H'] | QuantizedRows,
+  value: Float[Array, 'B K S H'] | QuantizedRows,
   query_positions: Int[Array, 'B'],
   key_positions: Int[Array, 'B S'],
   query_segments: Int[Array, 'B'],
@@ -41,8 +42,8 @@ def decode_attention(
   """`ops.attention.dense.attention` of one query, without a gradient.
 
   Args:
-    query: in the compute dtype, as are key and value.
-    key: a head's rows next to each other.
+    query: in the compute dtype, as are key and value unless quantized.
+    key: a head's rows next to each other; codes are read as they are.
     value: as `key`.
     query_positions: position of each query in its document.
     key_positions: position of each row.
@@ -68,8 +69,8 @@ def decode_attention(
 
   def kernel(
     query_ref: jax.Ref,
-    key_ref: jax.Ref,
-    value_ref: jax.Ref,
+    keys: jax.Ref | QuantizedRows,
+    values: jax.Ref | QuantizedRows,
     own_position: jax.Ref,
     positions: jax.Ref,
     own_segment: jax.Ref,
@@ -97,12 +98,20 @@ def decode_attention(
       rows = first + jnp.arange(_ROWS)
       is_row = rows < num_rows
 
-      def load(ref: jax.Ref):
-        return triton.load(
-          ref.at[b, head, rows[:, None], columns],
+      def load(heads: jax.Ref | QuantizedRows, dtype: jax.typing.DTypeLike):
+        """Rows [_ROWS, width], codes in a type, and their scales or 1."""
+        is_quantized = isinstance(heads, QuantizedRows)
+        x = triton.load(
+          (heads.codes if is_quantized else heads).at[
+            b, head, rows[:, None], columns
+          ],
           mask=is_row[:, None] & in_width,
           other=0,
         )
+        if not is_quantized:
+          return x, 1
+        scale = triton.load(heads.scale.at[b, head, rows], mask=is_row, other=0)
+        return x.astype(dtype), scale[None]
 
       of_rows = triton.load(segments.at[b, rows], mask=is_row, other=0)
       at_rows = triton.load(positions.at[b, rows], mask=is_row, other=0)
@@ -110,14 +119,15 @@ def decode_attention(
       is_seen = (of_rows == segment) & (of_rows > 0) & (distance >= 0)
       if window:
         is_seen &= distance < window
-      scores = dot(q, load(key_ref), is_transposed=True) * width**-0.5
+      key, key_scale = load(keys, q.dtype)
+      scores = dot(q, key, is_transposed=True) * width**-0.5 * key_scale
       scores = jnp.where(is_seen[None], scores, _NEVER)
       highest = jnp.maximum(maximum, scores.max(1))
       shares = jnp.where(is_seen[None], jnp.exp(scores - highest[:, None]), 0)
       before = jnp.exp(maximum - highest)
-      sums = sums * before[:, None] + dot(
-        shares.astype(value_ref.dtype), load(value_ref)
-      )
+      value, value_scale = load(values, dtype_of_sums(q.dtype))
+      weights = (shares * value_scale).astype(value.dtype)
+      sums = sums * before[:, None] + dot(weights, value)
       return highest, total * before + shares.sum(1), sums
 
     start = (

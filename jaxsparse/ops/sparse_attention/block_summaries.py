@@ -2,7 +2,9 @@
 """One key and one value that stand for a block of rows.
 
 The means of the rotated keys and of the values: the key's product with a query
-is the mean of the query's scores in the block (MoBA, arXiv:2502.13189).
+is the mean of the query's scores in the block (MoBA, arXiv:2502.13189). Of
+quantized rows they are means of the numbers that are read, in f32: a block is
+chosen by what it is, however its rows came.
 
 Letters: B batch, K key/value heads, H head width, Z blocks of b rows.
 """
@@ -11,6 +13,8 @@ from typing import NamedTuple
 
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
+
+from jaxsparse.ops.quantized_rows import QuantizedRows, split_rows
 
 
 class Summaries(NamedTuple):
@@ -25,8 +29,8 @@ class Summaries(NamedTuple):
 
 
 def summarize(
-  key: Float[Array, 'B K Z b H'],
-  value: Float[Array, 'B K Z b H'],
+  key: Float[Array, 'B K Z b H'] | QuantizedRows,
+  value: Float[Array, 'B K Z b H'] | QuantizedRows,
   segments: Int[Array, 'B Z b'],
 ) -> Summaries:
   """Summaries of all blocks, in f32 at least.
@@ -40,12 +44,20 @@ def summarize(
     segments: document of each row.
   """
   is_own, count = _own_rows(segments)
-  dtype = jnp.promote_types(key.dtype, jnp.float32)
-  share = is_own / jnp.maximum(count, 1)[..., None].astype(dtype)
-  key, value = (
-    jnp.einsum('bkzsh,bzs->bkzh', x.astype(dtype), share) for x in (key, value)
-  )
+  weight = is_own / jnp.maximum(count, 1)[..., None]
+  key, value = (_means(x, weight) for x in (key, value))
   return Summaries(key, value, count.astype(jnp.int32), segments[..., -1])
+
+
+def _means(
+  x: Float[Array, 'B K Z b H'] | QuantizedRows, weight: Float[Array, 'B Z b']
+):
+  x, scale = split_rows(x, jnp.float32)
+  x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+  weight = weight.astype(x.dtype)
+  if scale is None:
+    return jnp.einsum('bkzsh,bzs->bkzh', x, weight)
+  return jnp.einsum('bkzsh,bkzs->bkzh', x, scale * weight[:, None])
 
 
 def _own_rows(segments: Int[Array, 'B Z b']):

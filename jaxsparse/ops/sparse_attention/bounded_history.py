@@ -5,10 +5,10 @@ A full cache forgets the least wanted block before each new one. It holds the
 sinks, `history` older blocks and the window, in the order of time; whatever
 follows a forgotten block moves one place forward, and rows are positions: no
 distance outgrows the cache (StreamingLLM, arXiv:2309.17453, numbers positions
-so; InfLLM, arXiv:2402.04617, keeps blocks by their worth). Keys are
-kept unrotated and rotated by their rows when they are read. Summaries are of
-keys rotated by their rows in the block, and are rotated by the block's first
-row: rotations add up.
+so; InfLLM, arXiv:2402.04617, keeps blocks by their worth). Keys are kept
+unrotated, quantized ones too, and rotated by their rows when they are read.
+Summaries are of keys rotated by their rows in the block, and are rotated by the
+block's first row: rotations add up.
 
 A block's worth is the mean, weighted to recent tiles, of its importance since
 it was eligible. A block that has not been eligible yet can't be forgotten.
@@ -60,7 +60,7 @@ class BoundedCache(NamedTuple):
 
   @property
   def num_rows(self) -> int:
-    return self.pages.key.shape[2]
+    return self.pages.segments.shape[1]
 
 
 def init_bounded_cache(
@@ -71,6 +71,7 @@ def init_bounded_cache(
   history: int,
   dtype: jax.typing.DTypeLike = jnp.float32,
   router_width: int = 0,
+  is_quantized: bool = False,
 ) -> BoundedCache:
   """An empty cache of `sinks + history + window + 1` blocks."""
   num_blocks = options.sinks + history + options.window_blocks + 1
@@ -82,6 +83,7 @@ def init_bounded_cache(
     options,
     dtype,
     router_width,
+    is_quantized,
   )
   return BoundedCache(
     pages,
@@ -300,9 +302,14 @@ def forget_one(cache: BoundedCache, *, options: SparseOptions) -> BoundedCache:
 
   pages = cache.pages
   on_grid = pages.pages(options.block)
+  key, value = jax.tree.map(
+    lambda x, old: moved(x, 2).reshape(old.shape),
+    (on_grid.key, on_grid.value),
+    (pages.key, pages.value),
+  )
   pages = pages._replace(
-    key=moved(on_grid.key, 2).reshape(pages.key.shape),
-    value=moved(on_grid.value, 2).reshape(pages.value.shape),
+    key=key,
+    value=value,
     # Rows of the new block that are not written yet belong to no document.
     segments=jnp.where(
       is_new[..., None], 0, moved(on_grid.segments, 1)

@@ -108,7 +108,7 @@ def _keys(
 ) -> _Keys:
   key, router_key = inputs.key, inputs.router.key
   pages = to_pages(key, inputs.value, segments, options.block)
-  missing = pages.segments.size // len(key) - key.shape[1]
+  missing = pages.segments.size // len(segments) - segments.shape[1]
   router_key = jnp.pad(router_key, [(0, 0), (0, missing), (0, 0)])
   return _Keys(
     pages, summarize(*pages), mean_of_blocks(router_key, pages.segments)

@@ -6,6 +6,10 @@ the blocks that the last tile keeps. A tile's choice is made at its first row
 and serves the tile's other rows when they come, in the same call or in later
 ones: no partition of a sequence into calls changes a number.
 
+Quantized keys and values are quantized as they are written, and summaries are
+of what is then read: those of a block that is not full could not be made of
+anything else when its other rows come.
+
 Letters as in `block_selection`; S = Z b rows of the cache.
 """
 
@@ -15,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
+from jaxsparse.ops.quantized_rows import QuantizedRows, quantize_rows
 from jaxsparse.ops.sparse_attention.block_router import Router
 from jaxsparse.ops.sparse_attention.block_selection import (
   Selection,
@@ -36,14 +41,15 @@ from jaxsparse.ops.sparse_attention.tile_attention import (
   RopeFn,
   attend_tiles,
   mean_of_rows,
+  rotated,
 )
 
 
 class SparseCache(NamedTuple):
   """What a layer keeps of earlier tokens."""
 
-  key: Float[Array, 'B K S H']
-  value: Float[Array, 'B K S H']
+  key: Float[Array, 'B K S H'] | QuantizedRows
+  value: Float[Array, 'B K S H'] | QuantizedRows
   segments: Int[Array, 'B S']
   summary_key: Float[Array, 'B K Z H']
   summary_value: Float[Array, 'B K Z H']
@@ -68,9 +74,8 @@ class SparseCache(NamedTuple):
     def paged(x: jax.Array, axis: int):
       return x.reshape(*x.shape[:axis], -1, block, *x.shape[axis + 1 :])
 
-    return Pages(
-      paged(self.key, 2), paged(self.value, 2), paged(self.segments, 1)
-    )
+    key, value = jax.tree.map(lambda x: paged(x, 2), (self.key, self.value))
+    return Pages(key, value, paged(self.segments, 1))
 
 
 def init_sparse_cache(
@@ -81,6 +86,7 @@ def init_sparse_cache(
   options: SparseOptions,
   dtype: jax.typing.DTypeLike = jnp.float32,
   router_width: int = 0,
+  is_quantized: bool = False,
 ) -> SparseCache:
   """An empty cache for at least `length` rows."""
   num_blocks = -(-length // options.block)
@@ -88,8 +94,11 @@ def init_sparse_cache(
   f32 = jnp.promote_types(dtype, jnp.float32)
 
   def rows():
-    shape = (batch, num_kv_heads, num_blocks * options.block, width)
-    return jnp.zeros(shape, dtype)
+    shape = (batch, num_kv_heads, num_blocks * options.block)
+    if not is_quantized:
+      return jnp.zeros((*shape, width), dtype)
+    codes = jnp.zeros((*shape, width), jnp.int8)
+    return QuantizedRows(codes, jnp.zeros(shape, jnp.float32))
 
   def means():
     return jnp.zeros((batch, num_kv_heads, num_blocks, width), f32)
@@ -124,27 +133,34 @@ def append(
       old, new.astype(old.dtype), start, axis
     )
 
-  key, value = (jnp.moveaxis(x, 1, 2) for x in (inputs.key, inputs.value))
+  def with_rows(old: jax.Array | QuantizedRows, new: jax.Array):
+    new = jnp.moveaxis(new, 1, 2)
+    if isinstance(old, QuantizedRows):
+      new = quantize_rows(new)
+    return jax.tree.map(lambda old, new: write(old, new, index, 2), old, new)
+
   cache = cache._replace(
-    key=write(cache.key, key, index, 2),
-    value=write(cache.value, value, index, 2),
+    key=with_rows(cache.key, inputs.key),
+    value=with_rows(cache.value, inputs.value),
     segments=write(cache.segments, inputs.segments, index, 1),
     router_key=write(cache.router_key, inputs.router.key, index, 1),
   )
   pages, num_blocks = cache.pages(options.block), cache.summary_count.shape[1]
-  length = key.shape[2]
+  length = inputs.segments.shape[1]
   # As many blocks as T rows can touch, wherever they begin.
   touched = min(num_blocks, (length + 2 * options.block - 2) // options.block)
   first = jnp.minimum(index // options.block, num_blocks - touched)
+
+  def near_of(x: jax.Array, axis: int):
+    return jax.lax.dynamic_slice_in_dim(x, first, touched, axis)
+
   near = Pages(
-    *(
-      jax.lax.dynamic_slice_in_dim(x, first, touched, axis)
-      for x, axis in zip(pages, (2, 2, 1), strict=True)
-    )
+    *jax.tree.map(lambda x: near_of(x, 2), (pages.key, pages.value)),
+    near_of(pages.segments, 1),
   )
   if rotate is not None:
     offset = jnp.arange(options.block)[None, None, None]
-    near = near._replace(key=rotate(near.key, offset))
+    near = near._replace(key=rotated(rotate, near.key, offset))
   new = summarize(*near)
   summaries = Summaries(
     *(
@@ -197,11 +213,14 @@ def cached_sparse_attention(
     cache.is_kept.astype(cache.summary_key.dtype),
     cache.is_kept,
   )
+  key, value = jax.tree.map(
+    lambda x: jnp.moveaxis(x, 2, 1), (cache.key, cache.value)
+  )
   y, stats = sparse_attention(
     SparseInputs(
       query=placed(inputs.query),
-      key=jnp.moveaxis(cache.key, 2, 1),
-      value=jnp.moveaxis(cache.value, 2, 1),
+      key=key,
+      value=value,
       segments=placed(inputs.segments),
       coverage=placed(inputs.coverage),
       gates=placed(inputs.gates),

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from jaxsparse.ops.quantized_rows import QuantizedRows
 from jaxsparse.ops.sparse_attention.block_router import Router, no_router
 
 
@@ -52,8 +53,9 @@ class SparseInputs(NamedTuple):
 
   # Head n of the queries reads key/value head n // (N / K).
   query: Float[Array, 'B T N H']
-  key: Float[Array, 'B S K H']
-  value: Float[Array, 'B S K H']
+  # Of a cache also `QuantizedRows`, as are values.
+  key: Float[Array, 'B S K H'] | QuantizedRows
+  value: Float[Array, 'B S K H'] | QuantizedRows
   # Document of each query; 0 for padding.
   segments: Int[Array, 'B T']
   # Share of importance that is to be covered; that of the first row of each

@@ -23,6 +23,11 @@ from jaxsparse.ops.online_softmax import (
   merge_states,
   partial_softmax,
 )
+from jaxsparse.ops.quantized_rows import (
+  QuantizedRows,
+  dtype_of_sums,
+  split_rows,
+)
 from jaxsparse.ops.sparse_attention.block_selection import (
   Selection,
   eligible_blocks,
@@ -38,27 +43,37 @@ RopeFn = Callable[[jax.Array, jax.Array], jax.Array]
 class Pages(NamedTuple):
   """Keys and values in the block layout."""
 
-  key: Float[Array, 'B K Z b H']
-  value: Float[Array, 'B K Z b H']
+  key: Float[Array, 'B K Z b H'] | QuantizedRows
+  value: Float[Array, 'B K Z b H'] | QuantizedRows
   segments: Int[Array, 'B Z b']
 
 
 def to_pages(
-  key: Float[Array, 'B S K H'],
-  value: Float[Array, 'B S K H'],
+  key: Float[Array, 'B S K H'] | QuantizedRows,
+  value: Float[Array, 'B S K H'] | QuantizedRows,
   segments: Int[Array, 'B S'],
   block: int,
 ) -> Pages:
   """Rows in the block layout; what the last block lacks is padding."""
-  length = key.shape[1]
-  missing = -length % block
+  missing = -segments.shape[1] % block
 
   def paged(x: jax.Array):
     x = jnp.pad(x, [(0, 0), (0, missing)] + [(0, 0)] * (x.ndim - 2))
     return x.reshape(x.shape[0], -1, block, *x.shape[2:])
 
-  key, value = (jnp.moveaxis(paged(x), 3, 1) for x in (key, value))
+  key, value = jax.tree.map(
+    lambda x: jnp.moveaxis(paged(x), 3, 1), (key, value)
+  )
   return Pages(key, value, paged(segments))
+
+
+def rotated(
+  rotate: RopeFn, key: jax.Array | QuantizedRows, row: Int[Array, '...']
+) -> jax.Array | QuantizedRows:
+  """Keys [..., H] rotated by their rows; of quantized ones the codes."""
+  if isinstance(key, QuantizedRows):
+    return key._replace(codes=rotate(key.codes.astype(jnp.float32), row))
+  return rotate(key, row)
 
 
 def attend_tiles(
@@ -132,12 +147,14 @@ def _window(
   row = row.reshape(len(block), -1)
   key, value, of_keys = _read_window(pages, jnp.maximum(block, 0))
   if rotate is not None:
-    key = rotate(key, row[None, None])
+    key = rotated(rotate, key, row[None, None])
   own_row = first_row[:, None] + jnp.arange(segments.shape[2])[None]
   is_past = (row[:, None] <= own_row[..., None]) & (row >= 0)[:, None]
   is_seen = _same_document(segments, of_keys) & is_past[None]
   logits = _logits('bknrgh,bknlh->bknrgl', query, key)
-  return partial_softmax(logits, is_seen[:, None, :, :, None], value)
+  value, scale = split_rows(value, dtype_of_sums(query.dtype))
+  is_seen = is_seen[:, None, :, :, None]
+  return partial_softmax(logits, is_seen, value, value_scale=scale)
 
 
 def _read_window(pages: Pages, block: Int[Array, 'n w']):
@@ -148,7 +165,8 @@ def _read_window(pages: Pages, block: Int[Array, 'n w']):
     shape = (*x.shape[: axis + 1], -1, *x.shape[axis + 3 :])
     return x.reshape(shape)
 
-  return merged(pages.key, 2), merged(pages.value, 2), merged(pages.segments, 1)
+  key, value = jax.tree.map(lambda x: merged(x, 2), (pages.key, pages.value))
+  return key, value, merged(pages.segments, 1)
 
 
 def _kept(
@@ -160,11 +178,13 @@ def _kept(
 ):
   """All rows of the kept blocks: each ends before the tile."""
   take = jax.vmap(jax.vmap(lambda x, i: x[i]))
-  key, value = (take(x, selection.block) for x in (pages.key, pages.value))
+  key, value = jax.tree.map(
+    lambda x: take(x, selection.block), (pages.key, pages.value)
+  )
   if rotate is not None:
     block = key.shape[-2]
     offset = jnp.arange(block)[None, None, None, None]
-    key = rotate(key, selection.block[..., None] * block + offset)
+    key = rotated(rotate, key, selection.block[..., None] * block + offset)
   # The documents' rows are the same for all heads, the blocks are not.
   of_keys = jax.vmap(lambda x, i: x[i])(pages.segments, selection.block)
   shape = (*selection.block.shape[:3], -1)
@@ -174,9 +194,12 @@ def _kept(
   block = key.shape[-2]
   is_kept = jnp.repeat(selection.is_kept, block, axis=-1)[..., None, None, :]
   weight = jnp.repeat(selection.weight, block, axis=-1)[..., None, None, :]
-  key, value = (x.reshape(*shape, x.shape[-1]) for x in (key, value))
+  key, value = jax.tree.map(
+    lambda x: x.reshape(*shape, *x.shape[5:]), (key, value)
+  )
   logits = _logits('bknrgh,bknlh->bknrgl', query, key)
-  part = partial_softmax(logits, is_seen, value, is_kept, weight)
+  value, scale = split_rows(value, dtype_of_sums(query.dtype))
+  part = partial_softmax(logits, is_seen, value, is_kept, weight, scale)
   return part, _masses(logits, is_seen & is_kept, selection.block.shape[-1])
 
 
@@ -219,11 +242,15 @@ def _summarized(
 
 
 def _logits(
-  letters: str, query: Float[Array, 'B K n r G H'], key: Float[Array, '*keys H']
+  letters: str,
+  query: Float[Array, 'B K n r G H'],
+  key: Float[Array, '*keys H'] | QuantizedRows,
 ):
   dtype = jnp.promote_types(query.dtype, jnp.float32)
+  key, scale = split_rows(key, query.dtype)
   key = key.astype(query.dtype)
-  return jnp.einsum(letters, query, key, preferred_element_type=dtype)
+  logits = jnp.einsum(letters, query, key, preferred_element_type=dtype)
+  return logits if scale is None else logits * scale[:, :, :, None, None]
 
 
 def _same_document(queries: Int[Array, '*#B r'], keys: Int[Array, '*#B l']):

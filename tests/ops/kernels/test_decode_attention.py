@@ -15,6 +15,7 @@ from jaxsparse.config.errors import UserError
 from jaxsparse.ops.attention import libraries
 from jaxsparse.ops.attention.dense import attention, attention_reference
 from jaxsparse.ops.kernels import decode_attention as kernel
+from jaxsparse.ops.quantized_rows import dequantize_rows, quantize_rows
 
 S = 150  # Of three blocks of rows, the last one part empty.
 
@@ -81,6 +82,22 @@ def test_it_is_the_definition(
   y, expected = both(*inputs)
   np.testing.assert_allclose(y, expected, atol=1e-5)
   assert not np.any(np.asarray(y)[3])
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'float16'])
+def test_it_reads_codes_with_their_scales(dtype, on_gpu):
+  query, key, value, *rows = make_inputs(2, 4, 24)
+
+  @jax.jit
+  def both(query, key, value, *rows):
+    codes = quantize_rows(key), quantize_rows(value)
+    y = attention(query.astype(dtype), *codes, *rows, implementation='pallas')
+    return y, attention_reference(query, *map(dequantize_rows, codes), *rows)
+
+  y, expected = both(query, key, value, *rows)
+  assert y.dtype == dtype
+  atol = 1e-5 if dtype == 'float32' else 5e-3
+  np.testing.assert_allclose(y, expected, atol=atol)
 
 
 def test_devices_run_it_on_their_own_heads(on_gpu):
