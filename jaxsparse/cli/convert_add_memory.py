@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
   old = run_config.read(arguments.workdir)
   new = extended(old, arguments.preset, argv)
   step = trained.step_of(arguments.workdir, arguments.step)
-  new_workdir.require_new(arguments.out)
+  new_workdir.require_new(arguments.out, '--out')
   with jax.set_mesh(our_leaves.mesh_for(old.model)):
     _, params = trained_model.load(arguments.workdir, step)
     params = dequantized(params)

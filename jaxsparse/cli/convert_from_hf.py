@@ -87,7 +87,11 @@ def open_path(path: pathlib.Path) -> Opened:
   Raises:
     UserError: it is nothing that can be imported.
   """
-  require(path.exists(), f'there is no folder or file {str(path)!r}.')
+  require(
+    path.exists(),
+    f'there is no folder or file {str(path)!r}: fetch a model of the Hugging '
+    'Face hub first, by hf download NAME --local-dir=FOLDER.',
+  )
   if path.suffix == '.gguf' and path.is_file():
     return gguf_file.open_file(path)
   require(path.is_dir(), f'{str(path)!r} must be a folder, but is a file.')

@@ -59,7 +59,7 @@ def main(arguments: list[str]) -> None:
   )
   reporter = Reporter()
   config = run_config.read(workdir, reporter.say)
-  tokenizer = _tokenizer(workdir)
+  tokenizer = _tokenizer(workdir, config.model.vocab_size)
   if not config.model.vocab_size:
     require(
       tokenizer is not None,
@@ -84,12 +84,12 @@ def main(arguments: list[str]) -> None:
   reporter.say(_summary(form, step, str(folder)))
 
 
-def _tokenizer(workdir: str) -> tokenizer_lib.Tokenizer | None:
+def _tokenizer(workdir: str, vocab_size: int) -> tokenizer_lib.Tokenizer | None:
   """None where the workdir has none."""
   names = workdir_lib.TOKENIZERS
   if not any((pathlib.Path(workdir) / name).exists() for name in names):
     return None
-  return tokenizer_lib.load_from_workdir(workdir)
+  return tokenizer_lib.load_from_workdir(workdir, vocab_size)
 
 
 def _special_ids(tokenizer: tokenizer_lib.Tokenizer | None) -> dict[str, Any]:

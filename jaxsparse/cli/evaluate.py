@@ -158,13 +158,22 @@ def tasks_of(arguments: argparse.Namespace) -> list[Task]:
       raise UserError(f'two files are called {name!r}: rename one of them.')
     files[name] = path
   limit = arguments.limit
-  return [
+  tasks: list[Task] = [
     *(QuestionTask.read(name, path, limit) for name, path in files.items()),
     *(
       TextTask.read(pattern, arguments.window, arguments.stride, limit)
       for pattern in dict.fromkeys(arguments.text)
     ),
   ]
+  kept: dict[str, str] = {}
+  for task in tasks:
+    other = kept.setdefault(store.stem_of(task.name), task.name)
+    require(
+      other == task.name,
+      f'results of {other!r} and of {task.name!r} would go to one file: '
+      'evaluate them one by one, the second with --output=FOLDER.',
+    )
+  return tasks
 
 
 def main(argv: Sequence[str]) -> None:

@@ -175,7 +175,7 @@ def main(argv: list[str]) -> None:
   config = run_config.read(arguments.workdir, _say)
   # Not where its config says: the workdir may come from anybody.
   compiled_programs.keep(say=_say)
-  tokenizer = load_from_workdir(arguments.workdir)
+  tokenizer = load_from_workdir(arguments.workdir, config.model.vocab_size)
   step = trained.step_of(arguments.workdir, arguments.step)
   num_prompt = max(len(encode_prompt(tokenizer, r.prompt)) for r in requests)
   model = _with_history(config, arguments, num_prompt)

@@ -53,10 +53,10 @@ def main(arguments: Sequence[str]) -> None:
   config = run_config.read(options.workdir, _say)
   files = workdir_lib.Files(options.workdir)
   rows = metrics.read_rows(options.workdir)
-  if not rows:
+  if not rows and options.attention is None:
     raise UserError(
       f'workdir {options.workdir!r} holds no metrics yet: wait for the first '
-      'line of its run.'
+      'line of its run, or begin one by jaxsparse train.'
     )
   own = files.folder / workdir_lib.PLOTS
   output = pathlib.Path(options.output).expanduser() if options.output else own
@@ -68,10 +68,11 @@ def main(arguments: Sequence[str]) -> None:
       options.workdir, files.folder / run_pictures.VALIDATION_STATS
     )
     placements = block.placements(config.model)
-    drawn = [
-      *run_pictures.draw(files.folder, rows, output, placements, _say),
-      *drawn,
-    ]
+    if rows:
+      drawn = [
+        *run_pictures.draw(files.folder, rows, output, placements, _say),
+        *drawn,
+      ]
   shown = options.output or f'{options.workdir}/{workdir_lib.PLOTS}'
   for path in drawn:
     print(f'{shown}/{path.name}')
@@ -110,7 +111,7 @@ def draw_attention(
   if text.startswith('@'):
     text = read_file('--attention=@', text[1:])
   require_utf8('--attention', text)
-  tokenizer = tokenizer_lib.load_from_workdir(workdir)
+  tokenizer = tokenizer_lib.load_from_workdir(workdir, config.model.vocab_size)
   tokens = encode_prompt(tokenizer, text)
   if not 1 < len(tokens) <= _MOST_TOKENS:
     raise UserError(

@@ -62,7 +62,10 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
     compiled_programs.keep(config.data.cache_dir, say)
     corpus = build_corpus(config.data, say)
     resume.require_same_data(config, corpus, workdir)
-    tokens = tokenizer.make_tokenizer(config.data, corpus, workdir)
+    resume.require_tokenizer(config, workdir)
+    tokens = tokenizer.make_tokenizer(
+      config.data, corpus, workdir, config.model.vocab_size
+    )
     config = with_vocabulary(config, tokens.vocab_size)
     if hosts.is_process_zero():
       resume.save_config(config, workdir)

@@ -41,6 +41,11 @@ def from_json(text: str) -> Config:
     raise DamagedError('the saved config is damaged') from error
   if not isinstance(fields, dict):
     raise DamagedError('the saved config is damaged')
+  if 'model_type' in fields and 'model' not in fields:
+    raise UserError(
+      'config.json is that of a published checkpoint and not of a run: make a '
+      'workdir of it by jaxsparse convert from-hf FOLDER --workdir=NEW.'
+    )
   renamed.renew(fields)
   try:
     return config_lib.validated(_from_dict(Config, fields))

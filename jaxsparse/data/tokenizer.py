@@ -246,12 +246,19 @@ class SentencePieceTokenizer:
 
 
 def make_tokenizer(
-  config: DataConfig, corpus: Corpus, workdir: Workdir
+  config: DataConfig, corpus: Corpus, workdir: Workdir, vocab_size: int = 0
 ) -> Tokenizer:
   """The workdir's tokenizer; made as `config` says where there is none.
 
+  Args:
+    config: names the tokenizer.
+    corpus: may be what it is made of.
+    workdir: keeps it.
+    vocab_size: rows of the model's table; 0 for as many as it has tokens.
+
   Raises:
-    UserError: the tokenizer that `config` names cannot be read.
+    UserError: the tokenizer that `config` names cannot be read, or has tokens
+      without a row.
   """
   if any(
     (epath.Path(workdir) / name).exists() for name in workdir_lib.TOKENIZERS
@@ -263,19 +270,43 @@ def make_tokenizer(
     tokenizer = _train_bpe(corpus, config.bpe_vocab_size)
   else:
     tokenizer = read(epath.Path(expanded(config.tokenizer)))
+  require_rows(vocab_size, tokenizer.vocab_size)
   tokenizer.save(workdir)
   return tokenizer
 
 
-def load_from_workdir(workdir: Workdir) -> Tokenizer:
-  """The tokenizer with which the workdir was trained.
+def require_rows(vocab_size: int, num_tokens: int) -> None:
+  """Checks that a model of `vocab_size`, if that is set, knows all tokens.
 
   Raises:
-    UserError: there is none, or it cannot be read.
+    UserError: it does not.
+  """
+  if 0 < vocab_size < num_tokens:
+    raise UserError(
+      f"model.vocab_size must be at least the tokenizer's {num_tokens}, or 0 "
+      f'to take it; got {vocab_size}.'
+    )
+
+
+def load_from_workdir(workdir: Workdir, vocab_size: int = 0) -> Tokenizer:
+  """The tokenizer with which the workdir was trained.
+
+  Args:
+    workdir: of a training run or an import.
+    vocab_size: rows of the model's table; 0 where it has one for each token.
+
+  Raises:
+    UserError: there is none, it cannot be read, or it has tokens without a row.
   """
   for name in workdir_lib.TOKENIZERS:
     if (path := epath.Path(workdir) / name).exists():
-      return read(path, Roles.read(workdir))
+      found = read(path, Roles.read(workdir))
+      if 0 < vocab_size < found.vocab_size:
+        raise UserError(
+          f'{str(path)!r} has {found.vocab_size:,} tokens, but the model knows '
+          f'{vocab_size:,}: put the tokenizer there with which it was trained.'
+        )
+      return found
   raise UserError(
     f'workdir {str(workdir)!r} holds no tokenizer: give the --workdir of a '
     'training run.'

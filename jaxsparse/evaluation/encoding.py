@@ -39,6 +39,11 @@ class Encoded:
     return self.tokens[-self.num_targets :]
 
 
+def continuation_of(context: str, continuation: str) -> str:
+  """What is scored: spaces at the end of the context are, too."""
+  return context[len(context.rstrip()) :] + continuation
+
+
 def encode_pair(
   tokenizer: Any, context: str, continuation: str, max_length: int
 ) -> Encoded:
@@ -60,7 +65,7 @@ def encode_pair(
       reads.
   """
   stripped = context.rstrip()
-  continuation = context[len(stripped) :] + continuation
+  continuation = continuation_of(context, continuation)
   whole = encode_prompt(tokenizer, stripped + continuation)
   num_context = len(encode_prompt(tokenizer, stripped))
   num_targets = len(whole) - num_context

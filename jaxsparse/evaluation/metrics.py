@@ -76,7 +76,7 @@ class Choices:
     chars: characters of each choice, without the delimiter before it.
     num_bytes: of UTF-8, likewise.
     num_tokens: that were scored.
-    scored_bytes: with the delimiter.
+    scored_bytes: with the delimiter, and spaces at the end of the context.
     gold: index of the right one.
     are_greedy: whether temperature 0 would write it.
     unconditional: sums without the question; None if they were not asked for.

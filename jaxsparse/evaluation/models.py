@@ -63,7 +63,7 @@ def load(
   )
   config = run_config.read(workdir, say)
   compiled_programs.keep(say=say)
-  tokenizer = load_from_workdir(workdir)
+  tokenizer = load_from_workdir(workdir, config.model.vocab_size)
   model = config.model
   if not model.vocab_size:
     model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)

@@ -58,6 +58,11 @@ def model_settings(workdir: str, step: int) -> dict:
   )
 
 
+def stem_of(task: str) -> str:
+  """A task's name as files have it."""
+  return re.sub(r'[^\w.-]+', '_', task).strip('_')
+
+
 class Store:
   """The files of one task and checkpoint.
 
@@ -71,7 +76,7 @@ class Store:
   def __init__(
     self, folder: pathlib.Path, step: int, task: str, settings: dict
   ):
-    stem = re.sub(r'[^\w.-]+', '_', task).strip('_')
+    stem = stem_of(task)
     self.results = folder / f'{step}.{stem}.json'
     self.items = folder / f'{step}.{stem}.items.jsonl'
     self._settings = settings

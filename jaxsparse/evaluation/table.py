@@ -17,7 +17,7 @@ def of_results(results: Sequence[Result]) -> str:
     for place, (name, metric) in enumerate(result.metrics.items()):
       chance = '' if metric.chance is None else f'{metric.chance:.4f}'
       rows.append((*_first(result, place), name, *_numbers(metric), chance))
-  return _aligned(rows) + _notes(results)
+  return _aligned(rows) + _notes(results, 'the model')
 
 
 def of_differences(results: Sequence[Result], others: Sequence[Result]) -> str:
@@ -30,7 +30,8 @@ def of_differences(results: Sequence[Result], others: Sequence[Result]) -> str:
       of_both = ('', '') if difference is None else _signed(difference)
       values = _numbers(metric)[0], _numbers(against)[0]
       rows.append((*_first(result, place), name, *values, *of_both))
-  return _aligned(rows) + _notes(results)
+  notes = _notes(results, 'the model') + _notes(others, 'the other model')
+  return _aligned(rows) + notes
 
 
 def _first(result: Result, place: int) -> tuple[str, str]:
@@ -50,10 +51,10 @@ def _signed(difference: Metric) -> tuple[str, str]:
   return value if value.startswith('-') else f'+{value}', error
 
 
-def _notes(results: Sequence[Result]) -> str:
+def _notes(results: Sequence[Result], model: str) -> str:
   return ''.join(
     f'\n{result.task}: {result.num_cut:,} of {result.num_items:,} lost the '
-    'beginning of a context, which is longer than the model reads (--max-len).'
+    f'beginning of a context, which is longer than {model} reads (--max-len).'
     for result in results
     if result.num_cut
   )

@@ -14,6 +14,7 @@ from jaxsparse.config.errors import UserError, require
 from jaxsparse.evaluation import metrics, questions
 from jaxsparse.evaluation.encoding import (
   Encoded,
+  continuation_of,
   encode_pair,
   rolling_windows,
 )
@@ -117,7 +118,8 @@ class QuestionTask:
           num_bytes=[len(c.encode()) for c in question.choices],
           num_tokens=[s.num_targets for s in encodings.sequences[own]],
           scored_bytes=[
-            len(text.encode()) for _, text in question.pairs[:count]
+            len(continuation_of(*pair).encode())
+            for pair in question.pairs[:count]
           ],
           gold=question.gold,
           are_greedy=[s.is_greedy for s in scores[own]],

@@ -36,7 +36,7 @@ def read_by_layer(fields: Fields, num_layers: int) -> dict[str, Any]:
   if not is_used:
     fields.skip('sliding_window', 'max_window_layers')
     require(
-      named is None or set(named) == {'full_attention'},
+      named is None or named == ['full_attention'] * num_layers,
       f'layer_types = {shown(named)} in config.json does not fit '
       'use_sliding_window = False.',
     )
@@ -48,7 +48,8 @@ def read_by_layer(fields: Fields, num_layers: int) -> dict[str, Any]:
   kinds = ['local' if i >= first else 'global' for i in range(num_layers)]
   if named is not None:
     require(
-      all(kind in _KINDS for kind in named) and len(named) == num_layers,
+      # In a list, as what a file holds may not be hashable.
+      all(kind in [*_KINDS] for kind in named) and len(named) == num_layers,
       f'layer_types in config.json must hold {" or ".join(_KINDS)} for each of '
       f'the {num_layers} layers, got {shown(named)}.',
     )

@@ -16,8 +16,12 @@ from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.stored import QUANTIZED
 
 
-def require_new(workdir: epath.PathLike) -> None:
+def require_new(workdir: epath.PathLike, flag: str = '--workdir') -> None:
   """Checks that nothing is there yet that could be lost.
+
+  Args:
+    workdir: the folder; it is made if it is missing.
+    flag: by which it was named.
 
   Raises:
     UserError: the workdir holds something, or can't be reached or made.
@@ -28,7 +32,7 @@ def require_new(workdir: epath.PathLike) -> None:
     is_used = path.exists() and (not path.is_dir() or any(path.iterdir()))
     if is_used:
       raise UserError(
-        f'--workdir={workdir} must be new or an empty folder, but holds '
+        f'{flag}={workdir} must be new or an empty folder, but holds '
         'something: name another, or move it away.'
       )
     path.mkdir(parents=True, exist_ok=True)
@@ -41,7 +45,7 @@ def write(
   origin: dict[str, Any],
   quantized: dict[str, Any] | None = None,
 ) -> None:
-  """Writes config.json and a checkpoint of step 0.
+  """Writes a checkpoint of step 0, and config.json when it is whole.
 
   Args:
     workdir: a folder with the tokenizer's files, if the model has any.
@@ -54,18 +58,20 @@ def write(
   Raises:
     UserError: the workdir can't be written.
   """
-  if hosts.is_process_zero():
-    with workdir_lib.write_errors(workdir):
-      workdir_lib.write_whole(
-        epath.Path(workdir) / workdir_lib.CONFIG,
-        saved_config.to_json(config).encode(),
-      )
   # What has no tokenizer may get one later.
   recorded = provenance.record(config, workdir)
   record = {name: of for name, of in recorded.items() if of}
   if quantized:
     record[QUANTIZED] = quantized
   checkpoint.save_params(workdir, params, record | {ORIGIN: origin})
+  # Last: of a config alone, as a kill would leave it, training would begin
+  # from nothing.
+  if hosts.is_process_zero():
+    with workdir_lib.write_errors(workdir):
+      workdir_lib.write_whole(
+        epath.Path(workdir) / workdir_lib.CONFIG,
+        saved_config.to_json(config).encode(),
+      )
 
 
 # What the record of such a checkpoint has instead of a place in the data.

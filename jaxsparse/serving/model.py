@@ -65,7 +65,7 @@ class Model:
     self._workdir, self._sizes, self._say = workdir, sizes, say
     config = run_config.read(workdir, say)
     compiled_programs.keep(say=say)
-    self.tokenizer = load_from_workdir(workdir)
+    self.tokenizer = load_from_workdir(workdir, config.model.vocab_size)
     self.config = config.model
     if not config.model.vocab_size:
       self.config = dataclasses.replace(

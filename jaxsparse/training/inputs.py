@@ -8,10 +8,9 @@ import jax
 
 from jaxsparse import config as config_lib
 from jaxsparse.config import Config
-from jaxsparse.config.errors import UserError
 from jaxsparse.data import pipeline
 from jaxsparse.data.pieces import Corpus
-from jaxsparse.data.tokenizer import Tokenizer
+from jaxsparse.data.tokenizer import Tokenizer, require_rows
 from jaxsparse.training.loop import TrainingData
 
 
@@ -22,11 +21,7 @@ def with_vocabulary(config: Config, vocab_size: int) -> Config:
     UserError: it is set, and smaller than the tokenizer's.
   """
   given = config.model.vocab_size
-  if 0 < given < vocab_size:
-    raise UserError(
-      f"model.vocab_size must be at least the tokenizer's {vocab_size}, or 0 "
-      f'to take it; got {given}.'
-    )
+  require_rows(given, vocab_size)
   model = dataclasses.replace(config.model, vocab_size=given or vocab_size)
   return config_lib.validated(dataclasses.replace(config, model=model))
 

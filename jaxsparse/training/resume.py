@@ -78,6 +78,24 @@ def _has_begun(workdir: epath.Path) -> bool:
   return record is None or new_workdir.ORIGIN not in record
 
 
+def require_tokenizer(config: Config, workdir: epath.PathLike) -> None:
+  """Refuses to make a tokenizer for parameters that were given.
+
+  Raises:
+    UserError: the workdir has such, and lacks the tokenizer of their training.
+  """
+  workdir = epath.Path(workdir)
+  names = workdir_lib.TOKENIZERS
+  if _has_begun(workdir) or any((workdir / name).exists() for name in names):
+    return
+  if config.data.tokenizer in ('bytes', 'bpe'):
+    raise UserError(
+      f'workdir {str(workdir)!r} holds a trained model but no tokenizer: put '
+      f'its {" or ".join(names)} there, or name it by '
+      '--config.data.tokenizer=FILE.'
+    )
+
+
 def _saved(
   workdir: epath.Path, say: Callable[[str], None] = lambda text: None
 ) -> Config | None:

@@ -2,6 +2,7 @@
 """Pictures from what a run leaves, and `python -m jaxsparse report`."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from commands import exit_code
 from pictures import figures, texts
 
 from jaxsparse.analysis import run_pictures
+from jaxsparse.cli import report
 from jaxsparse.config import Config, MemoryConfig, ModelConfig, saved_config
 
 
@@ -96,6 +98,13 @@ def test_without_a_run_it_is_one_sentence(tmp_path, capsys):
   lines = capsys.readouterr().err.strip().splitlines()
   assert 'holds no config.json' in lines[0]
   assert 'holds no metrics yet' in lines[1]
+
+
+def test_what_was_brought_in_can_be_looked_at(tmp_path, capsys, monkeypatch):
+  (tmp_path / 'config.json').write_text(saved_config.to_json(Config()))
+  monkeypatch.setattr(report, 'draw_attention', lambda *_: [Path('a.png')])
+  assert exit_code(['report', str(tmp_path), '--attention=a text']) == 0
+  assert capsys.readouterr().out == f'{tmp_path}/plots/a.png\n'
 
 
 def no_zip(path):

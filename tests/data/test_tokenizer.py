@@ -112,6 +112,13 @@ def test_tokens_that_only_the_model_has_decode_to_nothing(made):
   assert tokenizer.decode_bytes(ids) == b'cat'
 
 
+def test_what_has_too_many_tokens_is_not_kept(tmp_path):
+  with pytest.raises(UserError, match="the tokenizer's 257, or 0"):
+    tokenizer_lib.make_tokenizer(DataConfig(), _corpus(), tmp_path, 256)
+  assert not [*tmp_path.iterdir()]
+  tokenizer_lib.make_tokenizer(DataConfig(), _corpus(), tmp_path, 257)
+
+
 def test_the_workdir_keeps_it(made):
   tokenizer, workdir = made
   config = DataConfig(tokenizer='no longer there')

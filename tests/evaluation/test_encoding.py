@@ -8,7 +8,11 @@ from scored_models import scorer
 
 from jaxsparse.config.errors import UserError
 from jaxsparse.data.tokenizer import ByteTokenizer, JsonTokenizer
-from jaxsparse.evaluation.encoding import encode_pair, rolling_windows
+from jaxsparse.evaluation.encoding import (
+  continuation_of,
+  encode_pair,
+  rolling_windows,
+)
 
 BYTES = ByteTokenizer()
 BEGIN = 256
@@ -97,6 +101,11 @@ def test_what_cannot_be_scored_is_a_sentence(context, continuation, words):
     pair(context, continuation, 6)
   for word in words:
     assert word in str(raised.value)
+
+
+def test_what_is_scored_has_the_spaces_before_it():
+  assert continuation_of('a \n', ' b') == ' \n b'
+  assert continuation_of('a', 'b') == 'b'
 
 
 def test_a_rolling_text_is_the_sum_of_its_windows():

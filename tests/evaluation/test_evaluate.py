@@ -199,6 +199,18 @@ def test_differences_of_two_runs(folder, capsys):
   assert '+0.0000  0.0000' in out
 
 
+def test_spaces_of_a_context_are_bytes_of_what_is_scored(folder, capsys):
+  texts = (('A cat', '  sat'), ('A cat  ', 'sat'), ('A cat  ', ''))
+  rows = [dict(context=c, continuation=of) for c, of in texts]
+  values = []
+  for i, row in enumerate(rows):
+    (folder / f'{i}.jsonl').write_text(json.dumps(row))
+    flag = f'--requests=FOLDER/{i}.jsonl'
+    assert evaluate(folder, capsys, flag)[0] == 0
+    values.append(results(folder, i)['metrics']['bits_per_byte']['value'])
+  assert values[0] == pytest.approx(values[1])
+
+
 def test_where_the_workdir_is_not_to_be_written(folder, capsys):
   code, _, _ = evaluate(
     folder, capsys, ALL[0], '--output=FOLDER/out', '--limit=1'
@@ -231,6 +243,10 @@ def test_a_link_in_the_workdir_is_not_followed(folder, capsys):
     (['--requests=FOLDER/none.jsonl'], ['none.jsonl', 'No such file']),
     (['--text=FOLDER/*.md'], ['*.md', 'names no file']),
     ([ALL[0], '--tasks=animals', '--data=FOLDER'], ['two files are called']),
+    (
+      ['--text=FOLDER/b*k.txt', '--text=FOLDER/b?k.txt', ALL[1]],
+      ['b*k.txt', 'b?k.txt', 'would go to one file'],
+    ),
     ([ALL[0], '--limit=0'], ['--limit', '0']),
     ([ALL[0], '--batch-tokens=0'], ['--batch-tokens']),
     ([ALL[0], '--devices=9'], ['--devices', '1 and 8']),

@@ -7,8 +7,9 @@ import math
 import numpy as np
 import pytest
 
-from jaxsparse.evaluation import metrics
+from jaxsparse.evaluation import metrics, table
 from jaxsparse.evaluation.metrics import Choices, Metric
+from jaxsparse.evaluation.run import Result
 
 CHOICES = (' a dog', ' an elephant', ' é')
 QUESTION = Choices(
@@ -114,6 +115,17 @@ def test_paired_differences():
   assert difference.error < 0.1 < one.error
   expected = np.std(one.parts - other.parts, ddof=1) / math.sqrt(200)
   assert difference.error == pytest.approx(expected)
+
+
+def test_contexts_that_either_model_cut_are_told():
+  found = {'acc': Metric.mean([0.0, 1.0])}
+  whole, cut = (Result('animals', 2, n, found) for n in (0, 1))
+  said = 'animals: 1 of 2 lost the beginning of a context, which is longer than'
+  assert said not in table.of_differences([whole], [whole])
+  shown = table.of_differences([cut], [whole])
+  assert f'{said} the model reads' in shown
+  shown = table.of_differences([whole], [cut])
+  assert f'{said} the other model reads' in shown
 
 
 def test_no_difference_where_items_differ():

@@ -196,6 +196,16 @@ CASES = {
     ),
     'layer_types in config.json must hold full_attention or',
   ),
+  'kinds of layers that are lists': (
+    'qwen3',
+    set_fields(layer_types=[[]]),
+    'layer_types = [[]] in config.json does not fit',
+  ),
+  'kinds of used layers that are lists': (
+    'qwen3',
+    set_fields(use_sliding_window=True, sliding_window=8, layer_types=[[], {}]),
+    'layer_types in config.json must hold full_attention or',
+  ),
   'windows that are not used': (
     'qwen3',
     set_fields(layer_types=['full_attention', 'sliding_attention']),

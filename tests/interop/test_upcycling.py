@@ -134,7 +134,7 @@ def test_the_command(tmp_path, capsys):
   assert placements == ((0, 1), (1, 1))
   old, new = (jaxsparse.load(folder) for folder in (tmp_path, out))
   np.testing.assert_array_equal(*(logits(m.config, p) for m, p in (old, new)))
-  with pytest.raises(UserError, match='must be new or an empty folder'):
+  with pytest.raises(UserError, match=r'^--out=.* must be new or an empty'):
     convert_add_memory.main(flags)
   with pytest.raises(UserError, match='the model has memory already'):
     convert_add_memory.main([f'--workdir={out}', f'--out={out}/a'])

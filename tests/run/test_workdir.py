@@ -36,6 +36,12 @@ def damage(folder, content):
     path.write_bytes(content)
 
 
+def test_a_published_checkpoint_is_no_workdir(tmp_path):
+  (tmp_path / 'config.json').write_text('{"model_type": "llama"}')
+  with pytest.raises(UserError, match='by jaxsparse convert from-hf FOLDER'):
+    run_config.read(tmp_path)
+
+
 @pytest.mark.parametrize('name', DAMAGES)
 def test_a_damaged_config_is_taken_from_a_checkpoint(
   name, tmp_path, monkeypatch

@@ -121,6 +121,32 @@ def test_a_tokenizer_that_comes_later(tmp_path):
   assert checkpoint.load_params(tmp_path)[0] == 0
 
 
+@pytest.mark.parametrize('name', ['bytes', 'bpe'])
+def test_no_tokenizer_is_made_for_what_is_given(tmp_path, name):
+  data = config.DataConfig(tokenizer=name)
+  whole = dataclasses.replace(GIVEN, data=data)
+  resume.require_tokenizer(whole, tmp_path)  # Nothing is given yet.
+  new_workdir.write(tmp_path, GIVEN, draw_params(GIVEN.model), {})
+  with pytest.raises(UserError, match='but no tokenizer: put its'):
+    resume.require_tokenizer(whole, tmp_path)
+  file = config.DataConfig(tokenizer='tokenizer.json')
+  resume.require_tokenizer(dataclasses.replace(GIVEN, data=file), tmp_path)
+  ByteTokenizer().save(tmp_path)
+  resume.require_tokenizer(whole, tmp_path)
+
+
+def test_what_is_half_written_is_no_recipe(tmp_path, monkeypatch):
+  """Training by a config alone would begin from nothing, and not say so."""
+
+  def fail(*_):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(checkpoint, 'save_params', fail)
+  with pytest.raises(KeyboardInterrupt):
+    new_workdir.write(tmp_path, GIVEN, draw_params(GIVEN.model), {})
+  assert not (tmp_path / 'config.json').exists()
+
+
 def test_nothing_is_overwritten(workdir):
   with pytest.raises(UserError, match='must be new or an empty folder'):
     new_workdir.require_new(workdir)
