@@ -62,7 +62,8 @@ def test_error_of_scores_is_that_of_rounding():
   query, key = jax.random.normal(jax.random.key(0), (2, 512, 64))
   rows = quantize_rows(key)
   error = query @ (dequantize_rows(rows) - key).T
-  predicted = jnp.linalg.norm(query, axis=1)[:, None] * rows.scale / 12**0.5
+  predicted = jnp.linalg.norm(query, axis=1)[:, None] * rows.scale[None]
+  predicted /= 12**0.5
   rms = jnp.sqrt(((error / predicted) ** 2).mean())
   np.testing.assert_allclose(rms, 1, atol=0.05)
 

@@ -80,15 +80,18 @@ def pad_off_cache_alias(num_keys: int) -> int:
 
 
 def scores_in_parts(
-  score: Callable[[jax.Array], jax.Array], codes: Int8[Array, 'B S K H']
+  score: Callable[[jax.Array], jax.Array],
+  codes: Int8[Array, 'B S K H'],
+  num_queries: int,
 ) -> Float[Array, 'B _ _ _ S']:
-  """`score(codes)`, on a CPU some rows at a time.
+  """`score(codes)` of few queries, on a CPU some rows at a time.
 
   XLA's CPU makes numbers of all codes before a product with any, four times
   their bytes. In parts that stay in a core's cache decoding takes less time
   than with keys in f32 (B = 1, 2,048 rows of 8 heads: half of it, JAX 0.10.2).
+  Of many queries, T G for each head, scores are more than numbers.
   """
-  if not _is_in_parts(codes):
+  if not _is_in_parts(codes, num_queries):
     return score(codes)
   num_parts, begin = _parts_of_codes(codes)
   of_part = _part_reader(codes)
@@ -106,9 +109,10 @@ def sums_in_parts(
   add_up: Callable[[jax.Array, jax.Array], jax.Array],
   weight: Float[Array, 'B _ _ _ S'],
   codes: Int8[Array, 'B S K H'],
+  num_queries: int,
 ) -> Float[Array, 'B T K G H']:
   """`add_up(weight, codes)`, likewise, in f32 over the parts."""
-  if not _is_in_parts(codes):
+  if not _is_in_parts(codes, num_queries):
     return add_up(weight, codes)
   num_parts, begin = _parts_of_codes(codes)
   of_part, dtype = _part_reader(codes), weight.dtype
@@ -126,8 +130,10 @@ def sums_in_parts(
   return total.astype(dtype)
 
 
-def _is_in_parts(codes: Int8[Array, 'B S K H']):
-  return mesh.platform() == 'cpu' and codes.shape[1] > _CODE_ROWS
+def _is_in_parts(codes: Int8[Array, 'B S K H'], num_queries: int):
+  _, num_rows, _, width = codes.shape
+  is_worth_it = num_rows > _CODE_ROWS and num_queries < width
+  return mesh.platform() == 'cpu' and is_worth_it
 
 
 def _parts_of_codes(codes: Int8[Array, 'B S K H']):

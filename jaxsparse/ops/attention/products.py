@@ -32,7 +32,8 @@ def scores(
     def of_codes(codes: Int8[Array, 'B S K H']):
       return scores(query, codes.astype(query.dtype), is_composed, dtype)
 
-    score = cpu.scores_in_parts(of_codes, key.codes)
+    num_queries = query.shape[1] * query.shape[3]
+    score = cpu.scores_in_parts(of_codes, key.codes, num_queries)
     return score * _beside_scores(key.scale, is_composed)
   order = 'btkgs' if is_composed else 'bkgts'
   if query.shape[1] == 1:
@@ -65,7 +66,9 @@ def sums(
 
     weight *= _beside_scores(value.scale, is_composed)
     weight = weight.astype(dtype_of_sums(dtype))
-    return cpu.sums_in_parts(of_codes, weight, value.codes).astype(dtype)
+    num_queries = weight[0, ..., 0].size // value.shape[2]
+    total = cpu.sums_in_parts(of_codes, weight, value.codes, num_queries)
+    return total.astype(dtype)
   weight = weight.astype(value.dtype)
   if is_composed:
     return jnp.moveaxis(jnp.einsum('btkgs,bskh->bktgh', weight, value), 2, 1)
