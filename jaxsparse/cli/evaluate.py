@@ -19,6 +19,7 @@ from jaxsparse.evaluation import find_tasks, models, store, table
 from jaxsparse.evaluation.run import Result, evaluate
 from jaxsparse.evaluation.scorer import BATCH_TOKENS
 from jaxsparse.evaluation.tasks import QuestionTask, Task, TextTask
+from jaxsparse.inference.quantize import QUANTIZE_HELP, parse
 from jaxsparse.run import trained
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.command_line import Parser
@@ -93,6 +94,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     help='tokens of a batch, padding among them; scores do not depend on it',
   )
   add('--devices', type=int, default=1, help='over which batches are split')
+  add('--quantize', default='', metavar='HOW', help=QUANTIZE_HELP)
   add(
     '--against',
     metavar='WORKDIR',
@@ -254,6 +256,7 @@ def _options(
     max_length=arguments.max_len,
     batch_tokens=arguments.batch_tokens,
     devices=arguments.devices,
+    quantization=parse(arguments.quantize),
   )
 
 

@@ -117,7 +117,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     help='checkpoint to read, or "best": the one of the lowest validation '
     'loss; %(default)s: the newest',
   )
-  add('--quantize', default='', help=QUANTIZE_HELP)
+  add('--quantize', default='', metavar='HOW', help=QUANTIZE_HELP)
   arguments = parser.parse_args(argv)
   arguments.workdir = workdir.expanded(arguments.workdir)
   arguments.prompt_file = workdir.expanded(arguments.prompt_file)

@@ -3,6 +3,7 @@
 
 import argparse
 import dataclasses
+import math
 from typing import Any
 
 import numpy as np
@@ -10,9 +11,9 @@ import numpy as np
 from jaxsparse.config import Config
 from jaxsparse.config.errors import require
 from jaxsparse.data.tokenizer import load_from_workdir
+from jaxsparse.evaluation.scorer import Scorer
 from jaxsparse.inference import quantized_leaves
-from jaxsparse.inference.bits_per_byte import bits_per_byte, windows
-from jaxsparse.inference.calibration import quantize_by_text
+from jaxsparse.inference.calibration import quantize_by_text, windows
 from jaxsparse.inference.quantize import (
   Quantization,
   bytes_by_part,
@@ -78,7 +79,10 @@ def main(argv: list[str]) -> None:
   """
   arguments = parse_arguments(argv)
   how = _how(arguments)
-  text = read_file('--text=', arguments.text) if arguments.text else ''
+  text = ''
+  if arguments.text:
+    text = read_file('--text=', arguments.text)
+    require(bool(text), '--text must hold some text, but it is empty.')
   config = run_config.read(arguments.workdir)
   config = _with_vocabulary(config, arguments.workdir)
   rows = _calibration(arguments, config, how)
@@ -127,7 +131,7 @@ def _calibration(arguments, config, how) -> np.ndarray | None:
   text = read_file('--calibrate=', arguments.calibrate)
   tokenizer = load_from_workdir(arguments.workdir)
   rows = windows(tokenizer, text, config.data.seq_len, '--calibrate')
-  return rows[:_MOST_SEQUENCES, :-1]
+  return rows[:_MOST_SEQUENCES]
 
 
 def _with_vocabulary(config: Config, workdir: str) -> Config:
@@ -153,7 +157,8 @@ def _table(before: dict[str, int], after: dict[str, int]) -> list[str]:
 def _cost(config, arguments, text, params, done) -> str:
   tokenizer = load_from_workdir(arguments.workdir)
   before, after = (
-    bits_per_byte(config.model, x, tokenizer, text, config.data.seq_len)
+    -Scorer(config.model, x, tokenizer, config.data.seq_len).rolling([text])[0]
+    / (math.log(2) * len(text.encode()))
     for x in (params, done)
   )
   return (

@@ -14,6 +14,7 @@ from jaxsparse.data.tokenizer import load_from_workdir
 from jaxsparse.evaluation import store
 from jaxsparse.evaluation.scorer import BATCH_TOKENS, Scorer
 from jaxsparse.inference import weights
+from jaxsparse.inference.quantize import Quantization
 from jaxsparse.run import compiled_programs, run_config, trained
 
 
@@ -27,6 +28,8 @@ class Options:
   batch_tokens: int = BATCH_TOKENS
   # Over which batches are split.
   devices: int = 1
+  # To quantize it as it is loaded.
+  quantization: Quantization | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,10 +81,13 @@ def load(
     devices = mesh.make_mesh(devices=jax.devices()[: options.devices])
     scope = jax.set_mesh(devices)
   step = trained.step_of(workdir, options.step)
-  step, params = weights.load(workdir, model, step, devices, say)
+  how = options.quantization
+  step, params = weights.load(workdir, model, step, devices, say, how)
   settings = store.model_settings(workdir, step) | dict(
     max_len=max_length, dtype=model.dtype
   )
+  if how:
+    settings['quantization'] = dataclasses.asdict(how)
   with scope:
     scorer = Scorer(model, params, tokenizer, max_length, options.batch_tokens)
     yield Loaded(scorer, step, settings)

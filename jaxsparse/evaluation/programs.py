@@ -11,6 +11,7 @@ from jaxtyping import Array, Bool, Float, Int
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.nn.layers import project_to_vocabulary
+from jaxsparse.nn.parameter import gathered
 from jaxsparse.nn.transformer import Transformer
 
 # Of the logits that are held at once, on each device.
@@ -59,7 +60,7 @@ def score(
   table = params['embed']['table'] if config.tie_embeddings else (
     params['output']
   )  # fmt: skip
-  table = mesh.gather(table, 'VD').astype(x.dtype)
+  table = gathered(table, 'VD', x.dtype)
 
   def of_chunk(chunk):
     x, targets, is_scored = chunk

@@ -6,6 +6,7 @@ of the model before it is quantized.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.config import ModelConfig
+from jaxsparse.config.errors import require
 from jaxsparse.inference.quantize import Path, Quantization, quantize
 from jaxsparse.nn.transformer import Transformer
 from jaxsparse.ops import quantized_matrix, token_product
@@ -21,6 +23,25 @@ from jaxsparse.ops.rounding import round_by_inputs
 
 # Sequences of one call.
 _BATCH = 4
+
+
+def windows(tokenizer: Any, text: str, length: int, name: str) -> np.ndarray:
+  """A text's tokens in windows, each a document: int32 [N, length].
+
+  The first of each is the boundary; the last window is padded with boundaries.
+
+  Raises:
+    UserError: the text is empty.
+  """
+  ids = np.asarray(tokenizer.encode(text), np.int32)
+  require(len(ids) > 0, f'{name} must hold some text, but it is empty.')
+  num_new = length - 1
+  num_windows = math.ceil(len(ids) / num_new)
+  rows = np.full((num_windows, length), tokenizer.boundary_id, np.int32)
+  padded = np.full(num_windows * num_new, tokenizer.boundary_id, np.int32)
+  padded[: len(ids)] = ids
+  rows[:, 1:] = padded.reshape(num_windows, num_new)
+  return rows
 
 
 def quantize_by_text(

@@ -18,10 +18,11 @@ from jaxsparse.config.model import MoEConfig
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.layers import MLP, Metrics, weight
 from jaxsparse.nn.leading import Leading
-from jaxsparse.nn.parameter import gathered, parameter
+from jaxsparse.nn.parameter import parameter
 from jaxsparse.ops.experts import routing
 from jaxsparse.ops.experts.expert_mlp import sharded_expert_mlp
 from jaxsparse.ops.memory import usage
+from jaxsparse.ops.quantized_matrix import QuantizedMatrix
 
 
 class MoE(nn.Module):
@@ -124,8 +125,8 @@ class MoE(nn.Module):
   def _matrices(self, model_dim):
     """Matrices of all experts, as they are stored: f32, or less for serving.
 
-    They are cast where they are used, so that only those in use are; quantized
-    ones are turned into f32 before, all of them.
+    They are cast where they are used, so that only those in use are; so are
+    quantized ones turned into numbers.
     """
     num_experts, width = self.config.num_experts, self.config.expert_dim
 
@@ -133,7 +134,10 @@ class MoE(nn.Module):
       init = nn.initializers.normal(variance**0.5)
       init = mesh.sharded(init, mesh.param(dims))
       shape = mesh.part(dims, (num_experts, *shape))
-      return gathered(parameter(self, name, init, shape), dims)
+      value = parameter(self, name, init, shape)
+      if isinstance(value, QuantizedMatrix):
+        return value.gathered(dims)
+      return mesh.gather(value, dims)
 
     variance = 1 / (2 * self.num_layers * width)
     matrices = dict(

@@ -55,6 +55,7 @@ def gathered(
     dtype: of the result; None leaves that of the numbers.
   """
   if isinstance(value, QuantizedMatrix):
-    return value.gathered(dims, jnp.float32 if dtype is None else dtype)
+    dtype = jnp.float32 if dtype is None else dtype
+    return value.gathered(dims).dequantized(dtype, mesh.gathered(dims))
   value = mesh.gather(value, dims)
   return value if dtype is None else value.astype(dtype)

@@ -18,13 +18,13 @@ numbers once in each call that uses it: XLA has no product of such codes.
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int8, UInt8
+from jaxtyping import Array, Float, UInt8
 
 from jaxsparse import mesh
 from jaxsparse.config.errors import UserError
@@ -77,6 +77,10 @@ class QuantizedMatrix:
     return len(self.shape)
 
   @property
+  def size(self) -> int:
+    return math.prod(self.shape)
+
+  @property
   def dtype(self) -> np.dtype:
     """Of the numbers."""
     return np.dtype(np.float32)
@@ -126,16 +130,22 @@ class QuantizedMatrix:
     codes, scale = (jax.P(*of) for of in self.of_dims(dims))
     return dataclasses.replace(self, codes=codes, scale=scale)
 
-  def gathered(self, dims: str, dtype: jax.typing.DTypeLike) -> jax.Array:
-    """The matrix as `mesh.gather` has it, of dimensions with these letters."""
+  def gathered(self, dims: str) -> 'QuantizedMatrix':
+    """As `mesh.gather` has an array of dimensions with these letters."""
     codes, scale = (
       mesh.gather(x, ''.join(of))
       for x, of in zip(
         (self.codes, self.scale), self.of_dims(dims, '.'), strict=True
       )
     )
-    whole = dataclasses.replace(self, codes=codes, scale=scale)
-    return whole.dequantized(dtype, mesh.gathered(dims))
+    return dataclasses.replace(self, codes=codes, scale=scale)
+
+  def read(self, rows: Callable) -> jax.Array:
+    """Numbers in f32 of what `rows(array)` reads, along the first dimension."""
+    read = dataclasses.replace(
+      self, codes=rows(self.codes), scale=rows(self.scale)
+    )
+    return read.dequantized()
 
   def dequantized(
     self,
@@ -145,14 +155,20 @@ class QuantizedMatrix:
     """The numbers; `spec` is their sharding where there is one."""
     if self.kind == 'int8':
       return (self.codes.astype(jnp.float32) * self.scale).astype(dtype)
-    axis = self.axis + 1
-    low, high = _halves(self.codes, is_signed=self.kind == 'int4')
-    codes = jnp.concatenate([low, high], axis)
-    if self.kind == 'int4':
-      values = codes.astype(jnp.float32) * self.scale
-    else:
-      values = _nf4(codes) * self.scale
-    return values.astype(dtype).reshape(self.shape, out_sharding=spec)
+    codes = jnp.concatenate(self.halves(self.codes), self.axis + 1)
+    values = (codes * self.scale).astype(dtype)
+    return values.reshape(self.shape, out_sharding=spec)
+
+  def halves(
+    self, codes: UInt8[Array, '...']
+  ) -> tuple[Float[Array, '...'], Float[Array, '...']]:
+    """Of bytes the numbers in their halves, in f32 and without their scale."""
+    if self.kind == 'nf4':
+      return _nf4(codes & 15), _nf4(codes >> 4)
+    # Of 32 bits, which a CPU shifts fastest.
+    codes = codes.astype(jnp.int32)
+    low, high = (codes << 28) >> 28, (codes << 24) >> 28
+    return low.astype(jnp.float32), high.astype(jnp.float32)
 
 
 def encoded(
@@ -240,21 +256,12 @@ def packed(codes: UInt8[Array, '...'], axis: int) -> UInt8[Array, '...']:
   return (low & 15) | (high << 4)
 
 
-def _halves(codes: UInt8[Array, '...'], is_signed: bool):
-  if not is_signed:
-    return codes & 15, codes >> 4
-  signed: Int8[Array, ...] = jax.lax.bitcast_convert_type(codes, jnp.int8)
-  return (signed << 4) >> 4, signed >> 4
-
-
 def _nf4(codes: UInt8[Array, '...']) -> Float[Array, '...']:
-  """The levels, by a choice for each bit: a look-up is slow on a CPU."""
-  levels = [jnp.float32(level) for level in NF4_LEVELS]
-  for bit in range(4):
-    is_set = (codes >> bit) & 1 == 1
-    pairs = zip(levels[::2], levels[1::2], strict=True)
-    levels = [jnp.where(is_set, high, low) for low, high in pairs]
-  return levels[0]
+  return (
+    jnp.array(NF4_LEVELS, jnp.float32)
+    .at[codes]
+    .get(mode='promise_in_bounds', out_sharding=mesh.spec_of(codes))
+  )
 
 
 def dequantized_reference(matrix: QuantizedMatrix) -> np.ndarray:

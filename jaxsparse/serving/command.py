@@ -95,7 +95,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     help='of free memory, for weights, slots and prefixes',
   )
   add('--devices', type=int, default=1, help='over which the model is divided')
-  add('--quantize', default='', help=QUANTIZE_HELP)
+  add('--quantize', default='', metavar='HOW', help=QUANTIZE_HELP)
   add(
     '--api-key-file',
     help='holds the key that clients must send; %(default)s: the variable '

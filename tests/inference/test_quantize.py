@@ -70,7 +70,7 @@ def in_slots(config):
 @pytest.mark.parametrize(
   ('name', 'how'),
   few(
-    [('v2', FOUR_BITS), ('few_experts', MIXED)],
+    [('small', FOUR_BITS)],
     [(name, how) for name in MODELS for how in (FOUR_BITS, MIXED, EIGHT_BITS)],
   ),
 )
@@ -106,7 +106,7 @@ def test_on_a_mesh_too(name):
   close(found, logits_of(config, inputs)(whole))
 
 
-@pytest.mark.parametrize('name', few(['few_experts'], MODELS))
+@pytest.mark.parametrize('name', few(['small'], MODELS))
 def test_on_the_mesh_of_a_guest_too(name):
   """Whose columns cut no row between its parts, and no group of a matrix."""
   config, inputs = MODELS[name], tokens(4)

@@ -106,7 +106,10 @@ def test_on_a_mesh_a_matrix_stays_as_it_lies(kind):
     split = matrices.encoded(placed, kind, (0,), 8)
     assert split.codes.sharding.spec[0] == 'data'
     assert 'model' in split.codes.sharding.spec
-    gathered = jax.jit(lambda x: x.gathered('DNH', jnp.float32))(split)
+    spec = mesh_lib.gathered('DNH')
+    gathered = jax.jit(
+      lambda x: x.gathered('DNH').dequantized(jnp.float32, spec)
+    )(split)
     assert jax.typeof(gathered).sharding.spec == mesh_lib.gathered('DNH')
   np.testing.assert_array_equal(gathered, whole.dequantized())
 

@@ -11,10 +11,12 @@ Letters as in `grouped_matmul`.
 import math
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse.ops import chunking
-from jaxsparse.ops.experts.loops import item, write_products
+from jaxsparse.ops.experts.loops import Experts, item, write_products
+from jaxsparse.ops.quantized_matrix import QuantizedMatrix
 
 # Experts with up to so many rows are multiplied without a copy, so many rows at
 # once.
@@ -26,7 +28,7 @@ _FUSED_ELEMENTS = 2**13
 
 def few_rows(
   rows: Float[Array, 'A D'],
-  experts: Float[Array, 'X D F'],
+  experts: Experts,
   sizes: Int[Array, 'X'],
   has_all: bool = False,
 ) -> tuple[Float[Array, 'A F'], Bool[Array, 'X']]:
@@ -52,7 +54,7 @@ def few_rows(
 
 def one_by_one(
   rows: Float[Array, 'A D'],
-  experts: Float[Array, 'X D F'],
+  experts: Experts,
   expert: Int[Array, 'A'],
 ) -> Float[Array, 'A F']:
   """`assigned_matmul` row by row; nothing is read for rows of no expert."""
@@ -73,29 +75,62 @@ def one_by_one(
 
 def _product_in_place(
   rows: Float[Array, 's D'],
-  experts: Float[Array, 'X D F'],
+  experts: Experts,
   expert: Int[Array, ''],
   is_there: Bool[Array, ''] | bool = True,
 ):
   """rows @ experts[expert] for a few rows, the matrix read where it lies."""
   dtype = chunking.accumulator(rows)
-  depth, width = experts.shape[1:]
-  chunk_size = _FUSED_ELEMENTS // width
-  chunk_size = math.gcd(depth, max(8, min(32, chunk_size)))
-  flat = experts.reshape(-1, width)
-  scales = rows.T.reshape(-1, chunk_size, len(rows)).astype(dtype)
-
-  def add(i: Int[Array, ''], total: Float[Array, 's F']):
-    scale = item(scales, i)
-    for j in range(chunk_size):
-      place = expert * depth + i * chunk_size + j
-      line = item(*chunking.read_in_place(flat, place))
-      line = line.astype(rows.dtype).astype(dtype)
-      total += scale[j][:, None] * line[None]
-    return total
-
+  _, depth, width = experts.shape
   total = chunking.zeros((len(rows), width), dtype, rows, experts, expert)
-  num_chunks = depth // chunk_size
+  scales = rows.T.astype(dtype)
+  if isinstance(experts, QuantizedMatrix) and experts.group:
+    num_chunks, add = _add_group(scales, experts, expert)
+  else:
+    chunk_size = _FUSED_ELEMENTS // width
+    chunk_size = math.gcd(depth, max(8, min(32, chunk_size)))
+    num_chunks = depth // chunk_size
+    is_quantized = isinstance(experts, QuantizedMatrix)
+    flat = experts.codes if is_quantized else experts
+    flat = flat.reshape(-1, width)
+    scales = scales.reshape(num_chunks, chunk_size, -1)
+
+    def add(i: Int[Array, ''], total: Float[Array, 's F']):
+      scale = item(scales, i)
+      for j in range(chunk_size):
+        place = expert * depth + i * chunk_size + j
+        line = item(*chunking.read_in_place(flat, place))
+        line = line.astype(rows.dtype).astype(dtype)
+        total += scale[j][:, None] * line[None]
+      return total
+
   if is_there is not True:
     num_chunks *= is_there
-  return jax.lax.fori_loop(0, num_chunks, add, total)
+  total = jax.lax.fori_loop(0, num_chunks, add, total)
+  if isinstance(experts, QuantizedMatrix) and not experts.group:
+    total *= item(experts.scale, expert).astype(dtype)
+  return total
+
+
+def _add_group(scales, experts, expert):
+  """Products with a part of one group of a 4-bit matrix, two lines a byte."""
+  _, num_groups, half, width = experts.codes.shape
+  size = math.gcd(half, max(4, _FUSED_ELEMENTS // (2 * width)))
+  flat, of_group = (
+    x.reshape(-1, width) for x in (experts.codes, experts.scale)
+  )
+  # Of the low and the high halves of each part.
+  scales = scales.reshape(num_groups, 2, half // size, size, -1)
+  scales = scales.swapaxes(1, 2).reshape(-1, 2, size, scales.shape[-1])
+
+  def add(i: Int[Array, ''], total: Float[Array, 's F']):
+    begin, scale = expert * num_groups * half + i * size, item(scales, i)
+    part = jnp.zeros_like(total)
+    for j in range(size):
+      line = item(*chunking.read_in_place(flat, begin + j))
+      for number, of_line in zip(experts.halves(line), scale, strict=True):
+        part += of_line[j][:, None] * number.astype(total.dtype)[None]
+    group = expert * num_groups + i // (half // size)
+    return total + part * item(of_group, group)[None]
+
+  return num_groups * half // size, add

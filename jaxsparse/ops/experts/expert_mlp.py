@@ -21,9 +21,10 @@ from jaxtyping import Array, Float, Int
 from jaxsparse import mesh
 from jaxsparse.ops.experts import routing
 from jaxsparse.ops.experts.grouped_matmul import assigned_matmul, grouped_matmul
+from jaxsparse.ops.quantized_matrix import QuantizedMatrix
 
 # 'up' [X, D, F] and 'down' [X, F, D], and 'gate' [X, D, F] for SwiGLU.
-Matrices = Mapping[str, jax.Array]
+Matrices = Mapping[str, jax.Array | QuantizedMatrix]
 
 
 def expert_mlp(
@@ -46,7 +47,7 @@ def expert_mlp(
     x: inputs, in the type of the products.
     weights: of each token's experts.
     experts: their numbers.
-    matrices: those of the experts, in any float type.
+    matrices: those of the experts, in any float type or quantized.
     first_expert: number of the first expert in `matrices`; others count as
       zero. None where all are there.
     gelu: its form, 'tanh' or 'erf'.
@@ -196,13 +197,17 @@ def sharded_expert_mlp(
   tokens = jax.P(mesh.TOKENS)
   inner = dict(gate='XDF', up='XDF', down='XFD')
   dims = 'B' + 'T' * (len(batch) - 1) + 'D'
+  specs = {
+    name: x.specs(mesh.gathered(inner[name]))
+    if isinstance(x, QuantizedMatrix)
+    else mesh.gathered(inner[name])
+    for name, x in matrices.items()
+  }
   return jax.shard_map(
     on_device,
-    in_specs=(
-      tokens, tokens, tokens, {n: mesh.gathered(inner[n]) for n in matrices}
-    ),
+    in_specs=(tokens, tokens, tokens, specs),
     out_specs=mesh.partial(dims) if is_partial else mesh.act(dims),
-  )(x, weights, experts, dict(matrices))  # fmt: skip
+  )(x, weights, experts, dict(matrices))
 
 
 def _mlp(product, rows, matrices, gelu):

@@ -30,6 +30,7 @@ from jaxsparse.ops import chunking
 from jaxsparse.ops.experts import cpu
 from jaxsparse.ops.experts import grouped_matmul_libraries as libraries
 from jaxsparse.ops.experts.loops import (
+  Experts,
   item,
   over_experts,
   over_tiles,
@@ -37,6 +38,7 @@ from jaxsparse.ops.experts.loops import (
   write_products,
 )
 from jaxsparse.ops.kernels import grouped_matmul as kernel
+from jaxsparse.ops.quantized_matrix import QuantizedMatrix
 from jaxsparse.ops.shard_map_vma import match_vma
 
 IMPLEMENTATIONS = ('auto', 'loop', 'triton', 'megablox', 'ragged_dot')
@@ -46,7 +48,7 @@ _KERNELS = dict(gpu='triton', tpu='megablox')
 
 def grouped_matmul(
   rows: Float[Array, 'A D'],
-  experts: Float[Array, 'X D F'],
+  experts: Experts,
   sizes: Int[Array, 'X'],
   *,
   implementation: str = 'auto',
@@ -56,7 +58,9 @@ def grouped_matmul(
 
   Args:
     rows: those of expert 0 first.
-    experts: a matrix for each.
+    experts: a matrix for each. Quantized ones are turned into numbers one by
+      one on a CPU, for which they are read as they are; elsewhere all are,
+      before.
     sizes: rows of each expert, together at most A. What rows beyond hold is of
       no influence; they give zero.
     implementation: 'loop' as above; 'triton', our kernel for GPUs;
@@ -77,6 +81,8 @@ def grouped_matmul(
       f'implementation = {implementation!r} must be one of '
       f'{", ".join(map(repr, IMPLEMENTATIONS))}.'
     )
+  if isinstance(experts, QuantizedMatrix) and mesh.platform() != 'cpu':
+    experts = experts.dequantized(rows.dtype)
   if implementation == 'auto':
     platform = mesh.platform()
     implementation = _KERNELS.get(platform, 'loop')
@@ -114,7 +120,7 @@ def grouped_matmul_reference(
 
 def assigned_matmul(
   rows: Float[Array, 'A D'],
-  experts: Float[Array, 'X D F'],
+  experts: Experts,
   expert: Int[Array, 'A'],
 ) -> Float[Array, 'A F']:
   """Products of a few rows in any order, each with the matrix of its `expert`.
@@ -147,6 +153,8 @@ def _loop_backward(inputs, cotangent):
   rows, experts, sizes = inputs
   # Two programs: one that is not needed is dead code.
   d_rows = _products(cotangent, experts, sizes, is_transposed=True)
+  if isinstance(experts, QuantizedMatrix):
+    return d_rows, None, None
   return d_rows, _outer_products(rows, cotangent, sizes, experts.dtype), None
 
 
@@ -199,7 +207,10 @@ def _by_dots(
     is_left = sizes > 0
 
   def dot(expert):
-    matrix = item(*chunking.read_in_place(experts, expert))
+    if isinstance(experts, QuantizedMatrix):
+      matrix = _matrices(experts, expert[None])[0]
+    else:
+      matrix = item(*chunking.read_in_place(experts, expert))
     matrix = matrix.astype(rows.dtype)
     dims = ((1,), (1 if is_transposed else 0,)), ((), ())
     return lambda part: jax.lax.dot_general(
@@ -256,12 +267,15 @@ def _assigned_products(rows, experts, expert):
 
   def fused(rows, experts, expert):
     # A sum of products fuses with the gather; a dot would need its result.
-    matrices = chunking.rows(experts, expert).astype(rows.dtype)
+    matrices = _matrices(experts, expert).astype(rows.dtype)
     products = rows[..., None].astype(dtype) * matrices.astype(dtype)
     return products.sum(1).astype(rows.dtype)
 
-  if mesh.platform() == 'gpu' and not libraries.unsupported_reason(
-    'triton', rows, experts
+  is_quantized = isinstance(experts, QuantizedMatrix)
+  if (
+    mesh.platform() == 'gpu'
+    and not is_quantized
+    and not libraries.unsupported_reason('triton', rows, experts)
   ):
     return kernel.assigned_matmul(rows, experts, in_range)
   return jax.lax.platform_dependent(
@@ -274,15 +288,24 @@ def _assigned_products(rows, experts, expert):
   )
 
 
+def _matrices(experts: Experts, expert: Int[Array, 'A']):
+  """A matrix for each row."""
+  if isinstance(experts, QuantizedMatrix):
+    return experts.read(lambda x: chunking.rows(x, expert))
+  return chunking.rows(experts, expert)
+
+
 def _assigned_backward(inputs, cotangent):
   rows, experts, expert = inputs
   dtype = chunking.accumulator(rows)
   d_rows = jnp.einsum(
     'sf,sdf->sd',
     cotangent,
-    chunking.rows(experts, expert).astype(rows.dtype),
+    _matrices(experts, expert).astype(rows.dtype),
     preferred_element_type=dtype,
   )
+  if isinstance(experts, QuantizedMatrix):
+    return d_rows.astype(rows.dtype), None, None
   products = rows[:, :, None].astype(dtype) * cotangent[:, None].astype(dtype)
   d_experts = chunking.zeros(experts.shape, dtype, rows, experts)
   d_experts = d_experts.at[expert].add(products, mode='promise_in_bounds')

@@ -13,7 +13,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, PyTree
 
+from jaxsparse.ops.quantized_matrix import QuantizedMatrix
 from jaxsparse.ops.shard_map_vma import argsort
+
+# A matrix for each expert.
+Experts = Float[Array, 'X D F'] | QuantizedMatrix
 
 # Rows of a tile, at least and at most.
 _TILES = (16, 256)
