@@ -7,6 +7,7 @@ it.
 """
 
 from collections.abc import Callable
+from typing import Any
 
 import flax.errors
 import flax.linen as nn
@@ -17,7 +18,9 @@ from jaxsparse import mesh
 from jaxsparse.ops.quantized_matrix import QuantizedMatrix
 from jaxsparse.ops.tables.quantized_table import QuantizedTable
 
-Parameter = jax.Array | QuantizedMatrix | QuantizedTable
+# An array, a `QuantizedMatrix` or a `QuantizedTable`. Which of the two may be in
+# an array's place follows from its name, which types do not know.
+Parameter = Any
 
 
 def parameter(

@@ -238,7 +238,7 @@ def memory_forward(
   """
   config = config.for_width(x.shape[-1])
   weights = {
-    name: gathered(value, _COMPUTE_DIMS.get(name, '.' * value.ndim))
+    name: gathered(value, _COMPUTE_DIMS.get(name) or '.' * value.ndim)
     for name, value in params.items()
     if not name.endswith('_table')
   }

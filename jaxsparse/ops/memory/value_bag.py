@@ -220,7 +220,7 @@ def _forward(
     return _forward_gathered(table, slot, weight, pool, num_pools)
 
   def quantized(
-    table: Table,
+    table: QuantizedTable,
     slot: Slots,
     weight: Weights,
     pool: PoolIndices,
