@@ -18,8 +18,8 @@ from jaxsparse import mesh
 from jaxsparse.ops.quantized_matrix import QuantizedMatrix
 from jaxsparse.ops.tables.quantized_table import QuantizedTable
 
-# An array, a `QuantizedMatrix` or a `QuantizedTable`. Which of the two may be in
-# an array's place follows from its name, which types do not know.
+# An array, a `QuantizedMatrix` or a `QuantizedTable`. Which of the two may be
+# in an array's place follows from its name, which types do not know.
 Parameter = Any
 
 
