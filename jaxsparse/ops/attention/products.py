@@ -66,7 +66,8 @@ def sums(
 
     weight *= _beside_scores(value.scale, is_composed)
     weight = weight.astype(dtype_of_sums(dtype))
-    num_queries = weight[0, ..., 0].size // value.shape[2]
+    batch, num_rows, num_heads, _ = value.shape
+    num_queries = weight.size // (batch * num_rows * num_heads)
     total = cpu.sums_in_parts(of_codes, weight, value.codes, num_queries)
     return total.astype(dtype)
   weight = weight.astype(value.dtype)
