@@ -88,7 +88,7 @@ def read_json(folder: epath.PathLike, name: str) -> dict[str, Any] | None:
     if not isinstance(found, dict):
       raise ValueError('it is no object')
     return found
-  except (OSError, ValueError) as error:
+  except (OSError, ValueError, RecursionError) as error:
     raise UserError(
       f"{str(path)!r} can't be read ({error}): give the file as it was "
       'published.'
@@ -109,8 +109,9 @@ def chat_template(folder: epath.PathLike) -> str | None:
       raise UserError(f"{str(path)!r} can't be read ({error}).") from error
   found = (read_json(folder, CONFIG) or {}).get('chat_template')
   if isinstance(found, list):
-    by_name = {x.get('name'): x.get('template') for x in found}
-    found = by_name.get('default', next(iter(by_name.values()), None))
+    named = [x for x in found if isinstance(x, dict)]
+    named.sort(key=lambda x: x.get('name') != 'default')
+    found = named[0].get('template') if named else None
   return found if isinstance(found, str) else None
 
 

@@ -186,6 +186,7 @@ def _config(
     )
   fields.expect('llama.rope.scaling.type', 'none', 'linear')
   rotated = take('llama.rope.dimension_count', int, head_dim)
+  tokens = Fields(metadata, 'the file').take(gguf_tokenizer.TOKENS, list, [])
   try:
     config = ModelConfig(
       num_layers=take('llama.block_count', int),
@@ -194,8 +195,7 @@ def _config(
       num_kv_heads=take('llama.attention.head_count_kv', int, heads),
       head_dim=head_dim,
       mlp_dim=take('llama.feed_forward_length', int),
-      vocab_size=len(metadata.get(gguf_tokenizer.TOKENS) or ())
-      or take('llama.vocab_size', int),
+      vocab_size=len(tokens) or take('llama.vocab_size', int),
       tie_embeddings=not has_head,
       norm_epsilon=_rounded(
         take('llama.attention.layer_norm_rms_epsilon', float)

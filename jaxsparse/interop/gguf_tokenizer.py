@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, Regex, pre_tokenizers
 
-from jaxsparse.config.errors import require, shown
+from jaxsparse.config.errors import UserError, require, shown
 from jaxsparse.data import tokenizer_roles
 
 TOKENS = 'tokenizer.ggml.tokens'
@@ -43,7 +43,16 @@ def write(metadata: dict[str, Any], folder: pathlib.Path, name: str) -> None:
     f'tokenizer.ggml.model = {shown(kind)} in {name} is a kind of tokenizer '
     'that is not rebuilt: gpt2 is; give the folder of safetensors.',
   )
-  _bpe(of).save(str(folder / 'tokenizer.json'))
+  try:
+    made = _bpe(of)
+  except UserError:
+    raise
+  except Exception as error:  # The library's errors have no kind of their own.
+    raise UserError(
+      f'the tokenizer in {name} is damaged ({str(error).splitlines()[0]}): '
+      'fetch the file again.'
+    ) from error
+  made.save(str(folder / 'tokenizer.json'))
   config = dict(
     tokenizer_class='PreTrainedTokenizerFast',
     bos_token=of.token('bos'),
@@ -84,7 +93,7 @@ def _bpe(of: _Metadata) -> tokenizers.Tokenizer:
   """Byte-level byte-pair encoding."""
   pre = of.get('pre')
   require(
-    pre in _PRE_TOKENIZERS,
+    isinstance(pre, str) and pre in _PRE_TOKENIZERS,
     f'tokenizer.ggml.pre = {shown(pre)} in {of.name} cuts texts in a way that '
     f'is not known here: {", ".join(_PRE_TOKENIZERS)} are; give the folder of '
     'safetensors.',

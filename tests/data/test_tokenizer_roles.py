@@ -135,7 +135,26 @@ def test_sentencepiece_has_them_too(tmp_path):
   assert not set(llama.encode('<s>cat</s>').tolist()) & {1, 2}
 
 
-@pytest.mark.parametrize('content', ['[]', '{', '3'])
+@pytest.mark.parametrize(
+  ('given', 'taken'),
+  [
+    ('a', 'a'),
+    ([{'name': 'tools', 'template': 'b'}], 'b'),
+    (
+      [1, {'name': ['x']}, {'name': 'default', 'template': 'c'}],
+      'c',
+    ),
+    ([1], None),
+    (7, None),
+  ],
+)
+def test_the_template_of_chats(tmp_path, given, taken):
+  content = json.dumps(dict(chat_template=given))
+  (tmp_path / tokenizer_roles.CONFIG).write_text(content)
+  assert tokenizer_roles.chat_template(tmp_path) == taken
+
+
+@pytest.mark.parametrize('content', ['[]', '{', '3', '[' * 100_000])
 def test_a_damaged_file_is_told(tmp_path, content):
   (tmp_path / tokenizer_roles.CONFIG).write_text(content)
   with pytest.raises(UserError, match=r"tokenizer_config\.json' can't be read"):

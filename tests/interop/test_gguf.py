@@ -230,6 +230,10 @@ def test_what_is_not_a_llama_is_refused(tmp_path, case):
     ({'tokenizer.ggml.model': 'bert'}, "model = 'bert'"),
     ({'tokenizer.ggml.pre': 'falcon'}, "pre = 'falcon'"),
     ({'tokenizer.ggml.token_type': [3]}, 'as many'),
+    ({'tokenizer.ggml.tokens': 7}, 'must be a list, got 7'),
+    ({'tokenizer.ggml.merges': [1, 2]}, 'tokenizer in a.gguf is damaged'),
+    ({'tokenizer.ggml.merges': ['no merge']}, 'tokenizer in a.gguf is damaged'),
+    ({'tokenizer.ggml.pre': [1, 2]}, 'cuts texts'),
   ],
 )
 def test_other_tokenizers_are_refused(tmp_path, metadata, words):
