@@ -58,7 +58,8 @@ def main(argv: list[str]) -> None:
   new = extended(old, arguments.preset, argv)
   step = trained.step_of(arguments.workdir, arguments.step)
   new_workdir.require_new(arguments.out, '--out')
-  with jax.set_mesh(our_leaves.mesh_for(old.model)):
+  devices = our_leaves.mesh_for(old.model)
+  with jax.set_mesh(devices), new_workdir.emptied_on_failure(arguments.out):
     _, params = trained_model.load(arguments.workdir, step)
     params = dequantized(params)
     field = upcycling.field_of(arguments.preset)

@@ -5,10 +5,9 @@ No more than one leaf is held besides the parameters: largest leaves are read
 first, when there is most room.
 """
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -97,24 +96,13 @@ def import_model(
   for note in opened.notes:
     reporter.say(note)
   devices = our_leaves.mesh_for(model)
-  with _emptied_on_failure(epath.Path(workdir)):
+  with new_workdir.emptied_on_failure(workdir):
     reporter.say(opened.write_tokenizer(workdir))
     params = read_params(opened.source, opened.layout, model, devices, reporter)
     reporter.say('Writing the checkpoint ...')
     with jax.set_mesh(devices):
       new_workdir.write(workdir, config, params, opened.origin)
   return sum(leaf.size for leaf in jax.tree.leaves(params))
-
-
-@contextlib.contextmanager
-def _emptied_on_failure(workdir: epath.Path) -> Iterator[None]:
-  """Leaves a workdir that was new or empty as it was, so that one can retry."""
-  try:
-    yield
-  except BaseException:
-    for path in workdir.iterdir():
-      path.rmtree() if path.is_dir() else path.unlink()
-    raise
 
 
 def read_params(

@@ -5,6 +5,8 @@ It has parameters and no optimizer's state. All that reads a run's workdir reads
 it, and training begins from it, at step 0.
 """
 
+import contextlib
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -36,6 +38,17 @@ def require_new(workdir: epath.PathLike, flag: str = '--workdir') -> None:
         'something: name another, or move it away.'
       )
     path.mkdir(parents=True, exist_ok=True)
+
+
+@contextlib.contextmanager
+def emptied_on_failure(workdir: epath.PathLike) -> Iterator[None]:
+  """Leaves a workdir that was new or empty as it was, so that one can retry."""
+  try:
+    yield
+  except BaseException:
+    for path in epath.Path(workdir).iterdir():
+      path.rmtree() if path.is_dir() else path.unlink()
+    raise
 
 
 def write(
