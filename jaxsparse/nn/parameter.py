@@ -19,8 +19,8 @@ from jaxsparse.ops.quantized_matrix import QuantizedMatrix
 from jaxsparse.ops.tables.host_table import HostTable
 from jaxsparse.ops.tables.quantized_table import QuantizedTable
 
-# An array, a `QuantizedMatrix`, a `QuantizedTable` or a `HostTable`. Which of
-# them may be in an array's place follows from its name, which types do not know.
+# An array, a `QuantizedMatrix`, a `QuantizedTable` or a `HostTable`. Which may
+# be in an array's place follows from its name, which types do not know.
 Parameter = Any
 
 
