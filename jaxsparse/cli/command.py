@@ -22,6 +22,7 @@ COMMANDS = {
   ),
   'quantize': ('cli.quantize', 'store a trained model in 8 or 4 bits'),
   'report': ('cli.report', 'draw what a run left'),
+  'tables': ('cli.tables', 'say what tables on file are, and compare them'),
   'cost': ('cli.cost', 'say parameters, FLOPs and bytes of a recipe'),
   'compare': (
     'experiments.compare.command',

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 
 import jaxsparse
 from jaxsparse.analysis import evaluation_pictures
+from jaxsparse.config import tables
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.evaluation import find_tasks, models, store, table
 from jaxsparse.evaluation.run import Result, evaluate
@@ -95,6 +96,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
   )
   add('--devices', type=int, default=1, help='over which batches are split')
   add('--quantize', default='', metavar='HOW', help=QUANTIZE_HELP)
+  add(
+    '--tables',
+    choices=tables.STORES,
+    default='',
+    help='where the tables of memory layers lie: on the device, in host '
+    'memory, or in mapped files, which take no memory; %(default)s: as the run '
+    'has them',
+  )
   add(
     '--against',
     metavar='WORKDIR',
@@ -257,6 +266,7 @@ def _options(
     batch_tokens=arguments.batch_tokens,
     devices=arguments.devices,
     quantization=parse(arguments.quantize),
+    tables=arguments.tables,
   )
 
 

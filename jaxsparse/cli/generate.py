@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 
-from jaxsparse.config import Config, ModelConfig
+from jaxsparse.config import Config, ModelConfig, tables
 from jaxsparse.config.errors import UserError
 from jaxsparse.config.model import KV_CACHES
 from jaxsparse.data.tokenizer import load_from_workdir
@@ -117,6 +117,14 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     help='checkpoint to read, or "best": the one of the lowest validation '
     'loss; %(default)s: the newest',
   )
+  add(
+    '--tables',
+    choices=tables.STORES,
+    default='',
+    help='where the tables of memory layers lie: on the device, in host '
+    'memory, or in mapped files, which take no memory; %(default)s: as the run '
+    'has them',
+  )
   add('--quantize', default='', metavar='HOW', help=QUANTIZE_HELP)
   arguments = parser.parse_args(argv)
   arguments.workdir = workdir.expanded(arguments.workdir)
@@ -183,7 +191,14 @@ def main(argv: list[str]) -> None:
     model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
   if arguments.kv:
     model = dataclasses.replace(model, kv_cache=arguments.kv)
-  step, params = weights.load(arguments.workdir, model, step, how=quantization)
+  step, params = weights.load(
+    arguments.workdir,
+    model,
+    step,
+    say=_say,
+    how=quantization,
+    tables=arguments.tables,
+  )
   # Refuses what memory has no room for before a prompt is written.
   programs = batch.prepare(
     model, params, tokenizer, requests, config.data.seq_len

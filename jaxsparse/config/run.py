@@ -24,6 +24,7 @@ from jaxsparse.config.errors import (
   require_unset,
 )
 from jaxsparse.config.model import ModelConfig
+from jaxsparse.config.tables import check_store
 
 # What a process can take as a request, and a scheduler may send as one.
 _STOP_SIGNALS = (
@@ -375,6 +376,7 @@ class Config:
       require_unset(
         table, makes_rows, f'value_optimizer = {optimizer!r}', 'gradient'
       )
+      check_store(table, self.optimizer)
 
 
 def validated(config: Any) -> Any:

@@ -30,6 +30,8 @@ class Options:
   devices: int = 1
   # To quantize it as it is loaded.
   quantization: Quantization | None = None
+  # Where the tables lie; empty: as the run has them.
+  tables: str = ''
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +84,9 @@ def load(
     scope = jax.set_mesh(devices)
   step = trained.step_of(workdir, options.step)
   how = options.quantization
-  step, params = weights.load(workdir, model, step, devices, say, how)
+  step, params = weights.load(
+    workdir, model, step, devices, say, how, options.tables
+  )
   settings = store.model_settings(workdir, step) | dict(
     max_len=max_length, dtype=model.dtype
   )

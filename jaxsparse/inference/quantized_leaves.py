@@ -19,8 +19,10 @@ from jaxsparse.config.errors import UserError
 from jaxsparse.inference.quantize import map_leaves
 from jaxsparse.nn.parameter import is_quantized
 from jaxsparse.ops.quantized_matrix import QuantizedMatrix
+from jaxsparse.ops.tables import host_table
 from jaxsparse.ops.tables.quantized_table import QuantizedTable
 from jaxsparse.run import checkpoint
+from jaxsparse.run.row_file import RowFile
 from jaxsparse.run.stored import QUANTIZED
 
 _TYPES = dict(matrix=QuantizedMatrix, table=QuantizedTable)
@@ -58,6 +60,7 @@ def load_params(
   step: int | None = None,
   say: Callable[[str], None] | None = None,
   abstract: Any = None,
+  tables: str = '',
 ) -> tuple[int, Any]:
   """`checkpoint.load_params`, of quantized workdirs too.
 
@@ -66,20 +69,25 @@ def load_params(
     step: likewise.
     say: likewise.
     abstract: of the model before it was quantized.
+    tables: where they are to lie.
 
   Raises:
     UserError: as there, or the mesh can't split a leaf as it is stored.
   """
   kinds = (checkpoint.read_record(workdir) or {}).get(QUANTIZED)
   if not kinds:
-    return checkpoint.load_params(workdir, step, say, abstract)
+    return checkpoint.load_params(workdir, step, say, abstract, tables, _shown)
   to = abstract and map_leaves(
     lambda path, x: _abstract(path, x, kinds.get('/'.join(path))), abstract
   )
-  step, params = checkpoint.load_params(workdir, step, say, to)
+  step, params = checkpoint.load_params(workdir, step, say, to, tables)
   for path, kind in kinds.items():
     _restore(params, path.split('/'), kind, abstract)
   return step, params
+
+
+def _shown(file: RowFile) -> jax.Array | host_table.HostTable:
+  return host_table.shown(file.rows, file.array)
 
 
 def _restore(params: Any, path: list[str], kind: dict, abstract: Any) -> None:

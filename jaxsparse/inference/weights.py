@@ -15,6 +15,7 @@ from etils import epath
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
+from jaxsparse.config.errors import require
 from jaxsparse.inference import quantized_leaves
 from jaxsparse.inference.quantize import Quantization, quantize
 from jaxsparse.nn.parameter import is_quantized
@@ -44,6 +45,7 @@ def load(
   devices: jax.sharding.Mesh | None = None,
   say: Callable[[str], None] | None = None,
   how: Quantization | None = None,
+  tables: str = '',
 ) -> tuple[int, dict]:
   """The parameters of a checkpoint, to be used by `config` as it is.
 
@@ -57,6 +59,8 @@ def load(
       default device.
     say: gets a sentence about each checkpoint that could not be read.
     how: to quantize it; None leaves it as it is stored.
+    tables: where those of memory layers are to lie, see
+      `checkpoint.load_params`.
 
   Returns:
     The step and the parameters.
@@ -67,8 +71,15 @@ def load(
   """
   abstract = None
   if devices is not None:
+    require(
+      tables in ('', 'device'),
+      "tables must be 'device' with several devices, which divide them; got "
+      f'{tables!r}.',
+    )
     abstract = mesh.abstract(lambda: _init(config), mesh=devices)
-  step, params = quantized_leaves.load_params(workdir, step, say, abstract)
+  step, params = quantized_leaves.load_params(
+    workdir, step, say, abstract, tables
+  )
   with jax.set_mesh(devices) if devices else contextlib.nullcontext():
     if how:
       params = quantize(config, params, how)

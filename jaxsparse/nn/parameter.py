@@ -16,24 +16,25 @@ import jax.numpy as jnp
 
 from jaxsparse import mesh
 from jaxsparse.ops.quantized_matrix import QuantizedMatrix
+from jaxsparse.ops.tables.host_table import HostTable
 from jaxsparse.ops.tables.quantized_table import QuantizedTable
 
-# An array, a `QuantizedMatrix` or a `QuantizedTable`. Which of the two may be
-# in an array's place follows from its name, which types do not know.
+# An array, a `QuantizedMatrix`, a `QuantizedTable` or a `HostTable`. Which may
+# be in an array's place follows from its name, which types do not know.
 Parameter = Any
 
 
 def parameter(
   module: nn.Module, name: str, init: Callable, shape: tuple[int, ...]
 ) -> Parameter:
-  """`module.param`, and what is quantized as it is.
+  """`module.param`, and what is quantized or lies elsewhere as it is.
 
   Raises:
     ScopeParamShapeError: of Flax, it has another shape.
   """
   if module.has_variable('params', name):
     value = module.get_variable('params', name)
-    if is_quantized(value):
+    if is_quantized(value) or isinstance(value, HostTable):
       if value.shape != tuple(shape):
         path = '/'.join(module.path)
         raise flax.errors.ScopeParamShapeError(name, path, value.shape, shape)

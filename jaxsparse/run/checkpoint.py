@@ -20,7 +20,14 @@ from orbax.checkpoint.experimental import v1 as ocp
 from orbax.checkpoint.path import step as steps_lib
 
 from jaxsparse.config.errors import UserError
-from jaxsparse.run import disk, fingerprints, hosts, stored
+from jaxsparse.run import (
+  disk,
+  fingerprints,
+  hosts,
+  stored,
+  table_files,
+)
+from jaxsparse.run.row_file import RowFile
 from jaxsparse.run.stored import OPTIMIZER, PARAMS
 
 # Of parameters that are written at one time, where nobody waits to go on.
@@ -272,10 +279,13 @@ def load_params(
   step: int | None = None,
   say: Callable[[str], None] | None = None,
   abstract: Any = None,
+  tables: str = '',
+  show: table_files.Show = RowFile.array,
 ) -> tuple[int, Any]:
   """The parameters of a checkpoint, compared with what was saved.
 
-  Nothing in the workdir changes.
+  Nothing in the workdir changes. Tables on file are mapped, which takes no time
+  and no memory; `row_store` says how far they are compared.
 
   Args:
     workdir: of a training run.
@@ -284,6 +294,10 @@ def load_params(
       writes it to stderr.
     abstract: the parameters' shapes, types and shardings; None places them
       whole on the default device.
+    tables: where those of memory layers are to lie: 'device', 'host', or
+      'file', for which those of a checkpoint that has them as arrays are
+      written to mapped files the first time; empty leaves them where they are.
+    show: makes of a mapped file what stands for its table.
 
   Returns:
     The step and the parameters.
@@ -303,11 +317,10 @@ def load_params(
       f'workdir {str(workdir)!r} has no checkpoint of step {step}: it has '
       f'{steps or "none"}.'
     )
-  directory = stored.folder_of(workdir)
   for candidate in reversed(steps) if step is None else [step]:
     try:
-      arrays, _ = stored.read(
-        directory, candidate, abstract and {PARAMS: abstract}
+      params = table_files.read_params(
+        workdir, candidate, abstract, tables, say, show
       )
     except stored.DamageError as damage:
       if step is not None:
@@ -317,7 +330,7 @@ def load_params(
         ) from damage
       say(f'The checkpoint of step {candidate} is damaged ({damage}).')
       continue
-    return candidate, arrays[PARAMS]
+    return candidate, params
   raise UserError(
     f'none of the checkpoints of steps {steps} in {str(workdir)!r} can be '
     'read: see the sentences above.'

@@ -74,6 +74,8 @@ MEANINGS = {
     ('model.memory', _START, 'init'),
     ('model.memory.table', _SHAPES, 'dtype'),
     ('model.memory.table', _FREE, 'scheme gradient'),
+    ('model.memory.table', _fixed('the rows lie elsewhere'), 'store'),
+    ('model.memory.table', _START, 'init'),
     ('model.moe', _SHAPES, 'num_experts expert_dim num_shared'),
     # Without it there are no biases.
     ('model.moe', _SHAPES, 'bias_update_rate'),

@@ -8,7 +8,7 @@ resume reads. Besides `checkpoint`, this is the only importer of Orbax.
 
 import textwrap
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,8 +16,8 @@ from etils import epath
 from orbax.checkpoint.experimental import v1 as ocp
 from orbax.checkpoint.path import step as step_names
 
-from jaxsparse.config.errors import UserError, require_utf8
-from jaxsparse.run import fingerprints, provenance
+from jaxsparse.config.errors import UserError, require, require_utf8
+from jaxsparse.run import fingerprints, provenance, table_leaves
 from jaxsparse.run import workdir as workdir_lib
 
 # What each checkpoint is made of; `params` stands alone so that inference
@@ -104,6 +104,10 @@ def read(
         f'the checkpoint {str(path)!r} is quantized, which no training goes on '
         'from: train the model that it was made of.'
       )
+    if abstract is not None and table_leaves.ON_FILE in saved['record']:
+      # These are not among the arrays.
+      rest, _ = table_leaves.split(abstract[PARAMS])
+      abstract = abstract | {PARAMS: rest}
     if abstract is None:
       abstract = {PARAMS: _on_one_device(found.metadata)}
     else:
@@ -122,6 +126,104 @@ def read(
     raise DamageError(first_line(error)) from error
   _compare(saved['fingerprints'], arrays)
   return arrays, saved['record']
+
+
+def read_some(
+  folder: epath.Path, step: int, choose: Callable[[str], bool]
+) -> tuple[dict, Any]:
+  """Some of the parameters of a checkpoint on the default device.
+
+  Args:
+    folder: of the checkpoints, in the workdir.
+    step: of one of them.
+    choose: says of a leaf's path, such as 'embed/table', whether it is read.
+
+  Returns:
+    The parameters without the other leaves, and the record.
+
+  Raises:
+    DamageError: they are not what was saved.
+    UserError: they are of another model or tokenizer, or of version 0.1.
+  """
+  path = folder / str(step)
+  try:
+    found = ocp.metadata(path, PARAMS)
+    saved = fingerprints.unseal(found.custom_metadata)
+    provenance.check(saved['record'], folder.parent)
+    _require_leaves(path, saved['fingerprints'])
+    some = _chosen(_on_one_device(found.metadata), choose)
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context, warnings.catch_warnings():
+      warnings.filterwarnings('ignore', 'Sharding info not provided')
+      arrays = ocp.load_checkpointables(path, {PARAMS: some})
+  except (UserError, DamageError):
+    raise
+  except Exception as error:  # Orbax has no type for 'damaged'.
+    raise DamageError(first_line(error)) from error
+  expected = saved['fingerprints'][PARAMS]
+  names = fingerprints.of_types(some)
+  _compare({PARAMS: {name: expected.get(name) for name in names}}, arrays)
+  return arrays[PARAMS], saved['record']
+
+
+def fingerprints_of(folder: epath.Path, step: int) -> dict[str, list]:
+  """Of each parameter of a checkpoint; nothing of the arrays is read.
+
+  Raises:
+    DamageError: it can't be read.
+    UserError: it is of version 0.1, which had none by leaf.
+  """
+  try:
+    found = ocp.metadata(folder / str(step), PARAMS)
+    saved = fingerprints.unseal(found.custom_metadata)['fingerprints']
+  except Exception as error:  # Orbax has no type for 'damaged'.
+    raise DamageError(first_line(error)) from error
+  _require_leaves(folder / str(step), saved)
+  return saved[PARAMS]
+
+
+def _require_leaves(path: epath.Path, expected: dict | list) -> None:
+  require(
+    not isinstance(expected, list),
+    f'the checkpoint {str(path)!r} is of jaxsparse 0.1, which is read as a '
+    "whole: leave its tables where they are, by tables = ''.",
+  )
+
+
+def has_tables_on_file(folder: epath.Path, step: int) -> bool:
+  """Whether a checkpoint has its tables elsewhere.
+
+  Raises:
+    DamageError: it can't be read.
+  """
+  try:
+    found = ocp.metadata(folder / str(step), PARAMS)
+    record = fingerprints.unseal(found.custom_metadata)['record']
+  except Exception as error:  # Orbax has no type for 'damaged'.
+    raise DamageError(first_line(error)) from error
+  return table_leaves.ON_FILE in record
+
+
+def shapes_of(folder: epath.Path, step: int) -> dict[str, jax.ShapeDtypeStruct]:
+  """Of each parameter of a checkpoint, by its path."""
+  found = ocp.metadata(folder / str(step), PARAMS)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator='/'): x
+    for path, x in jax.tree.leaves_with_path(_on_one_device(found.metadata))
+  }
+
+
+def _chosen(tree: dict, choose: Callable[[str], bool], place: str = '') -> dict:
+  """The leaves that are chosen, and the dicts that lead to them."""
+  found = {}
+  for name, value in tree.items():
+    if isinstance(value, dict):
+      if inner := _chosen(value, choose, f'{place}{name}/'):
+        found[name] = inner
+    elif choose(place + name):
+      found[name] = value
+  return found
 
 
 def _on_one_device(metadata: Any) -> Any:

@@ -14,6 +14,7 @@ import os
 import pathlib
 from collections.abc import Sequence
 
+from jaxsparse.config import tables
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.config.model import KV_CACHES
 from jaxsparse.inference.quantize import QUANTIZE_HELP, parse
@@ -93,6 +94,14 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     type=float,
     default=0.8,
     help='of free memory, for weights, slots and prefixes',
+  )
+  add(
+    '--tables',
+    choices=tables.STORES,
+    default='',
+    help='where the tables of memory layers lie: on the device, in host '
+    'memory, or in mapped files, which take no memory; %(default)s: as the run '
+    'has them',
   )
   add('--devices', type=int, default=1, help='over which the model is divided')
   add('--quantize', default='', metavar='HOW', help=QUANTIZE_HELP)
@@ -182,6 +191,7 @@ def main(argv: Sequence[str]) -> None:
         prefix_bytes=arguments.prefix_mib * _MIB,
         memory_fraction=arguments.memory_fraction,
         devices=arguments.devices,
+        tables=arguments.tables,
         quantization=parse(arguments.quantize),
       ),
       say,

@@ -20,7 +20,12 @@ from jaxsparse.inference.long_input import with_bounded_history
 from jaxsparse.inference.quantize import Quantization
 from jaxsparse.inference.slot_programs import Programs
 from jaxsparse.nn.transformer import init_cache
-from jaxsparse.run import compiled_programs, run_config, trained
+from jaxsparse.run import (
+  compiled_programs,
+  run_config,
+  table_leaves,
+  trained,
+)
 from jaxsparse.serving.metrics import Metrics
 
 # More would rather wait for each other on most machines.
@@ -45,6 +50,8 @@ class Sizes:
   prefix_bytes: int = 0
   memory_fraction: float = 0.8
   devices: int = 1
+  # Where the tables lie; empty: as the run has them.
+  tables: str = ''
   quantization: Quantization | None = None
 
 
@@ -113,8 +120,13 @@ class Model:
       devices,
       self._say,
       sizes.quantization,
+      sizes.tables,
     )
-    num_slots = self._num_slots(_bytes(params))
+    held = params
+    if self._tables() == 'file':
+      # Mapped, they take no memory that they don't give back.
+      held, _ = table_leaves.split(params)
+    num_slots = self._num_slots(_bytes(held))
     programs = Programs.compile(
       self.config,
       params,
@@ -136,6 +148,13 @@ class Model:
       f'{programs.num_compiled} programs'
     )
     return programs
+
+  def _tables(self) -> str:
+    memory, quantization = self.config.memory, self._sizes.quantization
+    if quantization and quantization.tables:
+      # They are made in memory.
+      return 'device'
+    return self._sizes.tables or (memory.table.store if memory else 'device')
 
   def _num_slots(self, weight_bytes: int) -> int:
     """As many as asked for, or as many as fit.

@@ -19,7 +19,13 @@ from jaxsparse.run import checkpoint, disk, hosts, peers, provenance
 from jaxsparse.run.interrupt import Agreement, StopRequest, stop_on_signals
 from jaxsparse.run.metrics import validation_losses
 from jaxsparse.run.progress import Reporter
-from jaxsparse.training import evaluation, former_state, loss_scale, resume
+from jaxsparse.training import (
+  evaluation,
+  former_state,
+  loss_scale,
+  resume,
+  stored_tables,
+)
 from jaxsparse.training.compile_beside import abstract_batch, compiling_beside
 from jaxsparse.training.step import (
   TrainState,
@@ -85,10 +91,14 @@ def fit(
     workdir, config.train.keep_checkpoints, config.train.keep_best
   )
   train = jax.jit(functools.partial(train_step, config), donate_argnums=0)
-  finalized = jax.jit(functools.partial(finalize, config))
+  finalized = finish = jax.jit(functools.partial(finalize, config))
+  tables = stored_tables.of_run(config, workdir)
+  if tables is not None:
+    train, finalized = tables.train_step, tables.finalized
+    finish = tables.finish
   with stop_on_signals(config.train.stop_signals) as stop:
     state = _restore_or_init(
-      config, workdir, checkpoints, data, reporter, train
+      config, workdir, checkpoints, data, reporter, train, tables
     )
     # Of what is in use, which may no longer be what the workdir holds.
     origin = provenance.record(config, workdir)
@@ -101,7 +111,9 @@ def fit(
           config, workdir, step, data.bytes_per_target, reporter, utilization
         )
         report = functools.partial(_report, reports, checkpoints)
-        save = functools.partial(_save, reports, checkpoints, data, origin)
+        save = functools.partial(
+          _save, reports, checkpoints, data, origin, tables
+        )
         validate = functools.partial(
           _validate, config, reports, checkpoints, data, reporter, stop
         )
@@ -117,7 +129,7 @@ def fit(
             state, metrics = train(state, batch)
             step += 1
             if step == total:
-              state = finalized(state)
+              state = finish(state)
             if pending is not None:
               # The next step runs while the host waits for the one before it.
               report(*pending)
@@ -147,12 +159,14 @@ def fit(
             f'{stop.signal_name or "A signal"}: saved step {step} of {total}; '
             'the same command goes on from there.'
           )
-        return Outcome(step, state.params, validation)
+        return Outcome(step, finalized(state).params, validation)
     finally:
       data.batches.close()
       if reports is not None:
         reports.close()
       checkpoints.close()
+      if tables is not None:
+        tables.close()
 
 
 def _restore_or_init(
@@ -162,14 +176,18 @@ def _restore_or_init(
   data: TrainingData,
   reporter: Reporter,
   train: Callable,
+  tables: stored_tables.StoredTables | None,
 ) -> TrainState:
-  init = jax.jit(functools.partial(init_state, config))  # Traced once.
+  first = functools.partial(init_state, config)
+  init = jax.jit(first if tables is None else tables.init_state)  # Traced once.
   abstract = mesh.abstract(init, mesh=jax.sharding.get_mesh())
   num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
   # One more than are kept: the oldest goes when the newest is complete.
   num_kept = config.train.keep_checkpoints + config.train.keep_best
   room = num_bytes * (num_kept + 1)
-  former = former_state.layout(config, abstract.params)
+  former = None
+  if tables is None:
+    former = former_state.layout(config, abstract.params)
   plain = {'step': abstract.step, 'opt_state': abstract.opt_state}
   others = [] if former is None else [plain | {'opt_state': former}]
   # As the same run has it with another type of activations.
@@ -188,9 +206,16 @@ def _restore_or_init(
   if restored is None:
     disk.check_disk_space(workdir, room)
     reporter.say('Compiling the first parameters ...')
-    with compiling_beside(train, abstract, abstract_batch(config)):
+    program = (train, abstract, abstract_batch(config))
+    if tables is not None:
+      program = (tables.program, abstract, tables.abstract, program[-1])
+    with compiling_beside(*program):
+      if tables is not None:
+        tables.create(reporter.say)
       return jax.block_until_ready(init())
   step, params, optimizer, record = restored
+  if tables is not None:
+    tables.open(step, record)
   if optimizer is None:
     disk.check_disk_space(workdir, room)
     reporter.say('Beginning with the parameters that the workdir has.')
@@ -281,9 +306,12 @@ def _save(
   checkpoints: checkpoint.Checkpoints,
   data: TrainingData,
   origin: dict,
+  tables: stored_tables.StoredTables | None,
   step: int,
   state: TrainState,
 ) -> None:
+  if tables is not None:
+    origin = origin | tables.seal(step)
   checkpoints.save(
     step,
     state.params,

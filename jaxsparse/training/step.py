@@ -11,7 +11,9 @@ from jaxsparse import mesh
 from jaxsparse.config import Config
 from jaxsparse.nn.memory.tables import ENTRIES, table_scheme
 from jaxsparse.nn.transformer import Transformer
-from jaxsparse.ops.memory.usage import count_uses
+from jaxsparse.ops.memory import usage
+from jaxsparse.ops.memory.row_gradient import RowGradient
+from jaxsparse.run import table_leaves
 from jaxsparse.training import loss_scale as loss_scale_lib
 from jaxsparse.training import optimizer as optimizer_lib
 from jaxsparse.training import table_step
@@ -78,6 +80,12 @@ def _at_step_0(config: Config, params: dict) -> TrainState:
   return TrainState(jnp.zeros((), jnp.int32), params, opt_state, scale)
 
 
+def init_beside(config: Config) -> TrainState:
+  """`init_state` of a run whose tables lie elsewhere: without them."""
+  params, _ = table_leaves.split(init_state(config).params)
+  return _at_step_0(config, params)
+
+
 def train_step(
   config: Config, state: TrainState, batch: Batch
 ) -> tuple[TrainState, Metrics]:
@@ -101,18 +109,54 @@ def train_step(
     in float16 the 'loss_scale' of this step and 'overflows', steps left out so
     far.
   """
+  state, metrics, _ = _step(config, state, batch, None)
+  return state, metrics
+
+
+def step_beside(
+  config: Config, state: TrainState, tables: dict[str, jax.Array], batch: Batch
+) -> tuple[TrainState, Metrics, dict[str, RowGradient]]:
+  """`train_step` of a run whose tables lie elsewhere, without their update.
+
+  Args:
+    config: of the run, static; its value tables have a row optimizer.
+    state: without the tables; the state of their optimizer is its scalars,
+      which are returned as they are.
+    tables: by their paths, such as 'block_01/memory/value_table'.
+    batch: arrays [B, T].
+
+  Returns:
+    What `train_step` does, and the clipped gradient of each table.
+  """
+  return _step(config, state, batch, tables)
+
+
+def rounding_key(config: Config, step: jax.Array) -> jax.Array | None:
+  """The key by which the step after `step` others is rounded; None: nearest."""
+  if config.optimizer.value_master:
+    return None
+  key = jax.random.fold_in(jax.random.key(config.train.seed), step)
+  # Numbers below this are those of the micro-batches.
+  return jax.random.fold_in(key, config.optimizer.grad_accumulation)
+
+
+def _step(config, state, batch, elsewhere):
+  """`train_step`, or with tables elsewhere `step_beside`."""
   total_weight = jnp.maximum(jnp.sum(batch['loss_weight']), 1.0)
   num_micro, scale = config.optimizer.grad_accumulation, state.loss_scale
   key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
   # By rows, tables get no gradient but the probes do.
   rest, tables, probes = state.params, None, {}
   if optimizer_lib.is_by_rows(config.optimizer):
-    rest, tables = table_step.split_tables(state.params)
+    if elsewhere is None:
+      rest, tables = table_step.split_tables(state.params)
     num_rows, length = batch['tokens'].shape
     probes = table_step.make_probes(config.model, num_rows // num_micro, length)
 
   def loss_fn(rest, probes, micro, share, key):
     params = rest if tables is None else merged(rest, tables)
+    if elsewhere is not None:
+      params = table_leaves.joined(rest, elsewhere)
     (logits, _, metrics), sown = Transformer(config.model).apply(
       {'params': params, **probes},
       micro['tokens'],
@@ -143,12 +187,10 @@ def train_step(
   grads = optimizer_lib.only_trained(config.optimizer, grads)
   square = optimizer_lib.squared_norm(grads)
   norm = jnp.sqrt(square)
-  # Numbers below this are those of the micro-batches.
-  rounding_key = jax.random.fold_in(key, num_micro)
-  if config.optimizer.value_master:
-    rounding_key = None
-
-  row_state, more = None, {}
+  round_by = rounding_key(config, state.step)
+  row_state, of_rows, more = None, {}, {}
+  if elsewhere is not None:
+    of_rows, norm, more = table_step.row_gradients(config, reads, square, scale)
   if tables is not None:
     tables, row_state, norm, more = table_step.update_tables(
       config,
@@ -156,7 +198,7 @@ def train_step(
       state_of(state.opt_state, optimizer_lib.VALUES),
       reads,
       square,
-      rounding_key,
+      round_by,
       scale,
     )
   clipping = clip_scale(norm, config.optimizer.clip_norm)
@@ -165,7 +207,7 @@ def train_step(
   )
   # Without their decay, too.
   updates = optimizer_lib.only_trained(config.optimizer, updates)
-  new_rest = apply_updates(rest, updates, rounding_key)
+  new_rest = apply_updates(rest, updates, round_by)
   steps_taken = state.step
   if scale is not None:
     is_finite = jnp.isfinite(norm)
@@ -181,7 +223,8 @@ def train_step(
     params = merged(new_rest, tables)
     opt_state = with_state(opt_state, optimizer_lib.VALUES, row_state)
   metrics |= _rates(config, steps_taken) | more | {'grad_norm': norm}
-  return TrainState(state.step + 1, params, opt_state, scale), metrics
+  state = TrainState(state.step + 1, params, opt_state, scale)
+  return state, metrics, of_rows
 
 
 def finalize(config: Config, state: TrainState) -> TrainState:
@@ -201,6 +244,7 @@ def eval_step(config: Config, params: dict, batch: Batch) -> dict:
   Returns:
     `nats` and `targets` summed over the batch, and `slot_counts`: how often
     each memory layer read each of its physical slots, {'block_01': int32 [M]},
+    unless these are too many to be counted each,
     and how many tokens passed each expert, {'block_01 experts': int32 [X]}.
   """
   (logits, _, _), sown = Transformer(config.model).apply(
@@ -213,7 +257,7 @@ def eval_step(config: Config, params: dict, batch: Batch) -> dict:
   losses = token_losses(logits, batch['targets']) * batch['loss_weight']
   counts, model = {}, config.model
   for name, block in sown.get('intermediates', {}).items():
-    if 'memory' in block:
+    if 'memory' in block and model.memory.num_slots <= usage.MOST_COUNTED:
       slots = block['memory']['slots'][0]
       counts[name] = _count_reads(slots, model.memory.num_slots, batch)
     if 'moe' in block:
@@ -232,7 +276,7 @@ def _count_reads(slots: jax.Array, num_slots: int, batch: Batch) -> jax.Array:
   is_padding = batch['segment_ids'][..., None] == 0
   # Padding falls into a slot of its own, which is dropped.
   slots = jnp.where(is_padding, num_slots, slots)
-  count = mesh.over_tokens(lambda s: count_uses(s, num_slots + 1)[None])
+  count = mesh.over_tokens(lambda s: usage.count_uses(s, num_slots + 1)[None])
   return jnp.sum(count(slots), axis=0)[:num_slots]
 
 

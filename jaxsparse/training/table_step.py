@@ -26,6 +26,7 @@ from jaxsparse.nn.memory.tables import (
   TABLE_OF,
   table_scheme,
 )
+from jaxsparse.ops.memory.row_gradient import RowGradient
 from jaxsparse.ops.memory.table_exchange import TableExchange
 from jaxsparse.ops.memory.table_reads import RowWindows
 from jaxsparse.training import loss_scale
@@ -148,6 +149,44 @@ def update_tables(
   return on_each_device(on_device, specs)(
     tables, state, gradients, other_square, key, scale
   )
+
+
+def row_gradients(
+  config: Config,
+  gradients: dict[str, tuple],
+  other_square: jax.Array,
+  scale: loss_scale.LossScale | None = None,
+) -> tuple[dict[str, RowGradient], jax.Array, dict[str, jax.Array]]:
+  """The gradients of tables that lie elsewhere, for `update_tables` to come.
+
+  Args:
+    config: of the run, on one device.
+    gradients: what `table_gradients` returns.
+    other_square: squared norm of the gradient of all other parameters.
+    scale: by which `gradients` are still multiplied.
+
+  Returns:
+    By table the gradient, clipped, of all rows that were read; and the norm and
+    the counts that `update_tables` returns.
+  """
+  exchange = _exchange(config)
+  is_fixed = config.model.memory.table.gradient == 'deterministic'
+
+  def on_device(gradients, other_square, scale):
+    windows = {
+      path: RowWindows(exchange, *of, is_fixed)
+      for path, of in gradients.items()
+    }
+    found = {path: window(0) for path, window in windows.items()}
+    found = loss_scale.divided(found, scale)
+    norm = jnp.sqrt(other_square + squared_norm(found))
+    found = scaled(found, clip_scale(norm, config.optimizer.clip_norm))
+    touched = sum(window.num_distinct for window in windows.values())
+    counts = (touched, jnp.zeros_like(touched))
+    return found, norm, dict(zip(_ROW_COUNTS, counts, strict=True))
+
+  run = on_each_device(on_device, jax.P())
+  return run(gradients, other_square, scale)
 
 
 _ROW_COUNTS = ('value_rows_touched', 'value_rows_over_budget')

@@ -48,6 +48,13 @@ def test_what_is_saved_is_what_quantizing_at_load_gives(old, new):
   equal(module_params, at_load)
 
 
+def test_its_tables_may_be_mapped_files(new):
+  _, mapped = weights.load(new, MODEL, tables='file')
+  equal(mapped, weights.load(new, MODEL)[1])
+  file, *_ = (new / 'mapped_tables').rglob('value_table/stored.rows')
+  assert file.stat().st_size > 0
+
+
 def test_bytes_are_said_by_part_and_a_text_costs_bits(old, tmp_path, capsys):
   text = tmp_path / 'text.txt'
   text.write_text('So shaken as we are, so wan with care, ' * 3)

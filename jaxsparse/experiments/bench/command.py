@@ -25,6 +25,7 @@ from jaxsparse.experiments.bench import (
   memory_layer,
   serve,
   serve_ratios,
+  tables,
   top_m,
   train,
   train_step,
@@ -46,6 +47,7 @@ BENCHES = dict(
   host_memory=host_memory,
   serve=serve,
   serve_ratios=serve_ratios,
+  tables=tables,
 )
 
 

@@ -273,10 +273,14 @@ def table_parameters(
 
   def table(scale: float, width: int):
     init = nn.initializers.normal(scale, config.table.dtype)
+    if not scale:
+      init = nn.initializers.constant(0.0, config.table.dtype)
     shape = mesh.part('MW', (config.table_rows, width))
     return init, mesh.table(scheme), shape
 
-  tables = {'value_table': table(scales.values, config.value_dim)}
+  begins_with_zeros = config.table.init == 'zeros'
+  values = 0.0 if begins_with_zeros else scales.values
+  tables = {'value_table': table(values, config.value_dim)}
   if config.pre_value_dim:
     pre_values = table(scales.pre_values, config.pre_value_dim)
     tables['pre_value_table'] = pre_values

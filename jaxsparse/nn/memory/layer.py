@@ -33,7 +33,13 @@ from jaxsparse.nn.door import portable
 from jaxsparse.nn.leading import Leading
 from jaxsparse.nn.memory.init import parameters
 from jaxsparse.nn.memory.retrieval import Context, Read, retrieve
-from jaxsparse.nn.memory.tables import ENTRIES, PROBES, Tables, table_scheme
+from jaxsparse.nn.memory.tables import (
+  ENTRIES,
+  PROBES,
+  Tables,
+  keeping_key,
+  table_scheme,
+)
 from jaxsparse.nn.parameter import Parameter, gathered, parameter
 from jaxsparse.ops.memory import usage
 from jaxsparse.ops.memory.sharded_bag import (
@@ -139,7 +145,11 @@ class MemoryLayer(nn.Module):
       scheme if tables is None else None,
     )
     params = {
-      name: mesh.whole(parameter(self, name, mesh.sharded(init, spec), shape))
+      name: mesh.whole(
+        parameter(
+          self, name, keeping_key(self, name, mesh.sharded(init, spec)), shape
+        )
+      )
       for name, (init, spec, shape) in declared.items()
     }
     probes = self._probes(config, lead, dtype)
@@ -344,8 +354,8 @@ def memory_metrics(
   score_mean = mean(scores)
   metrics = {
     'aux_loss': jnp.zeros((), jnp.float32),
-    'usage_fraction': usage.usage_fraction(read['counts']),
-    'usage_kl': usage.usage_kl(read['counts']),
+    'usage_fraction': usage.usage_fraction(read['counts'], config.num_slots),
+    'usage_kl': usage.usage_kl(read['counts'], config.num_slots),
     'score_mean': score_mean,
     'score_std': jnp.sqrt(mean(jnp.square(scores - score_mean))),
   }

@@ -65,7 +65,8 @@ def retrieve(
     'scores' [B, T, P, k, c] of the kept cells; 'weights' [B, T, P * k, c] after
     the activation; 'slots' [B, T, P * k] that the layer addresses, the table's
     'rows' that they are, and 'pools', or None where there is one pool; 'counts'
-    [M] of the slots by all tokens of the batch that are no padding.
+    of the slots by all tokens of the batch that are no padding: [M], or in a
+    large memory on one device those of the slots that are read.
   """
   h = x
   if 'query_conv' in weights:
@@ -82,6 +83,9 @@ def retrieve(
   keys = norm(weights['keys'], weights.get('key_scale'), -2, config.key_norm)
 
   is_token = None if segment_ids is None else segment_ids > 0
+  # The counts of several devices are added up slot by slot.
+  is_alone = mesh.num_token_shards() == 1 and not mesh.inside()
+  is_large = config.num_slots > usage.MOST_COUNTED and is_alone
 
   def on_device(is_token, query, keys, cores, directions, permutation):
     *found, slot = _best_slots(
@@ -89,7 +93,10 @@ def retrieve(
     )
     if is_token is not None:
       is_token = jnp.broadcast_to(is_token[..., None], slot.shape)
-    counts = usage.count_uses(slot, config.num_slots, is_token)
+    if is_large:
+      counts = usage.counts_of_used(slot, is_token)
+    else:
+      counts = usage.count_uses(slot, config.num_slots, is_token)
     return *found, slot, counts[None]
 
   names = ('scores', 'weights', 'rows', 'pools', 'slots', 'counts')

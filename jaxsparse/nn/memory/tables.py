@@ -4,9 +4,12 @@
 Letters: B batch, T positions, M rows, W value width, U pre-value width.
 """
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.core.scope import DenyList
 
 from jaxsparse import mesh
 from jaxsparse.config import MemoryConfig
@@ -21,6 +24,9 @@ from jaxsparse.ops.memory.table_scheme import (
 # Collections of variables for the row-sparse gradient of the tables: zeros that
 # are added to what is made of their rows, and `TableReads`.
 PROBES, ENTRIES = 'probes', 'entries'
+# Collection of the keys that tables are drawn with, as data [2]: where it is
+# asked for by its name, `init` keeps them in it.
+KEYS = 'table_keys'
 # The table of whose rows each is.
 TABLE_OF = dict(pooled='value_table', products='pre_value_table')
 
@@ -45,9 +51,34 @@ class SharedTables(nn.Module):
       table_scheme(config, self.dtype),
     )
     return {
-      name: mesh.whole(parameter(self, name, mesh.sharded(init, spec), shape))
+      name: mesh.whole(
+        parameter(
+          self, name, keeping_key(self, name, mesh.sharded(init, spec)), shape
+        )
+      )
       for name, (init, spec, shape) in declared.items()
     }
+
+
+def keeping_key(module: nn.Module, name: str, init: Callable) -> Callable:
+  """The initializer `init` of a table, which keeps its key in `KEYS`.
+
+  So a table that lies elsewhere is drawn by slices, and never made whole.
+  """
+  assert module.scope is not None
+  asked = module.scope.mutable
+  # All collections mutable do not ask for it.
+  is_asked = not isinstance(asked, bool | DenyList) and (
+    module.is_mutable_collection(KEYS)
+  )
+  if not is_asked or not name.endswith('_table'):
+    return init
+
+  def keep_key(key, shape):
+    module.put_variable(KEYS, name, jax.random.key_data(key))
+    return init(key, shape)
+
+  return keep_key
 
 
 def table_use(config: MemoryConfig, dtype: jax.typing.DTypeLike) -> TableUse:

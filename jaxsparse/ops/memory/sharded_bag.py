@@ -34,11 +34,12 @@ from jaxsparse import mesh
 from jaxsparse.ops.memory.gathered_dot import gathered_dot
 from jaxsparse.ops.memory.table_exchange import TableExchange, put_back
 from jaxsparse.ops.memory.value_bag import value_bag
+from jaxsparse.ops.tables.host_table import HostTable, fetched
 from jaxsparse.ops.tables.quantized_table import QuantizedTable
 
 
 def sharded_value_bag(
-  table: Float[Array, 'M W'] | QuantizedTable,
+  table: Float[Array, 'M W'] | QuantizedTable | HostTable,
   slot: Int[Array, '*T k'],
   weight: Float[Array, '*T k c'],
   pool: Int[Array, '*T k'] | None = None,
@@ -69,6 +70,11 @@ def sharded_value_bag(
   pool_rows = functools.partial(
     value_bag, num_pools=num_pools, table_gradient=table_gradient
   )
+  tokens = jax.P(mesh.TOKENS)
+  pools = jax.P(mesh.TOKENS, *[None] * (slot.ndim - 1), 'model')
+  if isinstance(table, HostTable):
+    args = (table, slot, weight, pool)
+    return _on_fetched_rows(pool_rows, pools, *args).astype(dtype)
   exchange = _exchange(scheme, len(table))
   if exchange is None:
     return _over_flat_tokens(pool_rows)(table, slot, weight, pool).astype(dtype)
@@ -90,8 +96,6 @@ def sharded_value_bag(
     )
     return pooled(table, slot, weight, pool)
   layout = exchange.layout
-  tokens = jax.P(mesh.TOKENS)
-  pools = jax.P(mesh.TOKENS, *[None] * (slot.ndim - 1), 'model')
   return jax.shard_map(
     _over_flat_tokens(on_device),
     in_specs=(layout.spec, tokens, tokens, tokens),
@@ -100,7 +104,7 @@ def sharded_value_bag(
 
 
 def sharded_gathered_dot(
-  table: Float[Array, 'M W'] | QuantizedTable,
+  table: Float[Array, 'M W'] | QuantizedTable | HostTable,
   slot: Int[Array, '*T k'],
   vector: Float[Array, '*T _'],
   *,
@@ -132,6 +136,10 @@ def sharded_gathered_dot(
       table_gradient=table_gradient,
     )
 
+  tokens = jax.P(mesh.TOKENS)
+  if isinstance(table, HostTable):
+    args = (table, slot, vector, None)
+    return _on_fetched_rows(products, tokens, *args).astype(dtype)
   exchange = _exchange(scheme, len(table))
   if exchange is None:
     return _over_flat_tokens(products)(table, slot, vector, None).astype(dtype)
@@ -151,13 +159,34 @@ def sharded_gathered_dot(
   if mesh.inside():
     return _over_flat_tokens(on_device)(table, slot, vector, None)
   layout = exchange.layout
-  tokens = jax.P(mesh.TOKENS)
   vectors = jax.P(mesh.TOKENS, *[None] * (slot.ndim - 2), 'model')
   return jax.shard_map(
     _over_flat_tokens(on_device),
     in_specs=(layout.spec, tokens, vectors, None),
     out_specs=tokens,
   )(mesh.reshard(table, layout.spec), slot, vector, None)
+
+
+def _on_fetched_rows(
+  function: Callable,
+  out_spec: jax.P,
+  table: HostTable,
+  slot: jax.Array,
+  *others: jax.Array | None,
+) -> jax.Array:
+  """`function` of the rows that the tokens read, on the device that does."""
+
+  def run(table, slot, *others):
+    return function(*fetched(table, slot), *others)
+
+  run = _over_flat_tokens(run)
+  if mesh.axis_sizes() is None:
+    return run(table, slot, *others)
+  tokens = jax.P(mesh.TOKENS)
+  specs = jax.P(), *(tokens for _ in (slot, *others))
+  # Copies of rows are the same on every device, which is not seen.
+  run = jax.shard_map(run, in_specs=specs, out_specs=out_spec, check_vma=False)
+  return run(table, slot, *others)
 
 
 def _exchange(scheme: str, num_rows: int) -> TableExchange | None:

@@ -6,10 +6,14 @@ the slots that is in use, and the KL divergence of the reads from a uniform
 spread.
 """
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse import mesh
+
+# Counts of more slots than this are kept for those alone that are read.
+MOST_COUNTED = 2**22
 
 
 def count_uses(
@@ -27,6 +31,25 @@ def count_uses(
     times = is_counted.reshape(-1).astype(jnp.int32)
   counts = jnp.zeros(num_slots, jnp.int32)
   return counts.at[slot.reshape(-1)].add(times, mode='promise_in_bounds')
+
+
+def counts_of_used(
+  slot: Int[Array, '*B'], is_counted: Bool[Array, '*B'] | None = None
+) -> Int[Array, 'R']:
+  """`count_uses` without the slots: how often each that occurs does.
+
+  Zeros come between; there are as many entries as reads. So the counts of a
+  memory of 10^9 slots are no array of its size.
+  """
+  slot = slot.reshape(-1)
+  if is_counted is None:
+    times = jnp.ones(slot.shape, jnp.int32)
+  else:
+    times = is_counted.reshape(-1).astype(jnp.int32)
+  slot, times = jax.lax.sort((slot, times), num_keys=1)
+  is_new = jnp.concatenate([jnp.ones(1, bool), slot[1:] != slot[:-1]])
+  position = jnp.cumsum(is_new, dtype=jnp.int32) - 1
+  return jnp.zeros_like(times).at[position].add(times)
 
 
 def mean_over_tokens(
@@ -49,16 +72,31 @@ def mean_over_tokens(
   return total / count.astype(x.dtype)
 
 
-def usage_fraction(counts: Int[Array, 'M']) -> Float[Array, '']:
-  """Fraction of the slots that are read at least once."""
-  return (counts > 0).mean(dtype=jnp.float32)
+def usage_fraction(
+  counts: Int[Array, 'C'], num_slots: int | None = None
+) -> Float[Array, '']:
+  """Fraction of the slots that are read at least once.
+
+  Args:
+    counts: of every slot, or of those that are read.
+    num_slots: M; None for as many as there are counts.
+  """
+  if num_slots in (None, len(counts)):
+    return (counts > 0).mean(dtype=jnp.float32)
+  return (counts > 0).sum(dtype=jnp.float32) / num_slots
 
 
-def usage_kl(counts: Int[Array, 'M']) -> Float[Array, '']:
+def usage_kl(
+  counts: Int[Array, 'C'], num_slots: int | None = None
+) -> Float[Array, '']:
   """KL divergence from uniform reads, log M + sum of z log z, in nats.
 
   z is a slot's share of the reads. 0 when all slots are read equally often, and
   with no read; log M when one slot gets all.
+
+  Args:
+    counts: of every slot, or of those that are read.
+    num_slots: M; None for as many as there are counts.
   """
   counts_f32 = counts.astype(jnp.float32)
   total = counts_f32.sum()
@@ -66,4 +104,5 @@ def usage_kl(counts: Int[Array, 'M']) -> Float[Array, '']:
   entropy = -jnp.where(
     share > 0, share * jnp.log(jnp.maximum(share, 1e-30)), 0
   ).sum()
-  return jnp.where(total > 0, jnp.log(jnp.float32(len(counts))) - entropy, 0)
+  num_slots = len(counts) if num_slots is None else num_slots
+  return jnp.where(total > 0, jnp.log(jnp.float32(num_slots)) - entropy, 0)

@@ -143,11 +143,14 @@ def apply_updates(
   old = structure.flatten_up_to(params)
   new = []
   for i, (param, update) in enumerate(zip(old, leaves, strict=True)):
-    key = None
-    if rounding_key is not None:
-      key = jax.random.fold_in(rounding_key, i)
+    key = None if rounding_key is None else leaf_key(rounding_key, i)
     new.append(_apply(param, update, key, origin))
   return jax.tree.unflatten(structure, new)
+
+
+def leaf_key(rounding_key: jax.Array, number: int) -> jax.Array:
+  """The key by which the leaf of that number is rounded."""
+  return jax.random.fold_in(rounding_key, number)
 
 
 def _apply(param, update, key, origin):
@@ -157,9 +160,26 @@ def _apply(param, update, key, origin):
     return _round(total, param.dtype, key, row, origin)
   if update.layout and guest.free_axes():
     return _apply_to_parts(param, update, key)
-  total = take_rows(param, update).astype(update.value.dtype) + update.value
-  rounded = _round(total, param.dtype, key, update.slot, origin)
-  return set_rows(param, update, rounded)
+  rows = updated_rows(take_rows(param, update), update, key, origin)
+  return set_rows(param, update, rows)
+
+
+def updated_rows(
+  rows: Array,
+  update: RowGradient,
+  rounding_key: jax.Array | None = None,
+  origin: tuple[jax.typing.ArrayLike, jax.typing.ArrayLike] = (0, 0),
+) -> Array:
+  """What `apply_updates` makes of the rows [U, W] of a table.
+
+  Args:
+    rows: those that `update` is of, in its order.
+    update: what to add to them.
+    rounding_key: of this table.
+    origin: of the part of a table.
+  """
+  total = rows.astype(update.value.dtype) + update.value
+  return _round(total, rows.dtype, rounding_key, update.slot, origin)
 
 
 def _apply_to_parts(param, update, key):

@@ -437,6 +437,27 @@ def test_usage_kl_of_the_extremes():
   np.testing.assert_allclose(jax.jit(usage.usage_fraction)(one), 1 / 50)
 
 
+def test_counts_of_used_slots_alone_give_the_same_usage():
+  slot = np.random.default_rng(0).integers(0, 20, (5, 6)).astype(np.int32)
+  is_counted = slot % 7 > 0
+
+  @functools.partial(jax.jit, static_argnums=2)
+  def run(slot, is_counted, is_all):
+    if is_all:
+      counts = usage.count_uses(slot, 100, is_counted)
+    else:
+      counts = usage.counts_of_used(slot, is_counted)
+    args = (counts, 100)
+    return usage.usage_fraction(*args), usage.usage_kl(*args), jnp.sort(counts)
+
+  for counted in (None, is_counted):
+    *expected, whole = run(slot, counted, True)
+    *actual, kept = run(slot, counted, False)
+    np.testing.assert_allclose(actual, expected, rtol=1e-6)
+    np.testing.assert_array_equal(kept[-20:], whole[-20:])
+    assert kept.shape == (30,)
+
+
 def test_aux_loss_is_weighted():
   config = _config(num_cores=1, aux_loss_weight=1e-3)
   params, x = _init(config)
