@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A trained model for notebooks and for programs of others."""
 
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -10,14 +10,14 @@ from etils import epath
 from jaxsparse import mesh
 from jaxsparse.inference import quantized_leaves
 from jaxsparse.nn.language_model import LanguageModel
-from jaxsparse.run import run_config
+from jaxsparse.run import run_config, trained
 
 _EXPLICIT = jax.sharding.AxisType.Explicit
 
 
 def load(
   workdir: epath.PathLike,
-  step: int | None = None,
+  step: int | Literal['best'] | None = None,
   axes: mesh.Axes = mesh.DEFAULT_AXES,
 ) -> tuple[LanguageModel, dict[str, Any]]:
   """The model of a workdir and its parameters; nothing is written.
@@ -29,7 +29,8 @@ def load(
   Args:
     workdir: of a training run, an import or another conversion; a local folder
       or such as gs://...
-    step: which checkpoint; None takes the newest that is whole.
+    step: which checkpoint, or 'best', the one of the lowest validation loss;
+      None takes the newest that is whole.
     axes: names of your own mesh's axes, if one is in use (`jax.set_mesh`).
 
   Returns:
@@ -43,7 +44,7 @@ def load(
   config = run_config.read(workdir)
   module = LanguageModel(config.model, axes)
   _, params = quantized_leaves.load_params(
-    workdir, step, abstract=_abstract(module)
+    workdir, trained.step_of(workdir, step), abstract=_abstract(module)
   )
   return module, params
 

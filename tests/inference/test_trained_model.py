@@ -43,6 +43,8 @@ def test_it_gives_logits(workdir):
   assert expected(workdir).shape == (8, 4, 257)
   with pytest.raises(UserError, match='no checkpoint of step 4: it has'):
     jaxsparse.load(workdir, step=4)
+  with pytest.raises(UserError, match='has a validation loss'):
+    jaxsparse.load(workdir, step='best')
 
 
 def test_on_our_own_mesh(workdir):
