@@ -111,6 +111,7 @@ def test_it_is_evaluated_as_one_that_is_quantized_at_load(old, new, tmp_path):
   assert 'quantization' not in found[0]['settings']
 
 
+@pytest.mark.slow
 def test_it_is_read_onto_a_mesh(old, new):
   """With a part of each row for every piece, though rows are saved in one."""
   _, whole = quantized_leaves.load_params(new)

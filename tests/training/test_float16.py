@@ -70,6 +70,7 @@ def own_mesh():
     yield
 
 
+@pytest.mark.slow
 def test_losses_follow_those_of_float32():
   """Two batches in turn, whose loss falls by most of a nat."""
   seeds = [0, 1] * 5

@@ -114,6 +114,7 @@ def test_its_cache_gives_the_same(params):
   np.testing.assert_allclose(np.concatenate(found, 1), whole, rtol=0, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_an_indexer_learns_of_all_blocks():
   """As one beside sparse attention that keeps them all, and without a trace in
   what dense attention gives or learns."""

@@ -373,6 +373,7 @@ def test_queries_may_come_in_parts(chunk):
     np.testing.assert_allclose(y, expected[:, part], rtol=0, atol=1e-14)
 
 
+@pytest.mark.slow
 def test_memory_grows_with_the_length_and_not_its_square():
   options = dataclasses.replace(
     OPTIONS, block=16, tile=16, max_blocks=4, chunk=256
