@@ -23,6 +23,7 @@ from jaxsparse.experiments.bench import (
   measuring,
   memory_layer,
   peak_memory,
+  quantized_loss,
   serve,
   serve_ratios,
   top_m,
@@ -273,7 +274,7 @@ def test_all_runs_every_bench_and_writes_one_file(tmp_path, monkeypatch):
   ]
   known = [bench for _, bench, _ in all_benches.sections()]
   # Those of a server need one, or a workdir.
-  served = [serve, serve_ratios]
+  served = [quantized_loss, serve, serve_ratios]
   assert known + served == list(command.BENCHES.values())
   for _, bench, runs in all_benches.sections():
     assert all(set(run) <= set(bench.OPTIONS) for run in runs)
