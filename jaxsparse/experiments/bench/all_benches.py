@@ -126,7 +126,7 @@ def sections(
     (
       'in 8 and 4 bits',
       quantized,
-      [dict(rows=65_536, decode_batches='', rounds=5)]
+      [dict(rows=65_536, decode_batches='', rounds=30)]
       if on_cpu
       else [dict(rows=2**20, size=4096, model_dim=1024, layers=6)],
     ),

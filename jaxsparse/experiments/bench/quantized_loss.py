@@ -8,23 +8,25 @@ those of the tables, and of all else.
 Every form is turned into numbers before it is scored, so that one program does
 for all. Rows of 3 bits and of 1 bit are no format: what they would cost is
 measured by rounding alone. A table of zeros is the control: it says what the
-table is worth. Embedding and output are in int8 with any dense form.
+table is worth. Embedding and output are in int8 with any dense form. The form
+of keys and values is scored as decoding reads them, by a cache.
 """
 
 import argparse
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxsparse.config import Config
+from jaxsparse.config import Config, ModelConfig
 from jaxsparse.config.errors import require
 from jaxsparse.data.tokenizer import load_from_workdir
-from jaxsparse.evaluation.scorer import Scorer
+from jaxsparse.evaluation.encoding import Encoded
+from jaxsparse.evaluation.scorer import Score, Scorer
 from jaxsparse.evaluation.tasks import TextTask
 from jaxsparse.inference import quantized_leaves
 from jaxsparse.inference.bits_per_byte import windows
@@ -37,6 +39,7 @@ from jaxsparse.inference.quantize import (
   quantize,
 )
 from jaxsparse.inference.text import read_file
+from jaxsparse.nn.transformer import Transformer, init_cache
 from jaxsparse.run import run_config
 
 OPTIONS = dict(
@@ -64,25 +67,27 @@ class Form:
 
   how: str = ''
   by_text: bool = False
+  # Whether attention reads keys and values of 8 bits, as decoding does.
+  by_cache: bool = False
   # Numbers of rows as they would be read, and bytes of a row.
-  rows: Callable[[jax.Array], tuple[jax.Array, int]] | None = None
+  rows: Callable[[np.ndarray], tuple[np.ndarray, int]] | None = None
 
 
-def three_bits(rows: jax.Array) -> tuple[jax.Array, int]:
+def three_bits(rows: np.ndarray) -> tuple[np.ndarray, int]:
   """Numbers of -3 .. 3 in units of a third of the row's largest."""
-  scale = jnp.abs(rows).max(1, keepdims=True) / 3
-  codes = jnp.round(rows / jnp.where(scale == 0, 1, scale))
+  scale = np.abs(rows).max(1, keepdims=True) / 3
+  codes = np.round(rows / np.where(scale == 0, 1, scale))
   return codes * scale, math.ceil(3 * rows.shape[1] / 8) + 4
 
 
-def one_bit(rows: jax.Array) -> tuple[jax.Array, int]:
+def one_bit(rows: np.ndarray) -> tuple[np.ndarray, int]:
   """Signs, times the mean size of the row's numbers."""
-  scale = jnp.abs(rows).mean(1, keepdims=True)
-  return jnp.where(rows < 0, -scale, scale), math.ceil(rows.shape[1] / 8) + 4
+  scale = np.abs(rows).mean(1, keepdims=True)
+  return np.where(rows < 0, -scale, scale), math.ceil(rows.shape[1] / 8) + 4
 
 
-def zeros(rows: jax.Array) -> tuple[jax.Array, int]:
-  return jnp.zeros_like(rows), 0
+def zeros(rows: np.ndarray) -> tuple[np.ndarray, int]:
+  return np.zeros_like(rows), 0
 
 
 FORMS = {
@@ -100,7 +105,11 @@ FORMS = {
   'both int8': Form('weights=int8,tables=int8'),
   'dense int8 and tables int4': Form('weights=int8,tables=int4'),
   'both int4': Form('weights=int4,tables=int4'),
+  'KV int8': Form(by_cache=True),
 }
+
+# Logits of one call, at most.
+_MOST_LOGITS = 1 << 24
 
 
 def measure(options: argparse.Namespace) -> Iterator[dict]:
@@ -136,7 +145,10 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
     numbers, sizes = applied(form, model, params, sequences)
     scorer = Scorer(model, numbers, tokenizer, window)
     encodings = task.encode(scorer)
-    scores = scorer.scores(encodings.sequences)
+    if form.by_cache:
+      scores = _scores_by_cache(model, numbers, encodings.sequences)
+    else:
+      scores = scorer.scores(encodings.sequences)
     metric = task.measure(encodings, scores, tokenizer)['bits_per_byte']
     first = first or metric
     lost = metric.minus(first)
@@ -153,7 +165,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
 
 
 def applied(
-  form: Form, config: Any, params: dict, sequences: np.ndarray
+  form: Form, config: ModelConfig, params: dict, sequences: np.ndarray
 ) -> tuple[dict, dict[str, int]]:
   """The model's numbers in a form, and the bytes of its two parts."""
   table_bytes = 0
@@ -164,7 +176,7 @@ def applied(
       nonlocal table_bytes
       if path[-1] not in _TABLES:
         return x
-      numbers, row_bytes = of_rows(x)
+      numbers, row_bytes = of_rows(np.asarray(x))
       table_bytes += len(x) * row_bytes
       return numbers
 
@@ -179,6 +191,38 @@ def applied(
     numbers, parts = dequantized(stored), bytes_by_part(stored)
   table_bytes = parts.pop('tables', 0)
   return numbers, dict(table_bytes=table_bytes, dense_bytes=sum(parts.values()))
+
+
+def _scores_by_cache(
+  config: ModelConfig, params: dict, sequences: Sequence[Encoded]
+) -> list[Score]:
+  """Scores of windows of equal length, keys and values in 8 bits."""
+  config = dataclasses.replace(config, kv_cache='int8')
+  length = sequences[0].length
+  size = max(1, _MOST_LOGITS // (length * config.vocab_size))
+  size, found = min(size, len(sequences)), []
+  for begin in range(0, len(sequences), size):
+    # The last ones again, where there are fewer: one program does for all.
+    batch = sequences[max(0, min(begin, len(sequences) - size)) :][:size]
+    tokens = np.stack([s.tokens for s in batch])
+    counts = np.array([s.num_targets for s in batch], np.int32)
+    logprobs = np.asarray(_logprobs_by_cache(config, params, tokens, counts))
+    new = min(size, len(sequences) - begin)
+    found += [Score(float(x), False) for x in logprobs[-new:]]
+  return found
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _logprobs_by_cache(config, params, tokens, counts):
+  fed, of_next = tokens[:, :-1], tokens[:, 1:, None]
+  at = jnp.broadcast_to(jnp.arange(fed.shape[1]), fed.shape)
+  cache = init_cache(config, *fed.shape)
+  inputs = fed, at, jnp.ones_like(fed), cache
+  logits, _, _ = Transformer(config).apply({'params': params}, *inputs)
+  log_probs = jax.nn.log_softmax(logits)
+  of_next = jnp.take_along_axis(log_probs, of_next, axis=-1)[..., 0]
+  is_scored = at >= fed.shape[1] - counts[:, None]
+  return jnp.where(is_scored, of_next, 0).sum(1)
 
 
 def _has_tables(params):
