@@ -29,8 +29,7 @@ from jaxsparse.evaluation.encoding import Encoded
 from jaxsparse.evaluation.scorer import Score, Scorer
 from jaxsparse.evaluation.tasks import TextTask
 from jaxsparse.inference import quantized_leaves
-from jaxsparse.inference.bits_per_byte import windows
-from jaxsparse.inference.calibration import quantize_by_text
+from jaxsparse.inference.calibration import quantize_by_text, windows
 from jaxsparse.inference.quantize import (
   bytes_by_part,
   dequantized,
@@ -263,7 +262,8 @@ def _cut(content: bytes, size: int) -> str:
 def _sequences(tokenizer, text, window):
   if not text:
     return np.zeros((0, window), np.int32)
-  return windows(tokenizer, text, window, '--calibrate')[:, :-1]
+  # Inputs, without the last of what follows them.
+  return windows(tokenizer, text, window + 1, '--calibrate')[:, :-1]
 
 
 def show(records: list[dict]) -> None:
