@@ -92,9 +92,9 @@ standard error of that difference.
 {table([*head, 'lost by SmolLM2'], rows)}
 
 int4 and nf4 of matrices are in groups of 32, with embedding and output in int8; GPTQ has 64 KB of training text, or 20 KB of enwik8 from byte
-1,000,000. Rows of 3 bits and of 1 bit are no format: they are roundings
-that say how far a table could go. A table of zeros is the control: it says what the table is worth. Keys and values are scored through a decoding
-cache. Recall of a model trained on `facts` and further seeds were not measured.
+1,000,000. Rows of 3 bits and of 1 bit are no format: they are roundings that say how far a table could go. A table of zeros is the control: it
+says what the table is worth. Keys and values are scored through a decoding cache. Recall of a model trained on `facts` and further seeds were not
+measured.
 
 | | aim | lost |
 | --- | --- | --- |
