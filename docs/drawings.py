@@ -8,6 +8,7 @@ import pathlib
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import results_quantized
 import results_tables
 from matplotlib.patches import FancyBboxPatch
 
@@ -28,6 +29,18 @@ _STYLE = {
   'ytick.color': _INK,
 }
 _COLORS = dict(dense=_GREY, moe=_ORANGE)
+
+# Labels of points that lie near others, in points to the right and up.
+_BESIDE = {
+  'tables int4': (2, 24),
+  'tables int4 clipped': (-2, -20),
+  'tables 3 bits': (-52, 12),
+  'tables int8': (-8, 10),
+  'dense nf4': (6, -11),
+  'dense int8': (6, 8),
+  'both int8': (4, -14),
+  'dense int8 and tables int4': (-40, 14),
+}
 
 # What each room is for, on its floor.
 ROOMS = dict(
@@ -109,6 +122,53 @@ def draw_headline(file: pathlib.Path) -> None:
     right.set_xlabel('sequences at once')
     right.set_ylabel('ms a step')
     right.set_title('Decoding, 680M family, one H200', loc='left')
+    figure.savefig(file, dpi=110)
+    plt.close(figure)
+
+
+def draw_quantized(file: pathlib.Path) -> None:
+  """What quantized forms lose for their bytes, and the time of a bag."""
+  with plt.rc_context(_STYLE):
+    figure, (left, right) = plt.subplots(
+      1, 2, figsize=(11, 4.2), layout='constrained', width_ratios=(3, 2)
+    )
+    found = results_quantized.losses('`ultramem:tiny`')
+    for name, r in found.items():
+      # The control would flatten all else; keys and values are no part.
+      if name in ('f32', 'tables zero', 'KV int8'):
+        continue
+      color = dict(tables=_BLUE, both=_INK).get(name.split()[0], _ORANGE)
+      color = _INK if ' and ' in name else color
+      size = (r['table_bytes'] + r['dense_bytes']) / 1e6
+      left.errorbar(
+        size, r['lost'], 2 * r['lost_stderr'], fmt='o', color=color, capsize=3
+      )
+      left.annotate(
+        name,
+        (size, r['lost']),
+        xytext=_BESIDE.get(name, (6, 5)),
+        textcoords='offset points',
+        fontsize=8,
+        color=color,
+      )
+    left.axhline(0, color=_GREY, lw=1)
+    whole = found['f32']['table_bytes'] + found['f32']['dense_bytes']
+    left.set_xlim(0, whole / 1e6)
+    left.set_xlabel(f'MB of the model (float32: {whole / 1e6:.1f})')
+    left.set_ylabel('bits per byte lost (two errors)')
+    left.set_title('ultramem:tiny, one seed', loc='left')
+    bags = {
+      name: r['ratio']
+      for (task, name), r in results_quantized.times().items()
+      if task.startswith('bag')
+    }
+    for place, (name, ratio) in enumerate(reversed(bags.items())):
+      right.barh(place, ratio, color=_GREY if name == 'f32' else _BLUE)
+      right.text(ratio, place, f' {ratio:.2f}x', va='center')
+    right.set_yticks(range(len(bags)), list(reversed(bags)))
+    right.set_xlim(0, 1.2 * max(bags.values()))
+    right.set_xlabel('time of a bag, to float32')
+    right.set_title('Rows of 256, a CPU', loc='left')
     figure.savefig(file, dpi=110)
     plt.close(figure)
 
@@ -221,4 +281,5 @@ def _all_below(graph, room):
 def draw_all(folder: pathlib.Path) -> None:
   folder.mkdir(exist_ok=True)
   draw_headline(folder / 'headline.png')
+  draw_quantized(folder / 'quantized.png')
   draw_architecture(folder / 'architecture.png')

@@ -7,6 +7,7 @@ from documents import PAGES, generator
 
 README = ' '.join(PAGES['README.md'].split())
 results = generator().results_tables
+results_quantized = generator().results_speed.results_quantized
 
 
 def by_seed(name, key, people=0):
@@ -59,7 +60,14 @@ def language():
   yield f'UltraMem {change["ultramem"]} |'
 
 
-CLAUSES = [recalled, decoding, large_tables, heads, language]
+def four_bits():
+  losses = results_quantized.losses('`ultramem:tiny`')
+  row = losses['tables int4']
+  share = row['table_bytes'] / losses['f32']['table_bytes']
+  yield f'{share:.2f} of the bytes, {row["lost"]:+.4f} bits per byte |'
+
+
+CLAUSES = [recalled, decoding, large_tables, heads, language, four_bits]
 
 
 @pytest.mark.parametrize('clauses', CLAUSES, ids=lambda f: f.__name__)

@@ -17,6 +17,7 @@ from jaxsparse.experiments.bench import (
   long_input,
   measuring,
   memory_layer,
+  quantized,
   top_m,
   train,
   train_step,
@@ -122,4 +123,11 @@ def sections(
     ),
     ('long input', long_input, [dict(tokens=16_384, stretch=4096)]),
     ('gather from pinned host memory', host_memory, [dict()]),
+    (
+      'in 8 and 4 bits',
+      quantized,
+      [dict(rows=65_536, decode_batches='', rounds=30)]
+      if on_cpu
+      else [dict(rows=2**20, size=4096, model_dim=1024, layers=6)],
+    ),
   ]

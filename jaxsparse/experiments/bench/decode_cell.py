@@ -62,8 +62,8 @@ class Cell:
     )
     return jnp.resize(tokens.T, (self._rows, len(tokens))).T
 
-  def take_turns(self, routing: str) -> dict[str, float]:
-    """Median seconds of all steps with tokens so drawn, by model."""
+  def take_turns(self, routing: str, least: bool = False) -> dict[str, float]:
+    """Median or least seconds of all steps with tokens so drawn, by model."""
     self._tokens = self._draw(routing)
     contenders = {
       name: measuring.Contender(
@@ -71,7 +71,7 @@ class Cell:
       )
       for name in self._models
     }
-    return measuring.take_turns(contenders, self._options.rounds)
+    return measuring.take_turns(contenders, self._options.rounds, least)
 
   def _run(self, name, params):
     cache = (self._keys, self._contexts[name])

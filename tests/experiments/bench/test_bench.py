@@ -23,8 +23,10 @@ from jaxsparse.experiments.bench import (
   measuring,
   memory_layer,
   peak_memory,
+  quantized_loss,
   serve,
   serve_ratios,
+  tables,
   top_m,
   train_step,
   value_bag,
@@ -272,8 +274,8 @@ def test_all_runs_every_bench_and_writes_one_file(tmp_path, monkeypatch):
     ('host', host_memory, [dict(rounds=2), dict(rounds=3)]),
   ]
   known = [bench for _, bench, _ in all_benches.sections()]
-  # Those of a server need one, or a workdir.
-  served = [serve, serve_ratios]
+  # Those of a server need one, or a workdir; that of tables asks for a disk.
+  served = [quantized_loss, serve, serve_ratios, tables]
   assert known + served == list(command.BENCHES.values())
   for _, bench, runs in all_benches.sections():
     assert all(set(run) <= set(bench.OPTIONS) for run in runs)
