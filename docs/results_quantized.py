@@ -84,7 +84,7 @@ def quantized():
 
 ## What is lost
 `ultramem:tiny` after its recipe's 600 steps, one seed, scored on {first['text_bytes']:,} bytes of its validation text in {first['windows']} windows:
-`jaxsparse bench quantized_loss --workdir=runs/ultramem_tiny`. SmolLM2-135M, imported, on {of_smol['text_bytes']:,} bytes of enwik8 from byte 95,000,000 in
+`jaxsparse bench quantized_loss --workdir=runs/ultramem_tiny`. SmolLM2-135M, imported from a file of 4 bits (Q4_1), on {of_smol['text_bytes']:,} bytes of enwik8 from byte 95,000,000 in
 {of_smol['windows']} windows of 256 tokens ({of_smol['bits_per_byte']:.4f} bits per byte in float32): `--text=` and, for GPTQ, `--calibrate=` name files, and `--window=256`.
 Figures in `results/quantized_loss_ultramem_tiny.json` and `results/quantized_loss_smollm2.json`. A loss is to float32, window by window, with the
 standard error of that difference.
