@@ -57,13 +57,17 @@ def main(argv: Sequence[str] | None = None) -> None:
         f'there is no command {shown(name)}{did_you_mean(name, COMMANDS)}; '
         f'there are {", ".join(COMMANDS)}.'
       )
-    _module(name).main(rest)
+    imported(name, COMMANDS[name][0]).main(rest)
 
 
-def _module(name: str) -> types.ModuleType:
-  """Only what the command needs: `cost` has no use for the data's readers."""
+def imported(name: str, module: str) -> types.ModuleType:
+  """A command's module: only what it needs, as `cost` needs no data's readers.
+
+  Raises:
+    UserError: a package is not installed.
+  """
   try:
-    return importlib.import_module(f'jaxsparse.{COMMANDS[name][0]}')
+    return importlib.import_module(f'jaxsparse.{module}')
   except ModuleNotFoundError as error:
     missing = (error.name or '').partition('.')[0]
     if missing == 'jaxsparse':

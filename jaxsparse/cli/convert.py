@@ -1,8 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Models in, out, and into others: `jaxsparse convert from-hf` and so on."""
 
-import importlib
-
+from jaxsparse.cli.command import imported
 from jaxsparse.config.errors import UserError, did_you_mean, shown
 
 # Each with its module and what it does.
@@ -38,7 +37,7 @@ def main(arguments: list[str]) -> None:
       f'there are {", ".join(DIRECTIONS)}.'
     )
   module, _ = DIRECTIONS[name]
-  importlib.import_module(f'jaxsparse.cli.{module}').main(rest)
+  imported('convert', f'cli.{module}').main(rest)
 
 
 def _page() -> str:
