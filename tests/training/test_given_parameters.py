@@ -7,7 +7,7 @@ import jax
 import numpy as np
 import pytest
 from inference.small_run import draw_params
-from small_model import make_batch
+from small_model import Batches
 
 from jaxsparse import config, mesh
 from jaxsparse.config.errors import UserError
@@ -32,25 +32,6 @@ def workdir(tmp_path):
   params = draw_params(GIVEN.model, 0.3)
   new_workdir.write(folder, GIVEN, params, {'from': 'elsewhere'})
   return folder
-
-
-class Batches:
-  """Endless, the same for every start at a step."""
-
-  step = 0
-
-  def __next__(self):
-    self.step += 1
-    return {k: x[:2] for k, x in make_batch(self.step).items()}
-
-  def get_state(self):
-    return {'lanes': {'0': self.step}}
-
-  def set_state(self, state):
-    self.step = state['lanes']['0']
-
-  def close(self):
-    pass
 
 
 def fit(workdir, monkeypatch):

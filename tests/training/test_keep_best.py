@@ -6,7 +6,7 @@ import functools
 
 import jax
 import pytest
-from small_model import CONFIG, make_batch
+from small_model import CONFIG, Batches
 
 from jaxsparse import config, mesh
 from jaxsparse.config.errors import UserError
@@ -23,25 +23,6 @@ SMALL = dataclasses.replace(
   data=dataclasses.replace(CONFIG.data, batch_size=2),
   optimizer=config.OptimizerConfig(warmup_steps=1),
 )  # fmt: skip
-
-
-class Batches:
-  """Endless, the same for every start at a step."""
-
-  step = 0
-
-  def __next__(self):
-    self.step += 1
-    return {k: x[:2] for k, x in make_batch(self.step).items()}
-
-  def get_state(self):
-    return {'lanes': {'0': self.step}}
-
-  def set_state(self, state):
-    self.step = state['lanes']['0']
-
-  def close(self):
-    pass
 
 
 class KilledError(Exception):
