@@ -7,7 +7,6 @@ type of the activations is cast once here, to the same numbers.
 
 import contextlib
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -19,7 +18,7 @@ from jaxsparse.config.errors import require
 from jaxsparse.inference import quantized_leaves
 from jaxsparse.inference.quantize import Quantization, quantize
 from jaxsparse.nn.parameter import is_quantized
-from jaxsparse.nn.transformer import Transformer
+from jaxsparse.nn.transformer import init_params
 
 # What a module casts to the type of its input before it is used, by the name of
 # the module. Norms, routers and scores of keys are of float32, and tables of
@@ -76,7 +75,9 @@ def load(
       "tables must be 'device' with several devices, which divide them; got "
       f'{tables!r}.',
     )
-    abstract = mesh.abstract(lambda: _init(config), mesh=devices)
+    abstract = mesh.abstract(
+      lambda: init_params(config, jax.random.key(0)), mesh=devices
+    )
   step, params = quantized_leaves.load_params(
     workdir, step, say, abstract, tables
   )
@@ -84,12 +85,6 @@ def load(
     if how:
       params = quantize(config, params, how)
     return step, cast(config, params)
-
-
-def _init(config: ModelConfig) -> Any:
-  # Divisible however tokens are split.
-  tokens = jnp.ones((mesh.num_token_shards(), 1), jnp.int32)
-  return Transformer(config).init(jax.random.key(0), tokens)['params']
 
 
 def cast(config: ModelConfig, params: dict) -> dict:

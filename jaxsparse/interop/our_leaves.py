@@ -6,11 +6,10 @@ from typing import Any
 
 import flax.traverse_util
 import jax
-import jax.numpy as jnp
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
-from jaxsparse.nn.transformer import Transformer
+from jaxsparse.nn.transformer import init_params
 
 
 def mesh_for(model: ModelConfig) -> jax.sharding.Mesh:
@@ -30,9 +29,7 @@ def abstract(
   """
 
   def init() -> Any:
-    # Divisible however tokens are split.
-    tokens = jnp.ones((mesh.num_token_shards(), 1), jnp.int32)
-    return Transformer(model).init(jax.random.key(0), tokens)['params']
+    return init_params(model, jax.random.key(0))
 
   return flat(mesh.abstract(init, mesh=devices))
 

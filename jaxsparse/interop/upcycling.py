@@ -18,7 +18,7 @@ from jaxsparse import mesh
 from jaxsparse.config import DCMHAConfig, MemoryConfig, ModelConfig, MoEConfig
 from jaxsparse.config.errors import require
 from jaxsparse.interop import our_leaves
-from jaxsparse.nn.transformer import Transformer
+from jaxsparse.nn.transformer import init_params
 
 MEMORIES = ('ultramem', 'ultramem_v2', 'memory_plus', 'pkm', 'peer')
 PRESETS = (*MEMORIES, 'moe', 'dcmha')
@@ -130,10 +130,8 @@ def extend(
 
   @jax.jit
   def added() -> dict[str, jax.Array]:
-    tokens = jnp.ones((mesh.num_token_shards(), 1), jnp.int32)
-    tokens = mesh.reshard(tokens, mesh.act('BT'))
     key = jax.random.fold_in(jax.random.key(0), _SEED)
-    drawn = Transformer(new).init(key, tokens)['params']
+    drawn = init_params(new, key)
     # What is not returned is not drawn either.
     return {
       name: _silent(name, x, new)

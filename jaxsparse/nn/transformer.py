@@ -4,6 +4,7 @@
 import math
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
@@ -76,6 +77,13 @@ def _init_context(
     inputs=mesh.reshard(inputs, mesh.act('BTD')),
     segment_ids=mesh.reshard(segment_ids, mesh.act('BT')),
   )
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> dict:
+  """Drawn parameters, laid as the mesh in use wants them."""
+  # Divisible however tokens are split.
+  tokens = jnp.ones((mesh.num_token_shards(), 1), jnp.int32)
+  return Transformer(config).init(key, tokens)['params']
 
 
 class Transformer(nn.Module):
