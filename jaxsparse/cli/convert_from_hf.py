@@ -4,8 +4,6 @@
 import argparse
 import pathlib
 
-from etils import epath
-
 from jaxsparse.config.errors import require
 from jaxsparse.interop import (
   bytedance,
@@ -67,8 +65,8 @@ def main(arguments: list[str]) -> None:
 
 def _summary(size: int, workdir: str) -> str:
   begin = f'{size:,} parameters are in {workdir}.'
-  names = workdir_lib.TOKENIZERS
-  if not any((epath.Path(workdir) / name).exists() for name in names):
+  if not workdir_lib.has_tokenizer(workdir):
+    names = workdir_lib.TOKENIZERS
     return (
       f'{begin} Put its {" or ".join(names)} there, too: without one no '
       f'command reads text. In Python\n  jaxsparse.load({workdir!r})'

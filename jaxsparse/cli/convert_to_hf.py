@@ -86,8 +86,7 @@ def main(arguments: list[str]) -> None:
 
 def _tokenizer(workdir: str, vocab_size: int) -> tokenizer_lib.Tokenizer | None:
   """None where the workdir has none."""
-  names = workdir_lib.TOKENIZERS
-  if not any((pathlib.Path(workdir) / name).exists() for name in names):
+  if not workdir_lib.has_tokenizer(workdir):
     return None
   return tokenizer_lib.load_from_workdir(workdir, vocab_size)
 

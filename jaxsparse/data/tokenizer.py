@@ -260,9 +260,7 @@ def make_tokenizer(
     UserError: the tokenizer that `config` names cannot be read, or has tokens
       without a row.
   """
-  if any(
-    (epath.Path(workdir) / name).exists() for name in workdir_lib.TOKENIZERS
-  ):
+  if workdir_lib.has_tokenizer(workdir):
     return load_from_workdir(workdir)
   if config.tokenizer == 'bytes':
     tokenizer = ByteTokenizer()

@@ -102,7 +102,7 @@ def write_tokenizer(
     UserError: it can't be read.
   """
   workdir, folder = epath.Path(workdir), epath.Path(folder)
-  if not any((workdir / name).exists() for name in workdir_lib.TOKENIZERS):
+  if not workdir_lib.has_tokenizer(workdir):
     return _NONE.format(str(workdir))
   tokenizer = tokenizer_lib.load_from_workdir(workdir)
   folder.mkdir(parents=True, exist_ok=True)

@@ -52,6 +52,10 @@ def read_config(workdir: epath.PathLike) -> Config:
     raise saved_config.DamagedError(f'{str(path)!r} is damaged') from error
 
 
+def has_tokenizer(workdir: epath.PathLike) -> bool:
+  return any((epath.Path(workdir) / name).exists() for name in TOKENIZERS)
+
+
 def is_remote(path: epath.PathLike) -> bool:
   return '://' in str(path)
 

@@ -85,13 +85,12 @@ def require_tokenizer(config: Config, workdir: epath.PathLike) -> None:
     UserError: the workdir has such, and lacks the tokenizer of their training.
   """
   workdir = epath.Path(workdir)
-  names = workdir_lib.TOKENIZERS
-  if _has_begun(workdir) or any((workdir / name).exists() for name in names):
+  if _has_begun(workdir) or workdir_lib.has_tokenizer(workdir):
     return
   if config.data.tokenizer in ('bytes', 'bpe'):
     raise UserError(
       f'workdir {str(workdir)!r} holds a trained model but no tokenizer: put '
-      f'its {" or ".join(names)} there, or name it by '
+      f'its {" or ".join(workdir_lib.TOKENIZERS)} there, or name it by '
       '--config.data.tokenizer=FILE.'
     )
 
