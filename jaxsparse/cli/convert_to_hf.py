@@ -66,10 +66,8 @@ def main(arguments: list[str]) -> None:
       f'model.vocab_size in workdir {workdir!r} is the size of its tokenizer, '
       'but it holds no tokenizer.',
     )
-    config = dataclasses.replace(
-      config,
-      model=dataclasses.replace(config.model, vocab_size=tokenizer.vocab_size),
-    )
+    model = config.model.with_vocabulary(tokenizer.vocab_size)
+    config = dataclasses.replace(config, model=model)
   form = exporting.form_of(config, _special_ids(tokenizer), options.dtype)
   devices = our_leaves.mesh_for(config.model)
   abstract = our_leaves.nested(our_leaves.abstract(config.model, devices))

@@ -187,8 +187,7 @@ def main(argv: list[str]) -> None:
   step = trained.step_of(arguments.workdir, arguments.step)
   num_prompt = max(len(encode_prompt(tokenizer, r.prompt)) for r in requests)
   model = _with_history(config, arguments, num_prompt)
-  if not model.vocab_size:
-    model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+  model = model.with_vocabulary(tokenizer.vocab_size)
   if arguments.kv:
     model = dataclasses.replace(model, kv_cache=arguments.kv)
   step, params = weights.load(

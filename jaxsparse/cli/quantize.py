@@ -137,8 +137,7 @@ def _calibration(arguments, config, how) -> np.ndarray | None:
 def _with_vocabulary(config: Config, workdir: str) -> Config:
   if config.model.vocab_size:
     return config
-  size = load_from_workdir(workdir).vocab_size
-  model = dataclasses.replace(config.model, vocab_size=size)
+  model = config.model.with_vocabulary(load_from_workdir(workdir).vocab_size)
   return dataclasses.replace(config, model=model)
 
 

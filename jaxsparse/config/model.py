@@ -312,6 +312,11 @@ class ModelConfig:
     """The memory layers with this model's width where they name none."""
     return self.memory.for_width(self.model_dim) if self.memory else None
 
+  def with_vocabulary(self, num_tokens: int) -> 'ModelConfig':
+    """The model with the tokenizer's number of tokens, if it names none."""
+    size = self.vocab_size or num_tokens
+    return dataclasses.replace(self, vocab_size=size)
+
   @property
   def rope_dim(self) -> int:
     """Coordinates of a head that are rotated."""

@@ -69,9 +69,7 @@ def load(
   config = run_config.read(workdir, say)
   compiled_programs.keep(say=say)
   tokenizer = load_from_workdir(workdir, config.model.vocab_size)
-  model = config.model
-  if not model.vocab_size:
-    model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+  model = config.model.with_vocabulary(tokenizer.vocab_size)
   max_length = options.max_length or config.data.seq_len
   if max_length > config.data.seq_len:
     say(

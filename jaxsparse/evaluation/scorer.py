@@ -2,7 +2,6 @@
 """The one scorer: log-likelihoods of pairs and texts, and greedy texts."""
 
 import collections
-import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -72,10 +71,9 @@ class Scorer:
     ).items():
       flag = name.replace('_', '-')
       require(value >= 1, f'--{flag} must be at least 1, got {value}.')
-    if not config.vocab_size:
-      config = dataclasses.replace(config, vocab_size=tokenizer.vocab_size)
     self.tokenizer, self.max_length = tokenizer, max_length
-    self._config, self._params = config, params
+    self._config = config.with_vocabulary(tokenizer.vocab_size)
+    self._params = params
     self._batch_tokens = batch_tokens
 
   def loglikelihoods(self, pairs: Sequence[tuple[str, str]]) -> list[Score]:

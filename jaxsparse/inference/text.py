@@ -98,10 +98,7 @@ def complete(
   Returns:
     The text and how long it took.
   """
-  if not model_config.vocab_size:
-    model_config = dataclasses.replace(
-      model_config, vocab_size=tokenizer.vocab_size
-    )
+  model_config = model_config.with_vocabulary(tokenizer.vocab_size)
   prompt_ids = encode_prompt(tokenizer, request.prompt)
   # When the first and the last token came.
   times: tuple[float, ...] = ()

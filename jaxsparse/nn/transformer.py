@@ -2,6 +2,7 @@
 """The language model: its blocks, unrolled, some with a memory layer."""
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -79,7 +80,7 @@ def _init_context(
   )
 
 
-def init_params(config: ModelConfig, key: jax.Array) -> dict:
+def init_params(config: ModelConfig, key: jax.Array) -> Any:
   """Drawn parameters, laid as the mesh in use wants them."""
   # Divisible however tokens are split.
   tokens = jnp.ones((mesh.num_token_shards(), 1), jnp.int32)

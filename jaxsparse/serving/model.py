@@ -73,11 +73,7 @@ class Model:
     config = run_config.read(workdir, say)
     compiled_programs.keep(say=say)
     self.tokenizer = load_from_workdir(workdir, config.model.vocab_size)
-    self.config = config.model
-    if not config.model.vocab_size:
-      self.config = dataclasses.replace(
-        config.model, vocab_size=self.tokenizer.vocab_size
-      )
+    self.config = config.model.with_vocabulary(self.tokenizer.vocab_size)
     if sizes.kv:
       self.config = dataclasses.replace(self.config, kv_cache=sizes.kv)
     self.vocab_size = self.config.vocab_size

@@ -20,9 +20,8 @@ def with_vocabulary(config: Config, vocab_size: int) -> Config:
   Raises:
     UserError: it is set, and smaller than the tokenizer's.
   """
-  given = config.model.vocab_size
-  require_rows(given, vocab_size)
-  model = dataclasses.replace(config.model, vocab_size=given or vocab_size)
+  require_rows(config.model.vocab_size, vocab_size)
+  model = config.model.with_vocabulary(vocab_size)
   return config_lib.validated(dataclasses.replace(config, model=model))
 
 

@@ -19,7 +19,7 @@ from jaxsparse.evaluation.encoding import Encoded
 from jaxsparse.evaluation.scorer import Scorer
 from jaxsparse.inference.sampling import Sampling
 from jaxsparse.inference.text import Request
-from jaxsparse.inference.weights import _init
+from jaxsparse.nn.transformer import init_params
 
 ODD = sequences((13, 5), (1, 1), (6, 6), (11, 1), (3, 2))
 
@@ -67,7 +67,9 @@ def test_lengths_of_several_programs(name):
 @pytest.mark.parametrize('name', few(['untied'], ['untied', 'all']))
 def test_on_eight_devices(name):
   devices = mesh.make_mesh(2, 2, 2)
-  placed = mesh.abstract(lambda: _init(MODELS[name]), mesh=devices)
+  placed = mesh.abstract(
+    lambda: init_params(MODELS[name], jax.random.key(0)), mesh=devices
+  )
   placed = jax.tree.map(
     lambda x, on: jax.device_put(x, on.sharding), params(name), placed
   )
@@ -83,7 +85,12 @@ def test_logits_of_all_positions_are_never_held(monkeypatch):
   array = jax.ShapeDtypeStruct((rows, length), jnp.int32)
   of_rows = jax.ShapeDtypeStruct((rows,), jnp.int32)
   program = programs.score.lower(
-    model, jax.eval_shape(lambda: _init(model)), array, array, of_rows, of_rows
+    model,
+    jax.eval_shape(lambda: init_params(model, jax.random.key(0))),
+    array,
+    array,
+    of_rows,
+    of_rows,
   ).compile()
   held = program.memory_analysis().temp_size_in_bytes
   assert held < 4 * rows * length * vocab_size / 4

@@ -126,9 +126,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
     require(name in FORMS, f'forms must be of {list(FORMS)}, got {name!r}.')
   config = run_config.read(options.workdir)
   tokenizer = load_from_workdir(options.workdir)
-  model = config.model
-  if not model.vocab_size:
-    model = dataclasses.replace(model, vocab_size=tokenizer.vocab_size)
+  model = config.model.with_vocabulary(tokenizer.vocab_size)
   config = dataclasses.replace(config, model=model)
   text, calibration = _texts(options, config, names)
   _, params = quantized_leaves.load_params(options.workdir)
