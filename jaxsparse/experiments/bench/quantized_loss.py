@@ -3,20 +3,21 @@
 
 One text is scored in windows by the model in each form. 'lost' is the
 difference to float32, window by window, with its standard error. Bytes are
-those of the tables, and of all else.
+those of the tables, and of all else. Several workdirs are the same model of
+other seeds: figures are means over them, and their own are kept beside. With
+--people, models of the suite of facts (`compare --keep`) are asked for these as
+well: 'recall' is the share that they have.
 
 Every form is turned into numbers before it is scored, so that one program does
-for all. Rows of 3 bits and of 1 bit are no format: what they would cost is
-measured by rounding alone. A table of zeros is the control: it says what the
-table is worth. Embedding and output are in int8 with any dense form. The form
-of keys and values is scored as decoding reads them, by a cache.
+for all; `quantized_forms` has them.
 """
 
 import argparse
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+import statistics
+from collections.abc import Iterator, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -24,25 +25,26 @@ import numpy as np
 
 from jaxsparse.config import Config, ModelConfig
 from jaxsparse.config.errors import require
-from jaxsparse.data.tokenizer import load_from_workdir
+from jaxsparse.data.facts import People, make_people
+from jaxsparse.data.tokenizer import Tokenizer, load_from_workdir
 from jaxsparse.evaluation.encoding import Encoded
+from jaxsparse.evaluation.metrics import Metric
 from jaxsparse.evaluation.scorer import Score, Scorer
 from jaxsparse.evaluation.tasks import TextTask
+from jaxsparse.experiments.bench.quantized_forms import FORMS, Form, applied
+from jaxsparse.experiments.compare import recall
 from jaxsparse.inference import quantized_leaves
-from jaxsparse.inference.calibration import quantize_by_text, windows
-from jaxsparse.inference.quantize import (
-  bytes_by_part,
-  dequantized,
-  map_leaves,
-  parse,
-  quantize,
-)
+from jaxsparse.inference.calibration import windows
+from jaxsparse.inference.quantize import bytes_by_part
 from jaxsparse.inference.text import read_file
 from jaxsparse.nn.transformer import Transformer, init_cache
 from jaxsparse.run import run_config
 
 OPTIONS = dict(
+  # With commas between.
   workdir='',
+  # Number of people whose facts the models were trained on, by their own seed.
+  people=0,
   # Files; by default what the model was validated on and trained on.
   text='',
   calibrate='',
@@ -54,58 +56,9 @@ OPTIONS = dict(
   forms='',
 )
 
-_TABLES = ('value_table', 'pre_value_table')
-
 # Bits per byte that a form may lose.
 AIMS = {'tables int8': 0.0005, 'tables int4': 0.002, 'dense int8': 0.002}
 
-
-@dataclasses.dataclass(frozen=True)
-class Form:
-  """How numbers are stored: as `--quantize=` has it, or a fake of tables."""
-
-  how: str = ''
-  by_text: bool = False
-  # Whether attention reads keys and values of 8 bits, as decoding does.
-  by_cache: bool = False
-  # Numbers of rows as they would be read, and bytes of a row.
-  rows: Callable[[np.ndarray], tuple[np.ndarray, int]] | None = None
-
-
-def three_bits(rows: np.ndarray) -> tuple[np.ndarray, int]:
-  """Numbers of -3 .. 3 in units of a third of the row's largest."""
-  scale = np.abs(rows).max(1, keepdims=True) / 3
-  codes = np.round(rows / np.where(scale == 0, 1, scale))
-  return codes * scale, math.ceil(3 * rows.shape[1] / 8) + 4
-
-
-def one_bit(rows: np.ndarray) -> tuple[np.ndarray, int]:
-  """Signs, times the mean size of the row's numbers."""
-  scale = np.abs(rows).mean(1, keepdims=True)
-  return np.where(rows < 0, -scale, scale), math.ceil(rows.shape[1] / 8) + 4
-
-
-def zeros(rows: np.ndarray) -> tuple[np.ndarray, int]:
-  return np.zeros_like(rows), 0
-
-
-FORMS = {
-  'f32': Form(),
-  'tables int8': Form('tables=int8'),
-  'tables int4': Form('tables=int4'),
-  'tables int4 clipped': Form('tables=int4,clip_search=true'),
-  'tables 3 bits': Form(rows=three_bits),
-  'tables 1 bit': Form(rows=one_bit),
-  'tables zero': Form(rows=zeros),
-  'dense int8': Form('weights=int8'),
-  'dense int4': Form('weights=int4'),
-  'dense int4 GPTQ': Form('weights=int4', by_text=True),
-  'dense nf4': Form('weights=nf4'),
-  'both int8': Form('weights=int8,tables=int8'),
-  'dense int8 and tables int4': Form('weights=int8,tables=int4'),
-  'both int4': Form('weights=int4,tables=int4'),
-  'KV int8': Form(by_cache=True),
-}
 
 # Logits of one call, at most.
 _MOST_LOGITS = 1 << 24
@@ -118,76 +71,121 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
     UserError: an option has no sense, or a file can't be read.
   """
   require(bool(options.workdir), '--workdir must name a trained model.')
-  for name, least in (('bytes', 1), ('window', 0)):
+  for name, least in (('bytes', 1), ('window', 0), ('people', 0)):
     value = getattr(options, name)
     require(value >= least, f'{name} must be at least {least}, got {value}.')
   names = [n for n in options.forms.split(',') if n] or list(FORMS)
   for name in names:
     require(name in FORMS, f'forms must be of {list(FORMS)}, got {name!r}.')
-  config = run_config.read(options.workdir)
-  tokenizer = load_from_workdir(options.workdir)
-  model = config.model.with_vocabulary(tokenizer.vocab_size)
-  config = dataclasses.replace(config, model=model)
-  text, calibration = _texts(options, config, names)
-  _, params = quantized_leaves.load_params(options.workdir)
-  window = options.window or config.data.seq_len
-  sequences = _sequences(tokenizer, calibration, window)
-  task = TextTask('text', [text], window=window)
-  first = None
+  models = [
+    _Model.of(workdir, options, names) for workdir in options.workdir.split(',')
+  ]
+  first = models[0].config
+  for model, workdir in zip(models, options.workdir.split(','), strict=True):
+    require(
+      model.config == first,
+      f'--workdir must name runs of one model, but {workdir!r} has another '
+      f'than {options.workdir.split(",")[0]!r}.',
+    )
+  whole = []
   for name in ['f32', *names]:
     form = FORMS[name]
     is_of_tables = form.rows is not None or 'tables' in form.how
-    if (name == 'f32' and first) or (is_of_tables and not _has_tables(params)):
+    if name == 'f32' and whole:
       continue
-    numbers, sizes = applied(form, model, params, sequences)
-    scorer = Scorer(model, numbers, tokenizer, window)
+    if is_of_tables and not _has_tables(models[0].params):
+      continue
+    found = [model.scored(form) for model in models]
+    whole = whole or found
+    yield dict(form=name) | _means(found, whole)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Scored:
+  """What a model makes of the text, and its share of the facts."""
+
+  # Bytes of the parts.
+  sizes: dict[str, int]
+  bits: Metric
+  windows: int
+  text_bytes: int
+  recall: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Model:
+  """A trained model, and the text that it is scored on."""
+
+  config: ModelConfig
+  params: dict
+  tokenizer: Tokenizer
+  text: str
+  # Token ids [N, T] that matrices are rounded by.
+  sequences: np.ndarray
+  window: int
+  people: People | None
+
+  @classmethod
+  def of(
+    cls, workdir: str, options: argparse.Namespace, names: Sequence[str]
+  ) -> '_Model':
+    config = run_config.read(workdir)
+    tokenizer = load_from_workdir(workdir)
+    model = config.model.with_vocabulary(tokenizer.vocab_size)
+    config = dataclasses.replace(config, model=model)
+    text, calibration = _texts(options, config, names)
+    _, params = quantized_leaves.load_params(workdir)
+    window = options.window or config.data.seq_len
+    people = None
+    if options.people:
+      people = make_people(options.people, config.train.seed)
+    sequences = _sequences(tokenizer, calibration, window)
+    return cls(model, params, tokenizer, text, sequences, window, people)
+
+  def scored(self, form: Form) -> _Scored:
+    numbers, sizes = applied(form, self.config, self.params, self.sequences)
+    scorer = Scorer(self.config, numbers, self.tokenizer, self.window)
+    task = TextTask('text', [self.text], window=self.window)
     encodings = task.encode(scorer)
     if form.by_cache:
-      scores = _scores_by_cache(model, numbers, encodings.sequences)
+      scores = _scores_by_cache(self.config, numbers, encodings.sequences)
     else:
       scores = scorer.scores(encodings.sequences)
-    metric = task.measure(encodings, scores, tokenizer)['bits_per_byte']
-    first = first or metric
-    lost = metric.minus(first)
-    yield dict(
-      form=name,
-      windows=len(scores),
-      text_bytes=len(text.encode()),
-      **sizes,
-      bits_per_byte=metric.value,
-      stderr=metric.error,
-      lost=lost.value,
-      lost_stderr=lost.error,
+    metrics = task.measure(encodings, scores, self.tokenizer)
+    share = None
+    if self.people is not None:
+      forward = recall.model_forward(self.config, numbers)
+      if form.by_cache:
+        forward = functools.partial(_forward_by_cache, self.config, numbers)
+      share = recall.measure(forward, self.tokenizer, self.people).share
+    return _Scored(
+      sizes,
+      metrics['bits_per_byte'],
+      len(scores),
+      len(self.text.encode()),
+      share,
     )
 
 
-def applied(
-  form: Form, config: ModelConfig, params: dict, sequences: np.ndarray
-) -> tuple[dict, dict[str, int]]:
-  """The model's numbers in a form, and the bytes of its two parts."""
-  table_bytes = 0
-  if form.rows is not None:
-    of_rows = form.rows
-
-    def on_leaf(path, x):
-      nonlocal table_bytes
-      if path[-1] not in _TABLES:
-        return x
-      numbers, row_bytes = of_rows(np.asarray(x))
-      table_bytes += len(x) * row_bytes
-      return numbers
-
-    numbers = map_leaves(on_leaf, params)
-    parts = bytes_by_part(params) | dict(tables=table_bytes)
-  else:
-    how = parse(form.how)
-    if form.by_text:
-      stored = quantize_by_text(config, params, how, sequences)
-    else:
-      stored = quantize(config, params, how)
-    numbers, parts = dequantized(stored), bytes_by_part(stored)
-  table_bytes = parts.pop('tables', 0)
-  return numbers, dict(table_bytes=table_bytes, dense_bytes=sum(parts.values()))
+def _means(found: Sequence[_Scored], whole: Sequence[_Scored]) -> dict:
+  """Of models in one form; `whole` are the same in float32."""
+  lost = [x.bits.minus(y.bits) for x, y in zip(found, whole, strict=True)]
+  errors = [x.error for x in lost if x is not None and x.error is not None]
+  record = dict(
+    windows=found[0].windows,
+    text_bytes=found[0].text_bytes,
+    **found[0].sizes,
+    bits_per_byte=statistics.fmean(x.bits.value for x in found),
+    lost=statistics.fmean(x.value for x in lost if x is not None),
+    # Of the mean, by the windows of each model.
+    lost_stderr=math.hypot(*errors) / len(lost) if errors else None,
+  )
+  if len(found) > 1:
+    record['lost_by_model'] = [x.value for x in lost if x is not None]
+  shares = [x.recall for x in found if x.recall is not None]
+  if shares:
+    record |= dict(recall=statistics.fmean(shares), recall_by_model=shares)
+  return record
 
 
 def _scores_by_cache(
@@ -213,13 +211,24 @@ def _scores_by_cache(
 def _logprobs_by_cache(config, params, tokens, counts):
   fed, of_next = tokens[:, :-1], tokens[:, 1:, None]
   at = jnp.broadcast_to(jnp.arange(fed.shape[1]), fed.shape)
-  cache = init_cache(config, *fed.shape)
-  inputs = fed, at, jnp.ones_like(fed), cache
-  logits, _, _ = Transformer(config).apply({'params': params}, *inputs)
-  log_probs = jax.nn.log_softmax(logits)
+  batch = dict(tokens=fed, positions=at, segment_ids=jnp.ones_like(fed))
+  log_probs = jax.nn.log_softmax(_logits_by_cache(config, params, batch))
   of_next = jnp.take_along_axis(log_probs, of_next, axis=-1)[..., 0]
   is_scored = at >= fed.shape[1] - counts[:, None]
   return jnp.where(is_scored, of_next, 0).sum(1)
+
+
+def _logits_by_cache(config, params, batch):
+  cache = init_cache(config, *batch['tokens'].shape)
+  inputs = (*(batch[n] for n in ('tokens', 'positions', 'segment_ids')), cache)
+  return Transformer(config).apply({'params': params}, *inputs)[0]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _forward_by_cache(config, params, batch):
+  """Logits of questions, keys and values in 8 bits."""
+  config = dataclasses.replace(config, kv_cache='int8')
+  return _logits_by_cache(config, params, batch)
 
 
 def _has_tables(params):
@@ -270,13 +279,15 @@ def show(records: list[dict]) -> None:
     print(
       f'{r["text_bytes"]:,} bytes of text in {r["windows"]} windows\n'
       f'{"form":<26}{"tables":>12}{"all else":>12}{"bits/byte":>11}'
-      f'{"lost":>10}{"+-":>9}'
+      f'{"lost":>10}{"+-":>9}' + ('  recall' if 'recall' in r else '')
     )
   error = r['lost_stderr']
   print(
     f'{r["form"]:<26}{r["table_bytes"] / 1e6:>9.2f} MB'
     f'{r["dense_bytes"] / 1e6:>9.2f} MB{r["bits_per_byte"]:>11.4f}'
-    f'{r["lost"]:>+10.5f}' + ('' if error is None else f'{error:>9.5f}')
+    f'{r["lost"]:>+10.5f}'
+    + (f'{"":>9}' if error is None else f'{error:>9.5f}')
+    + (f'{r["recall"]:>8.4f}' if 'recall' in r else '')
   )
 
 

@@ -9,7 +9,9 @@ on the same batches, seed after seed, evaluates them on the same validation
 pass, and writes to the workdir: comparison.json, comparison.md and plots/. The
 same command goes on where it was stopped; when nothing is left to train it only
 makes table and plots again. With --only, --seeds or --people fewer runs are
-trained, and the rest can follow later in the same workdir.
+trained, and the rest can follow later in the same workdir. A run's checkpoints
+go when its result is written; with --keep its folder stays a workdir as of
+`jaxsparse train`.
 """
 
 import argparse
@@ -37,16 +39,27 @@ def main(argv: Sequence[str]) -> None:
     num_steps=options.steps,
     text=options.text,
   )
-  compare(suite, workdir_lib.expanded(options.workdir), options.dry_run)
+  compare(
+    suite,
+    workdir_lib.expanded(options.workdir),
+    options.dry_run,
+    options.keep,
+  )
 
 
-def compare(suite: Suite, workdir: str, is_dry_run: bool = False) -> None:
+def compare(
+  suite: Suite,
+  workdir: str,
+  is_dry_run: bool = False,
+  keeps_models: bool = False,
+) -> None:
   """Trains what is missing in the workdir and shows all that is there.
 
   Args:
     suite: what to compare.
     workdir: made where it is missing.
     is_dry_run: only say what would be trained.
+    keeps_models: leave the checkpoints of what is trained.
 
   Raises:
     UserError: the suite or the workdir does not allow it.
@@ -60,7 +73,7 @@ def compare(suite: Suite, workdir: str, is_dry_run: bool = False) -> None:
     reporter.say(f'{len(planned)} runs.')
     return
   with workdir_lock.held(workdir, reporter.say):
-    _compare(suite, planned, pathlib.Path(workdir), reporter)
+    _compare(suite, planned, pathlib.Path(workdir), reporter, keeps_models)
 
 
 def _compare(
@@ -68,9 +81,13 @@ def _compare(
   planned: Sequence[runs.Run],
   folder: pathlib.Path,
   reporter: Reporter,
+  keeps_models: bool,
 ) -> None:
   results, is_stopped = runs.train_all(
-    planned, reporter, lambda done: _write(suite, done, folder)
+    planned,
+    reporter,
+    lambda done: _write(suite, done, folder),
+    keeps_models,
   )
   if is_stopped:
     reporter.say(
@@ -129,4 +146,5 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   add('--steps', type=int, default=0, help="instead of the suite's")
   add('--text', default='', help='globs of text files, for language suites')
   add('--dry_run', action='store_true', help='say sizes and runs, and end')
+  add('--keep', action='store_true', help='leave the trained models')
   return parser.parse_args(argv)

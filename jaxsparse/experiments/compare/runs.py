@@ -185,6 +185,7 @@ def train_all(
   runs: Sequence[Run],
   reporter: Reporter,
   on_result: Callable[[list[Result]], None] = lambda done: None,
+  keeps_models: bool = False,
 ) -> tuple[list[Result], bool]:
   """Trains what is not finished yet.
 
@@ -192,6 +193,7 @@ def train_all(
     runs: of `plan`.
     reporter: shows what happens.
     on_result: is given all results so far after each run that was trained.
+    keeps_models: leave the checkpoints of what is trained.
 
   Returns:
     The results of all runs that are finished, and whether a signal stopped the
@@ -211,7 +213,7 @@ def train_all(
     left = _time_left(seconds, list(done.values()), waiting)
     reporter.say(f'Run {index + 1} of {len(runs)}: {run.title}{left}')
     start = time.perf_counter()
-    result = train(run, reporter, list(done.values()))
+    result = train(run, reporter, list(done.values()), keeps_models)
     if result is None:
       return list(done.values()), True
     seconds.append(time.perf_counter() - start)
@@ -233,7 +235,10 @@ def _time_left(seconds: list[float], done: list[Result], waiting: int) -> str:
 
 
 def train(
-  run: Run, reporter: Reporter, others: Iterable[Result] = ()
+  run: Run,
+  reporter: Reporter,
+  others: Iterable[Result] = (),
+  keeps_model: bool = False,
 ) -> Result | None:
   """Trains, or goes on training, and writes the result.
 
@@ -241,6 +246,7 @@ def train(
     run: is not finished yet.
     reporter: shows what happens.
     others: results; those of the same text and seed had the same batches.
+    keeps_model: leave the checkpoints.
 
   Returns:
     The result; None if a signal stopped the run.
@@ -249,11 +255,11 @@ def train(
     UserError: the run can't go on, or its batches are not those of the others.
   """
   with workdir_lock.held(run.folder, reporter.say):
-    return _train(run, reporter, others)
+    return _train(run, reporter, others, keeps_model)
 
 
 def _train(
-  run: Run, reporter: Reporter, others: Iterable[Result]
+  run: Run, reporter: Reporter, others: Iterable[Result], keeps_model: bool
 ) -> Result | None:
   start = time.perf_counter()
   config = run.config
@@ -290,6 +296,9 @@ def _train(
     **answers,
   )
   _write(run, result)
+  if not keeps_model:
+    # What is left if a kill comes before this is only disk space.
+    shutil.rmtree(run.folder / workdir_lib.CHECKPOINTS, ignore_errors=True)
   return result
 
 
@@ -340,5 +349,3 @@ def _write(run: Run, result: Result) -> None:
   content = json.dumps(result, indent=1) + '\n'
   with workdir_lib.write_errors(run.folder):
     workdir_lib.write_whole(run.folder / RESULT, content.encode())
-  # What is left if a kill comes before this is only disk space.
-  shutil.rmtree(run.folder / workdir_lib.CHECKPOINTS, ignore_errors=True)

@@ -2,6 +2,7 @@
 """Benches of quantized models: bytes, forms, and what is lost by them."""
 
 import argparse
+import functools
 import itertools
 import math
 import time
@@ -13,9 +14,16 @@ from parameters import draw
 
 from jaxsparse.config import Config, DataConfig, MemoryConfig, ModelConfig
 from jaxsparse.config.errors import UserError
+from jaxsparse.data import facts
 from jaxsparse.data.tokenizer import ByteTokenizer, load_from_workdir
 from jaxsparse.evaluation.scorer import Scorer
-from jaxsparse.experiments.bench import measuring, quantized, quantized_loss
+from jaxsparse.experiments.bench import (
+  measuring,
+  quantized,
+  quantized_forms,
+  quantized_loss,
+)
+from jaxsparse.experiments.compare import recall
 from jaxsparse.inference.quantize import dequantized, parse, quantize
 from jaxsparse.nn.transformer import Transformer
 from jaxsparse.run import new_workdir
@@ -139,12 +147,43 @@ def test_losses_are_those_of_the_numbers(workdir, text, params):
   assert [r['table_bytes'] for r in found] == [64 * 16, 0]
 
 
+def test_of_several_models_means_are_told(workdir, text):
+  """And recall, of who has no facts."""
+  bench = options(
+    quantized_loss,
+    workdir=f'{workdir},{workdir}',
+    text=str(text),
+    forms='tables int4',
+    people=2,
+  )
+  of_two = list(quantized_loss.measure(bench))
+  bench.workdir = str(workdir)
+  for one, two in zip(quantized_loss.measure(bench), of_two, strict=True):
+    assert two['lost_by_model'] == [one['lost']] * 2
+    assert math.isclose(two['lost'], one['lost'], abs_tol=1e-12)
+    share = one['lost_stderr'] / math.sqrt(2)
+    assert math.isclose(two['lost_stderr'], share, abs_tol=1e-12)
+    assert 0 <= one['recall'] <= 1
+    assert two['recall_by_model'] == [one['recall']] * 2
+
+
+def test_facts_are_recalled_by_a_cache_as_well(params):
+  people = facts.make_people(2, 0)
+  by_model, by_cache = (
+    recall.measure(
+      functools.partial(logits, MODEL, params), ByteTokenizer(), people
+    )
+    for logits in (recall._logits, quantized_loss._forward_by_cache)
+  )
+  assert math.isclose(by_model.bits, by_cache.bits, rel_tol=1e-2)
+
+
 @pytest.mark.slow
 def test_all_forms_of_a_model_are_scored(workdir, text):
   files = dict.fromkeys(('text', 'calibrate'), str(text))
   bench = options(quantized_loss, workdir=str(workdir), **files)
   found = {r['form']: r for r in quantized_loss.measure(bench)}
-  assert list(found) == list(quantized_loss.FORMS)
+  assert list(found) == list(quantized_forms.FORMS)
   tables, dense = (
     {name: r[f'{part}_bytes'] for name, r in found.items()}
     for part in ('table', 'dense')
@@ -165,8 +204,8 @@ def test_fakes_have_as_many_numbers_as_their_bits():
   rows = np.random.default_rng(0).standard_normal((5, 16), np.float32)
   rows[3] = 0
   for fake, most in (
-    (quantized_loss.three_bits, 7),
-    (quantized_loss.one_bit, 2),
+    (quantized_forms.three_bits, 7),
+    (quantized_forms.one_bit, 2),
   ):
     numbers, _ = fake(rows)
     assert all(len(np.unique(row)) <= most for row in numbers)
