@@ -256,7 +256,8 @@ def test_inside_a_callers_shard_map(name):
 @pytest.mark.parametrize(
   ('name', 'rest'),
   few(
-    [('memory', EXPLICIT), ('moe', AUTO), ('attention', EXPLICIT)],
+    # A memory's axes are all mapped above.
+    [('moe', AUTO), ('attention', EXPLICIT)],
     itertools.product(['memory', 'moe', 'attention'], [AUTO, EXPLICIT]),
   ),
 )
