@@ -87,18 +87,19 @@ def main(argv: list[str]) -> None:
   config = _with_vocabulary(config, arguments.workdir)
   rows = _calibration(arguments, config, how)
   step = trained.step_of(arguments.workdir, arguments.step)
-  new_workdir.require_new(arguments.out)
-  step, params = quantized_leaves.load_params(arguments.workdir, step)
-  if arguments.calibrate:
-    done = quantize_by_text(config.model, params, how, rows)
-  else:
-    done = quantize(config.model, params, how)
-  plain, kinds = quantized_leaves.plain(done)
-  tokenizers_in.write_tokenizer(arguments.workdir, arguments.out)
-  origin = dict(
-    workdir=arguments.workdir, step=step, quantized=dataclasses.asdict(how)
-  )
-  new_workdir.write(arguments.out, config, plain, origin, kinds)
+  new_workdir.require_new(arguments.out, '--out')
+  with new_workdir.emptied_on_failure(arguments.out):
+    step, params = quantized_leaves.load_params(arguments.workdir, step)
+    if arguments.calibrate:
+      done = quantize_by_text(config.model, params, how, rows)
+    else:
+      done = quantize(config.model, params, how)
+    plain, kinds = quantized_leaves.plain(done)
+    tokenizers_in.write_tokenizer(arguments.workdir, arguments.out)
+    origin = dict(
+      workdir=arguments.workdir, step=step, quantized=dataclasses.asdict(how)
+    )
+    new_workdir.write(arguments.out, config, plain, origin, kinds)
   for line in _table(bytes_by_part(params), bytes_by_part(done)):
     print(line)
   if text:

@@ -66,16 +66,24 @@ def read(path: pathlib.Path) -> tuple[list[Question], str]:
     path: of JSON lines, or of a `.gz` of them.
 
   Raises:
-    UserError: the file can't be read, or a line has no question.
+    UserError: the file can't be read, a line has no question, or two have one
+      id.
   """
   content = _content(path)
-  questions, of_olmo = [], {}
+  questions, of_olmo, lines = [], {}, {}
   for number, row in _rows(path, content):
     where = f'line {number} of {str(path)!r}'
     if 'request' in row:
       _add_olmo(of_olmo, row, where)
     else:
-      questions.append(_question(row, number, where))
+      question = _question(row, number, where)
+      first = lines.setdefault(question.id, number)
+      if first != number:
+        raise UserError(
+          f'{where} has the id {question.id!r} of line {first}: give each '
+          'question its own, or leave ids out, as one would count twice.'
+        )
+      questions.append(question)
   if questions and of_olmo:
     raise UserError(f'{str(path)!r} mixes lines of two forms: split it.')
   if of_olmo:

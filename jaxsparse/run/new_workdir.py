@@ -13,13 +13,15 @@ from etils import epath
 
 from jaxsparse.config import Config, saved_config
 from jaxsparse.config.errors import UserError
-from jaxsparse.run import checkpoint, hosts, provenance
+from jaxsparse.run import checkpoint, hosts, provenance, workdir_lock
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.stored import QUANTIZED
 
 
 def require_new(workdir: epath.PathLike, flag: str = '--workdir') -> None:
   """Checks that nothing is there yet that could be lost.
+
+  What a start that was killed has left there is removed.
 
   Args:
     workdir: the folder; it is made if it is missing.
@@ -31,6 +33,10 @@ def require_new(workdir: epath.PathLike, flag: str = '--workdir') -> None:
   workdir_lib.require_reachable(workdir)
   path = epath.Path(workdir)
   with workdir_lib.write_errors(workdir):
+    is_whole = (path / workdir_lib.CONFIG).exists()
+    if (path / _UNFINISHED).exists() and not is_whole:
+      with workdir_lock.held(workdir):
+        _empty(path)
     is_used = path.exists() and (not path.is_dir() or any(path.iterdir()))
     if is_used:
       raise UserError(
@@ -42,13 +48,32 @@ def require_new(workdir: epath.PathLike, flag: str = '--workdir') -> None:
 
 @contextlib.contextmanager
 def emptied_on_failure(workdir: epath.PathLike) -> Iterator[None]:
-  """Leaves a workdir that was new or empty as it was, so that one can retry."""
-  try:
-    yield
-  except BaseException:
-    for path in epath.Path(workdir).iterdir():
-      path.rmtree() if path.is_dir() else path.unlink()
-    raise
+  """Leaves a workdir that was new or empty as it was, so that one can retry.
+
+  A kill leaves what has been written, and a file by which `require_new` tells.
+
+  Raises:
+    UserError: another start writes there, or it can't be written.
+  """
+  path = epath.Path(workdir)
+  with workdir_lock.held(workdir):
+    try:
+      with workdir_lib.write_errors(workdir):
+        (path / _UNFINISHED).write_text('')
+      yield
+      (path / _UNFINISHED).unlink()
+    except BaseException:
+      _empty(path)
+      raise
+
+
+def _empty(folder: epath.Path) -> None:
+  for path in folder.iterdir():
+    path.rmtree() if path.is_dir() else path.unlink()
+
+
+# Stands in a workdir until all has been written.
+_UNFINISHED = 'unfinished'
 
 
 def write(

@@ -12,6 +12,7 @@ from commands import exit_code
 from pictures import figures, texts
 from small_run import save_untrained
 
+from jaxsparse.analysis import plots
 from jaxsparse.evaluation import run as run_lib
 from jaxsparse.evaluation.scorer import Scorer
 
@@ -37,6 +38,12 @@ def source(tmp_path_factory):
   # Windows of 16, of which the last scores one byte.
   (folder / 'book.txt').write_text('A cat sat on a mat, é! ' * 3)
   return folder
+
+
+@pytest.fixture(autouse=True)
+def without_layout(monkeypatch):
+  """Making room for labels takes as long as all else; other tests do it."""
+  monkeypatch.setitem(plots.STYLE, 'figure.constrained_layout.use', False)
 
 
 @pytest.fixture

@@ -118,6 +118,8 @@ GOOD = dict(context='Q:', choices=['a', 'b'], gold=0)
     (['[1]'], ['line 1', 'object', '[1]']),
     ([dict(prompt='x')], ['line 1', 'choices', "'prompt'"]),
     (['{}'], ['nothing']),
+    ([GOOD | dict(id=7), GOOD | dict(id='7')], ['line 2', "'7' of line 1"]),
+    ([GOOD | dict(id=2), GOOD], ['line 2', "'2' of line 1"]),
     ([GOOD | dict(gold=2)], ['gold', '0 and 1', 'got 2']),
     ([GOOD | dict(gold=-1)], ['gold', '-1']),
     ([GOOD | dict(gold=True)], ['gold', 'True']),

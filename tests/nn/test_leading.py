@@ -124,8 +124,11 @@ CASES = dict(
   ),
 )  # fmt: skip
 
-# Those that are made of others are slow.
-FEW = CASES.keys() - {'memory_of_pre_values', 'sparse', 'block', 'composed'}
+# Those that are made of others are slow: a whole model reads through a cache
+# below.
+FEW = CASES.keys() - {
+  'memory_of_pre_values', 'sparse', 'block', 'composed', 'transformer',
+}  # fmt: skip
 
 
 def inputs_of(case, lead):

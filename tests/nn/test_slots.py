@@ -50,6 +50,7 @@ def offline(config):
   )
 
 
+@functools.cache
 def programs(config):
   apply = jit(lambda *args: Transformer(config).apply(*args)[:2])
 

@@ -19,6 +19,11 @@ from jaxsparse.ops.quantized_rows import (
 
 K, G, H = 2, 2, 8
 
+# By one program each, and not by one of each operation.
+quantized = jax.jit(quantize_rows)
+numbers_of = jax.jit(dequantize_rows)
+reference = jax.jit(attention_reference, static_argnames='window')
+
 
 def test_golden_row():
   row = [0.1, -0.7, 0.35, 0, 0.69, -0.06, 0.2, -0.2]
@@ -52,19 +57,20 @@ def test_odd_rows():
 
 def test_error_of_normal_rows():
   """A tenth of what 4 bits lose; that of the reference's table."""
-  x = jax.random.normal(jax.random.key(0), (4096, 256))
-  error = np.sqrt(np.mean((dequantize_rows(quantize_rows(x)) - x) ** 2))
+  x = np.random.default_rng(0).normal(size=(4096, 256)).astype(np.float32)
+  error = np.sqrt(np.mean((numbers_of(quantized(x)) - x) ** 2))
   np.testing.assert_allclose(error, 0.0070, rtol=0.03)
 
 
 def test_error_of_scores_is_that_of_rounding():
   """Each code is off by up to half a step, evenly."""
-  query, key = jax.random.normal(jax.random.key(0), (2, 512, 64))
-  rows = quantize_rows(key)
-  error = query @ (dequantize_rows(rows) - key).T
-  predicted = jnp.linalg.norm(query, axis=1)[:, None] * rows.scale[None]
+  rng = np.random.default_rng(0)
+  query, key = rng.normal(size=(2, 512, 64)).astype(np.float32)
+  rows = quantized(key)
+  error = query @ (numbers_of(rows) - key).T
+  predicted = np.linalg.norm(query, axis=1)[:, None] * np.asarray(rows.scale)
   predicted /= 12**0.5
-  rms = jnp.sqrt(((error / predicted) ** 2).mean())
+  rms = np.sqrt(((error / predicted) ** 2).mean())
   np.testing.assert_allclose(rms, 1, atol=0.05)
 
 
@@ -72,7 +78,8 @@ def make_inputs(num_queries, num_rows, seed=0):
   rng = np.random.default_rng(seed)
 
   def heads(*shape):
-    return jnp.asarray(rng.normal(size=(2, *shape, H)), jnp.float32)
+    x = rng.normal(size=(2, *shape, H)).astype(np.float32)
+    return jax.device_put(x)
 
   at = np.tile(np.arange(num_rows, dtype=np.int32), (2, 1))
   segments = np.ones_like(at)
@@ -80,7 +87,7 @@ def make_inputs(num_queries, num_rows, seed=0):
   last = slice(num_rows - num_queries, None)
   heads = heads(num_queries, K * G), heads(num_rows, K), heads(num_rows, K)
   rows = at[:, last], at, segments[:, last], segments
-  return heads, tuple(map(jnp.asarray, rows))
+  return heads, tuple(map(jax.device_put, rows))
 
 
 def make_mixes(num_queries, num_rows):
@@ -88,7 +95,7 @@ def make_mixes(num_queries, num_rows):
 
   def factors(length):
     factors = 0.3 * rng.normal(size=(2, length, 5, K * G))
-    return jnp.asarray(factors, jnp.float32)
+    return jax.device_put(factors.astype(np.float32))
 
   return {
     place: HeadMix(query=factors(num_queries), key=factors(num_rows))
@@ -128,8 +135,8 @@ def test_attention_reads_codes(num_queries, num_rows, is_composed, options):
 
   y, expected = both(query, key, value)
   np.testing.assert_allclose(y, expected, atol=1e-5)
-  exact = attention_reference(query, key, value, *rows, **reads)
-  error = np.abs(expected - exact).max()
+  exact = reference(query, key, value, *rows, **reads)
+  error = np.abs(np.asarray(expected) - exact).max()
   # It is another result, by what 8 bits lose.
   assert 1e-4 < error < 0.05
 
@@ -137,17 +144,17 @@ def test_attention_reads_codes(num_queries, num_rows, is_composed, options):
 def test_sums_are_of_the_queries_type():
   (query, key, value), rows = make_inputs(1, 300)
   short = query.astype(jnp.bfloat16)
-  codes = quantize_rows(key), quantize_rows(value)
+  codes = quantized(key), quantized(value)
   y = jax.jit(attention)(short, *codes, *rows)
   assert y.dtype == jnp.bfloat16
-  expected = attention_reference(query, *map(dequantize_rows, codes), *rows)
-  np.testing.assert_allclose(y.astype(jnp.float32), expected, atol=0.02)
+  expected = reference(query, *map(numbers_of, codes), *rows)
+  np.testing.assert_allclose(np.float32(y), expected, atol=0.02)
 
 
 def test_devices_read_their_own_heads():
   (query, key, value), rows = make_inputs(1, 300)
-  codes = quantize_rows(key), quantize_rows(value)
-  expected = attention_reference(query, *map(dequantize_rows, codes), *rows)
+  codes = quantized(key), quantized(value)
+  expected = reference(query, *map(numbers_of, codes), *rows)
   with jax.set_mesh(mesh.make_mesh(1, 2, 2, devices=jax.devices()[:4])):
 
     def placed(x, dims):

@@ -90,11 +90,13 @@ class FakeEngine:
   def cancel(self, job_id):
     with self._lock:
       self._doomed.add(job_id)
+      self._lock.notify()
 
   def drain(self, seconds):
     with self._lock:
       self.state = 'draining'
       queued, self._waiting = self._waiting, []
+      self._lock.notify()
       for one in queued:
         one.deliver(
           [Event(job_id=one.job.id, finish='abort', error='draining')]
@@ -130,10 +132,15 @@ class FakeEngine:
       )
 
   def _run(self):
-    while True:
+    while self._running or self.state != 'draining':
       self._beat = time.monotonic()
-      time.sleep(self.delay if self._running else 0.0005)
+      if self._running:
+        time.sleep(self.delay)
       with self._lock:
+        if not (self._running or self._waiting or self._doomed):
+          # A fault comes without a notice. Threads that look more often, each
+          # of its test's engine, would take a core from all later tests.
+          self._lock.wait(0.02)
         self._step()
 
   def _step(self):

@@ -101,3 +101,5 @@ def running(
   finally:
     server.should_exit = True
     thread.join(10)
+    # Its thread would go on beside all later tests.
+    engine.drain(0)

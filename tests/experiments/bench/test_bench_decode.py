@@ -287,6 +287,8 @@ def test_a_cell_above_the_limit_is_measured_again(
     ('layers', 2),
   ],
 )
-def test_bad_options_are_refused(option, value):
+def test_bad_options_are_refused(option, value, monkeypatch):
+  # To free the programs of all tests before takes seconds.
+  monkeypatch.setattr(jax, 'clear_caches', lambda: None)
   with pytest.raises(UserError, match=option):
     list(decode.measure(_options(**{option: value})))

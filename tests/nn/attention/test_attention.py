@@ -268,9 +268,11 @@ LOCAL = dict(attention_pattern=('local',), window=3, query_chunk=4)
       LOCAL | dict(dcmha=DCMHAConfig(base=True, num_groups=4)),
       marks=pytest.mark.slow,
     ),
-    (
+    # In the default lane on the mesh of a guest, and traced on a pod.
+    pytest.param(
       MODEL_OF_4,
       dict(num_heads=8, attention_pattern=('sparse',), sparse=SPARSE),
+      marks=pytest.mark.slow,
     ),
     # A norm over heads of all devices.
     (

@@ -588,11 +588,8 @@ FAMILY = {
 }  # fmt: skip
 
 
-# The others in the slow lane.
-IN_DEFAULT_LANE = (
-  ('peer', 'rows'),
-  ('ultramem_v2', 'columns'),
-)
+# The others in the slow lane: tests of the train step and of guests cut rows.
+IN_DEFAULT_LANE = (('ultramem_v2', 'columns'),)
 
 
 @pytest.mark.parametrize(
