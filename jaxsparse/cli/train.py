@@ -26,6 +26,7 @@ from jaxsparse.data.corpus import Corpus, build_corpus
 from jaxsparse.inference import decoding, sampling, text
 from jaxsparse.nn import block
 from jaxsparse.nn.memory import tables as memory_tables
+from jaxsparse.nn.transformer import init_params
 from jaxsparse.run import (
   command_line,
   compiled_programs,
@@ -35,7 +36,7 @@ from jaxsparse.run import (
 )
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.progress import Reporter
-from jaxsparse.training import loop, optimizer, resume, same_start, step
+from jaxsparse.training import loop, optimizer, resume, same_start
 from jaxsparse.training.evaluation import Validation
 from jaxsparse.training.inputs import training_data, with_vocabulary
 
@@ -125,10 +126,10 @@ def describe_run(config: Config, corpus: Corpus, say) -> None:
 
 def check_sample(config: Config, tokens: tokenizer.Tokenizer) -> None:
   """Refuses a sample that won't fit into memory, before hours of training."""
-  init = functools.partial(step.init_state, config)
+  init = functools.partial(init_params, config.model, jax.random.key(0))
   decoding.check_room(
     config.model,
-    lambda: mesh.abstract(init, mesh=jax.sharding.get_mesh()).params,
+    lambda: mesh.abstract(init, mesh=jax.sharding.get_mesh()),
     mesh.num_token_shards(),
     len(text.encode_prompt(tokens, config.train.sample_prompt)),
     config.train.sample_tokens,

@@ -184,7 +184,8 @@ class OptimizerConfig:
   # stochastically.
   value_master: bool = False
   # Only leaves whose path this regular expression finds are trained, such as
-  # 'sparse/router' or 'dcmha'; the others stay as they are. Empty: all.
+  # 'sparse/router', 'dcmha' or 'value_table'; the others stay as they are, and
+  # have no gradient and no moments in memory. Empty: all.
   trained: str = ''
   # Largest global norm of the gradient; 0 does not clip.
   clip_norm: float = 1.0
@@ -223,11 +224,6 @@ class OptimizerConfig:
       raise UserError(
         f'trained must be a regular expression, got {self.trained!r}: {error}.'
       ) from None
-    require(
-      not self.trained or self.value_optimizer == 'adamw',
-      "value_optimizer must be 'adamw' with trained, got "
-      f'{self.value_optimizer!r}.',
-    )
     unset = functools.partial(require_unset, self)
     unset(self.name == 'adamw', "name = 'adamw'", 'muon_momentum')
     unset(

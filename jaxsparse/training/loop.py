@@ -25,13 +25,16 @@ from jaxsparse.training import (
   loss_scale,
   resume,
   stored_tables,
+  trained_part,
 )
 from jaxsparse.training.compile_beside import abstract_batch, compiling_beside
+from jaxsparse.training.optimizer import is_by_rows
 from jaxsparse.training.step import (
   TrainState,
   finalize,
-  init_state,
-  state_from,
+  init_parts,
+  optimizer_of,
+  parts_from,
   train_step,
 )
 from jaxsparse.training.step_reports import StepReports
@@ -97,7 +100,7 @@ def fit(
     train, finalized = tables.train_step, tables.finalized
     finish = tables.finish
   with stop_on_signals(config.train.stop_signals) as stop:
-    state = _restore_or_init(
+    state, frozen = _restore_or_init(
       config, workdir, checkpoints, data, reporter, train, tables
     )
     # Of what is in use, which may no longer be what the workdir holds.
@@ -112,8 +115,12 @@ def fit(
         )
         report = functools.partial(_report, reports, checkpoints)
         save = functools.partial(
-          _save, reports, checkpoints, data, origin, tables
+          _save, reports, checkpoints, data, origin, tables, frozen
         )
+
+        def whole(state):
+          return trained_part.joined(frozen, finalized(state).params)
+
         validate = functools.partial(
           _validate, config, reports, checkpoints, data, reporter, stop
         )
@@ -122,11 +129,11 @@ def fit(
         losses = _recall_losses(workdir, checkpoints)
         if _is_to_validate(config, step) and step not in losses:
           # A kill or a stop came between the checkpoint and the pass.
-          stopped = validate(step, finalized(state).params) is None
+          stopped = validate(step, whole(state)) is None
         with reporter.steps(step, total, 'training'):
           while step < total and not stopped:
             batch = evaluation.to_global(next(data.batches))
-            state, metrics = train(state, batch)
+            state, metrics = train(state, batch, frozen)
             step += 1
             if step == total:
               state = finish(state)
@@ -142,16 +149,14 @@ def fit(
             if is_to_save:
               save(step, state)
             if is_to_validate:
-              result = validate(step, finalized(state).params)
+              result = validate(step, whole(state))
               stopped = result is None
               if result and checkpoints.is_among_best(step):
                 save(step, state)
             stopped = stopped or is_to_stop()
           if pending is not None:
             report(*pending)
-        validation = (
-          None if stopped else validate(step, finalized(state).params)
-        )
+        validation = None if stopped else validate(step, whole(state))
         if validation is None:
           save(step, state)
           checkpoints.wait()
@@ -159,7 +164,7 @@ def fit(
             f'{stop.signal_name or "A signal"}: saved step {step} of {total}; '
             'the same command goes on from there.'
           )
-        return Outcome(step, finalized(state).params, validation)
+        return Outcome(step, whole(state), validation)
     finally:
       data.batches.close()
       if reports is not None:
@@ -177,38 +182,38 @@ def _restore_or_init(
   reporter: Reporter,
   train: Callable,
   tables: stored_tables.StoredTables | None,
-) -> TrainState:
-  first = functools.partial(init_state, config)
-  init = jax.jit(first if tables is None else tables.init_state)  # Traced once.
-  abstract = mesh.abstract(init, mesh=jax.sharding.get_mesh())
-  num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(abstract))
+) -> tuple[TrainState, dict]:
+  first = functools.partial(init_parts, config)
+  init = jax.jit(first if tables is None else tables.init_parts)  # Traced once.
+  both = mesh.abstract(init, mesh=jax.sharding.get_mesh())
+  abstract, frozen = both
+  num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(both))
   # One more than are kept: the oldest goes when the newest is complete.
   num_kept = config.train.keep_checkpoints + config.train.keep_best
   room = num_bytes * (num_kept + 1)
-  former = None
-  if tables is None:
-    former = former_state.layout(config, abstract.params)
-  plain = {'step': abstract.step, 'opt_state': abstract.opt_state}
-  others = [] if former is None else [plain | {'opt_state': former}]
-  # As the same run has it with another type of activations.
+  params = trained_part.joined(frozen, abstract.params)
+  former = former_state.layout(config, params) if tables is None else None
+  record = checkpoint.read_record(workdir) or {}
+  states = former_state.of_other_parts(config, params, record)
+  states = [abstract.opt_state, *([former] if former else []), *states]
+  # The same run may have it with another type of activations.
   first_scale = functools.partial(loss_scale.first, 'float16')
-  in_float16 = plain | {
+  scale = {
     'loss_scale': mesh.abstract(first_scale, mesh=jax.sharding.get_mesh())
   }
   is_scaled = abstract.loss_scale is not None
-  others.append(plain if is_scaled else in_float16)
-  restored = checkpoints.restore(
-    abstract.params,
-    in_float16 if is_scaled else plain,
-    reporter.say,
-    others,
+  layout, *others = (
+    {'step': abstract.step, 'opt_state': state} | (scale if has_scale else {})
+    for state in states
+    for has_scale in (is_scaled, not is_scaled)
   )
+  restored = checkpoints.restore(params, layout, reporter.say, others)
   if restored is None:
     disk.check_disk_space(workdir, room)
     reporter.say('Compiling the first parameters ...')
-    program = (train, abstract, abstract_batch(config))
+    program = (train, abstract, abstract_batch(config), frozen)
     if tables is not None:
-      program = (tables.program, abstract, tables.abstract, program[-1])
+      program = (tables.program, abstract, tables.abstract, *program[2:])
     with compiling_beside(*program):
       if tables is not None:
         tables.create(reporter.say)
@@ -219,19 +224,24 @@ def _restore_or_init(
   if optimizer is None:
     disk.check_disk_space(workdir, room)
     reporter.say('Beginning with the parameters that the workdir has.')
-    with compiling_beside(train, abstract, abstract_batch(config)):
-      return jax.block_until_ready(state_from(config, params))
+    with compiling_beside(train, abstract, abstract_batch(config), frozen):
+      return jax.block_until_ready(parts_from(config, params))
   data.batches.set_state(record['data'])
   reporter.say(f'Going on from the checkpoint of step {step}.')
   for change in resume.rate_changes(record, config, step):
     reporter.say(f'Changed since then: {change}.')
+  trained, frozen = trained_part.split(config.optimizer, params)
   opt_state = former_state.converted(
-    optimizer['opt_state'], former, abstract.opt_state
+    optimizer['opt_state'],
+    former,
+    abstract.opt_state,
+    lambda: jax.jit(optimizer_of(config).init)(trained),
+    is_by_rows(config.optimizer),
   )
   scale = None
   if is_scaled:
     scale = optimizer.get('loss_scale') or jax.jit(first_scale)()
-  return TrainState(optimizer['step'], params, opt_state, scale)
+  return TrainState(optimizer['step'], trained, opt_state, scale), frozen
 
 
 def tell_of_warmup(config: Config, reporter: Reporter) -> None:
@@ -307,6 +317,7 @@ def _save(
   data: TrainingData,
   origin: dict,
   tables: stored_tables.StoredTables | None,
+  frozen: dict,
   step: int,
   state: TrainState,
 ) -> None:
@@ -314,7 +325,7 @@ def _save(
     origin = origin | tables.seal(step)
   checkpoints.save(
     step,
-    state.params,
+    trained_part.joined(frozen, state.params),
     {'step': state.step, 'opt_state': state.opt_state}
     | ({} if state.loss_scale is None else {'loss_scale': state.loss_scale}),
     {'data': merge_states(hosts.gather(data.batches.get_state())), **origin},

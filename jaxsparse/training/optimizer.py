@@ -6,7 +6,6 @@ of the model's that falls linearly to it over training (UltraMem,
 arXiv:2411.12364), and their own weight decay.
 """
 
-import re
 from collections.abc import Callable
 
 import jax
@@ -16,7 +15,7 @@ from optax.contrib import MuonDimensionNumbers
 
 from jaxsparse import mesh
 from jaxsparse.config import OptimizerConfig
-from jaxsparse.config.errors import require, require_choice
+from jaxsparse.config.errors import require_choice
 from jaxsparse.training.optimizers.each_device import on_each_device, specs_of
 from jaxsparse.training.optimizers.finalizing import (
   Optimizer,
@@ -204,31 +203,6 @@ def squared_norm(gradients: dict) -> jax.Array:
     gradients,
   )
   return optax.tree.norm(of_loss, squared=True)
-
-
-def only_trained(config: OptimizerConfig, arrays: dict) -> dict:
-  """Gradients or updates, zero where `config.trained` does not find the leaf.
-
-  Raises:
-    UserError: it finds none.
-  """
-  if not config.trained:
-    return arrays
-  names = jax.tree.map_with_path(
-    lambda path, _: jax.tree_util.keystr(path, simple=True, separator='/'),
-    arrays,
-  )
-  is_trained = jax.tree.map(
-    lambda name: bool(re.search(config.trained, name)), names
-  )
-  require(
-    any(jax.tree.leaves(is_trained)),
-    'optimizer.trained must find a parameter, such as '
-    f'{jax.tree.leaves(names)[0]!r}, got {config.trained!r}.',
-  )
-  return jax.tree.map(
-    lambda x, keeps: x if keeps else jnp.zeros_like(x), arrays, is_trained
-  )
 
 
 def labels(params: dict) -> dict:

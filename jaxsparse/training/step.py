@@ -16,7 +16,7 @@ from jaxsparse.ops.memory.row_gradient import RowGradient
 from jaxsparse.run import table_leaves
 from jaxsparse.training import loss_scale as loss_scale_lib
 from jaxsparse.training import optimizer as optimizer_lib
-from jaxsparse.training import table_step
+from jaxsparse.training import table_step, trained_part
 from jaxsparse.training.losses import objective, token_losses
 from jaxsparse.training.micro_batches import (
   Batch,
@@ -44,6 +44,7 @@ class TrainState:
 
   # int32 scalar; like the other leaves abstract while nothing is restored yet.
   step: jax.Array | jax.ShapeDtypeStruct
+  # Those that are trained; what stands beside them is `frozen` everywhere.
   params: dict
   opt_state: optax.OptState
   # Of float16 alone.
@@ -55,23 +56,39 @@ def init_state(config: Config) -> TrainState:
 
   Random numbers do not depend on the mesh.
   """
+  return init_parts(config)[0]
+
+
+def init_parts(config: Config) -> tuple[TrainState, dict]:
+  """`init_state`, and the parameters that `optimizer.trained` leaves alone."""
+  return _parts(config, _drawn(config))
+
+
+def _drawn(config: Config) -> dict:
   tokens = jnp.zeros((mesh.num_token_shards(), 1), jnp.int32)
   tokens = mesh.reshard(tokens, mesh.act('BT'))
   model = Transformer(config.model)
   key = jax.random.key(config.train.seed)
-  params = model.init(key, tokens, tokens, tokens)['params']
-  return _at_step_0(config, params)
+  return model.init(key, tokens, tokens, tokens)['params']
 
 
-def state_from(config: Config, params: dict) -> TrainState:
-  """The state before the first step from given parameters, which are kept."""
+def _parts(config: Config, params: dict) -> tuple[TrainState, dict]:
+  trained_part.require_any(config.optimizer, params)
+  trained, frozen = trained_part.split(config.optimizer, params)
+  return _at_step_0(config, trained), frozen
+
+
+def parts_from(config: Config, params: dict) -> tuple[TrainState, dict]:
+  """`init_parts` from given parameters, which are kept."""
+  trained_part.require_any(config.optimizer, params)
+  trained, frozen = trained_part.split(config.optimizer, params)
 
   # `params` pass by the program, which would copy them.
   @jax.jit
   def rest(params):
     return dataclasses.replace(_at_step_0(config, params), params=None)
 
-  return dataclasses.replace(rest(params), params=params)
+  return dataclasses.replace(rest(trained), params=trained), frozen
 
 
 def _at_step_0(config: Config, params: dict) -> TrainState:
@@ -80,14 +97,19 @@ def _at_step_0(config: Config, params: dict) -> TrainState:
   return TrainState(jnp.zeros((), jnp.int32), params, opt_state, scale)
 
 
-def init_beside(config: Config) -> TrainState:
-  """`init_state` of a run whose tables lie elsewhere: without them."""
-  params, _ = table_leaves.split(init_state(config).params)
-  return _at_step_0(config, params)
+def init_beside(config: Config) -> tuple[TrainState, dict]:
+  """`init_parts` of a run whose tables lie elsewhere: without them."""
+  params = _drawn(config)
+  trained_part.require_any(config.optimizer, params)
+  trained, frozen = (
+    table_leaves.split(part)[0]
+    for part in trained_part.split(config.optimizer, params)
+  )
+  return _at_step_0(config, trained), frozen
 
 
 def train_step(
-  config: Config, state: TrainState, batch: Batch
+  config: Config, state: TrainState, batch: Batch, frozen: dict | None = None
 ) -> tuple[TrainState, Metrics]:
   """One optimizer step on one global batch.
 
@@ -102,6 +124,7 @@ def train_step(
     config: of the run; static.
     state: donated by the caller's jit.
     batch: arrays [B, T].
+    frozen: parameters that are only read, if there are any; not donated.
 
   Returns:
     The next state and scalars: loss in nats a target, gradient norm, learning
@@ -109,12 +132,16 @@ def train_step(
     in float16 the 'loss_scale' of this step and 'overflows', steps left out so
     far.
   """
-  state, metrics, _ = _step(config, state, batch, None)
+  state, metrics, _ = _step(config, state, batch, frozen or {}, None)
   return state, metrics
 
 
 def step_beside(
-  config: Config, state: TrainState, tables: dict[str, jax.Array], batch: Batch
+  config: Config,
+  state: TrainState,
+  tables: dict[str, jax.Array],
+  batch: Batch,
+  frozen: dict | None = None,
 ) -> tuple[TrainState, Metrics, dict[str, RowGradient]]:
   """`train_step` of a run whose tables lie elsewhere, without their update.
 
@@ -124,11 +151,13 @@ def step_beside(
       which are returned as they are.
     tables: by their paths, such as 'block_01/memory/value_table'.
     batch: arrays [B, T].
+    frozen: see `train_step`.
 
   Returns:
-    What `train_step` does, and the clipped gradient of each table.
+    What `train_step` does, and the clipped gradient of each table; none if
+    they are not trained.
   """
-  return _step(config, state, batch, tables)
+  return _step(config, state, batch, frozen or {}, tables)
 
 
 def rounding_key(config: Config, step: jax.Array) -> jax.Array | None:
@@ -140,16 +169,20 @@ def rounding_key(config: Config, step: jax.Array) -> jax.Array | None:
   return jax.random.fold_in(key, config.optimizer.grad_accumulation)
 
 
-def _step(config, state, batch, elsewhere):
+def _step(config, state, batch, frozen, elsewhere):
   """`train_step`, or with tables elsewhere `step_beside`."""
   total_weight = jnp.maximum(jnp.sum(batch['loss_weight']), 1.0)
   num_micro, scale = config.optimizer.grad_accumulation, state.loss_scale
   key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
   # By rows, tables get no gradient but the probes do.
-  rest, tables, probes = state.params, None, {}
-  if optimizer_lib.is_by_rows(config.optimizer):
-    if elsewhere is None:
-      rest, tables = table_step.split_tables(state.params)
+  rest, tables, probes, has_rows = state.params, None, {}, False
+  if elsewhere is not None:
+    has_rows = trained_part.trains_tables(config.optimizer, elsewhere)
+  elif optimizer_lib.is_by_rows(config.optimizer):
+    rest, tables = table_step.split_tables(state.params)
+    has_rows = bool(jax.tree.leaves(tables))
+    rest, tables = (rest, tables) if has_rows else (state.params, None)
+  if has_rows:
     num_rows, length = batch['tokens'].shape
     probes = table_step.make_probes(config.model, num_rows // num_micro, length)
 
@@ -157,6 +190,7 @@ def _step(config, state, batch, elsewhere):
     params = rest if tables is None else merged(rest, tables)
     if elsewhere is not None:
       params = table_leaves.joined(rest, elsewhere)
+    params = trained_part.joined(frozen, params)
     (logits, _, metrics), sown = Transformer(config.model).apply(
       {'params': params, **probes},
       micro['tokens'],
@@ -180,16 +214,17 @@ def _step(config, state, batch, elsewhere):
       rest, probes, micro, share, key
     )
     # Still of the scaled loss: in float16, others might be zero.
-    reads = table_step.table_gradients(config.model, of_probes, sown)
+    reads = {}
+    if has_rows:
+      reads = table_step.table_gradients(config.model, of_probes, sown)
     return loss_scale_lib.divided(grads, scale), metrics, reads
 
   grads, metrics, reads = over_micro_batches(gradient, batch, num_micro, key)
-  grads = optimizer_lib.only_trained(config.optimizer, grads)
   square = optimizer_lib.squared_norm(grads)
   norm = jnp.sqrt(square)
   round_by = rounding_key(config, state.step)
   row_state, of_rows, more = None, {}, {}
-  if elsewhere is not None:
+  if elsewhere is not None and has_rows:
     of_rows, norm, more = table_step.row_gradients(config, reads, square, scale)
   if tables is not None:
     tables, row_state, norm, more = table_step.update_tables(
@@ -205,8 +240,6 @@ def _step(config, state, batch, elsewhere):
   updates, opt_state = optimizer_of(config).update(
     scaled(grads, clipping), state.opt_state, rest
   )
-  # Without their decay, too.
-  updates = optimizer_lib.only_trained(config.optimizer, updates)
   new_rest = apply_updates(rest, updates, round_by)
   steps_taken = state.step
   if scale is not None:
@@ -228,7 +261,7 @@ def _step(config, state, batch, elsewhere):
 
 
 def finalize(config: Config, state: TrainState) -> TrainState:
-  """The state with what its optimizer has left for later.
+  """The state with what its optimizer has left for later, without `frozen`.
 
   To validate and to export.
   """

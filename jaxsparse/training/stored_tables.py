@@ -122,8 +122,8 @@ class StoredTables:
       for path, x in self._tables.items()
     }
 
-  def init_state(self) -> TrainState:
-    """The state before the first step, without tables; jit it."""
+  def init_parts(self) -> tuple[TrainState, dict]:
+    """What is there before the first step, without tables; jit it."""
     return init_beside(self._config)
 
   def create(self, say: Callable[[str], None]) -> None:
@@ -207,13 +207,16 @@ class StoredTables:
         file.read_ahead()
 
   def train_step(
-    self, state: TrainState, batch: Batch
+    self, state: TrainState, batch: Batch, frozen: dict | None = None
   ) -> tuple[TrainState, Metrics]:
     """One optimizer step; returns when the rows are in their places."""
     step = state.step + 0  # The state is donated.
-    state, metrics, gradients = self.program(state, self.arrays(), batch)
+    state, metrics, gradients = self.program(
+      state, self.arrays(), batch, frozen or {}
+    )
     self._is_finalized_at = -1
-    if state.loss_scale is None or np.isfinite(metrics['grad_norm']):
+    is_finite = state.loss_scale is None or np.isfinite(metrics['grad_norm'])
+    if gradients and is_finite:
       state = self._apply(state, step, gradients)
     if self._config.model.memory.table.store == 'file':
       self._store.limit_memory(_MOST_BYTES)

@@ -47,7 +47,9 @@ def test_a_state_is_restored(archive, is_by_rows, tmp_path):
     folder = stored.folder_of(tmp_path / 'w')
     arrays, _ = stored.read(folder, 3, layout, others)
     saved = arrays['optimizer']['opt_state']
-    found = former_state.converted(saved, former, now.opt_state)
+    found = former_state.converted(
+      saved, former, now.opt_state, lambda: None, is_by_rows
+    )
   assert jax.tree.structure(found) == jax.tree.structure(now.opt_state)
   for (name, x), y in zip(
     named(found).items(), jax.tree.leaves(now.opt_state), strict=True

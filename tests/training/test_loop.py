@@ -22,13 +22,14 @@ from jaxsparse.training.step import TrainState
 MODEL = dataclasses.replace(CONFIG.model, memory=None)
 
 
-def init_state(config):
+def init_parts(config):
   step = jnp.zeros((), jnp.int32)
   scale = loss_scale.first(config.model.dtype)
-  return TrainState(step, {'w': jnp.zeros(2)}, {'m': jnp.ones(3)}, scale)
+  state = TrainState(step, {'w': jnp.zeros(2)}, {'m': jnp.ones(3)}, scale)
+  return state, {}
 
 
-def train_step(config, state, batch, overflows=()):
+def train_step(config, state, batch, frozen, overflows=()):
   """One that takes no time, whose loss names the batch."""
   number = jnp.mean(batch['tokens'])
   w, scale = state.params['w'] + number, state.loss_scale
@@ -65,7 +66,7 @@ class Batches:
 
 @pytest.fixture
 def fit(monkeypatch, tmp_path):
-  monkeypatch.setattr(loop, 'init_state', init_state)
+  monkeypatch.setattr(loop, 'init_parts', init_parts)
   monkeypatch.setattr(
     evaluation,
     '_evaluate',

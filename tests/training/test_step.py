@@ -150,44 +150,6 @@ def test_each_micro_batch_draws_its_own_dropout():
   np.testing.assert_allclose(metrics['loss'], np.mean(expected), rtol=1e-5)
 
 
-def test_only_what_is_asked_for_is_trained():
-  """Not even decay or the gradient's norm tells of the rest."""
-  optimizer = dataclasses.replace(
-    CONFIG.optimizer, trained='block_01/mlp/|value_table$', weight_decay=0.5
-  )
-  config = dataclasses.replace(CONFIG, optimizer=optimizer)
-  with jax.set_mesh(make_mesh((1, 1, 1))):
-    _, of_all = compiled_step(CONFIG)(first_state(CONFIG), make_batch(0))
-    first = first_state(CONFIG)
-    before = jax.device_get(first.params)
-    step = compiled_step(config)
-    state, metrics = step(first, make_batch(0))
-    state, _ = step(state, make_batch(1))
-  assert metrics['grad_norm'] < 0.9 * of_all['grad_norm']
-  changed = jax.tree.map(
-    lambda a, b: bool(np.any(a != np.asarray(b))), before, state.params
-  )
-  for path, is_changed in jax.tree.leaves_with_path(changed):
-    name = jax.tree_util.keystr(path, simple=True, separator='/')
-    is_asked = 'block_01/mlp/' in name or name.endswith('/value_table')
-    assert is_changed == is_asked, name
-
-
-def test_nothing_to_train_is_said_in_a_sentence():
-  optimizer = dataclasses.replace(CONFIG.optimizer, trained='dcmha')
-  config = dataclasses.replace(CONFIG, optimizer=optimizer)
-  state = jax.eval_shape(functools.partial(init_state, config))
-  with pytest.raises(
-    UserError,
-    match=r"trained must find a parameter, such as '\w+/.*, got 'dcmha'",
-  ):
-    jax.eval_shape(functools.partial(train_step, config), state, make_batch(0))
-  with pytest.raises(UserError, match=r"regular expression, got '\('"):
-    dataclasses.replace(optimizer, trained='(')
-  with pytest.raises(UserError, match="must be 'adamw' with trained, got"):
-    dataclasses.replace(optimizer, value_optimizer='row_adam')
-
-
 def with_muon():
   optimizer = dataclasses.replace(
     CONFIG.optimizer, name='muon', learning_rate=1e-2

@@ -253,7 +253,7 @@ def _training(
   folder.mkdir(parents=True, exist_ok=True)
   tables = stored_tables.StoredTables(stored_config, folder)
   tables.create(print)
-  rest = jax.jit(tables.init_state)()
+  rest = jax.jit(tables.init_parts)()[0]
   key = jax.random.key(0)
   shape = config.data.batch_size, config.data.seq_len
   tokens = jax.random.randint(key, shape, 0, config.model.vocab_size)
