@@ -6,7 +6,6 @@ import copy
 from typing import Any
 
 import jax
-from etils import epath
 
 from jaxsparse import config as config_lib
 from jaxsparse.analysis import cost
@@ -15,6 +14,7 @@ from jaxsparse.data import tokenizer_roles
 from jaxsparse.inference import trained_model
 from jaxsparse.inference.quantize import dequantized
 from jaxsparse.interop import our_leaves, upcycling
+from jaxsparse.nn import added_parts
 from jaxsparse.run import new_workdir, overrides, run_config, trained
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.command_line import Parser
@@ -62,9 +62,8 @@ def main(argv: list[str]) -> None:
   with jax.set_mesh(devices), new_workdir.emptied_on_failure(arguments.out):
     _, params = trained_model.load(arguments.workdir, step)
     params = dequantized(params)
-    field = upcycling.field_of(arguments.preset)
-    params = upcycling.extend(old.model, new.model, field, params)
-    _copy_tokenizer(arguments.workdir, arguments.out)
+    params = added_parts.extend(old.model, new.model, params)
+    tokenizer_roles.copy_tokenizer(arguments.workdir, arguments.out)
     origin = dict(workdir=arguments.workdir, step=step, added=arguments.preset)
     new_workdir.write(arguments.out, new, params, origin)
   before, after = (cost.count_parameters(c.model) for c in (old, new))
@@ -90,10 +89,3 @@ def extended(old: Config, preset: str, argv: list[str]) -> Config:
     old.model, new.model, upcycling.field_of(preset)
   )
   return new
-
-
-def _copy_tokenizer(source: str, target: str) -> None:
-  for name in (*workdir_lib.TOKENIZERS, *tokenizer_roles.FILES):
-    path = epath.Path(source) / name
-    if path.exists():
-      (epath.Path(target) / name).write_bytes(path.read_bytes())

@@ -36,7 +36,7 @@ from jaxsparse.run import (
 )
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.progress import Reporter
-from jaxsparse.training import loop, optimizer, resume, same_start
+from jaxsparse.training import loop, optimizer, resume, same_start, start_from
 from jaxsparse.training.evaluation import Validation
 from jaxsparse.training.inputs import training_data, with_vocabulary
 
@@ -60,6 +60,7 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
     config, changes = resume.open_workdir(config, workdir, say)
     for change in changes:
       say(f'Changed since the last start: {change}.')
+    config = start_from.begin(config, workdir, say)
     compiled_programs.keep(config.data.cache_dir, say)
     corpus = build_corpus(config.data, say)
     resume.require_same_data(config, corpus, workdir)

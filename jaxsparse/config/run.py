@@ -255,6 +255,11 @@ class TrainConfig:
 
   # Optimizer steps in all.
   num_steps: int = 600
+  # Workdir of another run, or of an import, whose parameters a new run begins
+  # with, 'WORKDIR' or 'WORKDIR@STEP'; STEP may be 'best'. Its tokenizer comes
+  # along, and its config is the recipe where none is named. Empty: parameters
+  # are drawn.
+  start_from: str = ''
   # Seed of parameters, data order and dropout.
   seed: int = 0
   # A metrics line every so many steps.

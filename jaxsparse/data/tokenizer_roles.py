@@ -11,6 +11,7 @@ from typing import Any
 from etils import epath
 
 from jaxsparse.config.errors import UserError
+from jaxsparse.run import workdir as workdir_lib
 
 CONFIG = 'tokenizer_config.json'
 # Of older folders, where the roles may be instead.
@@ -21,6 +22,14 @@ FILES = (CONFIG, SPECIAL, GENERATION, CHAT_TEMPLATE)
 
 # What a document ends with in vocabularies of others; the first one is ours.
 BOUNDARIES = ('<|endoftext|>', '</s>', '<|end_of_text|>', '<eos>', '<|eos|>')
+
+
+def copy_tokenizer(source: epath.PathLike, workdir: epath.PathLike) -> None:
+  """Brings another workdir's tokenizer and what stands beside it, if any."""
+  for name in (*workdir_lib.TOKENIZERS, *FILES):
+    path = epath.Path(source) / name
+    if path.exists():
+      workdir_lib.write_whole(epath.Path(workdir) / name, path.read_bytes())
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

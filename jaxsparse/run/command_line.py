@@ -15,14 +15,23 @@ from etils import epath
 from jaxsparse import config as config_lib
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError, did_you_mean, require, shown
-from jaxsparse.run import help_pages, hosts, overrides, peers, recipe_files
+from jaxsparse.run import (
+  help_pages,
+  hosts,
+  overrides,
+  peers,
+  recipe_files,
+  run_config,
+  start,
+)
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.printing import escape_unprintable
 
 _FLAGS = """
 Flags besides the fields:
   --config=FILE:SIZE  a recipe, its path or its name, and which of its sizes;
-      that of the workdir if it has one; --config.PART.FIELD=VALUE changes a
+      that of the workdir if it has one, else that of --config.train.start_from;
+      --config.PART.FIELD=VALUE changes a
       field of it
   --workdir=FOLDER  of the run
   --distributed  join the other processes of the cluster's job
@@ -147,7 +156,7 @@ def parse_recipe(
   _help(description, argv)
   values = _parser().parse_args(overrides.split(argv)[1])
   notes: list[str] = []
-  recipe = values.config or _own_config(values.workdir)
+  recipe = values.config or _own_config(values.workdir) or _start_config(argv)
   config = read_recipe(recipe, argv, notes.append)
   if not values.workdir:
     raise UserError("--workdir=FOLDER is missing: name the run's folder.")
@@ -167,6 +176,12 @@ def _own_config(workdir: str) -> Config | Literal['']:
   workdir_lib.require_reachable(workdir)
   has_one = (epath.Path(workdir) / workdir_lib.CONFIG).exists()
   return workdir_lib.read_config(workdir) if has_one else ''
+
+
+def _start_config(argv: Sequence[str]) -> Config | Literal['']:
+  """That of the run whose parameters a new one begins with."""
+  named = dict(overrides.split(argv)[0]).get('train.start_from')
+  return run_config.read(start.parse(named)[0], _say) if named else ''
 
 
 def _help(description: str, argv: Sequence[str]) -> None:

@@ -108,7 +108,12 @@ MEANINGS = {
     ('optimizer', _RATE, 'value_lr_multiplier value_lr_decay_fraction'),
     ('optimizer', _RATE, 'value_learning_rate'),
     ('optimizer', _MOMENTS, 'b1 b2 epsilon muon_momentum'),
-    ('optimizer', _FREE, 'weight_decay clip_norm trained'),
+    ('optimizer', _FREE, 'weight_decay clip_norm'),
+    (
+      'optimizer',
+      Meaning('what is trained anew begins with fresh moments'),
+      'trained',
+    ),
     (
       'optimizer',
       _fixed('rows may wait for the decay of steps that they missed'),
@@ -119,6 +124,11 @@ MEANINGS = {
     # The rest.
     ('train', Meaning('schedules spread over all steps'), 'num_steps'),
     ('train', _fixed('data and dropout are drawn by the seed'), 'seed'),
+    (
+      'train',
+      _fixed('a run that has begun did so with other parameters'),
+      'start_from',
+    ),
     ('train', _FREE, 'log_every save_every keep_checkpoints keep_best'),
     ('train', _FREE, 'eval_every'),
     ('train', _FREE, 'sample_prompt sample_tokens wandb_project'),

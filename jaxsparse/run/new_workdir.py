@@ -6,6 +6,7 @@ it, and training begins from it, at step 0.
 """
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
@@ -96,6 +97,9 @@ def write(
   Raises:
     UserError: the workdir can't be written.
   """
+  # It is where the parameters are from, so a run of it begins here.
+  train = dataclasses.replace(config.train, start_from='')
+  config = dataclasses.replace(config, train=train)
   # What has no tokenizer may get one later.
   recorded = provenance.record(config, workdir)
   record = {name: of for name, of in recorded.items() if of}

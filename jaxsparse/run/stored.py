@@ -67,6 +67,29 @@ def digest(workdir: epath.PathLike, step: int) -> str:
     ) from error
 
 
+def params_fingerprint(workdir: epath.PathLike, step: int) -> str:
+  """A hash of a checkpoint's parameters; copies of it have the same.
+
+  It is one of what the checkpoint says of them, so no array is read.
+
+  Raises:
+    UserError: the checkpoint can't be read.
+  """
+  path = folder_of(workdir) / str(step)
+  try:
+    found = ocp.metadata(path, PARAMS)
+    saved = fingerprints.unseal(found.custom_metadata)
+  except Exception as error:  # Orbax has no type for 'damaged'.
+    raise UserError(
+      f"the checkpoint {str(path)!r} can't be read ({first_line(error)})."
+    ) from error
+  leaves = saved['fingerprints']
+  of_params = leaves if isinstance(leaves, list) else leaves[PARAMS]
+  return fingerprints.digest(
+    [of_params, saved['record'].get(table_leaves.ON_FILE)]
+  )
+
+
 def read(
   folder: epath.Path,
   step: int,

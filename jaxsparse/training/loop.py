@@ -15,7 +15,7 @@ from jaxsparse import mesh
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError
 from jaxsparse.data.pipeline import merge_states
-from jaxsparse.run import checkpoint, disk, hosts, peers, provenance
+from jaxsparse.run import checkpoint, disk, hosts, peers, provenance, start
 from jaxsparse.run.interrupt import Agreement, StopRequest, stop_on_signals
 from jaxsparse.run.metrics import validation_losses
 from jaxsparse.run.progress import Reporter
@@ -24,6 +24,7 @@ from jaxsparse.training import (
   former_state,
   loss_scale,
   resume,
+  start_from,
   stored_tables,
   trained_part,
 )
@@ -99,12 +100,15 @@ def fit(
   if tables is not None:
     train, finalized = tables.train_step, tables.finalized
     finish = tables.finish
+  begun_from = start.settled(config, workdir)
   with stop_on_signals(config.train.stop_signals) as stop:
     state, frozen = _restore_or_init(
-      config, workdir, checkpoints, data, reporter, train, tables
+      config, workdir, checkpoints, data, reporter, train, tables, begun_from
     )
     # Of what is in use, which may no longer be what the workdir holds.
     origin = provenance.record(config, workdir)
+    if begun_from is not None:
+      origin |= {'start': dataclasses.asdict(begun_from)}
     reports = None
     try:
       # Before what follows waits for others that no longer come.
@@ -182,6 +186,7 @@ def _restore_or_init(
   reporter: Reporter,
   train: Callable,
   tables: stored_tables.StoredTables | None,
+  begun_from: start.Start | None,
 ) -> tuple[TrainState, dict]:
   first = functools.partial(init_parts, config)
   init = jax.jit(first if tables is None else tables.init_parts)  # Traced once.
@@ -210,10 +215,14 @@ def _restore_or_init(
   restored = checkpoints.restore(params, layout, reporter.say, others)
   if restored is None:
     disk.check_disk_space(workdir, room)
-    reporter.say('Compiling the first parameters ...')
     program = (train, abstract, abstract_batch(config), frozen)
+    if begun_from is not None:
+      with compiling_beside(*program):
+        given = start_from.load_params(config, begun_from, reporter.say)
+        return jax.block_until_ready(parts_from(config, given))
     if tables is not None:
       program = (tables.program, abstract, tables.abstract, *program[2:])
+    reporter.say('Compiling the first parameters ...')
     with compiling_beside(*program):
       if tables is not None:
         tables.create(reporter.say)

@@ -18,6 +18,7 @@ from jaxsparse.run import (
   field_meanings,
   new_workdir,
   run_config,
+  start,
 )
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.training import changes
@@ -57,11 +58,20 @@ def open_workdir(
         config.model, vocab_size=saved.model.vocab_size
       ),
     )
+  if start.is_elsewhere(saved, config, workdir):
+    say(
+      f'train.start_from = {config.train.start_from!r} is what this run began '
+      f'with from {saved.train.start_from!r}.'
+    )
+    start.settle(config, workdir)
+    train = dataclasses.replace(saved.train, start_from=config.train.start_from)
+    saved = dataclasses.replace(saved, train=train)
   refused, accepted = changes.judge(saved, config)
   if not _has_begun(workdir):
     # Of what was brought in, the parameters alone are given.
     accepted = []
-    refused = {k: why for k, why in refused.items() if k.startswith('model.')}
+    given = ('model.', 'train.start_from')
+    refused = {k: why for k, why in refused.items() if k.startswith(given)}
   if refused:
     why = ' and '.join(dict.fromkeys(refused.values()))
     raise UserError(
@@ -141,10 +151,11 @@ def require_same_data(
   # With a checkpoint the text is the same, and so is what it trains.
   may_be_trained_anew = (
     record is None
+    and not config.train.start_from
     and config.data.tokenizer == 'bpe'
     and not changed.keys().isdisjoint(field_meanings.TEXT)
   )
-  if (is_named_anew or may_be_trained_anew) and _has_other_tokenizer(
+  if (is_named_anew or may_be_trained_anew) and has_other_tokenizer(
     config, corpus, workdir
   ):
     raise UserError(
@@ -153,8 +164,8 @@ def require_same_data(
     )
 
 
-def _has_other_tokenizer(
-  config: Config, corpus: Corpus, workdir: epath.Path
+def has_other_tokenizer(
+  config: Config, corpus: Corpus | None, workdir: epath.PathLike
 ) -> bool:
   """Whether the tokenizer that the config names is not the workdir's."""
 

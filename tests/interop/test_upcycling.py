@@ -16,6 +16,7 @@ from jaxsparse import config, mesh
 from jaxsparse.cli import convert_add_memory
 from jaxsparse.config.errors import UserError
 from jaxsparse.interop import our_leaves, upcycling
+from jaxsparse.nn import added_parts
 from jaxsparse.nn.language_model import LanguageModel
 from jaxsparse.nn.transformer import Transformer
 from jaxsparse.run import run_config
@@ -71,7 +72,7 @@ def test_the_function_stays_and_learns(preset):
   new, field = small(preset), upcycling.field_of(preset)
   upcycling.require_same_function(DENSE, new, field)
   params = draw_params(DENSE, 0.3)
-  extended = upcycling.extend(DENSE, new, field, params)
+  extended = added_parts.extend(DENSE, new, params)
   types = jax.tree.map(lambda x: (x.shape, x.dtype), extended)
   assert types == jax.tree.map(lambda x: (x.shape, x.dtype), shapes(new))
   before, after = logits(DENSE, params), logits(new, extended)
@@ -103,9 +104,9 @@ def test_the_function_stays_and_learns(preset):
 @pytest.mark.parametrize('preset', few(['memory_plus'], ['memory_plus', 'moe']))
 def test_on_a_mesh(preset):
   """As on one device, the drawn parts among it."""
-  new, field = small(preset), upcycling.field_of(preset)
+  new = small(preset)
   params = draw_params(DENSE, 0.3)
-  alone = upcycling.extend(DENSE, new, field, params)
+  alone = added_parts.extend(DENSE, new, params)
   with jax.set_mesh(mesh.make_mesh(2, 2, 2)):
     laid = mesh.abstract(
       lambda: Transformer(DENSE).init(
@@ -116,7 +117,7 @@ def test_on_a_mesh(preset):
     params = jax.tree.map(
       lambda x, of: jax.device_put(x, of.sharding), params, laid
     )
-    extended = upcycling.extend(DENSE, new, field, params)
+    extended = added_parts.extend(DENSE, new, params)
   jax.tree.map(np.testing.assert_array_equal, extended, alone)
 
 

@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 from small_model import (
   CONFIG,
-  compiled_step,
   equal_losses,
   first_state,
   losses_on_one_device,
@@ -22,7 +21,6 @@ from small_model import (
 
 from jaxsparse import mesh
 from jaxsparse.config import OptimizerConfig
-from jaxsparse.config.errors import UserError
 from jaxsparse.nn.transformer import Transformer
 from jaxsparse.run import checkpoint
 from jaxsparse.training import evaluation

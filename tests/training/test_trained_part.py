@@ -10,9 +10,7 @@ import pytest
 from small_model import CONFIG, drawn_state, make_batch, make_mesh
 
 from jaxsparse import mesh
-from jaxsparse.config.errors import UserError
-from jaxsparse.training import evaluation, former_state, trained_part
-from jaxsparse.training.compile_beside import abstract_batch
+from jaxsparse.training import evaluation, trained_part
 from jaxsparse.training.step import init_parts, optimizer_of, train_step
 
 

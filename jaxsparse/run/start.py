@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checkpoint of another workdir that a run began from.
+
+A run settles once which one it is, in `start.json` of its workdir and in the
+record of its checkpoints: `train.start_from` may name the newest, which another
+start would find to be another.
+"""
+
+import dataclasses
+import json
+import pathlib
+from typing import Literal
+
+from etils import epath
+
+from jaxsparse.config import Config
+from jaxsparse.config.errors import UserError, require
+from jaxsparse.run import hosts, stored, trained
+from jaxsparse.run import workdir as workdir_lib
+
+FILE = 'start.json'
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+  """One checkpoint of a workdir."""
+
+  workdir: str
+  step: int
+  # Of its parameters, see `stored.params_fingerprint`.
+  fingerprint: str
+
+
+def parse(text: str) -> tuple[str, int | Literal['best'] | None]:
+  """The workdir and the step of 'WORKDIR[@STEP]'; None for the newest."""
+  workdir, at, step = text.rpartition('@')
+  if at and workdir and (step == 'best' or step.isdecimal()):
+    return workdir_lib.expanded(workdir), trained.to_step(step)
+  return workdir_lib.expanded(text), None
+
+
+def source(config: Config) -> Start:
+  """The checkpoint that `train.start_from` names.
+
+  Raises:
+    UserError: it is not there, or can't be read.
+  """
+  workdir, named = parse(config.train.start_from)
+  workdir_lib.require_reachable(workdir)
+  steps = stored.steps_in(workdir)
+  require(
+    bool(steps),
+    f'train.start_from must name a workdir with checkpoints, got {workdir!r}, '
+    'which holds none.',
+  )
+  step = trained.step_of(workdir, named)
+  step = steps[-1] if step is None else step
+  require(
+    step in steps,
+    f'train.start_from must name a checkpoint of {workdir!r}, which has those '
+    f'of steps {", ".join(map(str, steps))}; got @{step}.',
+  )
+  if not workdir_lib.is_remote(workdir):
+    workdir = str(pathlib.Path(workdir).absolute())
+  return Start(workdir, step, stored.params_fingerprint(workdir, step))
+
+
+def settled(config: Config, workdir: epath.PathLike) -> Start | None:
+  """Where the run of a workdir began; None if its parameters are its own.
+
+  The first call settles it.
+
+  Raises:
+    UserError: it is not settled yet and can't be, or `start.json` is damaged.
+  """
+  if not config.train.start_from:
+    return None
+  path = epath.Path(workdir) / FILE
+  if not path.exists():
+    return settle(config, workdir)
+  try:
+    return Start(**json.loads(path.read_text()))
+  except (OSError, ValueError, TypeError) as error:
+    raise UserError(
+      f"{str(path)!r} can't be read ({stored.first_line(error)}): remove it, "
+      'and the next start settles anew where the run began.'
+    ) from error
+
+
+def settle(config: Config, workdir: epath.PathLike) -> Start:
+  """Writes down which checkpoint `train.start_from` names now."""
+  found = source(config)
+  if hosts.is_process_zero():
+    with workdir_lib.write_errors(workdir):
+      content = json.dumps(dataclasses.asdict(found), indent=2) + '\n'
+      workdir_lib.write_whole(epath.Path(workdir) / FILE, content.encode())
+  return found
+
+
+def is_elsewhere(
+  saved: Config, config: Config, workdir: epath.PathLike
+) -> bool:
+  """Whether a run's start has another name now, and is the same checkpoint.
+
+  Args:
+    saved: config of the starts before.
+    config: of this one.
+    workdir: of the run.
+
+  Raises:
+    UserError: there is nothing at the new name.
+  """
+  before, now = saved.train.start_from, config.train.start_from
+  if before == now or not (before and now):
+    return False
+  known = settled(saved, workdir)
+  return known is not None and source(config).fingerprint == known.fingerprint

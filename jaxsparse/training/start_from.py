@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run that begins with the parameters of another: `train.start_from`.
+
+Nothing is drawn but what the other model lacks, and no step, moment or place in
+a text is taken over. When the run has a checkpoint, it needs the other workdir
+no more.
+"""
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+from etils import epath
+
+from jaxsparse import mesh
+from jaxsparse.config import Config, ModelConfig, saved_config
+from jaxsparse.config.errors import UserError, require
+from jaxsparse.data import tokenizer_roles
+from jaxsparse.nn import added_parts
+from jaxsparse.nn.transformer import init_params
+from jaxsparse.run import checkpoint, fingerprints, hosts, run_config, start
+from jaxsparse.run import workdir as workdir_lib
+from jaxsparse.run.stored import QUANTIZED
+from jaxsparse.training import resume
+
+
+def begin(
+  config: Config, workdir: epath.PathLike, say: Callable[[str], None]
+) -> Config:
+  """Settles where a new run's parameters are from, and brings the tokenizer.
+
+  Args:
+    config: of this start.
+    workdir: of the run; one that has begun stays as it is.
+    say: gets a sentence about it.
+
+  Returns:
+    The config, with the other model's number of tokens if it names none.
+
+  Raises:
+    UserError: there is no such checkpoint, or its parameters are not the
+      model's.
+  """
+  is_begun = (epath.Path(workdir) / workdir_lib.CONFIG).exists()
+  if is_begun or not config.train.start_from:
+    return config
+  found = start.source(config)
+  old = run_config.read(found.workdir, say)
+  model = config.model.with_vocabulary(old.model.vocab_size)
+  config = dataclasses.replace(config, model=model)
+  _require_trainable(config, found)
+  told = differences(old.model, model, found.workdir)
+  say(f'Beginning with step {found.step} of {found.workdir!r}{told}.')
+  if hosts.is_process_zero():
+    _bring_tokenizer(config, old, found, workdir)
+  start.settle(config, workdir)
+  return config
+
+
+def _require_trainable(config: Config, found: start.Start) -> None:
+  memory = config.model.memory
+  require(
+    not memory or memory.table.store == 'device',
+    "model.memory.table.store must be 'device' with train.start_from, got "
+    f'{memory and memory.table.store!r}.',
+  )
+  record = checkpoint.read_record(found.workdir) or {}
+  require(
+    QUANTIZED not in record,
+    f'train.start_from = {found.workdir!r} is quantized, which no training '
+    'begins with: name the workdir that it was made of.',
+  )
+
+
+def _bring_tokenizer(
+  config: Config, old: Config, found: start.Start, workdir: epath.PathLike
+) -> None:
+  if not workdir_lib.has_tokenizer(found.workdir):
+    require(
+      config.data.tokenizer not in ('bytes', 'bpe'),
+      f'{found.workdir!r} of train.start_from has no tokenizer: put its '
+      f'{" or ".join(workdir_lib.TOKENIZERS)} there, or name it by '
+      '--config.data.tokenizer=FILE.',
+    )
+    return
+  with workdir_lib.write_errors(workdir):
+    tokenizer_roles.copy_tokenizer(found.workdir, workdir)
+  named = config.data.tokenizer
+  is_own = named in ('bytes', 'bpe', old.data.tokenizer)
+  require(
+    is_own or not resume.has_other_tokenizer(config, None, workdir),
+    f'data.tokenizer = {named!r} is not the one that '
+    f'{found.workdir!r} of train.start_from was trained with: leave it out.',
+  )
+
+
+def differences(old: ModelConfig, new: ModelConfig, workdir: str) -> str:
+  """How a model differs from the one whose parameters it takes, for a sentence.
+
+  Raises:
+    UserError: a parameter has another shape, or no place, or a new part would
+      not begin silent.
+  """
+  added_parts.require_silent(old, new)
+  here, there = (_shapes(model) for model in (new, old))
+  for name, shape in there.items():
+    own = here.get(added_parts.copied_to(old, new, name))
+    is_copied = added_parts.copied_to(old, new, name) != name
+    require(
+      own is not None,
+      f'train.start_from must name a model whose parameters all have a place '
+      f'here, but {name} of {workdir!r} has none.',
+    )
+    require(
+      is_copied or own == shape,
+      f'train.start_from must name a model of the same shapes, but {name} is '
+      f'{shape} in {workdir!r} and {own} here.',
+    )
+  changed = saved_config.differences(old, new, 'model')
+  told = [
+    f'{name} is new' if before is None else f'{name}: {before!r} -> {after!r}'
+    for name, (before, after) in changed.items()
+  ]
+  return f'; its model differs here ({", ".join(told)})' if told else ''
+
+
+def _shapes(model: ModelConfig) -> dict[str, list[int]]:
+  shapes = jax.eval_shape(lambda: init_params(model, jax.random.key(0)))
+  return {
+    name: list(x.shape)
+    for name, x in zip(
+      fingerprints.of_types(shapes), jax.tree.leaves(shapes), strict=True
+    )
+  }
+
+
+def load_params(
+  config: Config, found: start.Start, say: Callable[[str], None]
+) -> dict:
+  """The first parameters of a run, on the mesh in use; none is drawn twice.
+
+  Args:
+    config: of the run.
+    found: what it begins with.
+    say: gets a sentence if the other workdir is damaged and can be read yet.
+
+  Raises:
+    UserError: the checkpoint is gone, damaged, or another than the run settled
+      on.
+  """
+  used = jax.sharding.get_mesh()
+
+  def laid(model: ModelConfig) -> dict:
+    return mesh.abstract(
+      lambda: init_params(model, jax.random.key(0)), mesh=used
+    )
+
+  named = dataclasses.replace(
+    config.train, start_from=f'{found.workdir}@{found.step}'
+  )
+  now = start.source(dataclasses.replace(config, train=named))
+  if now != found:
+    raise UserError(
+      f'step {found.step} of {found.workdir!r} is no longer what this run '
+      'began with: put that checkpoint back, or give another --workdir.'
+    )
+  old = run_config.read(found.workdir, say)
+  _, params = checkpoint.load_params(
+    found.workdir, found.step, say, laid(old.model), 'device'
+  )
+  params = added_parts.extend(
+    old.model, config.model, params, config.train.seed
+  )
+  return jax.tree.map(
+    lambda x, of: jax.device_put(x.astype(of.dtype), of.sharding),
+    params,
+    laid(config.model),
+  )

@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run begins with the parameters of another, which draws none of them."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from inference.small_run import draw_params, save_untrained
+from small_model import Batches, make_mesh
+
+from jaxsparse import config as c
+from jaxsparse.config.errors import UserError
+from jaxsparse.run import (
+  checkpoint,
+  command_line,
+  new_workdir,
+  run_config,
+  start,
+)
+from jaxsparse.run.progress import Reporter
+from jaxsparse.training import evaluation, loop, resume, start_from
+
+MODEL = c.ModelConfig(
+  num_layers=1, model_dim=8, num_heads=2, num_kv_heads=2, head_dim=4,
+  mlp_dim=8, vocab_size=257,
+)  # fmt: skip
+MEMORY = c.MemoryConfig(
+  num_keys=8, key_dim=4, num_selected=4, value_dim=8, placements=((0, 0),),
+  replaces_mlp=False,
+)  # fmt: skip
+
+
+@pytest.fixture
+def old(tmp_path):
+  """A workdir with a checkpoint of step 3."""
+  (tmp_path / 'old').mkdir()
+  return save_untrained(tmp_path / 'old', MODEL, 0.3)
+
+
+def of(folder, model=MODEL, **fields):
+  """A config that begins there."""
+  return c.Config(
+    model=model,
+    data=c.DataConfig(batch_size=2, seq_len=16),
+    optimizer=c.OptimizerConfig(warmup_steps=1, **fields),
+    train=c.TrainConfig(
+      num_steps=4, save_every=2, log_every=1, start_from=str(folder)
+    ),
+  )
+
+
+def begin(config, workdir, say=lambda _: None):
+  """As the command opens a workdir."""
+  config, _ = resume.open_workdir(config, workdir)
+  config = start_from.begin(config, workdir, say)
+  resume.save_config(config, workdir)
+  return config
+
+
+def train_step(config, state, batch, frozen):
+  """One that takes no time, and tells one batch and one order from others."""
+  by = jnp.mean(batch['tokens'].astype(jnp.float32)) / 100
+  params = jax.tree.map(lambda x: 0.9 * x + by, state.params)
+  told = dict(loss=by, grad_norm=by)
+  state = dataclasses.replace(state, step=state.step + 1, params=params)
+  return state, told
+
+
+@pytest.fixture
+def fit(monkeypatch):
+  monkeypatch.setattr(loop, 'train_step', train_step)
+  monkeypatch.setattr(
+    evaluation, 'validate', lambda *_, **__: evaluation.Validation(1, 1, {})
+  )
+
+  def run(config, workdir, batches=Batches, shape=(1, 1, 1)):
+    data = loop.TrainingData(batches(), list, 1, 1.0)
+    with jax.set_mesh(make_mesh(shape)):
+      return loop.fit(config, workdir, data, Reporter(), lambda _: None)
+
+  return run
+
+
+def equal(a, b):
+  jax.tree.map(np.testing.assert_array_equal, a, b)
+
+
+class Killed(Batches):
+  """As if the process ended while it waits for a batch."""
+
+  def __next__(self):
+    if self.step == 1:
+      raise KeyboardInterrupt
+    return super().__next__()
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_there_again(
+  old, tmp_path, fit, capsys
+):
+  """Though there is a newer one by then, and no other checkpoint of its own."""
+  new, whole = tmp_path / 'new', tmp_path / 'whole'
+  fit(begin(of(f'{old}@3'), whole), whole)
+  config = begin(of(old), new)
+  with pytest.raises(KeyboardInterrupt):
+    fit(config, new, Killed)
+  checkpoints = checkpoint.Checkpoints(old, keep=2)
+  later = draw_params(MODEL, 0.1)
+  checkpoints.save(9, later, {'step': jnp.int32(9)}, {})
+  checkpoints.close()
+  fit(begin(of(old), new), new)
+  equal(checkpoint.load_params(new)[1], checkpoint.load_params(whole)[1])
+  record = checkpoint.read_record(new)
+  assert record['start'] == json.loads((new / 'start.json').read_text())
+  assert record['start']['step'] == 3
+  # Killed later, it needs the other no more.
+  shutil.rmtree(new / 'checkpoints' / '4')
+  shutil.rmtree(old)
+  fit(begin(of(old), new), new)
+  equal(checkpoint.load_params(new)[1], checkpoint.load_params(whole)[1])
+
+
+@pytest.mark.parametrize('shape', [(1, 1, 1), (2, 2, 2)])
+def test_nothing_is_drawn(old, tmp_path, shape):
+  """Of init only shapes are asked."""
+  config = begin(of(old), tmp_path / 'new')
+  compiled = []
+  jax.monitoring.register_event_duration_secs_listener(
+    lambda event, _, fun_name='', **__: (
+      event.endswith('backend_compile_duration') and compiled.append(fun_name)
+    )
+  )
+  with jax.set_mesh(make_mesh(shape)):
+    found = start.settled(config, tmp_path / 'new')
+    params = start_from.load_params(config, found, print)
+  equal(params, draw_params(MODEL, 0.3))
+  assert not [name for name in compiled if 'init' in name or 'added' in name]
+
+
+def test_parts_that_it_lacks_begin_silent(old, tmp_path):
+  new = dataclasses.replace(MODEL, memory=MEMORY, dropout_rate=0.1)
+  said = []
+  config = begin(of(old, new), tmp_path / 'new', said.append)
+  assert 'dropout_rate: 0.0 -> 0.1' in said[-1]
+  assert 'model.memory is new' in said[-1]
+  with jax.set_mesh(make_mesh((1, 1, 1))):
+    found = start.settled(config, tmp_path / 'new')
+    params = start_from.load_params(config, found, print)
+  memory = params['block_00'].pop('memory')
+  equal(params, draw_params(MODEL, 0.3))
+  assert not np.any(memory['output'])
+  assert np.any(memory['value_table'])
+
+
+@pytest.mark.parametrize(
+  ('changes', 'message'),
+  [
+    (dict(mlp_dim=16), r'mlp/down is \[8, 8\] in .* and \[16, 8\] here'),
+    (dict(mlp='gelu'), 'have a place here, but block_00/mlp/gate of'),
+    (
+      dict(memory=dataclasses.replace(MEMORY, replaces_mlp=True)),
+      'throw trained MLPs away',
+    ),
+    (
+      dict(
+        memory=dataclasses.replace(MEMORY, table=c.TableConfig(store='file'))
+      ),
+      "table.store must be 'device' with train.start_from, got 'file'",
+    ),
+  ],
+)
+def test_another_model_is_refused(old, tmp_path, changes, message):
+  model = dataclasses.replace(MODEL, **changes)
+  by_rows = 'store' in message
+  optimizer = dict(value_optimizer='lazy_row_adam') if by_rows else {}
+  with pytest.raises(UserError, match=message):
+    begin(of(old, model, **optimizer), tmp_path / 'new')
+  assert not (tmp_path / 'new' / 'start.json').exists()
+
+
+def test_what_is_not_there_is_said_in_a_sentence(old, tmp_path, fit):
+  new = tmp_path / 'new'
+  for name, message in (
+    (tmp_path / 'none', 'must name a workdir with checkpoints'),
+    (f'{old}@5', 'has those of steps 3; got @5'),
+    (f'{old}@best', 'has a validation loss'),
+  ):
+    with pytest.raises(UserError, match=message):
+      begin(of(name), new)
+  # A checkpoint that has become another.
+  config = begin(of(old), new)
+  shutil.rmtree(old / 'checkpoints')
+  save_untrained(old, MODEL, 0.2)
+  with pytest.raises(UserError, match='no longer what this run began with'):
+    fit(config, new)
+
+
+def test_the_best_is_a_step(old, tmp_path):
+  line = json.dumps({'step': 3, 'validation_loss': 1.0})
+  (old / 'metrics.jsonl').write_text(line + '\n')
+  assert start.source(of(f'{old}@best')).step == 3
+
+
+def test_a_start_stays_and_may_move(old, tmp_path):
+  new = tmp_path / 'new'
+  config = begin(of(old), new)
+  for other in (f'{old}@3', tmp_path / 'moved'):
+    if other != f'{old}@3':
+      shutil.move(old, other)
+    config = begin(of(other), new)
+    assert run_config.read(new).train.start_from == str(other)
+  assert start.settled(config, new).workdir == str(tmp_path / 'moved')
+  different = tmp_path / 'different'
+  different.mkdir()
+  save_untrained(different, MODEL, 0.1)
+  for name in (different, ''):
+    with pytest.raises(UserError, match='train.start_from'):
+      begin(of(name), new)
+
+
+def test_given_parameters_are_not_replaced(old, tmp_path):
+  """An import is no new run."""
+  new = tmp_path / 'new'
+  new.mkdir()
+  new_workdir.write(new, of(old), draw_params(MODEL), {})
+  assert run_config.read(new).train.start_from == ''
+  with pytest.raises(UserError, match='train.start_from'):
+    begin(of(old), new)
+
+
+def test_the_recipe_is_that_of_the_other_run(old, tmp_path):
+  flags = [
+    f'--workdir={tmp_path}/new',
+    f'--config.train.start_from={old}@3',
+    '--config.data.batch_size=3',
+  ]
+  read, _ = command_line.parse_recipe('', flags)
+  assert read.model == MODEL
+  assert (read.data.batch_size, read.data.seq_len) == (3, 16)
+  assert read.train.start_from == f'{old}@3'
