@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from inference.small_run import draw_params, save_untrained
+from quick_fit import quick_fit
 from small_model import Batches, make_mesh
 
 from jaxsparse import config as c
@@ -21,8 +22,7 @@ from jaxsparse.run import (
   run_config,
   start,
 )
-from jaxsparse.run.progress import Reporter
-from jaxsparse.training import evaluation, loop, resume, start_from
+from jaxsparse.training import resume, start_from
 
 MODEL = c.ModelConfig(
   num_layers=1, model_dim=8, num_heads=2, num_kv_heads=2, head_dim=4,
@@ -61,28 +61,9 @@ def begin(config, workdir, say=lambda _: None):
   return config
 
 
-def train_step(config, state, batch, frozen):
-  """One that takes no time, and tells one batch and one order from others."""
-  by = jnp.mean(batch['tokens'].astype(jnp.float32)) / 100
-  params = jax.tree.map(lambda x: 0.9 * x + by, state.params)
-  told = dict(loss=by, grad_norm=by)
-  state = dataclasses.replace(state, step=state.step + 1, params=params)
-  return state, told
-
-
 @pytest.fixture
 def fit(monkeypatch):
-  monkeypatch.setattr(loop, 'train_step', train_step)
-  monkeypatch.setattr(
-    evaluation, 'validate', lambda *_, **__: evaluation.Validation(1, 1, {})
-  )
-
-  def run(config, workdir, batches=Batches, shape=(1, 1, 1)):
-    data = loop.TrainingData(batches(), list, 1, 1.0)
-    with jax.set_mesh(make_mesh(shape)):
-      return loop.fit(config, workdir, data, Reporter(), lambda _: None)
-
-  return run
+  return quick_fit(monkeypatch)
 
 
 def equal(a, b):
@@ -217,7 +198,7 @@ def test_a_start_stays_and_may_move(old, tmp_path):
   different.mkdir()
   save_untrained(different, MODEL, 0.1)
   for name in (different, ''):
-    with pytest.raises(UserError, match='train.start_from'):
+    with pytest.raises(UserError, match=r'train\.start_from'):
       begin(of(name), new)
 
 
@@ -227,7 +208,7 @@ def test_given_parameters_are_not_replaced(old, tmp_path):
   new.mkdir()
   new_workdir.write(new, of(old), draw_params(MODEL), {})
   assert run_config.read(new).train.start_from == ''
-  with pytest.raises(UserError, match='train.start_from'):
+  with pytest.raises(UserError, match=r'train\.start_from'):
     begin(of(old), new)
 
 

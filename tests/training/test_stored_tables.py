@@ -23,7 +23,7 @@ from jaxsparse.training.step import (
   TrainState,
   eval_step,
   finalize,
-  init_state,
+  init_parts,
   optimizer_of,
   rounding_key,
   train_step,
@@ -61,6 +61,9 @@ CASES = {
   'row_adam, master': dict(
     optimizer='row_adam', table=dict(dtype='bfloat16'), value_master=True
   ),
+  'lazy_row_adam, nothing else': dict(
+    optimizer='lazy_row_adam', trained='value_table'
+  ),
 }
 
 
@@ -70,17 +73,19 @@ def test_steps_are_those_of_resident_tables_bit_for_bit(case, tmp_path):
   resident = with_store('device', **CASES[case])
   config = with_store('file', **CASES[case])
   with jax.set_mesh(make_mesh((1, 1, 1))):
-    expected = jax.jit(functools.partial(init_state, resident))()
+    init = jax.jit(functools.partial(init_parts, resident))
+    expected, frozen = init()
     step = jax.jit(functools.partial(train_step, resident), donate_argnums=0)
     tables = stored_tables.of_run(config, tmp_path)
     tables.create(lambda text: None)
-    state = jax.jit(tables.init_parts)()[0]
+    state, beside = jax.jit(tables.init_parts)()
+    assert jax.tree.all(jax.tree.map(same, beside, frozen))
     for path, array in tables.arrays().items():
       assert same(array, table_leaves.split(expected.params)[1][path])
     for seed in range(4):
       batch = evaluation.to_global(make_batch(seed))
-      expected, told = step(expected, batch)
-      state, metrics = tables.train_step(state, batch)
+      expected, told = step(expected, batch, frozen)
+      state, metrics = tables.train_step(state, batch, beside)
       assert {k: float(v) for k, v in metrics.items()} == {
         k: float(v) for k, v in told.items()
       }
