@@ -109,6 +109,10 @@ def fit(
     origin = provenance.record(config, workdir)
     if begun_from is not None:
       origin |= {'start': dataclasses.asdict(begun_from)}
+    if config.optimizer.trained:
+      reporter.say(
+        trained_part.describe(config.optimizer, state.params, frozen)
+      )
     reports = None
     try:
       # Before what follows waits for others that no longer come.

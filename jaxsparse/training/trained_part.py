@@ -70,6 +70,17 @@ def require_any(config: OptimizerConfig, params: dict) -> None:
   )
 
 
+def describe(config: OptimizerConfig, trained: dict, frozen: dict) -> str:
+  """How much of a model is trained, in a sentence."""
+  of, rest = (
+    sum(x.size for x in jax.tree.leaves(part)) for part in (trained, frozen)
+  )
+  return (
+    f'optimizer.trained = {config.trained!r} trains {of:,} of {of + rest:,} '
+    f'parameters ({of / (of + rest):.1%}).'
+  )
+
+
 def trains_tables(config: OptimizerConfig, tables: dict[str, Any]) -> bool:
   """Whether tables that lie elsewhere are trained: all of them, or none.
 

@@ -170,6 +170,9 @@ def test_what_is_split_is_joined():
   assert trained == dict(a=dict(c=dict(d=2)), f=dict(g=4))
   assert frozen == dict(a=dict(b=1), e=3)
   assert trained_part.joined(frozen, trained) == params
+  arrays = (dict(a=np.zeros((2, 3))), dict(b=np.zeros(14)))
+  said = trained_part.describe(optimizer, *arrays)
+  assert said.endswith("'a/c|f' trains 6 of 20 parameters (30.0%).")
   assert trained_part.split(CONFIG.optimizer, params) == (params, {})
 
 
