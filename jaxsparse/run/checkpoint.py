@@ -326,7 +326,7 @@ def load_params(
       if step is not None:
         raise UserError(
           f"the checkpoint of step {step} in {str(workdir)!r} can't be read "
-          f'({damage}): choose another of {steps} by --step.'
+          f'({damage}): choose another step of {steps}.'
         ) from damage
       say(f'The checkpoint of step {candidate} is damaged ({damage}).')
       continue
