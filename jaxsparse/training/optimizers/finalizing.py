@@ -73,8 +73,6 @@ def partition(
     for label, finalize_group in finalizing.items():
       of = labels(params) if callable(labels) else labels
       group, rest = split(params, of, label)
-      if not jax.tree.leaves(group):
-        continue
       group, group_state = finalize_group(group, state_of(state, label))
       params = merged(group, rest)
       state = with_state(state, label, group_state)
