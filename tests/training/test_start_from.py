@@ -15,6 +15,7 @@ from small_model import Batches, make_mesh
 
 from jaxsparse import config as c
 from jaxsparse.config.errors import UserError
+from jaxsparse.data.tokenizer import bytes_as_json
 from jaxsparse.run import (
   checkpoint,
   command_line,
@@ -200,6 +201,25 @@ def test_a_start_stays_and_may_move(old, tmp_path):
   for name in (different, ''):
     with pytest.raises(UserError, match=r'train\.start_from'):
       begin(of(name), new)
+
+
+def test_the_tokenizer_comes_along(old, tmp_path):
+  (old / 'tokenizer_config.json').write_text('{"bos_token": "a"}')
+  begin(of(old), tmp_path / 'new')
+  for name in ('tokenizer.json', 'tokenizer_config.json'):
+    assert (tmp_path / 'new' / name).read_text() == (old / name).read_text()
+  other = tmp_path / 'other.json'
+  text = (old / 'tokenizer.json').read_text()
+  bytes_as_json().save(tmp_path)
+  (tmp_path / 'tokenizer.json').rename(other)
+  named = of(old)
+  named.data.tokenizer = str(other)
+  assert other.read_text() != text
+  with pytest.raises(UserError, match='is not the one that'):
+    begin(named, tmp_path / 'named')
+  (old / 'tokenizer.json').unlink()
+  with pytest.raises(UserError, match='has no tokenizer: put its'):
+    begin(of(old), tmp_path / 'none')
 
 
 def test_given_parameters_are_not_replaced(old, tmp_path):

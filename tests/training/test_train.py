@@ -152,6 +152,31 @@ def test_killed_at_random_moments(recipe, whole, tmp_path):
 
 
 @pytest.mark.slow
+def test_another_runs_parameters_trained_in_part(recipe, whole, tmp_path):
+  """By rows, and killed: before the first checkpoint, and after it."""
+  flags = (
+    f'--config.train.start_from={whole[0]}',
+    f'--config.data.text={recipe.parent}/1*.txt',
+    '--config.optimizer.trained=attention|value_table',
+    '--config.optimizer.value_optimizer=row_adam',
+    '--config.train.num_steps=20',
+  )
+  calm, killed = tmp_path / 'calm', tmp_path / 'killed'
+  out, _ = finish(start(recipe, calm, *flags))
+  assert f'Beginning with step 40 of {str(whole[0])!r}.' in out
+  assert "optimizer.trained = 'attention|value_table' trains" in out
+  assert losses(calm)[1] < losses(whole[0])[1] - 1
+  for step in (2, 12):
+    process = start(recipe, killed, *flags)
+    wait_for_step(process, killed, step)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+  finish(start(recipe, killed, *flags))
+  assert losses(killed) == losses(calm)
+  assert rows(killed)[-1] == rows(calm)[-1]
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize('name', ['SIGTERM', 'SIGINT', 'SIGUSR1'])
 def test_signals_save_and_exit_with_0(recipe, whole, tmp_path, name):
   process = start(recipe, tmp_path, '--config.train.save_every=1000')
