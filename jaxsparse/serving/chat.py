@@ -7,10 +7,10 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import Response
 
+from jaxsparse.data.chat_template import ChatTemplate
 from jaxsparse.inference.jobs import TokenLogprob
-from jaxsparse.serving import chat_template, options
+from jaxsparse.serving import messages, options
 from jaxsparse.serving.answers import Choice, Piece
-from jaxsparse.serving.chat_template import ChatTemplate
 from jaxsparse.serving.completions import answer, check_least
 from jaxsparse.serving.errors import wrong
 from jaxsparse.serving.gate import read_body
@@ -28,7 +28,7 @@ async def chat(request: Request) -> Response:
   limits = service.limits
   content = await read_body(request, limits.body_bytes, limits.body_seconds)
   service.require_ready()
-  template = chat_template.require(service.template)
+  template = messages.require(service.template)
   body = decode(content, ChatRequest)
   service.require_model(body.model)
   _check(body)
@@ -94,7 +94,7 @@ def _max_tokens(body: ChatRequest) -> int | None:
 def _prompt(
   template: ChatTemplate, body: ChatRequest, tokenizer: Any, limit: int
 ) -> Prompt:
-  tokens = template.tokens(chat_template.plain(body.messages), tokenizer)
+  tokens = messages.tokens(template, body.messages, tokenizer)
   if len(tokens) > limit:
     raise options.too_long(len(tokens), limit, 'messages')
   return Prompt(tuple(tokens.tolist()), None)

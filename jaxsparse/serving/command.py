@@ -17,11 +17,11 @@ from collections.abc import Sequence
 from jaxsparse.config import tables
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.config.model import KV_CACHES
+from jaxsparse.data.chat_template import ChatTemplate
 from jaxsparse.inference.quantize import QUANTIZE_HELP, parse
 from jaxsparse.run import trained
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.command_line import Parser
-from jaxsparse.serving.chat_template import ChatTemplate
 from jaxsparse.serving.model import Model, Sizes
 from jaxsparse.serving.serve import listen, say, serve
 from jaxsparse.serving.service import Limits, Service
@@ -171,7 +171,7 @@ def main(argv: Sequence[str]) -> None:
   workdir = _workdir(arguments.model_path)
   key = read_key(arguments.api_key_file)
   if arguments.chat_template is not None:
-    template = ChatTemplate.read(arguments.chat_template)
+    template = ChatTemplate.read(arguments.chat_template, '--chat-template')
   else:
     template = ChatTemplate.of_workdir(workdir)
   # Before the model, which takes long: a port that is taken is told at once.

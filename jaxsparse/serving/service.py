@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from jaxsparse.config.errors import shown
-from jaxsparse.serving.chat_template import ChatTemplate
+from jaxsparse.data.chat_template import ChatTemplate
 from jaxsparse.serving.errors import ApiError
 from jaxsparse.serving.http_server import REQUEST_SECONDS
 from jaxsparse.serving.metrics import Metrics

@@ -9,8 +9,8 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from jaxsparse.data.chat_template import ChatTemplate
 from jaxsparse.data.tokenizer import ByteTokenizer, load_from_workdir
-from jaxsparse.serving.chat_template import ChatTemplate
 
 CHATML = (
   '{% for m in messages %}'

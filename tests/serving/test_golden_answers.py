@@ -13,7 +13,7 @@ import pytest
 from fake_engine import FakeEngine
 from running import running
 
-from jaxsparse.serving.chat_template import ChatTemplate
+from jaxsparse.data.chat_template import ChatTemplate
 
 GOLDEN = pathlib.Path(__file__).parent / 'golden_answers.txt'
 

@@ -13,7 +13,7 @@ import pytest
 from fake_engine import FakeEngine
 from running import Running, running
 
-from jaxsparse.serving.chat_template import ChatTemplate
+from jaxsparse.data.chat_template import ChatTemplate
 from jaxsparse.serving.errors import CODES
 
 # A server in a process of its own, which prints its port.
@@ -22,7 +22,7 @@ import sys
 sys.path.insert(0, {tests!r})
 from running import running
 from fake_engine import FakeEngine
-from jaxsparse.serving.chat_template import ChatTemplate
+from jaxsparse.data.chat_template import ChatTemplate
 with running(FakeEngine(), template=ChatTemplate('x')) as server:
   print(server.port, flush=True)
   sys.stdin.read()

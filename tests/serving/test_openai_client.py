@@ -10,7 +10,7 @@ import pytest
 from fake_engine import FakeEngine
 from running import NAME, running
 
-from jaxsparse.serving.chat_template import ChatTemplate
+from jaxsparse.data.chat_template import ChatTemplate
 
 KEY = 'secret of the test'
 SAID = [{'role': 'user', 'content': 'hi'}]

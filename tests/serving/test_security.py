@@ -13,9 +13,11 @@ from running import NAME, running
 
 import jaxsparse.serving
 from jaxsparse.config.errors import UserError
+from jaxsparse.data.chat_template import ChatTemplate
 from jaxsparse.data.tokenizer import ByteTokenizer
-from jaxsparse.serving.chat_template import ChatTemplate
+from jaxsparse.serving import messages
 from jaxsparse.serving.errors import ApiError
+from jaxsparse.serving.protocol import Message
 
 KEY = 'the key of the test'
 TEXT = '/v1/completions'
@@ -147,8 +149,8 @@ def test_no_file_is_opened_for_a_request():
     if isinstance(node, (ast.Name, ast.Attribute))
     and (node.id if isinstance(node, ast.Name) else node.attr) in opening
   }
-  # The page, the template and the key; and `Delivery.open`, which is no file.
-  assert found <= {'app.py', 'chat_template.py', 'work.py', 'command.py'}
+  # The page and the key; and `Delivery.open`, which is no file.
+  assert found <= {'app.py', 'work.py', 'command.py'}
 
 
 @pytest.mark.parametrize(
@@ -168,7 +170,7 @@ def test_no_file_is_opened_for_a_request():
 def test_templates_run_no_code(source):
   template = ChatTemplate(source)
   with pytest.raises(ApiError) as caught:
-    template.tokens([{'role': 'user', 'content': 'hi'}], ByteTokenizer())
+    messages.tokens(template, [Message('user', 'hi')], ByteTokenizer())
   assert caught.value.status == 400
   assert 'chat template fails' in caught.value.message
 
@@ -177,13 +179,13 @@ def test_a_broken_template_is_told(tmp_path):
   with pytest.raises(UserError, match='is no template of Jinja'):
     ChatTemplate('{% for %}')
   with pytest.raises(UserError, match="can't be read"):
-    ChatTemplate.read(str(tmp_path / 'none'))
+    ChatTemplate.read(str(tmp_path / 'none'), '--chat-template')
 
 
 def test_a_template_may_refuse():
   template = ChatTemplate("{{ raise_exception('roles must alternate') }}")
   with pytest.raises(ApiError, match='refuses: roles must alternate'):
-    template.tokens([{'role': 'user', 'content': 'hi'}], ByteTokenizer())
+    messages.tokens(template, [Message('user', 'hi')], ByteTokenizer())
 
 
 def test_a_message_can_not_end_its_turn():
