@@ -9,7 +9,7 @@ another token for that. No text encodes to them, and they decode to nothing.
 import functools
 import json
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
@@ -18,16 +18,13 @@ from etils import epath
 
 from jaxsparse.config import DataConfig
 from jaxsparse.config.errors import UserError
-from jaxsparse.data import spelling
+from jaxsparse.data import byte_pairs, spelling
 from jaxsparse.data.pieces import Corpus
 from jaxsparse.data.tokenizer_roles import BOUNDARIES, Roles
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.workdir import expanded, write_whole
 
 JSON_NAME, SENTENCEPIECE_NAME = workdir_lib.TOKENIZERS
-
-# More text hardly changes the merges that byte-pair encoding learns.
-_BPE_TRAINING_BYTES = 1 << 26
 
 Ids = Iterable[Any]
 Workdir = str | pathlib.PurePath
@@ -265,7 +262,9 @@ def make_tokenizer(
   if config.tokenizer == 'bytes':
     tokenizer = ByteTokenizer()
   elif config.tokenizer == 'bpe':
-    tokenizer = _train_bpe(corpus, config.bpe_vocab_size)
+    tokenizer = JsonTokenizer(
+      byte_pairs.train(corpus, config.bpe_vocab_size, BOUNDARIES[0])
+    )
   else:
     tokenizer = read(epath.Path(expanded(config.tokenizer)))
   require_rows(vocab_size, tokenizer.vocab_size)
@@ -346,43 +345,7 @@ def read(path: epath.PathLike, roles: Roles | None = None) -> Tokenizer:
 
 def bytes_as_json() -> JsonTokenizer:
   """The `ByteTokenizer` as programs of others can have it."""
-  vocabulary = {
-    char: byte[0] for char, byte in spelling.byte_alphabet().items()
-  }
-  return JsonTokenizer(_byte_level(tokenizers.models.BPE(vocabulary, [])))
-
-
-def _byte_level(model: tokenizers.models.Model) -> tokenizers.Tokenizer:
-  tokenizer = tokenizers.Tokenizer(model)
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
-    add_prefix_space=False
-  )
-  tokenizer.decoder = tokenizers.decoders.ByteLevel()
-  return tokenizer
-
-
-def _train_bpe(corpus: Corpus, vocab_size: int) -> JsonTokenizer:
-  """Byte-level byte-pair encoding; the same corpus gives the same one."""
-  tokenizer = _byte_level(tokenizers.models.BPE())
-  trainer = tokenizers.trainers.BpeTrainer(
-    vocab_size=vocab_size,
-    special_tokens=[BOUNDARIES[0]],
-    initial_alphabet=list(spelling.byte_alphabet()),
-    show_progress=False,
-  )
-  tokenizer.train_from_iterator(_bpe_training_texts(corpus), trainer)
-  return JsonTokenizer(tokenizer)
-
-
-def _bpe_training_texts(corpus: Corpus) -> Iterator[str]:
-  """Pieces of the training split in a fixed random order, up to a limit."""
-  num_bytes = 0
-  for i in np.random.default_rng(0).permutation(len(corpus.train)):
-    text = corpus.train[i].text
-    yield text.decode('utf-8', 'replace')
-    num_bytes += len(text)
-    if num_bytes >= _BPE_TRAINING_BYTES:
-      return
+  return JsonTokenizer(byte_pairs.without_merges())
 
 
 def _begins_with(tokenizer: tokenizers.Tokenizer) -> int | None:
