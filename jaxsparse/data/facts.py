@@ -193,24 +193,56 @@ class People:
         yield Question(before, attribute.values[value], i)
 
 
-def make_people(number: int, seed: int) -> People:
+def make_people(number: int, seed: int, beside: People | None = None) -> People:
   """The people of a seed; more people are not a superset of fewer.
+
+  Args:
+    number: of people.
+    seed: of names and facts.
+    beside: people whom a model knows already. None of the new ones has the
+      name of one of them, but both parts of each new name are parts of theirs,
+      so that a model has seen all tokens that tell the new people apart.
 
   Raises:
     UserError: there are not as many names, or none is wanted.
   """
+  free = np.arange(MAX_PEOPLE)
+  if beside is not None:
+    free = _other_names(beside)
   require(
-    1 <= number <= MAX_PEOPLE,
-    f'the number of people must be 1 to {MAX_PEOPLE:,}, got {number}.',
+    1 <= number <= len(free),
+    f'the number of people must be 1 to {len(free):,}'
+    + ' beside those who are known' * (beside is not None)
+    + f', got {number}.',
   )
   rng = np.random.default_rng([_VERSION, seed, number])
-  chosen = rng.permutation(MAX_PEOPLE)[:number]
-  names = tuple(
-    f'{FIRST_NAMES[i // len(LAST_NAMES)]} {LAST_NAMES[i % len(LAST_NAMES)]}'
-    for i in chosen
-  )
+  chosen = free[rng.permutation(len(free))[:number]]
+  names = tuple(map(_name, chosen.tolist()))
   columns = [rng.integers(len(a.values), size=number) for a in ATTRIBUTES]
   return People(names, np.stack(columns, axis=1))
+
+
+def _name(i: int) -> str:
+  first, last = divmod(i, len(LAST_NAMES))
+  return f'{FIRST_NAMES[first]} {LAST_NAMES[last]}'
+
+
+def _other_names(people: People) -> np.ndarray:
+  """Indices of the names made of the parts of theirs, but for their own."""
+  taken = set(people.names)
+  firsts, lasts = (
+    set(parts) for parts in zip(*map(str.split, taken), strict=True)
+  )
+  return np.array(
+    [
+      i
+      for i in range(MAX_PEOPLE)
+      if (name := _name(i)) not in taken
+      and name.split()[0] in firsts
+      and name.split()[1] in lasts
+    ],
+    np.int64,
+  )
 
 
 def make_tokenizer() -> tokenizers.Tokenizer:

@@ -31,6 +31,32 @@ def test_everybody_can_exist_and_has_a_name_of_his_own():
   assert len(set(people.names)) == facts.MAX_PEOPLE == 128**2
 
 
+def test_new_people_beside_old_ones_share_parts_of_names_alone():
+  old = facts.make_people(500, 0)
+  new, again = (facts.make_people(100, 7, beside=old) for _ in range(2))
+  assert new.names == again.names
+  np.testing.assert_array_equal(new.values, again.values)
+  assert set(new.names).isdisjoint(old.names)
+  assert len(set(new.names)) == 100
+  for part in (0, 1):
+    of_old = {name.split()[part] for name in old.names}
+    assert {name.split()[part] for name in new.names} <= of_old
+  alone = facts.make_people(1, 0)
+  with pytest.raises(UserError, match='1 to 0 beside those who are known'):
+    facts.make_people(1, 0, beside=alone)
+
+
+def test_the_people_of_a_seed_stay_who_they_were():
+  """Results of old recipes compare with those of new ones."""
+  people = facts.make_people(3, 5)
+  assert people.names == ('Sabul Vafadson', 'Zitun Kopodson', 'Tera Rizesen')
+  assert people.values.tolist() == [
+    [35, 0, 63, 9, 3, 34],
+    [5, 20, 60, 5, 9, 5],
+    [62, 21, 54, 6, 4, 54],
+  ]
+
+
 @pytest.mark.parametrize('number', [0, facts.MAX_PEOPLE + 1])
 def test_there_are_no_more_people_than_names(number):
   with pytest.raises(UserError, match=r'must be 1 to 16,384, got'):
