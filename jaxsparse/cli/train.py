@@ -16,12 +16,14 @@ import functools
 from collections.abc import Sequence
 
 import jax
+import numpy as np
 
 from jaxsparse import mesh
 from jaxsparse.analysis import cost, hardware, run_pictures
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError
 from jaxsparse.data import compression, tokenizer
+from jaxsparse.data.chat_template import ChatTemplate, RefusedError
 from jaxsparse.data.corpus import Corpus, build_corpus
 from jaxsparse.inference import decoding, sampling, text
 from jaxsparse.nn import block
@@ -38,7 +40,11 @@ from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.progress import Reporter
 from jaxsparse.training import loop, optimizer, resume, same_start, start_from
 from jaxsparse.training.evaluation import Validation
-from jaxsparse.training.inputs import training_data, with_vocabulary
+from jaxsparse.training.inputs import (
+  training_data,
+  with_answers,
+  with_vocabulary,
+)
 
 # How the sample at the end is drawn.
 SAMPLING = sampling.Sampling(temperature=0.8)
@@ -69,6 +75,7 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
       config.data, corpus, workdir, config.model.vocab_size
     )
     config = with_vocabulary(config, tokens.vocab_size)
+    corpus, template = with_answers(config, corpus, tokens, workdir, say)
     if hosts.is_process_zero():
       resume.save_config(config, workdir)
   same_start.require_same_data(corpus, tokens, workdir)
@@ -81,8 +88,9 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
     if config.model.memory and jax.device_count() > 1:
       model = config.model
       say(memory_tables.describe_table(model.sized_memory, model.dtype))
+    prompt = prompt_of(config, tokens, template)
     if config.train.sample_tokens:
-      check_sample(config, tokens)
+      check_sample(config, len(prompt))
     outcome = loop.fit(
       config,
       workdir,
@@ -94,7 +102,7 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
       return
     if config.train.sample_tokens:
       try:
-        write_sample(config, workdir, outcome.params, tokens, say)
+        write_sample(config, workdir, outcome.params, tokens, prompt, say)
       except UserError as error:  # All that counts has been kept before.
         say(f'The sample is missing: {error}')
   if not hosts.is_process_zero():
@@ -125,14 +133,30 @@ def describe_run(config: Config, corpus: Corpus, say) -> None:
   )
 
 
-def check_sample(config: Config, tokens: tokenizer.Tokenizer) -> None:
+def prompt_of(
+  config: Config, tokens: tokenizer.Tokenizer, template: ChatTemplate | None
+) -> np.ndarray:
+  """What the sample goes on from; what a user says where chats are learned."""
+  prompt = config.train.sample_prompt
+  if template is None:
+    return text.encode_prompt(tokens, prompt)
+  try:
+    return template.tokens([{'role': 'user', 'content': prompt}], tokens)
+  except RefusedError as error:
+    raise UserError(
+      f'train.sample_prompt = {prompt!r} is no message to begin with: '
+      f'{error} Set train.sample_tokens=0 for no sample.'
+    ) from error
+
+
+def check_sample(config: Config, num_tokens: int) -> None:
   """Refuses a sample that won't fit into memory, before hours of training."""
   init = functools.partial(init_params, config.model, jax.random.key(0))
   decoding.check_room(
     config.model,
     lambda: mesh.abstract(init, mesh=jax.sharding.get_mesh()),
     mesh.num_token_shards(),
-    len(text.encode_prompt(tokens, config.train.sample_prompt)),
+    num_tokens,
     config.train.sample_tokens,
     SAMPLING,
     name='train.sample_tokens',
@@ -144,11 +168,11 @@ def write_sample(
   workdir: str,
   params: dict,
   tokens: tokenizer.Tokenizer,
+  ids: np.ndarray,
   say,
 ) -> None:
   """Shows what the model makes of the prompt, and adds it to the samples."""
   prompt = config.train.sample_prompt
-  ids = text.encode_prompt(tokens, prompt)
   say('Compiling generation ...')
   # One row for each piece of the batch, as the mesh splits rows evenly.
   drawn = decoding.generate_tokens(

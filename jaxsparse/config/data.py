@@ -27,6 +27,16 @@ class DataConfig:
   text: str = ''
   # Field of JSON lines, column of parquet files that holds the text.
   text_field: str = 'text'
+  # Chats instead of text, of which the answers are learned: files as `text` has
+  # them, JSON lines of {"messages": [{"role": ..., "content": ...}, ...]}.
+  messages: str = ''
+  # File with the template of chats, in Jinja; '' for that of the model.
+  chat_template: str = ''
+  # Text that was learned before and is not to be forgotten, as `text` has it.
+  # Its validation share is measured beside that of the new text.
+  replay: str = ''
+  # Share of the rows that are of `replay`; 0 only measures it.
+  replay_share: float = 0.05
   # Name of a TensorFlow Dataset, such as 'lm1b'.
   tfds: str = ''
   # Name of the dataset's text feature.
@@ -65,13 +75,15 @@ class DataConfig:
 
   def __post_init__(self):
     fields.check(self)
+    given = [n for n in ('text', 'tfds', 'messages') if getattr(self, n)]
     require(
-      not (self.text and self.tfds),
-      f'give text or tfds, not both; got {self.text!r} and {self.tfds!r}.',
+      len(given) < 2,
+      f'give one of text, tfds and messages, not {" and ".join(given)}.',
     )
     require_choice(self, 'split', ('auto', 'file', 'bytes'))
     require(
-      bool(self.text_field) and (bool(self.text) or self.text_field == 'text'),
+      bool(self.text_field)
+      and (bool(self.text or self.replay) or self.text_field == 'text'),
       'text_field must name the field of text in the records of data.text '
       f'(of data.tfds, tfds_feature does); got {self.text_field!r}.',
     )
@@ -81,6 +93,11 @@ class DataConfig:
       f'align must divide seq_len = {self.seq_len}, got {self.align}.',
     )
     require_fraction(self, 'validation_fraction', 'test_fraction')
+    require_fraction(self, 'replay_share')
+    require(
+      self.replay_share < 1,
+      f'replay_share must be below 1, got {self.replay_share}.',
+    )
     require(
       self.validation_fraction > 0
       and self.validation_fraction + self.test_fraction < 1,
@@ -113,6 +130,14 @@ class DataConfig:
       'split',
       'validation_fraction',
       'test_fraction',
+    )
+    unset(bool(self.messages), f'messages = {self.messages!r}', 'split')
+    unset(not self.messages, 'no messages', 'chat_template')
+    unset(not self.replay, 'no replay', 'replay_share')
+    require(
+      not (self.messages and self.tokenizer == 'bpe'),
+      "tokenizer = 'bpe' can't be trained on messages: name one of a model, or "
+      "'bytes'.",
     )
     is_given = self.tokenizer != 'bpe'
     unset(is_given, f'tokenizer = {self.tokenizer!r}', 'bpe_vocab_size')

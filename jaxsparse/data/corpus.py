@@ -1,15 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of a run: Python's own, the user's files, or a TFDS dataset."""
+"""The text of a run: Python's own, the user's files, a TFDS dataset, chats."""
 
+import contextlib
 import dataclasses
 import hashlib
 import pathlib
-from collections.abc import Callable
+import re
+from collections.abc import Callable, Iterator
 
 from jaxsparse.config import DataConfig
 from jaxsparse.config.errors import UserError
 from jaxsparse.data import (
   builder,
+  chats,
   documents,
   named_dataset,
   python_text,
@@ -38,8 +41,39 @@ def build_corpus(config: DataConfig, say: Say = print) -> Corpus:
   """
   corpora = _corpora_folder(config)
   if config.tfds:
-    return _from_named_dataset(config, corpora, say)
-  return _from_documents(config, corpora, say)
+    corpus = _from_named_dataset(config, corpora, say)
+  elif config.messages:
+    with _named('data.messages'):
+      corpus = chats.read(config, corpora)
+  else:
+    corpus = _from_documents(config, corpora, say)
+  if not config.replay:
+    return corpus
+  with _named('data.replay'):
+    before = _from_documents(_of_replay(config), corpora, say)
+  return dataclasses.replace(corpus, replay=before)
+
+
+def _of_replay(config: DataConfig) -> DataConfig:
+  """The config of the text that was learned before alone."""
+  plain = DataConfig()
+  return dataclasses.replace(
+    plain,
+    text=config.replay,
+    text_field=config.text_field,
+    validation_fraction=config.validation_fraction,
+    cache_dir=config.cache_dir,
+  )
+
+
+@contextlib.contextmanager
+def _named(setting: str) -> Iterator[None]:
+  """Text files of another setting than data.text, which errors name."""
+  try:
+    yield
+  except UserError as error:
+    sentence = re.sub(r'\bdata\.text\b', setting, str(error))
+    raise UserError(sentence) from error
 
 
 def _corpora_folder(config: DataConfig) -> pathlib.Path:

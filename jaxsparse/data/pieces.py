@@ -7,6 +7,8 @@ import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
+
 # Small enough that a piece is cheap to read for a few of its tokens, large
 # enough that few tokens stand at a piece's start, where they see no context.
 PIECE_BYTES = 8192
@@ -18,6 +20,18 @@ class Piece(NamedTuple):
   text: bytes
   # Whether the document ends here; only then the boundary is a target.
   ends_document: bool
+
+
+class Answers(NamedTuple):
+  """A chat as a model reads it, of which its answers are learned."""
+
+  # int32 [n].
+  tokens: np.ndarray
+  # Which of them are targets, bool [n].
+  is_learned: np.ndarray
+  # Of the answers that are learned.
+  text: bytes
+  ends_document: bool = True
 
 
 class Pieces(Sequence[Piece]):
@@ -51,11 +65,15 @@ class Corpus:
   key: str
   # Where what is computed from the corpus is kept, too.
   directory: pathlib.Path
-  train: Sequence[Piece]
-  validation: Sequence[Piece]
-  test: Sequence[Piece] | None
-  # Bytes of UTF-8 in the validation split, boundaries not counted.
+  # Pieces, or of data.messages chats.
+  train: Sequence[Any]
+  validation: Sequence[Any]
+  test: Sequence[Any] | None
+  # Bytes of UTF-8 in the validation split, boundaries not counted; of chats
+  # those of their answers.
   validation_bytes: int
+  # What was learned before, of which some is mixed in.
+  replay: 'Corpus | None' = None
 
 
 def character_start(text: bytes, offset: int) -> int:

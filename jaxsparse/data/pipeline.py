@@ -133,7 +133,11 @@ def train_iterator(
       lanes={
         lane: iter(
           packing.packed(
-            pieces[lane::num_lanes], tokenizer, config.seq_len, config.align
+            pieces[lane::num_lanes],
+            tokenizer,
+            config.seq_len,
+            config.align,
+            are_chats=bool(config.messages),
           )
         )
         for lane in range(process_index * owned, (process_index + 1) * owned)
@@ -175,6 +179,7 @@ def validation_batches(
     tokenizer,
     config.seq_len,
     config.align,
+    are_chats=bool(config.messages),
   )
   owned = config.batch_size // process_count
   return _padded_batches(

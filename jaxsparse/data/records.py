@@ -39,7 +39,7 @@ def read(raw: io.IOBase, path: pathlib.PurePath, field: str) -> Iterator[bytes]:
     UserError: a record is broken or has no text, or a package is missing.
   """
   is_parquet = formats.ending(path) == '.parquet'
-  lines = _parquet_rows if is_parquet else _json_lines
+  lines = parquet_rows if is_parquet else _json_fields
   for place, text in lines(raw, path, field):
     if not isinstance(text, str):
       raise UserError(
@@ -64,9 +64,14 @@ def json_object(line: bytes) -> dict[str, Any]:
   return record if isinstance(record, dict) else {}
 
 
-def _json_lines(
-  raw: io.IOBase, path: pathlib.PurePath, field: str
+def json_lines(
+  raw: io.IOBase, path: pathlib.PurePath
 ) -> Iterator[tuple[str, Any]]:
+  """What each line is in JSON, behind its place, such as 'line 3'.
+
+  Raises:
+    UserError: a line is no JSON.
+  """
   for number, line in enumerate(formats.open_text(raw, path), 1):
     if not line.strip():
       continue
@@ -84,6 +89,13 @@ def _json_lines(
         f'{place} of {str(path)!r} is no JSON ({_reason(error)}): repair it, '
         'or leave it out of data.text.'
       ) from error
+    yield place, record
+
+
+def _json_fields(
+  raw: io.IOBase, path: pathlib.PurePath, field: str
+) -> Iterator[tuple[str, Any]]:
+  for place, record in json_lines(raw, path):
     if not isinstance(record, dict):
       raise UserError(
         f'{place} of {str(path)!r} is {_kind(record)}, no JSON object: give '
@@ -93,9 +105,14 @@ def _json_lines(
     yield place, record[field]
 
 
-def _parquet_rows(
+def parquet_rows(
   raw: io.IOBase, path: pathlib.PurePath, field: str
 ) -> Iterator[tuple[str, Any]]:
+  """A column's value in each row, behind its place, such as 'row 3'.
+
+  Raises:
+    UserError: the file is broken or has no such column.
+  """
   # It takes half a second to import.
   import pyarrow
   from pyarrow import parquet

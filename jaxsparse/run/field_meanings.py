@@ -11,7 +11,8 @@ import dataclasses
 TEXT = tuple(
   f'data.{name}'
   for name in (
-    'text', 'text_field', 'tfds', 'tfds_feature', 'tfds_train_split',
+    'text', 'text_field', 'messages', 'chat_template', 'replay',
+    'tfds', 'tfds_feature', 'tfds_train_split',
     'tfds_validation_split', 'split', 'validation_fraction', 'test_fraction',
   )
 )  # fmt: skip
@@ -102,6 +103,7 @@ MEANINGS = {
       ),
       'batch_size',
     ),
+    ('data', Meaning('the mix of rows from here on'), 'replay_share'),
     ('data', _FREE, 'cache_dir prefetch'),
     # Optimizer.
     ('optimizer', _RATE, 'learning_rate warmup_steps final_lr_fraction'),

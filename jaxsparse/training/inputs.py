@@ -3,14 +3,18 @@
 
 import dataclasses
 import functools
+from collections.abc import Callable
 
 import jax
+from etils import epath
 
 from jaxsparse import config as config_lib
 from jaxsparse.config import Config
-from jaxsparse.data import pipeline
+from jaxsparse.data import chats, packing, pipeline
+from jaxsparse.data.chat_template import ChatTemplate
 from jaxsparse.data.pieces import Corpus
 from jaxsparse.data.tokenizer import Tokenizer, require_rows
+from jaxsparse.run import checkpoint
 from jaxsparse.training.loop import TrainingData
 
 
@@ -44,15 +48,34 @@ def training_data(
   )
 
 
+def with_answers(
+  config: Config,
+  corpus: Corpus,
+  tokens: Tokenizer,
+  workdir: epath.PathLike,
+  say: Callable[[str], None] = print,
+) -> tuple[Corpus, ChatTemplate | None]:
+  """The corpus that training reads, and with data.messages its template.
+
+  Raises:
+    UserError: chats have no template, it refuses them, or they are too long.
+  """
+  if not config.data.messages:
+    return corpus, None
+  record = checkpoint.read_record(workdir)
+  template = chats.template_of(
+    config.data, workdir, has_begun=record is not None and 'data' in record
+  )
+  seq_len = config.data.seq_len
+  return chats.encoded(corpus, tokens, template, seq_len, say), template
+
+
 def bytes_per_target(corpus: Corpus, tokens: Tokenizer) -> float:
   """Bytes of text for each target, on the first MB of validation text."""
   num_bytes = num_targets = 0
   for piece in corpus.validation:
     num_bytes += len(piece.text)
-    num_targets += (
-      len(tokens.encode(piece.text.decode('utf-8', 'replace')))
-      + piece.ends_document
-    )
+    num_targets += packing.num_targets(piece, tokens)
     if num_bytes > 1 << 20:
       break
   return num_bytes / num_targets

@@ -270,6 +270,9 @@ def _train(
   corpus = build_corpus(config.data, reporter.say)
   resume.require_same_data(config, corpus, run.folder)
   tokens = tokenizer.make_tokenizer(config.data, corpus, run.folder)
+  corpus, _ = inputs.with_answers(
+    config, corpus, tokens, run.folder, reporter.say
+  )
   config = inputs.with_vocabulary(config, tokens.vocab_size)
   resume.save_config(config, run.folder)
   batches = results.first_batches(config, corpus, tokens)
