@@ -123,13 +123,17 @@ def _plot_loss(axes: Any, rows: Sequence[Row], baselines: Mapping) -> None:
   if len(validation):
     label = f'validation ({validation[-1]:.3f} at the end)'
     axes.plot(steps, validation, 'o-', color=COLOURS[1], label=label)
+  steps, old = _series(rows, f'old_validation_{key}')
+  if len(old):
+    label = f'old text ({old[0]:.3f} -> {old[-1]:.3f})'
+    axes.plot(steps, old, 's-', color=COLOURS[2], label=label)
   level = {name: bits for name, bits in baselines.items() if in_bits}
   for i, (name, bits) in enumerate(level.items()):
     colour = '#666666'
     style = ('--', ':', '-.')[i % 3]
     label = f'{name} ({bits:.3f})'
     axes.axhline(bits, color=colour, linestyle=style, label=label)
-  limit_loss(axes, [*values, *validation, *level.values()])
+  limit_loss(axes, [*values, *validation, *old, *level.values()])
   axes.set_title('Loss')
   axes.set_xlabel('step')
   axes.set_ylabel('bits per byte' if in_bits else 'nats per token')

@@ -38,7 +38,14 @@ from jaxsparse.run import (
 )
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.progress import Reporter
-from jaxsparse.training import loop, optimizer, resume, same_start, start_from
+from jaxsparse.training import (
+  loop,
+  old_text,
+  optimizer,
+  resume,
+  same_start,
+  start_from,
+)
 from jaxsparse.training.evaluation import Validation
 from jaxsparse.training.inputs import (
   training_data,
@@ -75,7 +82,8 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
       config.data, corpus, workdir, config.model.vocab_size
     )
     config = with_vocabulary(config, tokens.vocab_size)
-    corpus, template = with_answers(config, corpus, tokens, workdir, say)
+    corpus, template = with_answers(config.data, corpus, tokens, workdir, say)
+    corpus = old_text.beside(config, corpus, tokens, workdir, say)
     if hosts.is_process_zero():
       resume.save_config(config, workdir)
   same_start.require_same_data(corpus, tokens, workdir)

@@ -74,6 +74,7 @@ def read(config: DataConfig, corpora: pathlib.Path) -> Corpus:
     validation=splits['validation'],
     test=splits['test'] or None,
     validation_bytes=_num_bytes(splits['validation']),
+    has_chats=True,
   )
 
 

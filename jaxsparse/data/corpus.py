@@ -51,7 +51,7 @@ def build_corpus(config: DataConfig, say: Say = print) -> Corpus:
     return corpus
   with _named('data.replay'):
     before = _from_documents(_of_replay(config), corpora, say)
-  return dataclasses.replace(corpus, replay=before)
+  return dataclasses.replace(corpus, before=before)
 
 
 def _of_replay(config: DataConfig) -> DataConfig:

@@ -72,8 +72,10 @@ class Corpus:
   # Bytes of UTF-8 in the validation split, boundaries not counted; of chats
   # those of their answers.
   validation_bytes: int
-  # What was learned before, of which some is mixed in.
-  replay: 'Corpus | None' = None
+  # Whether pieces are chats, of which answers alone are learned.
+  has_chats: bool = False
+  # Text that was learned before: measured, and with data.replay mixed in.
+  before: 'Corpus | None' = None
 
 
 def character_start(text: bytes, offset: int) -> int:

@@ -6,6 +6,10 @@ L-th piece of the shuffled order into B / L rows of each batch, and a process
 owns neighbouring lanes. So the global batch is the same for any number of
 processes, and so is the state, which is kept lane by lane.
 
+With data.replay a lane has two streams, of the new text and of the one that was
+learned before, and takes each row from one of them by its number: the mix hangs
+on nothing that a state would have to hold but how many rows were taken.
+
 A run that goes on with another batch size B keeps its L lanes. Where L does not
 divide B, neighbouring lanes take turns: L / G of them fill B / G rows of each
 batch, G being the greatest common divisor of L and B.
@@ -107,13 +111,31 @@ def train_iterator(
   Raises:
     UserError: the processes do not divide the lanes.
   """
-  pieces = (
-    grain.MapDataset.source(corpus.train)
-    # Grain gives the next epoch the next seed; neighbouring seeds of ours
-    # must not share epochs.
-    .shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
-    .repeat()
-  )
+  pieces = _shuffled(corpus.train, seed)
+  former = former_key = None
+  if config.replay and config.replay_share:
+    former = _shuffled(corpus.before.train, seed)
+    former_key = corpus.before.key
+
+  def make_lane(lane: int, num_lanes: int) -> grain.DatasetIterator | MixedRows:
+    part = slice(lane, None, num_lanes)
+    rows = iter(
+      packing.packed(
+        pieces[part],
+        tokenizer,
+        config.seq_len,
+        config.align,
+        are_chats=corpus.has_chats,
+      )
+    )
+    if former is None:
+      return rows
+    replayed = packing.packed(
+      former[part], tokenizer, config.seq_len, config.align
+    )
+    return MixedRows(
+      rows, iter(replayed), config.replay_share, lane / num_lanes
+    )
 
   def make_lanes(num_lanes: int) -> _Lanes:
     num_groups = math.gcd(num_lanes, config.batch_size)
@@ -129,17 +151,14 @@ def train_iterator(
       )
     owned = num_lanes // process_count
     return _Lanes(
-      identity=dict(corpus=corpus.key, seed=seed, num_lanes=num_lanes),
+      identity=dict(
+        corpus=corpus.key,
+        seed=seed,
+        num_lanes=num_lanes,
+        replay=former_key,
+      ),
       lanes={
-        lane: iter(
-          packing.packed(
-            pieces[lane::num_lanes],
-            tokenizer,
-            config.seq_len,
-            config.align,
-            are_chats=bool(config.messages),
-          )
-        )
+        lane: make_lane(lane, num_lanes)
         for lane in range(process_index * owned, (process_index + 1) * owned)
       },
       lanes_per_group=num_lanes // num_groups,
@@ -147,6 +166,61 @@ def train_iterator(
     )
 
   return TrainIterator(make_lanes, config)
+
+
+def _shuffled(pieces: Sequence[Any], seed: int) -> grain.MapDataset:
+  return (
+    grain.MapDataset.source(pieces)
+    # Grain gives the next epoch the next seed; neighbouring seeds of ours
+    # must not share epochs.
+    .shuffle(seed=int(np.random.SeedSequence(seed).generate_state(1)[0]))
+    .repeat()
+  )
+
+
+class MixedRows:
+  """The rows of two streams in fixed shares."""
+
+  def __init__(
+    self,
+    rows: grain.DatasetIterator,
+    replayed: grain.DatasetIterator,
+    share: float,
+    phase: float,
+  ):
+    """Takes row n from `replayed` where n share + phase passes a whole number.
+
+    Args:
+      rows: the first stream.
+      replayed: the other one.
+      share: of its rows.
+      phase: from 0 to 1; of lanes whose phases are spread out, as many rows are
+        replayed in each batch.
+    """
+    self._streams = [rows, replayed]
+    self._share, self._phase = share, phase
+    self._taken = 0
+
+  def __iter__(self) -> 'MixedRows':
+    return self
+
+  def __next__(self) -> dict[str, np.ndarray]:
+    before, after = (
+      math.floor(n * self._share + self._phase)
+      for n in (self._taken, self._taken + 1)
+    )
+    row = next(self._streams[after > before])
+    self._taken += 1
+    return row
+
+  def get_state(self) -> dict[str, Any]:
+    rows, replayed = (stream.get_state() for stream in self._streams)
+    return dict(rows=rows, replayed=replayed, taken=self._taken)
+
+  def set_state(self, state: dict[str, Any]) -> None:
+    for stream, name in zip(self._streams, ('rows', 'replayed'), strict=True):
+      stream.set_state(state[name])
+    self._taken = state['taken']
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -179,7 +253,7 @@ def validation_batches(
     tokenizer,
     config.seq_len,
     config.align,
-    are_chats=bool(config.messages),
+    are_chats=corpus.has_chats,
   )
   owned = config.batch_size // process_count
   return _padded_batches(
@@ -208,7 +282,7 @@ class _Lanes:
   def __init__(
     self,
     identity: dict[str, Any],
-    lanes: dict[int, grain.DatasetIterator],
+    lanes: dict[int, grain.DatasetIterator | MixedRows],
     lanes_per_group: int,
     rows_per_group: int,
   ):

@@ -3,6 +3,7 @@
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import os
 import sys
@@ -13,9 +14,10 @@ import jax
 from etils import epath
 
 from jaxsparse import config as config_lib
-from jaxsparse.config import Config
+from jaxsparse.config import Config, DataConfig
 from jaxsparse.config.errors import UserError, did_you_mean, require, shown
 from jaxsparse.run import (
+  field_meanings,
   help_pages,
   hosts,
   overrides,
@@ -179,9 +181,28 @@ def _own_config(workdir: str) -> Config | Literal['']:
 
 
 def _start_config(argv: Sequence[str]) -> Config | Literal['']:
-  """That of the run whose parameters a new one begins with."""
-  named = dict(overrides.split(argv)[0]).get('train.start_from')
-  return run_config.read(start.parse(named)[0], _say) if named else ''
+  """That of the run whose parameters a new one begins with.
+
+  What named its text is left out where the new run names its own.
+  """
+  named = dict(overrides.split(argv)[0])
+  if not named.get('train.start_from'):
+    return ''
+  config = run_config.read(start.parse(named['train.start_from'])[0], _say)
+  if named.keys().isdisjoint(('data.text', 'data.tfds', 'data.messages')):
+    return config
+  plain = DataConfig()
+  data = {
+    name: getattr(plain, name)
+    for name in (*map(_last_part, field_meanings.TEXT), 'replay_share')
+  }
+  return dataclasses.replace(
+    config, data=dataclasses.replace(config.data, **data)
+  )
+
+
+def _last_part(name: str) -> str:
+  return name.rpartition('.')[2]
 
 
 def _help(description: str, argv: Sequence[str]) -> None:

@@ -3,7 +3,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,17 @@ class Validation:
   bits_per_byte: float
   # Reads of every physical slot or expert, by layer: int64 [M].
   slot_counts: dict[str, np.ndarray]
+  # Of the text that was learned before, if it is known.
+  old: 'Validation | None' = None
 
   def scalars(self) -> dict[str, float]:
-    return {
+    found = {
       'validation_loss': self.loss,
       'validation_bits_per_byte': self.bits_per_byte,
     }
+    if self.old is not None:
+      found |= {f'old_{k}': x for k, x in self.old.scalars().items()}
+    return found
 
 
 def validate(
@@ -69,6 +74,40 @@ def validate(
         counts[layer] = counts.get(layer, 0) + reads.astype(np.int64)
       reporter.show(index + 1, len(batches), {'loss': nats / targets})
   return Validation(nats / targets, nats / math.log(2) / num_bytes, counts)
+
+
+def of_texts(
+  config: Config,
+  params: dict,
+  texts: Sequence[tuple[Callable[[], Iterable[dict[str, np.ndarray]]], int]],
+  reporter: Reporter,
+  is_to_stop: Callable[[], bool],
+  compiles: bool = True,
+) -> Validation | None:
+  """`validate` of a text, and of the one that was learned before, if given.
+
+  Args:
+    config: of the run.
+    params: on the mesh in use.
+    texts: what makes the batches, and bytes, of one text or of two.
+    reporter: shows the progress.
+    is_to_stop: is asked before every batch.
+    compiles: whether this is the first pass.
+
+  Returns:
+    The result of the first text, which has that of the other; None if a signal
+    stopped it.
+  """
+  results = []
+  for batches, num_bytes in texts:
+    result = validate(
+      config, params, batches(), num_bytes, reporter, is_to_stop, compiles
+    )
+    if result is None:
+      return None
+    results.append(result)
+    compiles = False
+  return dataclasses.replace(results[0], old=(*results, None)[1])
 
 
 def to_global(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:

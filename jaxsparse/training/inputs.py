@@ -9,7 +9,7 @@ import jax
 from etils import epath
 
 from jaxsparse import config as config_lib
-from jaxsparse.config import Config
+from jaxsparse.config import Config, DataConfig
 from jaxsparse.data import chats, packing, pipeline
 from jaxsparse.data.chat_template import ChatTemplate
 from jaxsparse.data.pieces import Corpus
@@ -36,6 +36,7 @@ def training_data(
   process = dict(
     process_index=jax.process_index(), process_count=jax.process_count()
   )
+  before = corpus.before
   return TrainingData(
     batches=pipeline.train_iterator(
       config.data, corpus, tokens, config.train.seed, **process
@@ -45,11 +46,16 @@ def training_data(
     ),
     validation_bytes=corpus.validation_bytes,
     bytes_per_target=bytes_per_target(corpus, tokens),
+    old_validation=before
+    and functools.partial(
+      pipeline.validation_batches, config.data, before, tokens, **process
+    ),
+    old_validation_bytes=before.validation_bytes if before else 0,
   )
 
 
 def with_answers(
-  config: Config,
+  config: DataConfig,
   corpus: Corpus,
   tokens: Tokenizer,
   workdir: epath.PathLike,
@@ -60,14 +66,13 @@ def with_answers(
   Raises:
     UserError: chats have no template, it refuses them, or they are too long.
   """
-  if not config.data.messages:
+  if not corpus.has_chats:
     return corpus, None
   record = checkpoint.read_record(workdir)
   template = chats.template_of(
-    config.data, workdir, has_begun=record is not None and 'data' in record
+    config, workdir, has_begun=record is not None and 'data' in record
   )
-  seq_len = config.data.seq_len
-  return chats.encoded(corpus, tokens, template, seq_len, say), template
+  return chats.encoded(corpus, tokens, template, config.seq_len, say), template
 
 
 def bytes_per_target(corpus: Corpus, tokens: Tokenizer) -> float:

@@ -24,6 +24,7 @@ from jaxsparse.training import (
   former_state,
   loss_scale,
   resume,
+  rows_moved,
   start_from,
   stored_tables,
   trained_part,
@@ -54,6 +55,10 @@ class TrainingData:
   validation_bytes: int
   # Bytes of text for each target, to state training losses in bits per byte.
   bytes_per_target: float
+  # `validation` and its bytes of the text that was learned before, if it is
+  # known.
+  old_validation: Callable[[], Iterable[dict[str, np.ndarray]]] | None = None
+  old_validation_bytes: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -135,7 +140,11 @@ def fit(
         is_to_stop = Agreement(stop)
         pending, stopped = None, False
         losses = _recall_losses(workdir, checkpoints)
-        if _is_to_validate(config, step) and step not in losses:
+        # What a run begins with, what it learns and forgets is compared to.
+        begins = step == 0 and (
+          begun_from is not None or data.old_validation is not None
+        )
+        if (begins or _is_to_validate(config, step)) and step not in losses:
           # A kill or a stop came between the checkpoint and the pass.
           stopped = validate(step, whole(state)) is None
         with reporter.steps(step, total, 'training'):
@@ -164,7 +173,8 @@ def fit(
             stopped = stopped or is_to_stop()
           if pending is not None:
             report(*pending)
-        validation = None if stopped else validate(step, whole(state))
+        params = whole(state)
+        validation = None if stopped else validate(step, params)
         if validation is None:
           save(step, state)
           checkpoints.wait()
@@ -172,7 +182,14 @@ def fit(
             f'{stop.signal_name or "A signal"}: saved step {step} of {total}; '
             'the same command goes on from there.'
           )
-        return Outcome(step, whole(state), validation)
+        else:
+          # Its moments take as much room as what is read now.
+          del state
+          reports.show_moved(
+            step,
+            rows_moved.since_start(config, params, begun_from, reporter.say),
+          )
+        return Outcome(step, params, validation)
     finally:
       data.batches.close()
       if reports is not None:
@@ -357,16 +374,20 @@ def _validate(
   params: dict,
 ) -> evaluation.Validation | None:
   """The pass over the validation text; None if a signal stopped it."""
-  result = evaluation.validate(
+  texts = [(data.validation, data.validation_bytes)]
+  if data.old_validation is not None:
+    texts.append((data.old_validation, data.old_validation_bytes))
+  result = evaluation.of_texts(
     config,
     params,
-    data.validation(),
-    data.validation_bytes,
+    texts,
     reporter,
     Agreement(stop),
     compiles=not reports.has_validated,
   )
   if result is not None:
-    checkpoints.note_loss(step, result.loss)
+    # One of step 0 is not saved unless it was given.
+    if step or 0 in checkpoints.steps():
+      checkpoints.note_loss(step, result.loss)
     reports.show_validation(step, result)
   return result

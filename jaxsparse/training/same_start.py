@@ -62,6 +62,7 @@ def require_same_data(
   _require_same(
     {
       'text': corpus.key,
+      'text learned before': corpus.before.key if corpus.before else '',
       'tokenizer': _digest(tokens.encode(sample).tobytes()),
       f'{workdir_lib.CONFIG} in --workdir, which all must reach,': _digest(
         saved.read_bytes() if saved.exists() else b''

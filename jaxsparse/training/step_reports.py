@@ -8,7 +8,7 @@ from collections.abc import Callable
 from etils import epath
 
 from jaxsparse.config import Config
-from jaxsparse.run.metrics import MetricsWriter, validation_losses
+from jaxsparse.run.metrics import MetricsWriter, read_rows, validation_losses
 from jaxsparse.run.progress import Reporter
 from jaxsparse.training.evaluation import Validation
 
@@ -66,11 +66,44 @@ class StepReports:
     self.has_validated = True
     if step not in validation_losses(self._workdir):
       self._writer.write(step, result.scalars())
-    self._reporter.say(
+    told = (
       f'step {step}  validation loss {result.loss:.4f} nats/token  '
       f'{result.bits_per_byte:.4f} bits/byte'
     )
+    if result.old is not None:
+      told += f'  old text {result.old.bits_per_byte:.4f} bits/byte'
+    self._reporter.say(told)
+    if step == self._config.train.num_steps:
+      self._tell_of_change(result)
     self._clock.restart()
+
+  def _tell_of_change(self, result: Validation) -> None:
+    """What was learned and forgotten since step 0, if that is known."""
+    first = next(iter(read_rows(self._workdir)), {})
+    now = result.scalars()
+    names = {
+      'validation_bits_per_byte': 'new text',
+      'old_validation_bits_per_byte': 'old text',
+    }
+    told = [
+      f'{name} {first[key]:.4f} -> {now[key]:.4f}'
+      for key, name in names.items()
+      if first.get(key) is not None and key in now
+    ]
+    if first.get('step') == 0 and told:
+      self._reporter.say(f'Bits per byte since step 0: {", ".join(told)}.')
+
+  def show_moved(self, step: int, shares: dict[str, float]) -> None:
+    """Of each table, the share of rows that moved since the run began."""
+    if not shares:
+      return
+    rows = read_rows(self._workdir)
+    if not rows or shares.keys().isdisjoint(rows[-1]):
+      self._writer.write(step, shares)
+    told = ', '.join(f'{name} {share:.1%}' for name, share in shares.items())
+    self._reporter.say(
+      f'Rows moved by more than 1 % of their norm since step 0: {told}.'
+    )
 
   def sync(self) -> None:
     """What is written is kept, and the time that a save took is not counted."""

@@ -271,7 +271,7 @@ def _train(
   resume.require_same_data(config, corpus, run.folder)
   tokens = tokenizer.make_tokenizer(config.data, corpus, run.folder)
   corpus, _ = inputs.with_answers(
-    config, corpus, tokens, run.folder, reporter.say
+    config.data, corpus, tokens, run.folder, reporter.say
   )
   config = inputs.with_vocabulary(config, tokens.vocab_size)
   resume.save_config(config, run.folder)

@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The text that a run's model knew before, by which forgetting is measured."""
+
+import dataclasses
+from collections.abc import Callable
+
+from etils import epath
+
+from jaxsparse.config import Config
+from jaxsparse.config.errors import UserError, require
+from jaxsparse.data.corpus import build_corpus
+from jaxsparse.data.pieces import Corpus
+from jaxsparse.data.tokenizer import Tokenizer
+from jaxsparse.run import checkpoint, run_config, start
+from jaxsparse.training import inputs
+
+
+def beside(
+  config: Config,
+  corpus: Corpus,
+  tokens: Tokenizer,
+  workdir: epath.PathLike,
+  say: Callable[[str], None],
+) -> Corpus:
+  """The corpus with the text that was learned before, where that is known.
+
+  It is that of data.replay; else what the run was trained on whose parameters
+  this one begins with.
+
+  Args:
+    config: of the run.
+    corpus: of the run.
+    tokens: its tokenizer.
+    workdir: of the run.
+    say: gets a sentence if there was a text and it can't be measured.
+  """
+  begun_from = start.settled(config, workdir)
+  if corpus.before is not None or begun_from is None:
+    return corpus
+  try:
+    before = _text_of(begun_from.workdir, config, tokens, say)
+  except UserError as error:
+    say(f'What is forgotten is not measured, as {error}')
+    return corpus
+  if before is None:
+    say(
+      f'What is forgotten is not measured, as {begun_from.workdir!r} does not '
+      'know its text: name one by data.replay, with data.replay_share=0 if it '
+      'is not to be mixed in.'
+    )
+  # More of the same text forgets nothing.
+  if before is None or before.key == corpus.key:
+    return corpus
+  return dataclasses.replace(corpus, before=before)
+
+
+def _text_of(
+  workdir: str, config: Config, tokens: Tokenizer, say: Callable[[str], None]
+) -> Corpus | None:
+  """What a workdir's run was trained on; None if no run was."""
+  record = checkpoint.read_record(workdir) or {}
+  if 'data' not in record:
+    return None
+  data = run_config.read(workdir, say).data
+  data = dataclasses.replace(
+    data,
+    replay='',
+    replay_share=0.0,
+    chat_template='',
+    seq_len=config.data.seq_len,
+    align=1,
+    cache_dir=config.data.cache_dir,
+  )
+  found = build_corpus(data, say)
+  require(
+    found.key == record['data']['corpus'],
+    f'the text that {workdir!r} was trained on has changed.',
+  )
+  return inputs.with_answers(data, found, tokens, workdir, say)[0]

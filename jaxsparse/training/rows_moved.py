@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How many rows of value tables a run has moved since it began."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from jaxsparse.config import Config
+from jaxsparse.config.errors import UserError
+from jaxsparse.run import start, table_leaves
+from jaxsparse.training import start_from, trained_part
+
+# Of a row's norm: what moved less than that is as it was.
+LEAST = 0.01
+
+
+def since_start(
+  config: Config,
+  params: dict,
+  begun_from: start.Start | None,
+  say: Callable[[str], None],
+) -> dict[str, float]:
+  """The share of rows that moved, of each table that the run trained.
+
+  Args:
+    config: of the run.
+    params: at its end, on the mesh in use.
+    begun_from: what it began with; None if it was drawn.
+    say: gets a sentence if that can't be read any more.
+
+  Returns:
+    Shares by metrics' names, such as 'block_01/memory/rows_moved'.
+  """
+  trained, _ = trained_part.split(config.optimizer, params)
+  _, tables = table_leaves.split(trained)
+  if begun_from is None or not tables:
+    return {}
+  try:
+    first = start_from.load_params(config, begun_from, say)
+  except UserError as error:
+    say(f'How many rows of tables moved is not known, as {error}')
+    return {}
+  _, before = table_leaves.split(first)
+  moved = jax.jit(share)
+  return {
+    _name(path): float(moved(before[path], table))
+    for path, table in tables.items()
+  }
+
+
+def share(before: jax.Array, after: jax.Array) -> jax.Array:
+  """Of the rows, those whose change is more than `LEAST` of their norm.
+
+  Args:
+    before: [M, W].
+    after: [M, W].
+  """
+  before, after = (x.astype(jnp.float32) for x in (before, after))
+  norms = jnp.linalg.norm(before, axis=-1)
+  changes = jnp.linalg.norm(after - before, axis=-1)
+  return jnp.mean(changes > LEAST * norms)
+
+
+def _name(path: str) -> str:
+  """Of a metric: 'block_01/memory/rows_moved' of the values there."""
+  layer, _, leaf = path.rpartition('/')
+  kind = leaf.removesuffix('value_table')
+  return f'{layer}/{kind}rows_moved'
