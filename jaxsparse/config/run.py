@@ -35,7 +35,7 @@ _STOP_SIGNALS = (
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class OptimizerConfig:
-  """AdamW with warm-up and cosine decay, and a labelled group for values."""
+  """AdamW with a schedule of its rate, and a labelled group for values."""
 
   # Optimizer of the matrices of attention, MLPs, experts and memory layers:
   # 'adamw', or 'muon', whose steps are as large as AdamW's and so take the same
@@ -46,6 +46,17 @@ class OptimizerConfig:
   learning_rate: float = 3e-3
   # Steps of linear warm-up; a run of no more steps has a tenth of them.
   warmup_steps: int = 50
+  # What the rate does behind the warm-up: 'cosine' falls until the last step;
+  # 'infinite' falls to a constant, at which a run can go on for ever, and
+  # leaves it in the last steps alone (arXiv:2403.08763).
+  schedule: str = 'cosine'
+  # Of 'infinite': steps of the fall to the constant, and that as a share of the
+  # peak.
+  cooldown_steps: int = 0
+  constant_lr_fraction: float = 1.0
+  # Of 'infinite': last steps, over which the rate falls to final_lr_fraction;
+  # 0: it stays, to go on from there with more train.num_steps.
+  anneal_steps: int = 0
   # Learning rate at the end, as a share of the peak.
   final_lr_fraction: float = 0.1
   # Decay rates of the first and second moments.
@@ -93,6 +104,7 @@ class OptimizerConfig:
     require_positive(self, 'value_lr_decay_fraction', 'grad_accumulation')
     require_fraction(self, 'final_lr_fraction', 'value_lr_decay_fraction')
     require_choice(self, 'name', ('adamw', 'muon'))
+    self._check_schedule()
     require_not_negative(self, 'value_row_budget')
     require(
       self.value_optimizer != 'row_adagrad' or self.value_weight_decay == 0,
@@ -134,6 +146,33 @@ class OptimizerConfig:
       self.value_optimizer == 'adamw',
       "value_optimizer = 'adamw'",
       'value_row_budget',
+    )
+
+  def _check_schedule(self):
+    require_choice(self, 'schedule', ('cosine', 'infinite'))
+    require_not_negative(self, 'cooldown_steps', 'anneal_steps')
+    unset = functools.partial(require_unset, self)
+    unset(
+      self.schedule == 'cosine',
+      "schedule = 'cosine'",
+      'cooldown_steps',
+      'constant_lr_fraction',
+      'anneal_steps',
+    )
+    if self.schedule == 'cosine':
+      return
+    require(
+      0 < self.constant_lr_fraction <= 1,
+      'constant_lr_fraction must be above 0 and at most 1, got '
+      f'{self.constant_lr_fraction}.',
+    )
+    unset(not self.cooldown_steps, 'cooldown_steps = 0', 'constant_lr_fraction')
+    unset(not self.anneal_steps, 'anneal_steps = 0', 'final_lr_fraction')
+    require(
+      not self.anneal_steps
+      or 0 < self.final_lr_fraction <= self.constant_lr_fraction,
+      'final_lr_fraction must be above 0 and at most constant_lr_fraction = '
+      f'{self.constant_lr_fraction}, got {self.final_lr_fraction}.',
     )
 
   def warmup_within(self, num_steps: int) -> int:
@@ -244,6 +283,11 @@ class Config:
       self.data.batch_size % self.optimizer.grad_accumulation == 0,
       f'grad_accumulation must divide batch_size = {self.data.batch_size}, '
       f'got {self.optimizer.grad_accumulation}.',
+    )
+    require(
+      self.optimizer.anneal_steps <= self.train.num_steps,
+      f'anneal_steps must be at most num_steps = {self.train.num_steps:,}, got '
+      f'{self.optimizer.anneal_steps:,}.',
     )
     self._check_values()
 

@@ -107,6 +107,8 @@ MEANINGS = {
     ('data', _FREE, 'cache_dir prefetch'),
     # Optimizer.
     ('optimizer', _RATE, 'learning_rate warmup_steps final_lr_fraction'),
+    ('optimizer', _RATE, 'schedule cooldown_steps constant_lr_fraction'),
+    ('optimizer', _RATE, 'anneal_steps'),
     ('optimizer', _RATE, 'value_lr_multiplier value_lr_decay_fraction'),
     ('optimizer', _RATE, 'value_learning_rate'),
     ('optimizer', _MOMENTS, 'b1 b2 epsilon muon_momentum'),

@@ -7,7 +7,7 @@ from typing import Any
 
 from jaxsparse.config import Config, saved_config
 from jaxsparse.run.field_meanings import LANES, TEXT, TOKENIZER, meaning_of
-from jaxsparse.training import optimizer
+from jaxsparse.training import schedules
 
 
 def judge(old: Config, new: Config) -> tuple[dict[str, str], list[str]]:
@@ -32,14 +32,12 @@ def judge(old: Config, new: Config) -> tuple[dict[str, str], list[str]]:
 def rates(old: Config, new: Config, step: int) -> list[str]:
   """Learning rates that jump at a step, as 'learning rate at step ...'."""
   found = []
-  schedules: dict[str, Callable[..., Any]] = {
-    'the learning rate': optimizer.learning_rate_schedule
+  by_name: dict[str, Callable[..., Any]] = {
+    'the learning rate': schedules.learning_rate
   }
   if new.model.memory:
-    schedules['that of the value tables'] = (
-      optimizer.value_learning_rate_schedule
-    )
-  for name, schedule in schedules.items():
+    by_name['that of the value tables'] = schedules.value_learning_rate
+  for name, schedule in by_name.items():
     before, after = (
       float(schedule(c.optimizer, c.train.num_steps)(step)) for c in (old, new)
     )

@@ -16,6 +16,7 @@ from optax.contrib import MuonDimensionNumbers
 from jaxsparse import mesh
 from jaxsparse.config import OptimizerConfig
 from jaxsparse.config.errors import require_choice
+from jaxsparse.training import schedules
 from jaxsparse.training.optimizers.each_device import on_each_device, specs_of
 from jaxsparse.training.optimizers.finalizing import (
   Optimizer,
@@ -42,9 +43,6 @@ _WRITING = dict(
 )
 # Those of all experts at once, [X, D, F] or [X, F, D].
 _EXPERTS = ('up', 'gate', 'down')
-
-# The release's warm-up starts from this share of the peak.
-WARMUP_START = 0.1
 
 # Makes a row optimizer of its settings, the learning rate, and the mesh axes
 # that split columns of the tables.
@@ -102,8 +100,8 @@ def make_optimizer(
     bias_update_rate: step of the biases that balance experts
       (arXiv:2408.15664), whose gradient is the experts' load.
   """
-  rate = learning_rate_schedule(config, num_steps)
-  value_rate = value_learning_rate_schedule(config, num_steps)
+  rate = schedules.learning_rate(config, num_steps)
+  value_rate = schedules.value_learning_rate(config, num_steps)
 
   def group(weight_decay: float, schedule: optax.Schedule):
     return optax.chain(
@@ -155,7 +153,7 @@ def make_row_optimizer(
     UserError: there is no optimizer of that name.
   """
   require_known(config)
-  rate = value_learning_rate_schedule(config, num_steps)
+  rate = schedules.value_learning_rate(config, num_steps)
   optimizer = ROW_OPTIMIZERS[config.value_optimizer](config, rate, column_axes)
   return with_float32_master(optimizer) if config.value_master else optimizer
 
@@ -250,35 +248,3 @@ def _dimensions(path: tuple, ndim: int) -> MuonDimensionNumbers | None:
   if name in _WRITING.get(module, ()):
     return MuonDimensionNumbers(tuple(range(ndim - 1)), (ndim - 1,))
   return None
-
-
-def learning_rate_schedule(
-  config: OptimizerConfig, num_steps: int
-) -> optax.Schedule:
-  """Linear warm-up, then a cosine down to `final_lr_fraction` of the peak."""
-  return optax.warmup_cosine_decay_schedule(
-    init_value=WARMUP_START * config.learning_rate,
-    peak_value=config.learning_rate,
-    warmup_steps=config.warmup_within(num_steps),
-    decay_steps=num_steps,
-    end_value=config.final_lr_fraction * config.learning_rate,
-  )
-
-
-def value_learning_rate_schedule(
-  config: OptimizerConfig, num_steps: int
-) -> optax.Schedule:
-  """The model's schedule times a multiplier that falls linearly to 1.
-
-  Or `value_learning_rate`, always, where that is set.
-  """
-  if config.value_learning_rate:
-    return optax.constant_schedule(config.value_learning_rate)
-  rate = learning_rate_schedule(config, num_steps)
-  decay_steps = num_steps * config.value_lr_decay_fraction
-
-  def schedule(step):
-    left = jnp.maximum(0.0, 1.0 - step / decay_steps)
-    return rate(step) * (1.0 + (config.value_lr_multiplier - 1.0) * left)
-
-  return schedule

@@ -16,7 +16,7 @@ from jaxsparse.ops.memory.row_gradient import RowGradient
 from jaxsparse.run import table_leaves
 from jaxsparse.training import loss_scale as loss_scale_lib
 from jaxsparse.training import optimizer as optimizer_lib
-from jaxsparse.training import table_step, trained_part
+from jaxsparse.training import schedules, table_step, trained_part
 from jaxsparse.training.losses import objective, token_losses
 from jaxsparse.training.micro_batches import (
   Batch,
@@ -327,13 +327,13 @@ def optimizer_of(config: Config) -> Optimizer:
 
 
 def _rates(config: Config, step: jax.Array) -> Metrics:
-  schedules = {
-    'learning_rate': optimizer_lib.learning_rate_schedule,
-    'value_learning_rate': optimizer_lib.value_learning_rate_schedule,
+  by_name = {
+    'learning_rate': schedules.learning_rate,
+    'value_learning_rate': schedules.value_learning_rate,
   }
   if config.model.memory is None:
-    del schedules['value_learning_rate']
+    del by_name['value_learning_rate']
   return {
     name: schedule(config.optimizer, config.train.num_steps)(step)
-    for name, schedule in schedules.items()
+    for name, schedule in by_name.items()
   }

@@ -23,7 +23,7 @@ from jaxsparse.config import (
 )
 from jaxsparse.nn.transformer import Transformer
 from jaxsparse.run.progress import Reporter
-from jaxsparse.training import loop
+from jaxsparse.training import loop, schedules
 from jaxsparse.training import optimizer as optimizer_lib
 
 
@@ -53,7 +53,7 @@ def test_value_learning_rate_of_the_release(step, rate):
   config = OptimizerConfig(
     learning_rate=4e-4, warmup_steps=20, value_lr_multiplier=4.0
   )
-  schedule = optimizer_lib.value_learning_rate_schedule(config, 1000)
+  schedule = schedules.value_learning_rate(config, 1000)
   np.testing.assert_allclose(schedule(step), rate, rtol=3e-4)
 
 
@@ -62,14 +62,14 @@ def test_value_learning_rate_is_back_when_its_share_is_over():
     learning_rate=1e-2, warmup_steps=0, final_lr_fraction=1.0,
     value_lr_multiplier=5.0, value_lr_decay_fraction=0.2,
   )  # fmt: skip
-  schedule = optimizer_lib.value_learning_rate_schedule(config, 100)
+  schedule = schedules.value_learning_rate(config, 100)
   for step, multiplier in ((0, 5), (5, 4), (15, 2), (20, 1), (60, 1)):
     np.testing.assert_allclose(schedule(step), multiplier * 1e-2, rtol=1e-5)
 
 
 def test_warmup_of_a_short_run_ends_in_it():
   config = OptimizerConfig(learning_rate=1.0, warmup_steps=50)
-  schedule = optimizer_lib.learning_rate_schedule(config, 20)
+  schedule = schedules.learning_rate(config, 20)
   rates = np.array([schedule(step) for step in range(20)])
   assert rates.argmax() == 2
   np.testing.assert_allclose(rates.max(), 1.0)
@@ -180,7 +180,7 @@ def test_equals_adamw_when_the_groups_agree():
   }
   ours = optimizer_lib.make_optimizer(config, 10)
   theirs = optax.adamw(
-    optimizer_lib.learning_rate_schedule(config, 10),
+    schedules.learning_rate(config, 10),
     config.b1,
     config.b2,
     config.epsilon,
