@@ -38,6 +38,9 @@ MAX_MILLIONS = {
   'dense:680m': 757,
   'dense:1b6': 1714,
   'ultramem:tiny': 1.89,
+  'continued:rewarmed': 1.89,
+  'continued:infinite': 1.89,
+  'continued:annealed': 1.89,
   'ultramem:151m': 2084,
   'ultramem:680m': 9007,
   'ultramem:1b6': 21_500,
@@ -76,6 +79,8 @@ LARGER += (':405m', ':227m', ':227m_release', 'pkm:151m', 'moe:151m')
 # 'ultramem:151m' and 'olmoe:tiny'; the last joins parts that are all there, and
 # is traced on one device.
 LESS = ('dense:tiny', 'ultramem:tiny', 'moe:tiny', 'joined:tiny')
+# With the model of another.
+LESS += ('continued:rewarmed', 'continued:infinite', 'continued:annealed')
 TRACED = [
   pytest.param(
     name,
