@@ -34,6 +34,8 @@ def since_start(
   """
   trained, _ = trained_part.split(config.optimizer, params)
   _, tables = table_leaves.split(trained)
+  # An adapter's table is none of the run's own.
+  tables = {p: x for p, x in tables.items() if isinstance(x, jax.Array)}
   if begun_from is None or not tables:
     return {}
   try:

@@ -13,7 +13,7 @@ from jaxsparse.config import DataConfig
 from jaxsparse.config.errors import UserError
 from jaxsparse.data import pipeline
 from jaxsparse.data.corpus import build_corpus
-from jaxsparse.data.pieces import Corpus, Piece
+from jaxsparse.data.pieces import Answers, Corpus, Piece
 from jaxsparse.data.tokenizer import ByteTokenizer
 
 BYTES = ByteTokenizer()
@@ -119,6 +119,29 @@ def test_a_state_with_other_replay_is_refused():
   plain = stream(replay='').get_state()
   del plain['replay']
   stream(replay='').set_state(plain)
+
+
+def test_chats_go_beside_old_text(tmp_path):
+  """Rows of both kinds make one batch, and text has a weight on every token."""
+  chats = [
+    Answers(
+      np.array([256, *b'n' * (4 + i % 9)], np.int32),
+      np.arange(5 + i % 9) > 2,
+      b'n' * (2 + i % 9),
+    )
+    for i in range(64)
+  ]
+  corpus = dataclasses.replace(CORPUS, train=chats, has_chats=True)
+  config = DataConfig(
+    seq_len=32, batch_size=8, num_lanes=4, replay='old', replay_share=0.25
+  )
+  for batch in take(pipeline.train_iterator(config, corpus, BYTES, 0), 5):
+    old = is_old(batch)
+    assert old.sum() == 2
+    assert (batch['loss_weight'][old] == 1).all()
+    new = batch['loss_weight'][~old]
+    assert 0 < new.sum() < (batch['segment_ids'][~old] > 0).sum()
+    assert {x.dtype.name for x in batch.values()} == {'int32', 'float32'}
 
 
 def test_a_corpus_has_its_replay_beside_it(tmp_path):
