@@ -116,7 +116,7 @@ TRAIN = {
     '0 <= read <= write',
   ),
   'same read': (C + 'model.memory.placements=((1,2),(1,3))', 'different block'),
-  'two sources': (C + 'data.tfds=lm1b', 'text or tfds, not both'),
+  'two sources': (C + 'data.tfds=lm1b', 'give one of text, tfds'),
   'no such text': (C + 'data.text=nowhere/*.txt', 'nowhere/*.txt'),
   'empty text': (C + 'data.text={folder}/empty.txt', 'empty'),
   'short text': (C + 'data.text={folder}/short.txt', 'data.'),

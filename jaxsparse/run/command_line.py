@@ -23,8 +23,6 @@ from jaxsparse.run import (
   overrides,
   peers,
   recipe_files,
-  run_config,
-  start,
 )
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.printing import escape_unprintable
@@ -188,6 +186,9 @@ def _start_config(argv: Sequence[str]) -> Config | Literal['']:
   named = dict(overrides.split(argv)[0])
   if not named.get('train.start_from'):
     return ''
+  # They read checkpoints, which takes more than a bare installation has.
+  from jaxsparse.run import run_config, start
+
   config = run_config.read(start.parse(named['train.start_from'])[0], _say)
   if named.keys().isdisjoint(('data.text', 'data.tfds', 'data.messages')):
     return config
