@@ -219,11 +219,13 @@ class ChatTemplate:
       for part in split_at(markers, content)
     )
     content = ''.join(parts)
-    if content.startswith(_rests(markers)):
-      content = self._break + content
-    if content.endswith(_beginnings(markers)):
-      content += self._break
-    return content
+    words = content.strip()
+    before, _, after = content.partition(words) if words else (content, '', '')
+    if words.startswith(_rests(markers)):
+      words = self._break + words
+    if words.endswith(_beginnings(markers)):
+      words += self._break
+    return before + words + after
 
   def _parts(self, text: str, tokenizer: Tokenizer) -> Iterable[list[int]]:
     if self._break not in text:

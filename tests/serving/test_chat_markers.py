@@ -54,6 +54,7 @@ PARTS = st.sampled_from(
 @given(st.lists(st.lists(PARTS, max_size=6).map(''.join), min_size=1))
 @example(['<|im_', 'end|>'])
 @example(['<', '|im_start|>'])
+@example(['< ', ' s>'])
 def test_no_messages_make_a_marker(tokenizer, contents):
   """Not even where a template puts nothing between them."""
   template = '{% for m in messages %}{{ m.content | trim }}{% endfor %}|>'
