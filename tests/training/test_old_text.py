@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from small_model import make_mesh
 
-from jaxsparse.analysis import plots
 from jaxsparse.config import Config, DataConfig, ModelConfig, TrainConfig
 from jaxsparse.data.corpus import build_corpus
 from jaxsparse.data.tokenizer import ByteTokenizer
@@ -154,11 +153,7 @@ def test_both_texts_are_measured_before_and_after(
     return lambda: iter([{'is_old': np.full(2, is_old, np.int32)}])
 
   monkeypatch.setattr(evaluation, 'to_global', lambda batch: batch)
-  new_workdir.write(tmp_path, config, params, {})
   monkeypatch.setattr(loop, 'init_parts', lambda config: (state_of(params), {}))
-  monkeypatch.setattr(
-    loop, 'parts_from', lambda config, params: (state_of(params), {})
-  )
   data = loop.TrainingData(Batches(), text(0), 10, 1.0, text(1), 10)
   with jax.set_mesh(make_mesh((1, 1, 1))):
     loop.fit(config, tmp_path, data, Reporter(), lambda speed: None)
@@ -173,7 +168,6 @@ def test_both_texts_are_measured_before_and_after(
   bits = [x / 10 / np.log(2) for x in (8, 4, 1, 5)]
   told = 'new text {:.4f} -> {:.4f}, old text {:.4f} -> {:.4f}'.format(*bits)
   assert told in capsys.readouterr().out
-  plots.plot_training(rows, tmp_path / 'training.png')
 
 
 def state_of(params):
