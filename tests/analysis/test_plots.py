@@ -35,6 +35,7 @@ def _is_picture(path):
     [{'step': 1, 'loss': 3.0}],
     [{'step': 1, 'loss': None, 'bits_per_byte': float('nan')}],
     VALIDATION,
+    [x | {'old_validation_bits_per_byte': 3.0} for x in VALIDATION],
     [],
   ],
 )
