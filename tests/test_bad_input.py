@@ -40,6 +40,10 @@ def folder(tmp_path_factory):
   (path / 'short.txt').write_text('x')
   (path / 'latin.txt').write_bytes('schöne Grüße'.encode('latin-1') * 50)
   (path / 'broken.json').write_text('{')
+  chat = '[{"role": "user", "content": "%s"}, {"role": "assistant", '
+  chat += '"content": "b"}]\n'
+  (path / 'chat.jsonl').write_text(chat % 'a' + chat % 'c')
+  (path / 'bad_chat.jsonl').write_text(chat % 'a' + '[{"role": "bot"}]')
   (path / 'broken.model').write_bytes(b'no model')
   (path / 'syntax.py').write_text('def get_config(:')
   (path / 'nothing.py').write_text('get_config = dict')
@@ -117,6 +121,14 @@ TRAIN = {
   ),
   'same read': (C + 'model.memory.placements=((1,2),(1,3))', 'different block'),
   'two sources': (C + 'data.tfds=lm1b', 'give one of text, tfds'),
+  'no chat': (
+    C + 'data.text= --config.data.messages={folder}/bad_chat.jsonl',
+    'line 2 of',
+  ),
+  'no chat template': (
+    C + 'data.text= --config.data.messages={folder}/chat.jsonl',
+    'data.chat_template=FILE',
+  ),
   'no such text': (C + 'data.text=nowhere/*.txt', 'nowhere/*.txt'),
   'empty text': (C + 'data.text={folder}/empty.txt', 'empty'),
   'short text': (C + 'data.text={folder}/short.txt', 'data.'),
