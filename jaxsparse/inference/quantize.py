@@ -15,6 +15,7 @@ import jax
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import UserError, did_you_mean, require, shown
+from jaxsparse.nn.matrices import CONTRACTED, VOCABULARY, place_of
 from jaxsparse.nn.memory.tables import table_scheme
 from jaxsparse.nn.parameter import is_quantized
 from jaxsparse.ops import quantized_matrix
@@ -22,24 +23,8 @@ from jaxsparse.ops.quantized_matrix import QuantizedMatrix
 from jaxsparse.ops.tables import quantized_table, row_format
 from jaxsparse.ops.tables.quantized_table import QuantizedTable
 
-# Dimensions that a product sums over, by the names of module and matrix.
-_CONTRACTED = {
-  ('attention', 'query'): (0,),
-  ('attention', 'key'): (0,),
-  ('attention', 'value'): (0,),
-  ('attention', 'output'): (0, 1),
-  **{
-    (module, name): (0,)
-    for module in ('mlp', 'shared')
-    for name in ('gate', 'up', 'down')
-  },
-  **{('moe', name): (1,) for name in ('gate', 'up', 'down')},
-  ('memory', 'output'): (0, 1),
-  ('memory', 'gate'): (0,),
-  ('memory', 'pre_value_map'): (0,),
-}
-# Of the vocabulary.
-_VOCABULARY = {('embed', 'table'): (1,), ('', 'output'): (1,)}
+# What chooses rows stays.
+_KEPT = {('memory', 'query')}
 _TABLES = ('value_table', 'pre_value_table')
 
 _GROUPS = (32, 64)
@@ -156,13 +141,13 @@ def quantize(
       f'{"/".join(path)} is quantized already: quantize the model that it is '
       'from.',
     )
-    owner, name = (path[-2] if len(path) > 1 else ''), path[-1]
-    if name in _TABLES:
+    place = place_of(path)
+    if place[1] in _TABLES:
       return _table(config, x, how) if how.tables else x
-    if how.weights and (owner, name) in _VOCABULARY:
-      return plain(x, 'int8', _VOCABULARY[owner, name])
-    if how.weights and (owner, name) in _CONTRACTED:
-      args = x, how.weights, _CONTRACTED[owner, name], how.group
+    if how.weights and place in VOCABULARY:
+      return plain(x, 'int8', VOCABULARY[place])
+    if how.weights and place in CONTRACTED and place not in _KEPT:
+      args = x, how.weights, CONTRACTED[place], how.group
       return encode(path, *args) if encode else plain(*args)
     return x
 

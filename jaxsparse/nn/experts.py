@@ -18,11 +18,10 @@ from jaxsparse.config.model import MoEConfig
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.layers import MLP, Metrics, weight
 from jaxsparse.nn.leading import Leading
-from jaxsparse.nn.parameter import parameter
+from jaxsparse.nn.parameter import parameter, stored
 from jaxsparse.ops.experts import routing
 from jaxsparse.ops.experts.expert_mlp import sharded_expert_mlp
 from jaxsparse.ops.memory import usage
-from jaxsparse.ops.quantized_matrix import QuantizedMatrix
 
 
 class MoE(nn.Module):
@@ -134,10 +133,7 @@ class MoE(nn.Module):
       init = nn.initializers.normal(variance**0.5)
       init = mesh.sharded(init, mesh.param(dims))
       shape = mesh.part(dims, (num_experts, *shape))
-      value = parameter(self, name, init, shape)
-      if isinstance(value, QuantizedMatrix):
-        return value.gathered(dims)
-      return mesh.gather(value, dims)
+      return stored(parameter(self, name, init, shape), dims)
 
     variance = 1 / (2 * self.num_layers * width)
     matrices = dict(

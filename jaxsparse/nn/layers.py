@@ -7,6 +7,8 @@ L-layer model are drawn from N(0, 1 / (2 L fan_in)): the 2L branches together
 then add about unit variance.
 """
 
+from typing import Any
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -30,11 +32,12 @@ def weight(
   shape: tuple[int, ...],
   variance: float,
   dtype: jax.typing.DTypeLike,
-) -> jax.Array:
+) -> Any:
   """Declares a float32 normal parameter and returns it ready for a matmul.
 
   It is gathered over `data` before the cast: its gradient is summed over the
-  devices in float32. A quantized one is turned into numbers of `dtype`.
+  devices in float32. A quantized one is turned into numbers of `dtype`; an
+  `AdaptedMatrix` stays one, for `token_product`.
   """
 
   init = mesh.sharded(nn.initializers.normal(variance**0.5), mesh.param(dims))

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from jaxsparse import mesh
+from jaxsparse.ops.adapted_matrix import AdaptedMatrix, with_gain
 
 
 class _Observer:
@@ -63,7 +64,7 @@ def named(matrix: jax.Array, name: str) -> jax.Array:
 def token_product(
   letters: str,
   x: Float[Array, 'B T ...'],
-  matrix: Float[Array, '...'],
+  matrix: Float[Array, '...'] | AdaptedMatrix,
   out_sharding: jax.P | None = None,
   dtype: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, 'B T ...']:
@@ -73,12 +74,15 @@ def token_product(
     letters: of a token, of the matrix and of what comes out: 'd,df->f' makes
       [B, T, F] of [B, T, D] and [D, F].
     x: of tokens.
-    matrix: the same for all tokens.
+    matrix: the same for all tokens; where it has adapters, for all tokens of a
+      sequence.
     out_sharding: of the result, where it is not as its sides have it.
     dtype: of the sums and the result, by default that of the sides.
   """
   if observer := _OBSERVER.get():
     observer.see(letters, x, matrix)
+  if isinstance(matrix, AdaptedMatrix):
+    return _adapted_product(letters, x, matrix, out_sharding, dtype)
   left, right = letters.split(',')
   matrix_letters, out = right.split('->')
   # What is still to be added up can't be reshaped.
@@ -100,6 +104,60 @@ def token_product(
     out_sharding=_without(out_sharding, slice(1, 2)),
   )
   return _reshaped(y, (num_rows, length, *y.shape[1:]), slice(1, 1), (None,))
+
+
+def _adapted_product(letters, x, matrix, out_sharding, dtype):
+  """The base's product and the adapter's: through R numbers of each token."""
+  if matrix.magnitude is not None:
+    matrix = with_gain(matrix)
+  left, right = letters.split(',')
+  of, out = right.split('->')
+  lora = matrix.letters(of, 'R', several='B')
+  y = token_product(letters, x, matrix.base, out_sharding, dtype)
+  a, b, low = matrix.a, matrix.b, mesh.act('BT.')
+  if out_sharding is not None and out_sharding.unreduced:
+    # Each device has some of the R, so that these are left to add up, too.
+    low = mesh.act('BTW')
+    pad = -matrix.rank % mesh.shards('W')[1]
+    first = '' if matrix.chosen is None else '.'
+    rank = first + 'W' + '.' * (b.ndim - len(first) - 1)
+    a = jnp.pad(a, [(0, pad * (i == a.ndim - 1)) for i in range(a.ndim)])
+    b = jnp.pad(b, [(0, pad * (dim == 'W')) for dim in rank])
+    b = mesh.reshard(b, mesh.act(rank))
+  if matrix.key is not None:
+    x = _dropped(x, matrix.dropout, matrix.key)
+  if matrix.chosen is None:
+    x = matrix.scale * token_product(f'{left},{lora["a"]}->R', x, a, low)
+    x = token_product(f'R,{lora["b"]}->{out}', x, b, out_sharding, dtype)
+  else:
+    a, b = (_of_sequences(x, matrix.chosen) for x in (a, b))
+    x = jnp.einsum(f'BT{left},{lora["a"]}->BTR', x, a, out_sharding=low)
+    x = matrix.scale * x
+    x = jnp.einsum(
+      f'BTR,{lora["b"]}->BT{out}',
+      x,
+      b,
+      preferred_element_type=dtype,
+      out_sharding=out_sharding,
+    )
+  return y + x.astype(y.dtype)
+
+
+def _dropped(x, rate, key):
+  """`x` without a share of its numbers, the same ones on every mesh."""
+  keep = jax.random.bernoulli(key, 1 - rate, x.shape)
+  keep = mesh.reshard(keep, mesh.spec_of(x))
+  return jnp.where(keep, x / (1 - rate), jnp.zeros_like(x))
+
+
+def _of_sequences(x, chosen):
+  """The arrays [B, ...] that sequences have, of those of all adapters."""
+  spec = mesh.spec_of(x)
+  tokens = mesh.act('B')
+  if tokens is not None:
+    rest = [] if spec is None else list(spec)[1:]
+    spec = jax.P(*tokens, *rest)
+  return x.at[chosen].get(mode='promise_in_bounds', out_sharding=spec)
 
 
 def token_product_reference(

@@ -19,12 +19,13 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from jaxsparse import mesh
+from jaxsparse.ops.adapted_matrix import AdaptedMatrix
 from jaxsparse.ops.experts import routing
 from jaxsparse.ops.experts.grouped_matmul import assigned_matmul, grouped_matmul
 from jaxsparse.ops.quantized_matrix import QuantizedMatrix
 
 # 'up' [X, D, F] and 'down' [X, F, D], and 'gate' [X, D, F] for SwiGLU.
-Matrices = Mapping[str, jax.Array | QuantizedMatrix]
+Matrices = Mapping[str, jax.Array | QuantizedMatrix | AdaptedMatrix]
 
 
 def expert_mlp(
@@ -47,7 +48,7 @@ def expert_mlp(
     x: inputs, in the type of the products.
     weights: of each token's experts.
     experts: their numbers.
-    matrices: those of the experts, in any float type or quantized.
+    matrices: those of the experts, in any float type, quantized or adapted.
     first_expert: number of the first expert in `matrices`; others count as
       zero. None where all are there.
     gelu: its form, 'tanh' or 'erf'.
@@ -74,7 +75,7 @@ def expert_mlp(
     )
 
   rows = routing.to_experts(x, dispatch, num_experts_per_token)
-  rows = _mlp(product, rows, matrices, gelu)
+  rows = _mlp(_adapted(product), rows, matrices, gelu)
   return routing.from_experts(rows, weights, dispatch)
 
 
@@ -92,7 +93,8 @@ def few_tokens_mlp(
     return assigned_matmul(rows, matrices, expert)
 
   rows = jnp.repeat(x, experts.shape[1], axis=0)
-  return routing.weighted_sum(_mlp(product, rows, matrices, gelu), weights)
+  rows = _mlp(_adapted(product), rows, matrices, gelu)
+  return routing.weighted_sum(rows, weights)
 
 
 def expert_mlp_reference(
@@ -199,7 +201,7 @@ def sharded_expert_mlp(
   dims = 'B' + 'T' * (len(batch) - 1) + 'D'
   specs = {
     name: x.specs(mesh.gathered(inner[name]))
-    if isinstance(x, QuantizedMatrix)
+    if isinstance(x, QuantizedMatrix | AdaptedMatrix)
     else mesh.gathered(inner[name])
     for name, x in matrices.items()
   }
@@ -208,6 +210,19 @@ def sharded_expert_mlp(
     in_specs=(tokens, tokens, tokens, specs),
     out_specs=mesh.partial(dims) if is_partial else mesh.act(dims),
   )(x, weights, experts, dict(matrices))
+
+
+def _adapted(product):
+  """The product of rows with experts' matrices, of adapted ones too."""
+
+  def adapted(rows, matrices):
+    if not isinstance(matrices, AdaptedMatrix):
+      return product(rows, matrices)
+    low = product(rows, matrices.a)
+    y = product(rows, matrices.base)
+    return y + (matrices.scale * product(low, matrices.b)).astype(y.dtype)
+
+  return adapted
 
 
 def _mlp(product, rows, matrices, gelu):
