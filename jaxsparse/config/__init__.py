@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What a run is: every configuration dataclass, and its checks."""
 
+from jaxsparse.config.adapter import AdapterConfig as AdapterConfig
 from jaxsparse.config.attention import DCMHAConfig as DCMHAConfig
 from jaxsparse.config.attention import RopeScalingConfig as RopeScalingConfig
 from jaxsparse.config.attention import (

@@ -13,6 +13,7 @@ import re
 from typing import Any
 
 from jaxsparse.config import fields
+from jaxsparse.config.adapter import AdapterConfig
 from jaxsparse.config.data import DataConfig
 from jaxsparse.config.errors import (
   UserError,
@@ -276,6 +277,7 @@ class Config:
     default_factory=OptimizerConfig
   )
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+  adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
 
   def __post_init__(self):
@@ -290,6 +292,12 @@ class Config:
       f'{self.optimizer.anneal_steps:,}.',
     )
     self._check_values()
+    require_unset(
+      self.optimizer,
+      bool(self.adapter.kind),
+      f'adapter.kind = {self.adapter.kind!r}, which trains the adapter alone',
+      'trained',
+    )
 
   def _check_values(self):
     """Refuses settings of value tables that would do nothing."""

@@ -137,6 +137,11 @@ MEANINGS = {
     ('train', _FREE, 'eval_every'),
     ('train', _FREE, 'sample_prompt sample_tokens wandb_project'),
     ('train', _FREE, 'stop_signals'),
+    # What is learned beside a base.
+    ('adapter', _SHAPES, 'kind rank use_dora targets'),
+    ('adapter', _FUNCTION, 'alpha use_rslora quantize'),
+    ('adapter', _LOSS, 'dropout'),
+    ('adapter', _FREE, 'name'),
     ('mesh', _FREE, 'data sparse model'),
   )
   for name in names.split()

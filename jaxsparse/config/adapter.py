@@ -1,0 +1,85 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Configuration of what a run learns beside a base that it never writes."""
+
+import dataclasses
+import functools
+import math
+import re
+
+from jaxsparse.config import fields
+from jaxsparse.config.errors import (
+  UserError,
+  require,
+  require_choice,
+  require_positive,
+  require_unset,
+)
+
+KINDS = ('', 'lora')
+
+# Queries and values, as the paper of LoRA has them.
+_TARGETS = 'attention/(query|value)$'
+
+
+@dataclasses.dataclass(kw_only=True, unsafe_hash=True)
+class AdapterConfig:
+  """An adapter beside the model of train.start_from, which stays as it is."""
+
+  # What is learned: 'lora', low-rank differences of matrices. Empty: the model
+  # itself, without an adapter.
+  kind: str = ''
+  # Of the folder in the run's adapters/ that holds it.
+  name: str = 'adapter'
+  # Rank r of the differences.
+  rank: int = 16
+  # A difference is multiplied by alpha / rank; with use_rslora by
+  # alpha / sqrt(rank).
+  alpha: float = 32.0
+  # Share of a matrix's inputs that its difference does not see in training.
+  dropout: float = 0.0
+  # Keep the size of differences of whatever rank (arXiv:2312.03732).
+  use_rslora: bool = False
+  # Learn the length of each output's column apart from its direction
+  # (arXiv:2402.09353).
+  use_dora: bool = False
+  # Matrices whose path this regular expression finds get a difference:
+  # '(attention|mlp)/' is all of attention and MLPs, 'moe/' experts, 'memory/'
+  # maps of memory layers.
+  targets: str = _TARGETS
+  # How the base is stored in fewer bits while it is trained beside, such as
+  # 'weights=nf4' (QLoRA, arXiv:2305.14314); as --quantize of generate. Empty:
+  # as it is.
+  quantize: str = ''
+
+  def __post_init__(self):
+    fields.check(self)
+    require_choice(self, 'kind', KINDS)
+    require(
+      bool(re.fullmatch(r'[A-Za-z0-9_][\w.-]*', self.name)),
+      'name must be a plain name of a folder, of letters, digits and _ . -, '
+      f'got {self.name!r}.',
+    )
+    require_positive(self, 'rank', 'alpha')
+    require(
+      0 <= self.dropout < 1,
+      f'dropout must be at least 0 and below 1, got {self.dropout}.',
+    )
+    try:
+      re.compile(self.targets)
+    except re.error as error:
+      raise UserError(
+        f'targets must be a regular expression, got {self.targets!r}: {error}.'
+      ) from None
+    unset = functools.partial(require_unset, self)
+    of_lora = (
+      *('rank', 'alpha', 'dropout', 'use_rslora', 'use_dora', 'targets'),
+      'quantize',
+    )
+    unset(self.kind != 'lora', f'kind = {self.kind!r}', *of_lora)
+    unset(not self.kind, "kind = ''", 'name')
+
+  @property
+  def scale(self) -> float:
+    """What differences A B are multiplied by."""
+    divisor = math.sqrt(self.rank) if self.use_rslora else self.rank
+    return self.alpha / divisor

@@ -1,0 +1,164 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Adapters in files: RUN/adapters/NAME, which any copy of its base takes.
+
+Tensors are in `adapter.safetensors` (of LoRA) or `rows.safetensors` (of rows),
+by the paths of leaves such as 'block_00/attention/query/a'. What else there is
+to know is in `adapter.json`: its `format`, the `kind`, the `base`, which is a
+fingerprint of the base's parameters, and the settings of the kind.
+"""
+
+import hashlib
+import json
+from typing import Any
+
+import numpy as np
+import safetensors
+from etils import epath
+from safetensors import numpy as safetensors_numpy
+
+from jaxsparse.config.errors import UserError, require, shown
+from jaxsparse.run import fingerprints, stored
+from jaxsparse.run import workdir as workdir_lib
+
+FORMAT = 1
+JSON = 'adapter.json'
+# The file of tensors, by the kind.
+FILES = dict(lora='adapter.safetensors', rows='rows.safetensors')
+# In a run's workdir.
+FOLDER = 'adapters'
+
+Tensors = dict[str, np.ndarray]
+Meta = dict[str, Any]
+
+
+def folder_of(workdir: epath.PathLike, name: str) -> epath.Path:
+  """Where a run's adapter of that name lies."""
+  return epath.Path(workdir) / FOLDER / name
+
+
+def fingerprint(workdir: epath.PathLike, step: int) -> str:
+  """Of a checkpoint's parameters: the same for a copy of them elsewhere.
+
+  Raises:
+    UserError: the checkpoint can't be read, or is of version 0.1.
+  """
+  folder = stored.folder_of(workdir)
+  try:
+    return fingerprints.digest(stored.fingerprints_of(folder, step))
+  except stored.DamageError as damage:
+    raise UserError(
+      f"the checkpoint of step {step} in {str(workdir)!r} can't be read "
+      f'({damage}).'
+    ) from damage
+
+
+def write(folder: epath.PathLike, tensors: Tensors, meta: Meta) -> None:
+  """Writes an adapter, over an earlier one; each file at once or not at all.
+
+  Args:
+    folder: made if it is missing.
+    tensors: by path.
+    meta: what JSON can hold: 'kind', 'base' and the settings of the kind.
+
+  Raises:
+    UserError: it can't be written.
+  """
+  path = epath.Path(folder)
+  content = safetensors_numpy.save(
+    {name: np.ascontiguousarray(x) for name, x in tensors.items()}
+  )
+  meta = {'format': FORMAT, **meta, 'sha256': _hash(content)}
+  with workdir_lib.write_errors(folder):
+    path.mkdir(parents=True, exist_ok=True)
+    workdir_lib.write_whole(path / FILES[meta['kind']], content)
+    text = json.dumps(meta, indent=2) + '\n'
+    workdir_lib.write_whole(path / JSON, text.encode())
+
+
+def read(folder: epath.PathLike) -> tuple[Tensors, Meta]:
+  """The tensors of an adapter, and what `write` got as `meta`.
+
+  Raises:
+    UserError: there is none, it is of a later version, cut off or damaged, or
+      holds what is not a finite number.
+  """
+  path, meta = epath.Path(folder), read_meta(folder)
+  file = path / FILES[meta['kind']]
+  trouble = 'is not what was written with it'
+  tensors: Tensors = {}
+  try:
+    content = file.read_bytes()
+    tensors = safetensors_numpy.load(content)
+    is_whole = _hash(content) == meta.get('sha256', _hash(content))
+  except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
+    is_whole, trouble = False, f"can't be read ({shown(str(error))[1:-1]})"
+  require(
+    is_whole,
+    f'{str(file)!r} {trouble}: it is cut off or damaged, so copy it again, or '
+    'let its run save again.',
+  )
+  for name, x in tensors.items():
+    is_number = x.dtype.kind in 'iu' or bool(np.isfinite(x).all())
+    require(
+      is_number,
+      f'{name} in {str(file)!r} holds what is not a finite number: the adapter '
+      'is of no use.',
+    )
+  return tensors, meta
+
+
+def read_meta(folder: epath.PathLike) -> Meta:
+  """What there is to know of an adapter beside its tensors.
+
+  Raises:
+    UserError: there is none, or it is of a later version or damaged.
+  """
+  path = epath.Path(folder) / JSON
+  require(
+    path.exists(),
+    f'there is no adapter in {str(folder)!r}, which holds no {JSON}: give a '
+    f'folder such as RUN/{FOLDER}/NAME.',
+  )
+  try:
+    meta = json.loads(path.read_bytes())
+  except (OSError, ValueError, RecursionError):
+    meta = None
+  require(
+    isinstance(meta, dict)
+    and meta.get('kind') in FILES
+    and isinstance(meta.get('base'), str)
+    and isinstance(meta.get('format'), int),
+    f'{str(path)!r} is damaged: copy it again, or let its run save again.',
+  )
+  require(
+    meta['format'] <= FORMAT,
+    f'{str(path)!r} has the format {meta["format"]}, and this version of '
+    f'jaxsparse reads {FORMAT}: install a later one.',
+  )
+  return meta
+
+
+def require_base(
+  folder: epath.PathLike, meta: Meta, base: str, is_forced: bool = False
+) -> None:
+  """Refuses an adapter of another base.
+
+  Args:
+    folder: of the adapter.
+    meta: what it says.
+    base: fingerprint of the parameters that it is to stand beside.
+    is_forced: take it all the same.
+
+  Raises:
+    UserError: it is of another.
+  """
+  require(
+    is_forced or meta['base'] == base,
+    f'the adapter in {str(folder)!r} was trained beside other parameters (of '
+    f'the fingerprint {meta["base"][:12]}, and these have {base[:12]}): give '
+    'the workdir that it was trained from, or --force.',
+  )
+
+
+def _hash(content: bytes) -> str:
+  return hashlib.sha256(content).hexdigest()
