@@ -19,6 +19,8 @@ from jaxtyping import Array, Float
 from jaxsparse import mesh
 from jaxsparse.ops.adapted_matrix import AdaptedMatrix, with_gain
 
+Matrix = Float[Array, '...'] | AdaptedMatrix
+
 
 class _Observer:
   """Gives what is multiplied with named matrices to a function."""
@@ -26,12 +28,12 @@ class _Observer:
   def __init__(self, on_product: Callable[[str, str, jax.Array], None]):
     self._on_product = on_product
     # By their ids, and themselves, that no other gets the id.
-    self._named: dict[int, tuple[str, jax.Array]] = {}
+    self._named: dict[int, tuple[str, Matrix]] = {}
 
-  def name(self, matrix: jax.Array, name: str) -> None:
+  def name(self, matrix: Matrix, name: str) -> None:
     self._named[id(matrix)] = name, matrix
 
-  def see(self, letters: str, x: jax.Array, matrix: jax.Array) -> None:
+  def see(self, letters: str, x: jax.Array, matrix: Matrix) -> None:
     if id(matrix) in self._named:
       self._on_product(self._named[id(matrix)][0], letters, x)
 
@@ -54,7 +56,7 @@ def observed(
     _OBSERVER.reset(token)
 
 
-def named(matrix: jax.Array, name: str) -> jax.Array:
+def named(matrix: Matrix, name: str) -> Matrix:
   """The matrix, by that name for `observed`."""
   if observer := _OBSERVER.get():
     observer.name(matrix, name)
@@ -64,7 +66,7 @@ def named(matrix: jax.Array, name: str) -> jax.Array:
 def token_product(
   letters: str,
   x: Float[Array, 'B T ...'],
-  matrix: Float[Array, '...'] | AdaptedMatrix,
+  matrix: Matrix,
   out_sharding: jax.P | None = None,
   dtype: jax.typing.DTypeLike | None = None,
 ) -> Float[Array, 'B T ...']:

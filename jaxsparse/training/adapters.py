@@ -19,6 +19,7 @@ from jaxsparse.config import AdapterConfig, Config
 from jaxsparse.nn import adapters
 from jaxsparse.nn.adapters import Path
 from jaxsparse.ops.quantized_matrix import QuantizedMatrix
+from jaxsparse.training import trained_part
 
 
 def init(config: Config, base: Any) -> dict:
@@ -71,7 +72,11 @@ def _spec(x: Any) -> list:
 
 
 def join(config: Config, frozen: dict, trained: dict) -> dict:
-  """The parameters that the model takes: the base with its adapter."""
+  """The parameters that the model takes: of a run with an adapter the base and
+  what is trained beside it, of another both of its parts.
+  """
+  if not config.adapter.kind:
+    return trained_part.joined(frozen, trained)
   return adapters.joined(config.adapter, frozen, trained)
 
 

@@ -212,9 +212,9 @@ def labels(params: dict) -> dict:
       return VALUES
     if name == 'router_bias':
       return BALANCE
-    # Gains and Tucker cores set scales that decay would pull to zero, and
-    # both gains and biases, of whatever rank, are no matrices.
-    has_decay = not name.endswith(('bias', 'scale', 'cores'))
+    # Gains, Tucker cores and DoRA's magnitudes set scales that decay would pull
+    # to zero, and both gains and biases, of whatever rank, are no matrices.
+    has_decay = not name.endswith(('bias', 'scale', 'cores', 'magnitude'))
     return DECAYED if leaf.ndim > 1 and has_decay else UNDECAYED
 
   return jax.tree_util.tree_map_with_path(label, params)

@@ -2,6 +2,7 @@
 """TrainState and the two pure functions of training: train and eval step."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,7 @@ from jaxsparse.ops.memory.row_gradient import RowGradient
 from jaxsparse.run import table_leaves
 from jaxsparse.training import loss_scale as loss_scale_lib
 from jaxsparse.training import optimizer as optimizer_lib
-from jaxsparse.training import schedules, table_step, trained_part
+from jaxsparse.training import adapters, schedules, table_step, trained_part
 from jaxsparse.training.losses import objective, token_losses
 from jaxsparse.training.micro_batches import (
   Batch,
@@ -79,9 +80,16 @@ def _parts(config: Config, params: dict) -> tuple[TrainState, dict]:
 
 
 def parts_from(config: Config, params: dict) -> tuple[TrainState, dict]:
-  """`init_parts` from given parameters, which are kept."""
-  trained_part.require_any(config.optimizer, params)
-  trained, frozen = trained_part.split(config.optimizer, params)
+  """`init_parts` from given parameters, which are kept.
+
+  With an adapter they are its base, and all of them frozen.
+  """
+  if config.adapter.kind:
+    draw = jax.jit(functools.partial(adapters.init, config))
+    trained, frozen = draw(params), params
+  else:
+    trained_part.require_any(config.optimizer, params)
+    trained, frozen = trained_part.split(config.optimizer, params)
 
   # `params` pass by the program, which would copy them.
   @jax.jit
@@ -190,7 +198,7 @@ def _step(config, state, batch, frozen, elsewhere):
     params = rest if tables is None else merged(rest, tables)
     if elsewhere is not None:
       params = table_leaves.joined(rest, elsewhere)
-    params = trained_part.joined(frozen, params)
+    params = adapters.join(config, frozen, params)
     (logits, _, metrics), sown = Transformer(config.model).apply(
       {'params': params, **probes},
       micro['tokens'],

@@ -34,7 +34,7 @@ _NORM_EPSILON = 1e-5
 
 
 def retrieve(
-  weights: dict[str, jax.Array],
+  weights: dict[str, Parameter],
   x: Float[Array, 'B T D'],
   config: MemoryConfig,
   *,
