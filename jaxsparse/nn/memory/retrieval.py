@@ -18,6 +18,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsparse import mesh
 from jaxsparse.config import MemoryConfig
+from jaxsparse.nn.parameter import Parameter
 from jaxsparse.ops import cpu
 from jaxsparse.ops.memory import addressing, usage
 from jaxsparse.ops.memory.product_key import product_key_top_m
