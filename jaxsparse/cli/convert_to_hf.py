@@ -10,7 +10,7 @@ import jax
 
 from jaxsparse.config.errors import require
 from jaxsparse.data import tokenizer as tokenizer_lib
-from jaxsparse.inference import quantized_leaves
+from jaxsparse.inference import adapters
 from jaxsparse.inference.quantize import dequantized
 from jaxsparse.interop import exporting, our_leaves, tokenizers_in
 from jaxsparse.run import run_config, trained
@@ -73,9 +73,7 @@ def main(arguments: list[str]) -> None:
   abstract = our_leaves.nested(our_leaves.abstract(config.model, devices))
   step = trained.step_of(workdir, options.step)
   with jax.set_mesh(devices):
-    step, params = quantized_leaves.load_params(
-      workdir, step, reporter.say, abstract
-    )
+    step, params = adapters.load_params(workdir, step, reporter.say, abstract)
     params = dequantized(params)
     exporting.write(params, form, folder, options.dtype, reporter)
   reporter.say(tokenizers_in.write_tokenizer(workdir, folder))

@@ -7,6 +7,7 @@ was.
 """
 
 import argparse
+import dataclasses
 import json
 import pathlib
 import sys
@@ -20,6 +21,7 @@ from jaxsparse.evaluation import find_tasks, models, store, table
 from jaxsparse.evaluation.run import Result, evaluate
 from jaxsparse.evaluation.scorer import BATCH_TOKENS
 from jaxsparse.evaluation.tasks import QuestionTask, Task, TextTask
+from jaxsparse.inference.adapters import add_flags
 from jaxsparse.inference.quantize import QUANTIZE_HELP, parse
 from jaxsparse.run import trained
 from jaxsparse.run import workdir as workdir_lib
@@ -96,6 +98,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
   )
   add('--devices', type=int, default=1, help='over which batches are split')
   add('--quantize', default='', metavar='HOW', help=QUANTIZE_HELP)
+  add_flags(parser)
   add(
     '--tables',
     choices=tables.STORES,
@@ -237,7 +240,11 @@ def _evaluate_all(
   folder: pathlib.Path,
 ) -> tuple[int, list[Result]]:
   """Results of one model on all tasks, and its step."""
-  with models.load(workdir, _options(arguments, step), _say) as loaded:
+  options = _options(arguments, step)
+  if workdir != arguments.workdir:
+    # The other run is compared as it is.
+    options = dataclasses.replace(options, adapters=())
+  with models.load(workdir, options, _say) as loaded:
     reporter = Reporter()
     return loaded.step, [
       evaluate(
@@ -267,6 +274,8 @@ def _options(
     devices=arguments.devices,
     quantization=parse(arguments.quantize),
     tables=arguments.tables,
+    adapters=tuple(arguments.adapter),
+    is_forced=arguments.force,
   )
 
 

@@ -19,6 +19,7 @@ from jaxsparse.config.errors import UserError
 from jaxsparse.config.model import KV_CACHES
 from jaxsparse.data.tokenizer import load_from_workdir
 from jaxsparse.inference import batch, weights
+from jaxsparse.inference.adapters import add_flags
 from jaxsparse.inference.long_input import (
   Reading,
   can_forget,
@@ -126,6 +127,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     'has them',
   )
   add('--quantize', default='', metavar='HOW', help=QUANTIZE_HELP)
+  add_flags(parser)
   arguments = parser.parse_args(argv)
   arguments.workdir = workdir.expanded(arguments.workdir)
   arguments.prompt_file = workdir.expanded(arguments.prompt_file)
@@ -197,6 +199,8 @@ def main(argv: list[str]) -> None:
     say=_say,
     how=quantization,
     tables=arguments.tables,
+    adapters=arguments.adapter,
+    is_forced=arguments.force,
   )
   # Refuses what memory has no room for before a prompt is written.
   programs = batch.prepare(

@@ -12,7 +12,7 @@ from jaxsparse.config import Config
 from jaxsparse.config.errors import require
 from jaxsparse.data.tokenizer import load_from_workdir
 from jaxsparse.evaluation.scorer import Scorer
-from jaxsparse.inference import quantized_leaves
+from jaxsparse.inference import adapters, quantized_leaves
 from jaxsparse.inference.calibration import quantize_by_text, windows
 from jaxsparse.inference.quantize import (
   Quantization,
@@ -89,7 +89,7 @@ def main(argv: list[str]) -> None:
   step = trained.step_of(arguments.workdir, arguments.step)
   new_workdir.require_new(arguments.out, '--out')
   with new_workdir.emptied_on_failure(arguments.out):
-    step, params = quantized_leaves.load_params(arguments.workdir, step)
+    step, params = adapters.load_params(arguments.workdir, step)
     if arguments.calibrate:
       done = quantize_by_text(config.model, params, how, rows)
     else:

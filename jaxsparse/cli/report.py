@@ -20,7 +20,7 @@ from jaxsparse.analysis import attention_pictures, run_pictures
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError, require_utf8
 from jaxsparse.data import tokenizer as tokenizer_lib
-from jaxsparse.inference import attention_maps, quantized_leaves
+from jaxsparse.inference import adapters, attention_maps
 from jaxsparse.inference.text import encode_prompt, read_file
 from jaxsparse.nn import block
 from jaxsparse.run import metrics, run_config
@@ -118,7 +118,7 @@ def draw_attention(
       f'--attention must be a text of 1 to {_MOST_TOKENS - 1} tokens, got '
       f'{len(tokens) - 1}.'
     )
-  _, params = quantized_leaves.load_params(workdir)
+  _, params = adapters.load_params(workdir)
   model = inputs.with_vocabulary(config, tokenizer.vocab_size).model
   maps = attention_maps.extract_maps(model, params, tokens)
   texts = [_text(tokenizer, token) for token in tokens.tolist()]

@@ -25,7 +25,7 @@ from jaxsparse.config.errors import UserError
 from jaxsparse.data import compression, tokenizer
 from jaxsparse.data.chat_template import ChatTemplate, RefusedError
 from jaxsparse.data.corpus import Corpus, build_corpus
-from jaxsparse.inference import decoding, sampling, text
+from jaxsparse.inference import adapters, decoding, quantize, sampling, text
 from jaxsparse.nn import block
 from jaxsparse.nn.memory import tables as memory_tables
 from jaxsparse.nn.transformer import init_params
@@ -60,6 +60,7 @@ SAMPLING = sampling.Sampling(temperature=0.8)
 def main(argv: Sequence[str]) -> None:
   config, workdir = command_line.parse_recipe(__doc__, argv)
   optimizer.require_known(config.optimizer)
+  quantize.parse(config.adapter.quantize)
   same_start.require_same_program(config, workdir)
   reporter = Reporter(is_silent=not hosts.is_process_zero())
   with workdir_lock.held(workdir, reporter.say):
@@ -105,6 +106,7 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
       training_data(config, corpus, tokens),
       reporter,
       lambda speed: hardware.utilisation(speed * flops, jax.device_count()),
+      functools.partial(adapters.load_base, config),
     )
     if outcome.validation is None:
       return

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import math
 import re
+from typing import Any
 
 from jaxsparse.config import fields
 from jaxsparse.config.errors import (
@@ -16,6 +17,18 @@ from jaxsparse.config.errors import (
 )
 
 KINDS = ('', 'lora')
+
+# Settings in adapter.json, by kind.
+_NAMES = dict(
+  lora=dict(
+    r='rank',
+    alpha='alpha',
+    dropout='dropout',
+    rslora='use_rslora',
+    dora='use_dora',
+    targets='targets',
+  )
+)
 
 # Queries and values, as the paper of LoRA has them.
 _TARGETS = 'attention/(query|value)$'
@@ -83,3 +96,46 @@ class AdapterConfig:
     """What differences A B are multiplied by."""
     divisor = math.sqrt(self.rank) if self.use_rslora else self.rank
     return self.alpha / divisor
+
+  def to_json(self) -> dict[str, Any]:
+    """Settings of the kind as adapter.json has them, by the names of peft."""
+    named = {ours: theirs for theirs, ours in _NAMES[self.kind].items()}
+    return {theirs: getattr(self, ours) for ours, theirs in named.items()}
+
+  @classmethod
+  def from_json(cls, content: dict[str, Any]) -> 'AdapterConfig':
+    """The config that `to_json` wrote, among whatever else.
+
+    Raises:
+      UserError: a setting is missing or wrong.
+    """
+    kind = content['kind']
+    missing = [name for name in _NAMES[kind] if name not in content]
+    require(
+      not missing,
+      f'adapter.json must have {"".join(missing[:1])!r}, a setting of '
+      f'{kind!r}, but has not: it is damaged.',
+    )
+    settings = {ours: content[name] for name, ours in _NAMES[kind].items()}
+    return cls(kind=kind, **settings)
+
+
+def check_base(adapter: AdapterConfig, train: Any, optimizer: Any) -> None:
+  """Refuses an adapter without a base, and what would train more than it.
+
+  Args:
+    adapter: of a run.
+    train: its `TrainConfig`.
+    optimizer: its `OptimizerConfig`.
+  """
+  require(
+    bool(train.start_from) or not adapter.kind,
+    'train.start_from must name the workdir of the base with adapter.kind = '
+    f'{adapter.kind!r}.',
+  )
+  require_unset(
+    optimizer,
+    bool(adapter.kind),
+    f'adapter.kind = {adapter.kind!r}, which trains the adapter alone',
+    'trained',
+  )

@@ -13,7 +13,7 @@ import re
 from typing import Any
 
 from jaxsparse.config import fields
-from jaxsparse.config.adapter import AdapterConfig
+from jaxsparse.config.adapter import AdapterConfig, check_base
 from jaxsparse.config.data import DataConfig
 from jaxsparse.config.errors import (
   UserError,
@@ -292,12 +292,7 @@ class Config:
       f'{self.optimizer.anneal_steps:,}.',
     )
     self._check_values()
-    require_unset(
-      self.optimizer,
-      bool(self.adapter.kind),
-      f'adapter.kind = {self.adapter.kind!r}, which trains the adapter alone',
-      'trained',
-    )
+    check_base(self.adapter, self.train, self.optimizer)
 
   def _check_values(self):
     """Refuses settings of value tables that would do nothing."""

@@ -15,7 +15,12 @@ from jaxsparse.evaluation import store
 from jaxsparse.evaluation.scorer import BATCH_TOKENS, Scorer
 from jaxsparse.inference import weights
 from jaxsparse.inference.quantize import Quantization
-from jaxsparse.run import compiled_programs, run_config, trained
+from jaxsparse.run import (
+  adapter_files,
+  compiled_programs,
+  run_config,
+  trained,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -32,6 +37,9 @@ class Options:
   quantization: Quantization | None = None
   # Where the tables lie; empty: as the run has them.
   tables: str = ''
+  # Folders of adapters to be added, and whether those of another base are.
+  adapters: tuple[str, ...] = ()
+  is_forced: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,11 +91,15 @@ def load(
   step = trained.step_of(workdir, options.step)
   how = options.quantization
   step, params = weights.load(
-    workdir, model, step, devices, say, how, options.tables
-  )
+    workdir, model, step, devices, say, how, options.tables, options.adapters,
+    options.is_forced,
+  )  # fmt: skip
   settings = store.model_settings(workdir, step) | dict(
     max_len=max_length, dtype=model.dtype
   )
+  if options.adapters:
+    read = adapter_files.read_meta
+    settings['adapters'] = [read(x)['sha256'] for x in options.adapters]
   if how:
     settings['quantization'] = dataclasses.asdict(how)
   with scope:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A trained model for notebooks and for programs of others."""
 
+from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -8,9 +9,9 @@ import jax.numpy as jnp
 from etils import epath
 
 from jaxsparse import mesh
-from jaxsparse.inference import quantized_leaves
+from jaxsparse.inference import adapters as adapters_lib
 from jaxsparse.nn.language_model import LanguageModel
-from jaxsparse.run import run_config, trained
+from jaxsparse.run import run_config, stored, trained
 
 _EXPLICIT = jax.sharding.AxisType.Explicit
 
@@ -19,6 +20,7 @@ def load(
   workdir: epath.PathLike,
   step: int | Literal['best'] | None = None,
   axes: mesh.Axes = mesh.DEFAULT_AXES,
+  adapters: Sequence[epath.PathLike] = (),
 ) -> tuple[LanguageModel, dict[str, Any]]:
   """The model of a workdir and its parameters; nothing is written.
 
@@ -32,6 +34,7 @@ def load(
     step: which checkpoint, or 'best', the one of the lowest validation loss;
       None takes the newest that is whole.
     axes: names of your own mesh's axes, if one is in use (`jax.set_mesh`).
+    adapters: folders of those to be added, such as RUN/adapters/NAME.
 
   Returns:
     The module and its parameters, laid on the mesh in use as the module wants
@@ -43,9 +46,12 @@ def load(
   """
   config = run_config.read(workdir)
   module = LanguageModel(config.model, axes)
-  _, params = quantized_leaves.load_params(
+  at, params = adapters_lib.load_params(
     workdir, trained.step_of(workdir, step), abstract=_abstract(module)
   )
+  if adapters:
+    base = stored.params_fingerprint(workdir, at)
+    params = adapters_lib.applied(config.model, params, adapters, base)
   return module, params
 
 

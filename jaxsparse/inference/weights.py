@@ -6,7 +6,7 @@ type of the activations is cast once here, to the same numbers.
 """
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +15,12 @@ from etils import epath
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import require
-from jaxsparse.inference import quantized_leaves
+from jaxsparse.inference import adapters as adapters_lib
 from jaxsparse.inference.quantize import Quantization, quantize
 from jaxsparse.nn.parameter import is_quantized
 from jaxsparse.nn.transformer import init_params
+from jaxsparse.ops.adapted_matrix import AdaptedMatrix
+from jaxsparse.run import stored
 
 # What a module casts to the type of its input before it is used, by the name of
 # the module. Norms, routers and scores of keys are of float32, and tables of
@@ -45,6 +47,8 @@ def load(
   say: Callable[[str], None] | None = None,
   how: Quantization | None = None,
   tables: str = '',
+  adapters: Sequence[epath.PathLike] = (),
+  is_forced: bool = False,
 ) -> tuple[int, dict]:
   """The parameters of a checkpoint, to be used by `config` as it is.
 
@@ -60,6 +64,8 @@ def load(
     how: to quantize it; None leaves it as it is stored.
     tables: where those of memory layers are to lie, see
       `checkpoint.load_params`.
+    adapters: folders of those to be added, see `inference.adapters`.
+    is_forced: add those of another base, too.
 
   Returns:
     The step and the parameters.
@@ -78,12 +84,13 @@ def load(
     abstract = mesh.abstract(
       lambda: init_params(config, jax.random.key(0)), mesh=devices
     )
-  step, params = quantized_leaves.load_params(
-    workdir, step, say, abstract, tables
-  )
+  step, params = adapters_lib.load_params(workdir, step, say, abstract, tables)
   with jax.set_mesh(devices) if devices else contextlib.nullcontext():
     if how:
       params = quantize(config, params, how)
+    if adapters:
+      base = stored.params_fingerprint(workdir, step)
+      params = adapters_lib.applied(config, params, adapters, base, is_forced)
     return step, cast(config, params)
 
 
@@ -94,7 +101,7 @@ def cast(config: ModelConfig, params: dict) -> dict:
   """
   dtype = jnp.dtype(config.dtype)
   leaves, structure = jax.tree_util.tree_flatten_with_path(
-    params, is_leaf=is_quantized
+    params, is_leaf=lambda x: is_quantized(x) or isinstance(x, AdaptedMatrix)
   )
   chosen = [
     i
@@ -104,7 +111,13 @@ def cast(config: ModelConfig, params: dict) -> dict:
     and _is_cast([p.key for p in path])
   ]
   values = [x for _, x in leaves]
-  cast_all = jax.jit(lambda xs: [x.astype(dtype) for x in xs], donate_argnums=0)
+
+  def cast_one(x):
+    if isinstance(x, AdaptedMatrix):
+      return adapters_lib.cast(x, dtype)
+    return x.astype(dtype)
+
+  cast_all = jax.jit(lambda xs: list(map(cast_one, xs)), donate_argnums=0)
   if chosen:
     done = cast_all([values[i] for i in chosen])
     for i, x in zip(chosen, done, strict=True):

@@ -41,6 +41,13 @@ def leaves(params: Any, prefix: Path = ()) -> dict[Path, Any]:
   return found
 
 
+def at(params: Any, path: Path) -> Any:
+  """What is at a path; None if nothing is."""
+  for name in path:
+    params = params.get(name) if isinstance(params, dict) else None
+  return params
+
+
 def targets(config: AdapterConfig, params: Any) -> dict[Path, Any]:
   """The matrices that get an adapter, by their paths.
 

@@ -16,8 +16,7 @@ import safetensors
 from etils import epath
 from safetensors import numpy as safetensors_numpy
 
-from jaxsparse.config.errors import UserError, require, shown
-from jaxsparse.run import fingerprints, stored
+from jaxsparse.config.errors import require, shown
 from jaxsparse.run import workdir as workdir_lib
 
 FORMAT = 1
@@ -34,22 +33,6 @@ Meta = dict[str, Any]
 def folder_of(workdir: epath.PathLike, name: str) -> epath.Path:
   """Where a run's adapter of that name lies."""
   return epath.Path(workdir) / FOLDER / name
-
-
-def fingerprint(workdir: epath.PathLike, step: int) -> str:
-  """Of a checkpoint's parameters: the same for a copy of them elsewhere.
-
-  Raises:
-    UserError: the checkpoint can't be read, or is of version 0.1.
-  """
-  folder = stored.folder_of(workdir)
-  try:
-    return fingerprints.digest(stored.fingerprints_of(folder, step))
-  except stored.DamageError as damage:
-    raise UserError(
-      f"the checkpoint of step {step} in {str(workdir)!r} can't be read "
-      f'({damage}).'
-    ) from damage
 
 
 def write(folder: epath.PathLike, tensors: Tensors, meta: Meta) -> None:
@@ -146,7 +129,8 @@ def require_base(
   Args:
     folder: of the adapter.
     meta: what it says.
-    base: fingerprint of the parameters that it is to stand beside.
+    base: of the parameters that it is to stand beside, see
+      `stored.params_fingerprint`.
     is_forced: take it all the same.
 
   Raises:

@@ -6,6 +6,7 @@ record of its checkpoints: `train.start_from` may name the newest, which another
 start would find to be another.
 """
 
+import contextlib
 import dataclasses
 import json
 import pathlib
@@ -85,6 +86,18 @@ def settled(config: Config, workdir: epath.PathLike) -> Start | None:
       f"{str(path)!r} can't be read ({stored.first_line(error)}): remove it, "
       'and the next start settles anew where the run began.'
     ) from error
+
+
+def recorded(workdir: epath.PathLike, record: dict) -> Start:
+  """Where a run began, without settling anything.
+
+  Args:
+    workdir: of the run.
+    record: of its newest checkpoint.
+  """
+  with contextlib.suppress(OSError, ValueError, TypeError):
+    return Start(**json.loads((epath.Path(workdir) / FILE).read_text()))
+  return Start(**record['start'])
 
 
 def settle(config: Config, workdir: epath.PathLike) -> Start:

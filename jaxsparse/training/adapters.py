@@ -80,6 +80,10 @@ def join(config: Config, frozen: dict, trained: dict) -> dict:
   return adapters.joined(config.adapter, frozen, trained)
 
 
+# For what takes arrays alone, such as the sample at the end.
+merged = adapters.merged
+
+
 def describe(config: Config, base: Any) -> str:
   """A sentence: how many parameters are trained, of dense ones and of all."""
   count = adapters.num_parameters(config.adapter, base)

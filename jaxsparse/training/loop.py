@@ -20,6 +20,8 @@ from jaxsparse.run.interrupt import Agreement, StopRequest, stop_on_signals
 from jaxsparse.run.metrics import validation_losses
 from jaxsparse.run.progress import Reporter
 from jaxsparse.training import (
+  adapter_run,
+  adapters,
   evaluation,
   former_state,
   loss_scale,
@@ -77,6 +79,7 @@ def fit(
   data: TrainingData,
   reporter: Reporter,
   utilization: Callable[[float], float | None],
+  read: start_from.Read = checkpoint.load_params,
 ) -> Outcome:
   """Trains from the workdir's newest checkpoint to `train.num_steps`.
 
@@ -88,6 +91,7 @@ def fit(
     data: batches and validation text.
     reporter: shows what happens.
     utilization: from tokens per second to model FLOP utilisation, if known.
+    read: reads the checkpoint that `train.start_from` names.
 
   Raises:
     UserError: the batch does not fit the mesh, the disk is full, no checkpoint
@@ -108,10 +112,12 @@ def fit(
   begun_from = start.settled(config, workdir)
   with stop_on_signals(config.train.stop_signals) as stop:
     state, frozen = _restore_or_init(
-      config, workdir, checkpoints, data, reporter, train, tables, begun_from
-    )
+      config, workdir, checkpoints, data, reporter, train, tables, begun_from,
+      read,
+    )  # fmt: skip
     # Of what is in use, which may no longer be what the workdir holds.
     origin = provenance.record(config, workdir)
+    write = adapter_run.writer(config, workdir, begun_from)
     if begun_from is not None:
       origin |= {'start': dataclasses.asdict(begun_from)}
     if config.optimizer.trained:
@@ -128,11 +134,11 @@ def fit(
         )
         report = functools.partial(_report, reports, checkpoints)
         save = functools.partial(
-          _save, reports, checkpoints, data, origin, tables, frozen
+          _save, reports, checkpoints, data, origin, tables, frozen, write
         )
 
         def whole(state):
-          return trained_part.joined(frozen, finalized(state).params)
+          return adapters.join(config, frozen, finalized(state).params)
 
         validate = functools.partial(
           _validate, config, reports, checkpoints, data, reporter, stop
@@ -189,7 +195,7 @@ def fit(
             step,
             rows_moved.since_start(config, params, begun_from, reporter.say),
           )
-        return Outcome(step, params, validation)
+        return Outcome(step, adapters.merged(params), validation)
     finally:
       data.batches.close()
       if reports is not None:
@@ -208,19 +214,32 @@ def _restore_or_init(
   train: Callable,
   tables: stored_tables.StoredTables | None,
   begun_from: start.Start | None,
+  read: start_from.Read,
 ) -> tuple[TrainState, dict]:
-  first = functools.partial(init_parts, config)
+  base = None
+  if config.adapter.kind:
+    assert begun_from is not None
+    base = start_from.load_params(config, begun_from, reporter.say, read)
+    reporter.say(adapters.describe(config, base))
+    first = functools.partial(parts_from, config, base)
+  else:
+    first = functools.partial(init_parts, config)
   init = jax.jit(first if tables is None else tables.init_parts)  # Traced once.
-  both = mesh.abstract(init, mesh=jax.sharding.get_mesh())
-  abstract, frozen = both
-  num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(both))
+  abstract, frozen = mesh.abstract(init, mesh=jax.sharding.get_mesh())
+  # What a checkpoint holds.
+  params = abstract.params
+  if base is None:
+    params = trained_part.joined(frozen, params)
+  kept = abstract.opt_state, params
+  num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
   # One more than are kept: the oldest goes when the newest is complete.
   num_kept = config.train.keep_checkpoints + config.train.keep_best
   room = num_bytes * (num_kept + 1)
-  params = trained_part.joined(frozen, abstract.params)
-  former = former_state.layout(config, params) if tables is None else None
-  record = checkpoint.read_record(workdir) or {}
-  states = former_state.of_other_parts(config, params, record)
+  former, states = None, []
+  if base is None:
+    former = former_state.layout(config, params) if tables is None else None
+    record = checkpoint.read_record(workdir) or {}
+    states = former_state.of_other_parts(config, params, record)
   states = [abstract.opt_state, *([former] if former else []), *states]
   # The same run may have it with another type of activations.
   first_scale = functools.partial(loss_scale.first, 'float16')
@@ -239,7 +258,9 @@ def _restore_or_init(
     program = (train, abstract, abstract_batch(config), frozen)
     if begun_from is not None:
       with compiling_beside(*program):
-        given = start_from.load_params(config, begun_from, reporter.say)
+        given = base
+        if given is None:
+          given = start_from.load_params(config, begun_from, reporter.say, read)
         return jax.block_until_ready(parts_from(config, given))
     if tables is not None:
       program = (tables.program, abstract, tables.abstract, *program[2:])
@@ -260,7 +281,9 @@ def _restore_or_init(
   reporter.say(f'Going on from the checkpoint of step {step}.')
   for change in resume.rate_changes(record, config, step):
     reporter.say(f'Changed since then: {change}.')
-  trained, frozen = trained_part.split(config.optimizer, params)
+  trained, frozen = params, base
+  if base is None:
+    trained, frozen = trained_part.split(config.optimizer, params)
   opt_state = former_state.converted(
     optimizer['opt_state'],
     former,
@@ -348,18 +371,24 @@ def _save(
   origin: dict,
   tables: stored_tables.StoredTables | None,
   frozen: dict,
+  write_adapter: adapter_run.Write | None,
   step: int,
   state: TrainState,
 ) -> None:
   if tables is not None:
     origin = origin | tables.seal(step)
+  params = state.params
+  if write_adapter is None:
+    params = trained_part.joined(frozen, params)
   checkpoints.save(
     step,
-    trained_part.joined(frozen, state.params),
+    params,
     {'step': state.step, 'opt_state': state.opt_state}
     | ({} if state.loss_scale is None else {'loss_scale': state.loss_scale}),
     {'data': merge_states(hosts.gather(data.batches.get_state())), **origin},
   )
+  if write_adapter is not None:
+    write_adapter(step, params)
   reports.sync()
 
 

@@ -8,6 +8,7 @@ no more.
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from etils import epath
@@ -17,6 +18,7 @@ from jaxsparse.config import Config, ModelConfig, saved_config
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.data import tokenizer_roles
 from jaxsparse.nn import added_parts
+from jaxsparse.nn.parameter import is_quantized
 from jaxsparse.nn.transformer import init_params
 from jaxsparse.run import checkpoint, fingerprints, hosts, run_config, start
 from jaxsparse.run import workdir as workdir_lib
@@ -49,7 +51,7 @@ def begin(
   model = config.model.with_vocabulary(old.model.vocab_size)
   config = dataclasses.replace(config, model=model)
   _require_trainable(config, found)
-  told = differences(old.model, model, found.workdir)
+  told = differences(old.model, model, found.workdir, bool(config.adapter.kind))
   say(f'Beginning with step {found.step} of {found.workdir!r}{told}.')
   if hosts.is_process_zero():
     _bring_tokenizer(config, old, found, workdir)
@@ -66,9 +68,9 @@ def _require_trainable(config: Config, found: start.Start) -> None:
   )
   record = checkpoint.read_record(found.workdir) or {}
   require(
-    QUANTIZED not in record,
+    QUANTIZED not in record or bool(config.adapter.kind),
     f'train.start_from = {found.workdir!r} is quantized, which no training '
-    'begins with: name the workdir that it was made of.',
+    'begins with but that of an adapter: name the workdir that it was made of.',
   )
 
 
@@ -94,8 +96,16 @@ def _bring_tokenizer(
   )
 
 
-def differences(old: ModelConfig, new: ModelConfig, workdir: str) -> str:
+def differences(
+  old: ModelConfig, new: ModelConfig, workdir: str, is_adapted: bool = False
+) -> str:
   """How a model differs from the one whose parameters it takes, for a sentence.
+
+  Args:
+    old: the other model.
+    new: that of the run.
+    workdir: of the other.
+    is_adapted: whether the parameters are to stay, beside an adapter.
 
   Raises:
     UserError: a parameter has another shape, or no place, or a new part would
@@ -116,6 +126,11 @@ def differences(old: ModelConfig, new: ModelConfig, workdir: str) -> str:
       f'train.start_from must name a model of the same shapes, but {name} is '
       f'{shape} in {workdir!r} and {own} here.',
     )
+  require(
+    not is_adapted or len(here) == len(there),
+    'the model must be that of train.start_from with adapter.kind, which is '
+    f'never written, but parts are new beside {workdir!r}: leave them out.',
+  )
   changed = saved_config.differences(old, new, 'model')
   told = [
     f'{name} is new' if before is None else f'{name}: {before!r} -> {after!r}'
@@ -134,8 +149,15 @@ def _shapes(model: ModelConfig) -> dict[str, list[int]]:
   }
 
 
+# Gives step and parameters of a checkpoint, as `checkpoint.load_params`.
+Read = Callable[..., tuple[int, Any]]
+
+
 def load_params(
-  config: Config, found: start.Start, say: Callable[[str], None]
+  config: Config,
+  found: start.Start,
+  say: Callable[[str], None],
+  read: Read = checkpoint.load_params,
 ) -> dict:
   """The first parameters of a run, on the mesh in use; none is drawn twice.
 
@@ -143,6 +165,7 @@ def load_params(
     config: of the run.
     found: what it begins with.
     say: gets a sentence if the other workdir is damaged and can be read yet.
+    read: reads a checkpoint.
 
   Raises:
     UserError: the checkpoint is gone, damaged, or another than the run settled
@@ -165,9 +188,10 @@ def load_params(
       'began with: put that checkpoint back, or give another --workdir.'
     )
   old = run_config.read(found.workdir, say)
-  _, params = checkpoint.load_params(
-    found.workdir, found.step, say, laid(old.model), 'device'
-  )
+  _, params = read(found.workdir, found.step, say, laid(old.model), 'device')
+  if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
+    # Only read, as it is stored.
+    return params
   params = added_parts.extend(
     old.model, config.model, params, config.train.seed
   )

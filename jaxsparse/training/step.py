@@ -15,9 +15,9 @@ from jaxsparse.nn.transformer import Transformer
 from jaxsparse.ops.memory import usage
 from jaxsparse.ops.memory.row_gradient import RowGradient
 from jaxsparse.run import table_leaves
+from jaxsparse.training import adapters, schedules, table_step, trained_part
 from jaxsparse.training import loss_scale as loss_scale_lib
 from jaxsparse.training import optimizer as optimizer_lib
-from jaxsparse.training import adapters, schedules, table_step, trained_part
 from jaxsparse.training.losses import objective, token_losses
 from jaxsparse.training.micro_batches import (
   Batch,

@@ -1,0 +1,232 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Trained models with the adapters of theirs.
+
+A run of an adapter has checkpoints of it alone: its base is found by its
+record. Any adapter in files is put beside the parameters that it was trained
+with. Where these are floats it is merged, W + s A B in their place; beside a
+quantized matrix it stays, as it was in training.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from etils import epath
+from flax.traverse_util import unflatten_dict
+
+from jaxsparse.config import (
+  AdapterConfig,
+  Config,
+  ModelConfig,
+  saved_config,
+)
+from jaxsparse.config.errors import UserError, require
+from jaxsparse.inference import quantized_leaves
+from jaxsparse.inference.quantize import parse, quantize
+from jaxsparse.nn import adapters
+from jaxsparse.ops.adapted_matrix import AdaptedMatrix
+from jaxsparse.ops.quantized_matrix import QuantizedMatrix
+from jaxsparse.run import adapter_files, checkpoint, start, stored
+from jaxsparse.run import workdir as workdir_lib
+
+
+class _Folders(argparse.Action):
+  """A flag of folders, with commas between or of several each."""
+
+  def __call__(self, parser, namespace, values, option_string=None):
+    found = [workdir_lib.expanded(x) for x in str(values).split(',') if x]
+    setattr(namespace, self.dest, [*getattr(namespace, self.dest), *found])
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+  """`--adapter`, and `--force` for those of another base."""
+  parser.add_argument(
+    '--adapter',
+    action=_Folders,
+    default=[],
+    metavar='FOLDER',
+    help='an adapter to add, such as RUN/adapters/NAME, of several each',
+  )
+  parser.add_argument(
+    '--force',
+    action='store_true',
+    help='add an adapter that was trained beside other parameters, too',
+  )
+
+
+def load_params(
+  workdir: epath.PathLike,
+  step: int | None = None,
+  say: Callable[[str], None] | None = None,
+  abstract: Any = None,
+  tables: str = '',
+) -> tuple[int, Any]:
+  """`quantized_leaves.load_params`, of runs of an adapter, too.
+
+  Args:
+    workdir: see there.
+    step: likewise.
+    say: likewise.
+    abstract: of the model.
+    tables: where they are to lie.
+
+  Raises:
+    UserError: as there, or the base of an adapter is gone or another.
+  """
+  record = checkpoint.read_record(workdir) or {}
+  saved = None
+  if 'start' in record and 'config' in record:
+    saved = saved_config.from_json(record['config'])
+  if saved is None or not saved.adapter.kind:
+    return quantized_leaves.load_params(workdir, step, say, abstract, tables)
+  step, adapter = checkpoint.load_params(workdir, step, say)
+  base = _base_of(workdir, record)
+  _, params = load_params(base.workdir, base.step, say, abstract, tables)
+  with _mesh_of(abstract):
+    if how := parse(saved.adapter.quantize):
+      params = quantize(saved.model, params, how)
+    return step, _beside(saved.adapter, params, adapter, str(workdir))
+
+
+def load_base(
+  config: Config,
+  workdir: epath.PathLike,
+  step: int | None = None,
+  say: Callable[[str], None] | None = None,
+  abstract: Any = None,
+  tables: str = '',
+) -> tuple[int, Any]:
+  """`load_params` of what a run begins with, quantized as its adapter asks."""
+  step, params = load_params(workdir, step, say, abstract, tables)
+  if how := parse(config.adapter.quantize):
+    params = quantize(config.model, params, how)
+  return step, params
+
+
+def _base_of(workdir: epath.PathLike, record: dict) -> start.Start:
+  found = start.recorded(workdir, record)
+  where = f'step {found.step} of {found.workdir!r}'
+  is_there = found.step in stored.steps_in(found.workdir)
+  require(
+    is_there,
+    f'workdir {str(workdir)!r} holds an adapter of {where}, which is not '
+    f'there: put it back, or name its new place in {start.FILE}.',
+  )
+  now = stored.params_fingerprint(found.workdir, found.step)
+  require(
+    now == found.fingerprint,
+    f'workdir {str(workdir)!r} holds an adapter of {where}, which has other '
+    'parameters by now: put those back.',
+  )
+  return found
+
+
+def applied(
+  config: ModelConfig,
+  params: dict,
+  folders: Sequence[epath.PathLike],
+  base: str,
+  is_forced: bool = False,
+) -> dict:
+  """The parameters with adapters from files, one after another.
+
+  Args:
+    config: of the model.
+    params: its parameters on the mesh in use; floats, or quantized.
+    folders: of adapters, such as RUN/adapters/NAME.
+    base: the fingerprint of the checkpoint that the parameters are from.
+    is_forced: take adapters of another base.
+
+  Raises:
+    UserError: there is no such adapter, it is damaged, or of another base or
+      model.
+  """
+  del config  # Rows of tables ask for it.
+  for folder in folders:
+    of, adapter, meta = read(folder)
+    adapter_files.require_base(folder, meta, base, is_forced)
+    params = _beside(of, params, adapter, str(folder))
+  return params
+
+
+def read(
+  folder: epath.PathLike,
+) -> tuple[AdapterConfig, dict, adapter_files.Meta]:
+  """The settings and the tree of an adapter of LoRA, and all that it says.
+
+  Raises:
+    UserError: there is none, or it is damaged.
+  """
+  tensors, meta = adapter_files.read(folder)
+  try:
+    config = AdapterConfig.from_json(meta)
+  except UserError as error:
+    raise UserError(f'{str(folder)!r}: {error}') from error
+  tree = unflatten_dict(
+    {tuple(name.split('/')): jnp.asarray(x) for name, x in tensors.items()}
+  )
+  return config, tree, meta
+
+
+def _beside(config: AdapterConfig, params: dict, adapter: dict, where: str):
+  adapters.check(config, params, adapter, where)
+  for path in {path[:-1] for path in adapters.leaves(adapter)}:
+    matrix = adapters.at(params, path)
+    require(
+      not isinstance(matrix, AdaptedMatrix),
+      f'{"/".join(path)} is quantized and has an adapter, so that none can be '
+      f'added from {where!r}: quantize less, or give one adapter.',
+    )
+  adapter = jax.tree.map(
+    lambda x, to: jax.device_put(x, to) if to is not None else x,
+    adapter,
+    _places(config, params, adapter),
+    is_leaf=lambda x: x is None,
+  )
+  return adapters.merged(adapters.joined(config, params, adapter))
+
+
+def _places(config: AdapterConfig, params: dict, adapter: dict) -> dict:
+  """Where the adapter's arrays are to lie: as their matrices do."""
+  found = {}
+  for path in {path[:-1] for path in adapters.leaves(adapter)}:
+    base, arrays = adapters.at(params, path), adapters.at(adapter, path)
+    array = base.codes if isinstance(base, QuantizedMatrix) else base
+    sharding = getattr(array, 'sharding', None)
+    spec = None
+    if isinstance(sharding, jax.NamedSharding):
+      spec = sharding.spec
+      if isinstance(base, QuantizedMatrix):
+        spec = jax.P(*(names or None for names in base.entries))
+    for name in arrays:
+      to = sharding
+      if spec is not None:
+        matrix = adapters.adapted(config, path, base, **arrays)
+        to = jax.NamedSharding(sharding.mesh, getattr(matrix.specs(spec), name))
+      found[*path, name] = to
+  return unflatten_dict(found)
+
+
+@contextlib.contextmanager
+def _mesh_of(abstract: Any):
+  """The mesh of shapes with shardings, where none is in use."""
+  leaves = [] if abstract is None else jax.tree.leaves(abstract)
+  if not leaves or not jax.sharding.get_mesh().empty:
+    yield
+    return
+  with jax.set_mesh(leaves[0].sharding.mesh):
+    yield
+
+
+def cast(matrix: AdaptedMatrix, dtype: jax.typing.DTypeLike) -> AdaptedMatrix:
+  """With arrays of a type; a quantized base stays."""
+  base = matrix.base
+  if not isinstance(base, QuantizedMatrix):
+    base = base.astype(dtype)
+  return dataclasses.replace(
+    matrix, base=base, a=matrix.a.astype(dtype), b=matrix.b.astype(dtype)
+  )
