@@ -13,7 +13,6 @@ from jaxsparse.config import Config
 from jaxsparse.nn import adapters as adapter_trees
 from jaxsparse.run import adapter_files, hosts, start
 
-
 # Writes the adapter after so many steps.
 Write = Callable[[int, dict], None]
 

@@ -89,7 +89,7 @@ def describe(config: Config, base: Any) -> str:
   count = adapters.num_parameters(config.adapter, base)
   of = cost.count_parameters(config.model)
   num = len(adapters.targets(config.adapter, base))
-  dense = of.total - of.values - of.experts
+  dense = of.dense + of.memory
   return (
     f'{count:,} parameters are trained, in adapters of {num} matrices: '
     f'{count / dense:.2%} of the {dense / 1e6:.2f}M dense ones, '
