@@ -14,6 +14,14 @@ DIRECTIONS = {
     'convert_to_hf',
     "a workdir becomes a folder that Hugging Face's transformers loads",
   ),
+  'from-peft': (
+    'convert_from_peft',
+    'an adapter of peft becomes one that stands beside a workdir',
+  ),
+  'to-peft': (
+    'convert_to_peft',
+    'an adapter becomes one that peft loads',
+  ),
   'add-memory': (
     'convert_add_memory',
     'a trained model gets memory layers, experts or composed heads',

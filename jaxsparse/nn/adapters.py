@@ -22,6 +22,7 @@ from jaxsparse.nn.matrices import (
   place_of,
 )
 from jaxsparse.ops.adapted_matrix import AdaptedMatrix
+from jaxsparse.ops.quantized_matrix import QuantizedMatrix
 
 Path = tuple[str, ...]
 
@@ -154,8 +155,9 @@ def merged(params: Any) -> Any:
   def on_leaf(x: Any) -> Any:
     if not isinstance(x, AdaptedMatrix):
       return x
-    is_float = isinstance(x.base, jax.Array)
-    return _merge(x) if is_float else dataclasses.replace(x, dropout=0.0)
+    if isinstance(x.base, QuantizedMatrix):
+      return dataclasses.replace(x, dropout=0.0)
+    return _merge(x)
 
   return jax.tree.map(
     on_leaf, params, is_leaf=lambda x: isinstance(x, AdaptedMatrix)

@@ -46,19 +46,32 @@ def source(config: Config) -> Start:
   Raises:
     UserError: it is not there, or can't be read.
   """
-  workdir, named = parse(config.train.start_from)
+  return checkpoint_of(config.train.start_from)
+
+
+def checkpoint_of(text: str, name: str = 'train.start_from') -> Start:
+  """The checkpoint that 'WORKDIR[@STEP]' names.
+
+  Args:
+    text: as `parse` takes it.
+    name: of the setting or flag.
+
+  Raises:
+    UserError: it is not there, or can't be read.
+  """
+  workdir, named = parse(text)
   workdir_lib.require_reachable(workdir)
   steps = stored.steps_in(workdir)
   require(
     bool(steps),
-    f'train.start_from must name a workdir with checkpoints, got {workdir!r}, '
+    f'{name} must name a workdir with checkpoints, got {workdir!r}, '
     'which holds none.',
   )
   step = trained.step_of(workdir, named)
   step = steps[-1] if step is None else step
   require(
     step in steps,
-    f'train.start_from must name a checkpoint of {workdir!r}, which has those '
+    f'{name} must name a checkpoint of {workdir!r}, which has those '
     f'of steps {", ".join(map(str, steps))}; got @{step}.',
   )
   if not workdir_lib.is_remote(workdir):
