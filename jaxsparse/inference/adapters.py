@@ -83,7 +83,8 @@ def load_params(
     saved = saved_config.from_json(record['config'])
   if saved is None or not saved.adapter.kind:
     return quantized_leaves.load_params(workdir, step, say, abstract, tables)
-  step, adapter = checkpoint.load_params(workdir, step, say)
+  places = abstract and _abstract(saved.adapter, abstract)
+  step, adapter = checkpoint.load_params(workdir, step, say, places)
   base = _base_of(workdir, record)
   _, params = load_params(base.workdir, base.step, say, abstract, tables)
   with _mesh_of(abstract):
@@ -105,6 +106,22 @@ def load_base(
   if how := parse(config.adapter.quantize):
     params = quantize(config.model, params, how)
   return step, params
+
+
+def _abstract(config: AdapterConfig, params: Any) -> Any:
+  """Shapes and shardings of an adapter, of those of its base."""
+  found = {}
+  for path, x in adapters.targets(config, params).items():
+    matrix = adapters.adapted(config, path, x, a=None, b=None)
+    dims = [*x.sharding.spec, *[None] * (x.ndim - len(x.sharding.spec))]
+    specs = matrix.of_dims(dims, None, None)
+    for name, shape in matrix.of_dims(x.shape, config.rank, 1).items():
+      if name != 'magnitude' or config.use_dora:
+        sharding = jax.NamedSharding(x.sharding.mesh, jax.P(*specs[name]))
+        found[*path, name] = jax.ShapeDtypeStruct(
+          tuple(shape), jnp.float32, sharding=sharding
+        )
+  return unflatten_dict(found)
 
 
 def _base_of(workdir: epath.PathLike, record: dict) -> start.Start:
