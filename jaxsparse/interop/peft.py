@@ -39,12 +39,17 @@ _NONE = dict(
   rank_pattern=({},),
   alpha_pattern=({},),
   modules_to_save=([],),
-  layers_to_transform=([],),
   layer_replication=([],),
   lora_bias=(False,),
   trainable_token_indices=([],),
   target_parameters=([],),
+  alora_invocation_tokens=([],),
+  arrow_config=({},),
+  use_qalora=(False,),
+  use_bdlora=(False,),
 )
+# Of `init_lora_weights`, those that leave the base as it is.
+_INITS = (True, False, None, 'gaussian', 'eva', 'orthogonal')
 
 Tensors = dict[str, np.ndarray]
 
@@ -265,6 +270,12 @@ def _read_config(folder: pathlib.Path) -> dict[str, Any]:
       f'{name} = {shown(value)} in {CONFIG} is not supported: only adapters '
       'with one rank, without biases and other trained modules are.',
     )
+  init = content.get('init_lora_weights')
+  require(
+    init in _INITS,
+    f'init_lora_weights = {shown(init)} in {CONFIG} began from other weights '
+    'than those of the base: merge the adapter by peft, and import the model.',
+  )
   return content
 
 

@@ -106,6 +106,7 @@ def test_modules_are_named_one_by_one_where_not_all_are_meant(tmp_path):
   [
     (dict(peft_type='IA3'), "peft_type must be LORA in .*, got 'IA3'"),
     (dict(rank_pattern={'q_proj': 4}), 'rank_pattern = .* is not supported'),
+    (dict(init_lora_weights='pissa'), "= 'pissa' in .* began from other weig"),
     (dict(bias='all'), "bias = 'all' in .* is not supported"),
     (dict(r=3), r'must have the shape \[3, \d+\], of r = 3, but has \[2'),
     (dict(r='much'), 'must be a JSON object with the settings r and'),
