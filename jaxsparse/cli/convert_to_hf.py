@@ -13,7 +13,7 @@ from jaxsparse.data import tokenizer as tokenizer_lib
 from jaxsparse.inference import adapters
 from jaxsparse.inference.quantize import dequantized
 from jaxsparse.interop import exporting, our_leaves, tokenizers_in
-from jaxsparse.run import run_config, trained
+from jaxsparse.run import run_config, stored, trained
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.command_line import Parser
 from jaxsparse.run.progress import Reporter
@@ -49,6 +49,7 @@ def main(arguments: list[str]) -> None:
     choices=('float32', 'bfloat16', 'float16'),
     help='of the tensors',
   )
+  adapters.add_flags(parser)
   options = parser.parse_args(arguments)
   workdir = workdir_lib.expanded(options.workdir)
   folder = pathlib.Path(workdir_lib.expanded(options.folder))
@@ -74,6 +75,10 @@ def main(arguments: list[str]) -> None:
   step = trained.step_of(workdir, options.step)
   with jax.set_mesh(devices):
     step, params = adapters.load_params(workdir, step, reporter.say, abstract)
+    base = stored.params_fingerprint(workdir, step)
+    params = adapters.applied(
+      config.model, params, options.adapter, base, options.force
+    )
     params = dequantized(params)
     exporting.write(params, form, folder, options.dtype, reporter)
   reporter.say(tokenizers_in.write_tokenizer(workdir, folder))

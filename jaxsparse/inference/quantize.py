@@ -19,6 +19,7 @@ from jaxsparse.nn.matrices import CONTRACTED, VOCABULARY, place_of
 from jaxsparse.nn.memory.tables import table_scheme
 from jaxsparse.nn.parameter import is_quantized
 from jaxsparse.ops import quantized_matrix
+from jaxsparse.ops.adapted_matrix import AdaptedMatrix
 from jaxsparse.ops.quantized_matrix import QuantizedMatrix
 from jaxsparse.ops.tables import quantized_table, row_format
 from jaxsparse.ops.tables.quantized_table import QuantizedTable
@@ -137,7 +138,7 @@ def quantize(
 
   def on_leaf(path: Path, x: Any) -> Any:
     require(
-      not is_quantized(x),
+      not (is_quantized(x) or isinstance(x, AdaptedMatrix)),
       f'{"/".join(path)} is quantized already: quantize the model that it is '
       'from.',
     )
@@ -155,10 +156,14 @@ def quantize(
 
 
 def dequantized(params: Any) -> Any:
-  """The numbers of all leaves."""
-  return map_leaves(
-    lambda _, x: x.dequantized() if is_quantized(x) else x, params
-  )
+  """The numbers of all leaves, with the adapters that stand beside some."""
+
+  def numbers(path: Path, x: Any) -> Any:
+    if isinstance(x, AdaptedMatrix):
+      return x.merged()
+    return x.dequantized() if is_quantized(x) else x
+
+  return map_leaves(numbers, params)
 
 
 def bytes_by_part(params: dict) -> dict[str, int]:
@@ -179,11 +184,11 @@ def bytes_by_part(params: dict) -> dict[str, int]:
 
 
 def map_leaves(function: Callable[[Path, Any], Any], params: Any) -> Any:
-  """`jax.tree.map` with names, of which a quantized leaf is one."""
+  """`jax.tree.map` with names; a quantized or adapted leaf is one."""
   return jax.tree_util.tree_map_with_path(
     lambda path, x: function(tuple(p.key for p in path), x),
     params,
-    is_leaf=is_quantized,
+    is_leaf=lambda x: is_quantized(x) or isinstance(x, AdaptedMatrix),
   )
 
 

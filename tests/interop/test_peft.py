@@ -7,9 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from imported import HF, open_fixture, params_of
+from commands import exit_code
+from imported import HF, expected, open_fixture, params_of, read
 from safetensors.numpy import load_file, save_file
 
+import jaxsparse
+from jaxsparse.cli import convert_from_hf
 from jaxsparse.config import AdapterConfig
 from jaxsparse.config.errors import UserError
 from jaxsparse.interop import our_leaves, peft
@@ -143,3 +146,32 @@ def test_fused_matrices_are_refused(tmp_path):
   assert 'block_00/mlp/up' in peft.modules(layout)
   with pytest.raises(UserError, match='is not the whole weight of a module'):
     peft.write(tmp_path, config, tensors, layout)
+
+
+def test_an_exported_model_is_the_merged_one(tmp_path):
+  """By commands: import, adapter in and out, and the merged model."""
+  base, run = tmp_path / 'base', tmp_path / 'adapter'
+  tensors, changed = theirs('llama', tmp_path / 'peft', ('q_proj', 'v_proj'))
+  for argv in (
+    ['from-hf', str(HF / 'llama'), f'--workdir={base}'],
+    ['from-peft', str(tmp_path / 'peft'), f'--workdir={base}', f'--out={run}'],
+    ['to-peft', str(tmp_path / 'back'), f'--workdir={base}',
+     f'--adapter={run}'],
+    ['to-hf', str(tmp_path / 'hf'), f'--workdir={base}', f'--adapter={run}'],
+  ):  # fmt: skip
+    assert exit_code(['convert', *argv]) == 0
+  back = load_file(tmp_path / 'back' / peft.TENSORS)
+  for key, tensor in tensors.items():
+    np.testing.assert_array_equal(back[key], tensor)
+  merged = load_file(tmp_path / 'hf' / 'model.safetensors')
+  for key, tensor in changed.items():
+    np.testing.assert_allclose(merged[key], tensor, rtol=2e-5, atol=2e-5)
+  # What is read from there gives the logits of the adapter beside its base.
+  exported = convert_from_hf.open_path(tmp_path / 'hf')
+  module, params = jaxsparse.load(base, adapters=[run])
+  ids = jnp.asarray(expected('llama')[0])
+  logits = jax.jit(module.apply)
+  np.testing.assert_array_equal(
+    logits({'params': params}, ids),
+    logits({'params': jax.device_get(read(exported))}, ids),
+  )
