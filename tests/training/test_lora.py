@@ -86,7 +86,7 @@ def logits_of(config):
 def tokens(of=slice(None)):
   batch = make_batch(0)
   names = ('tokens', 'positions', 'segment_ids')
-  return [jnp.asarray(batch[name][:2, of]) for name in names]
+  return [jnp.asarray(batch[name][:4, of]) for name in names]
 
 
 def decoded(model):
@@ -95,7 +95,7 @@ def decoded(model):
   @jax.jit
   def run(params):
     module = Transformer(model)
-    cache = init_cache(model, 2, 6)
+    cache = init_cache(model, 4, 6)
     first, cache, _ = module.apply({'params': params}, *tokens(slice(4)), cache)
     at = tokens(slice(4, 5))
     return first, module.apply({'params': params}, *at, cache)[0]
