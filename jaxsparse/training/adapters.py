@@ -80,6 +80,13 @@ def join(config: Config, frozen: dict, trained: dict) -> dict:
   return adapters.joined(config.adapter, frozen, trained)
 
 
+def saved(config: Config, frozen: dict, trained: dict) -> dict:
+  """What a checkpoint holds: of an adapter's run no base."""
+  return (
+    trained if config.adapter.kind else trained_part.joined(frozen, trained)
+  )
+
+
 # For what takes arrays alone, such as the sample at the end.
 merged = adapters.merged
 

@@ -22,6 +22,7 @@ from jaxsparse.run.progress import Reporter
 from jaxsparse.training import (
   adapter_run,
   adapters,
+  before_start,
   evaluation,
   former_state,
   loss_scale,
@@ -97,8 +98,8 @@ def fit(
     UserError: the batch does not fit the mesh, the disk is full, no checkpoint
       can be read, or the loss is not finite.
   """
-  _check_batch(config)
-  tell_of_warmup(config, reporter)
+  before_start.check_batch(config)
+  before_start.tell_of_warmup(config, reporter)
   total = config.train.num_steps
   checkpoints = checkpoint.Checkpoints(
     workdir, config.train.keep_checkpoints, config.train.keep_best
@@ -112,8 +113,8 @@ def fit(
   begun_from = start.settled(config, workdir)
   with stop_on_signals(config.train.stop_signals) as stop:
     state, frozen = _restore_or_init(
-      config, workdir, checkpoints, data, reporter, train, tables, begun_from,
-      read,
+      config, workdir, checkpoints, data, reporter, train, tables,
+      begun_from, read,
     )  # fmt: skip
     # Of what is in use, which may no longer be what the workdir holds.
     origin = provenance.record(config, workdir)
@@ -216,20 +217,16 @@ def _restore_or_init(
   begun_from: start.Start | None,
   read: start_from.Read,
 ) -> tuple[TrainState, dict]:
-  base = None
+  base, first = None, functools.partial(init_parts, config)
   if config.adapter.kind:
     assert begun_from is not None
     base = start_from.load_params(config, begun_from, reporter.say, read)
     reporter.say(adapters.describe(config, base))
     first = functools.partial(parts_from, config, base)
-  else:
-    first = functools.partial(init_parts, config)
   init = jax.jit(first if tables is None else tables.init_parts)  # Traced once.
   abstract, frozen = mesh.abstract(init, mesh=jax.sharding.get_mesh())
   # What a checkpoint holds.
-  params = abstract.params
-  if base is None:
-    params = trained_part.joined(frozen, params)
+  params = adapters.saved(config, frozen, abstract.params)
   kept = abstract.opt_state, params
   num_bytes = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(kept))
   # One more than are kept: the oldest goes when the newest is complete.
@@ -258,9 +255,9 @@ def _restore_or_init(
     program = (train, abstract, abstract_batch(config), frozen)
     if begun_from is not None:
       with compiling_beside(*program):
-        given = base
-        if given is None:
-          given = start_from.load_params(config, begun_from, reporter.say, read)
+        given = base or start_from.load_params(
+          config, begun_from, reporter.say, read
+        )
         return jax.block_until_ready(parts_from(config, given))
     if tables is not None:
       program = (tables.program, abstract, tables.abstract, *program[2:])
@@ -295,26 +292,6 @@ def _restore_or_init(
   if is_scaled:
     scale = optimizer.get('loss_scale') or jax.jit(first_scale)()
   return TrainState(optimizer['step'], trained, opt_state, scale), frozen
-
-
-def tell_of_warmup(config: Config, reporter: Reporter) -> None:
-  """Says if the run is too short for its warm-up."""
-  asked, num_steps = config.optimizer.warmup_steps, config.train.num_steps
-  if (warmup := config.optimizer.warmup_within(num_steps)) < asked:
-    reporter.say(
-      f'optimizer.warmup_steps = {asked} is no less than train.num_steps = '
-      f'{num_steps}: the warm-up takes {warmup} steps.'
-    )
-
-
-def _check_batch(config: Config) -> None:
-  pieces = mesh.num_token_shards()
-  micro = config.data.batch_size // config.optimizer.grad_accumulation
-  if micro % pieces:
-    raise UserError(
-      'data.batch_size / optimizer.grad_accumulation must be a multiple of '
-      f'mesh.data x mesh.sparse = {pieces}, got {micro}.'
-    )
 
 
 def _recall_losses(

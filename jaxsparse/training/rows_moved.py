@@ -36,7 +36,7 @@ def since_start(
   _, tables = table_leaves.split(trained)
   # An adapter's table is none of the run's own.
   tables = {p: x for p, x in tables.items() if isinstance(x, jax.Array)}
-  if begun_from is None or not tables:
+  if begun_from is None or not tables or config.adapter.kind:
     return {}
   try:
     first = start_from.load_params(config, begun_from, say)

@@ -23,7 +23,7 @@ from jaxsparse.config import (
 )
 from jaxsparse.nn.transformer import Transformer
 from jaxsparse.run.progress import Reporter
-from jaxsparse.training import loop, schedules
+from jaxsparse.training import before_start, schedules
 from jaxsparse.training import optimizer as optimizer_lib
 
 
@@ -78,7 +78,7 @@ def test_warmup_of_a_short_run_ends_in_it():
 @pytest.mark.parametrize(('num_steps', 'told'), [(20, '2 steps'), (51, '')])
 def test_a_shortened_warmup_is_told(num_steps, told, capsys):
   config = Config(train=TrainConfig(num_steps=num_steps))
-  loop.tell_of_warmup(config, Reporter())
+  before_start.tell_of_warmup(config, Reporter())
   out = capsys.readouterr().out
   assert told in out
   assert bool(out) == bool(told)
