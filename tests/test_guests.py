@@ -33,6 +33,7 @@ from jaxsparse.nn.experts import MoE
 from jaxsparse.nn.layers import MLP
 from jaxsparse.nn.memory.layer import MemoryLayer
 from jaxsparse.nn.transformer import Transformer
+from jaxsparse.ops.tables.row_delta import DeltaTable, changed_reference
 
 AUTO, EXPLICIT = jax.sharding.AxisType.Auto, jax.sharding.AxisType.Explicit
 SEED, WIDTH, VOCABULARY = 3, 16, 32
@@ -525,3 +526,32 @@ def test_in_double_precision(name):
       actual = on_mesh(placed(params, axes, mesh), x)
     assert actual.dtype == jnp.float64
     np.testing.assert_allclose(actual, desired, rtol=0, atol=1e-12)
+
+
+def test_a_table_with_changed_rows():
+  axes = mesh_lib.Axes(batch=('dp',), rows=('dp',), columns=('tp',))
+  layer, x = LAYERS['pre_values'](), inputs_of('pre_values')
+  params, _ = expected('pre_values')
+  rows = np.arange(0, len(params['value_table']), 2, dtype=np.int32)
+
+  def changed(params, kind):
+    tables = {
+      name: kind(
+        table,
+        jnp.asarray(rows),
+        jnp.full((len(rows), table.shape[1]), 0.5),
+      )
+      for name, table in params.items()
+      if name.endswith('_table')
+    }
+    return params | tables
+
+  def whole(*arrays):
+    return changed_reference(DeltaTable(*arrays))
+
+  run = jax.jit(functools.partial(outputs, layer))
+  desired = run(changed(params, whole), x)
+  mesh = make_mesh(dict(dp=2, tp=2), EXPLICIT)
+  with jax.set_mesh(mesh):
+    beside = changed(placed(params, axes, mesh), DeltaTable)
+    close(run(beside, jax.device_put(x, jax.P('dp'))), desired)

@@ -31,6 +31,7 @@ from jaxsparse.mesh import guest
 from jaxsparse.mesh.guest import Inside, Names
 from jaxsparse.mesh.layout import TableLayout
 from jaxsparse.nn.parameter import Parameter, is_quantized
+from jaxsparse.ops.tables.row_delta import DeltaTable
 
 # Which dimensions of a parameter are rows (or experts) and columns.
 _TABLES = dict(value_table=(0, 1), pre_value_table=(0, 1))
@@ -304,6 +305,11 @@ def _dims(layer: Mapping, name: str, kinds: Mapping) -> tuple[int, int] | None:
   return kinds.get(name)
 
 
+def _has_parts(x: Parameter) -> bool:
+  """Whether several arrays stand for one."""
+  return is_quantized(x) or isinstance(x, DeltaTable)
+
+
 def _layers(params: Mapping) -> Iterator[Mapping]:
   """The modules that have parameters of their own."""
   yield params
@@ -320,8 +326,8 @@ def _split_of_tables(
   for layer in _layers(params):
     for name, x in layer.items():
       if dims := _dims(layer, name, kinds):
-        split = x.entries if is_quantized(x) else guest.entries(x)
-        units = x.units if is_quantized(x) else x.shape
+        split = x.entries if _has_parts(x) else guest.entries(x)
+        units = x.units if _has_parts(x) else x.shape
         seen = [split[d] for d in dims] if seen is None else seen
         sizes = [math.gcd(sizes[i], units[d]) for i, d in enumerate(dims)]
   if seen is None:
@@ -338,7 +344,7 @@ def _specs_of_parameters(params: Any, *, tables: tuple, experts: tuple) -> Any:
       if dims := _dims(params, name, kinds):
         of_dim = dict(zip(dims, split, strict=True))
         found = jax.P(*(of_dim.get(i) or None for i in range(x.ndim)))
-        return x.specs(found) if is_quantized(x) else found
+        return x.specs(found) if _has_parts(x) else found
     return jax.P()
 
   return {

@@ -19,10 +19,11 @@ from jaxsparse.ops.adapted_matrix import AdaptedMatrix
 from jaxsparse.ops.quantized_matrix import QuantizedMatrix
 from jaxsparse.ops.tables.host_table import HostTable
 from jaxsparse.ops.tables.quantized_table import QuantizedTable
+from jaxsparse.ops.tables.row_delta import DeltaTable
 
-# An array, a `QuantizedMatrix`, an `AdaptedMatrix`, a `QuantizedTable` or a
-# `HostTable`. Which may be in an array's place follows from its name, which
-# types do not know.
+# An array, a `QuantizedMatrix`, an `AdaptedMatrix`, a `QuantizedTable`, a
+# `HostTable` or a `DeltaTable`. Which may be in an array's place follows from
+# its name, which types do not know.
 Parameter = Any
 
 
@@ -38,7 +39,9 @@ def parameter(
   """
   if module.has_variable('params', name):
     value = module.get_variable('params', name)
-    if is_quantized(value) or isinstance(value, AdaptedMatrix | HostTable):
+    if is_quantized(value) or isinstance(
+      value, AdaptedMatrix | HostTable | DeltaTable
+    ):
       if value.shape != tuple(shape):
         path = '/'.join(module.path)
         raise flax.errors.ScopeParamShapeError(name, path, value.shape, shape)

@@ -32,14 +32,23 @@ from jaxtyping import Array, Float, Int
 
 from jaxsparse import mesh
 from jaxsparse.ops.memory.gathered_dot import gathered_dot
-from jaxsparse.ops.memory.table_exchange import TableExchange, put_back
+from jaxsparse.ops.memory.table_exchange import (
+  TableExchange,
+  owned_first,
+  put_back,
+)
 from jaxsparse.ops.memory.value_bag import value_bag
+from jaxsparse.ops.tables import row_delta
 from jaxsparse.ops.tables.host_table import HostTable, fetched
 from jaxsparse.ops.tables.quantized_table import QuantizedTable
+from jaxsparse.ops.tables.row_delta import DeltaTable
+
+# Whatever the table's scheme, every device has all rows of a delta.
+_DELTA_LAYOUT = mesh.TableLayout(rows=(), columns=('model',))
 
 
 def sharded_value_bag(
-  table: Float[Array, 'M W'] | QuantizedTable | HostTable,
+  table: Float[Array, 'M W'] | QuantizedTable | HostTable | DeltaTable,
   slot: Int[Array, '*T k'],
   weight: Float[Array, '*T k c'],
   pool: Int[Array, '*T k'] | None = None,
@@ -71,6 +80,18 @@ def sharded_value_bag(
     value_bag, num_pools=num_pools, table_gradient=table_gradient
   )
   tokens = jax.P(mesh.TOKENS)
+  if isinstance(table, DeltaTable):
+    pooled = sharded_value_bag(
+      table.base,
+      slot,
+      weight,
+      pool,
+      num_pools,
+      scheme=scheme,
+      dtype=dtype,
+      table_gradient=table_gradient,
+    )
+    return pooled + _delta_bag(pool_rows, table, slot, weight, pool, dtype)
   pools = jax.P(mesh.TOKENS, *[None] * (slot.ndim - 1), 'model')
   if isinstance(table, HostTable):
     args = (table, slot, weight, pool)
@@ -104,7 +125,7 @@ def sharded_value_bag(
 
 
 def sharded_gathered_dot(
-  table: Float[Array, 'M W'] | QuantizedTable | HostTable,
+  table: Float[Array, 'M W'] | QuantizedTable | HostTable | DeltaTable,
   slot: Int[Array, '*T k'],
   vector: Float[Array, '*T _'],
   *,
@@ -137,6 +158,16 @@ def sharded_gathered_dot(
     )
 
   tokens = jax.P(mesh.TOKENS)
+  if isinstance(table, DeltaTable):
+    of_base = sharded_gathered_dot(
+      table.base,
+      slot,
+      vector,
+      scheme=scheme,
+      dtype=dtype,
+      table_gradient=table_gradient,
+    )
+    return of_base + _delta_products(products, table, slot, vector, dtype)
   if isinstance(table, HostTable):
     args = (table, slot, vector, None)
     return _on_fetched_rows(products, tokens, *args).astype(dtype)
@@ -165,6 +196,73 @@ def sharded_gathered_dot(
     in_specs=(layout.spec, tokens, vectors, None),
     out_specs=tokens,
   )(mesh.reshard(table, layout.spec), slot, vector, None)
+
+
+def _delta_bag(pool_rows, delta, slot, weight, pool, dtype):
+  """What the reads of changed rows add to the pools."""
+
+  def on_device(arrays, slot, weight, others):
+    (rows, values), (pool, chosen) = arrays, others
+    place, is_own = row_delta.find(rows, slot, chosen)
+    entries = jnp.where(is_own, place, 0), weight.astype(dtype), pool
+    (place, weight, pool), num_valid, _ = owned_first(entries, is_own)
+    weight = (
+      exchange.own_cores(weight, values.shape[-1]) if exchange else weight
+    )
+    pooled = pool_rows(values, place, weight, pool, num_valid=num_valid)
+    return pooled.astype(dtype)
+
+  exchange = _delta_exchange(len(delta))
+  out_spec = jax.P(mesh.TOKENS, *[None] * (slot.ndim - 1), 'model')
+  others = pool, delta.of_reads(slot.shape)
+  tokens = jax.P(mesh.TOKENS)
+  return _over_delta(on_device, delta, (tokens, tokens, tokens), out_spec)(
+    slot, weight, others
+  )
+
+
+def _delta_products(products, delta, slot, vector, dtype):
+  """What the changed rows add to the products of the reads."""
+
+  def on_device(arrays, slot, vector, others):
+    (rows, values), (_, chosen) = arrays, others
+    place, is_own = row_delta.find(rows, slot, chosen)
+    entries = jnp.where(is_own, place, 0), None, None
+    (place, *_), num_valid, moved = owned_first(entries, is_own)
+    parts = products(values, place, vector.astype(dtype), num_valid)
+    parts = put_back(parts, moved).astype(dtype)
+    return exchange.psum_products(parts) if exchange else parts
+
+  exchange = _delta_exchange(len(delta))
+  tokens = jax.P(mesh.TOKENS)
+  vectors = jax.P(mesh.TOKENS, *[None] * (slot.ndim - 2), 'model')
+  others = None, delta.of_reads(slot.shape)
+  return _over_delta(on_device, delta, (tokens, vectors, tokens), tokens)(
+    slot, vector, others
+  )
+
+
+def _delta_exchange(num_rows: int) -> TableExchange | None:
+  axes = mesh.axis_sizes()
+  return axes and TableExchange(_DELTA_LAYOUT, axes, num_rows)
+
+
+def _over_delta(
+  on_device: Callable, delta: DeltaTable, specs: tuple, out_spec: jax.P
+) -> Callable:
+  """`on_device` of the delta's rows and values and of each device's tokens."""
+  values = delta.values.reshape(-1, delta.values.shape[-1])
+  flat = _over_flat_tokens(on_device)
+  if mesh.axis_sizes() is None:
+    return functools.partial(flat, (delta.rows, values))
+  spec = _DELTA_LAYOUT.spec
+  mapped = jax.shard_map(
+    flat, in_specs=((jax.P(), spec), *specs), out_specs=out_spec
+  )
+  return functools.partial(
+    mapped,
+    (mesh.reshard(delta.rows, jax.P()), mesh.reshard(values, spec)),
+  )
 
 
 def _on_fetched_rows(
@@ -207,9 +305,8 @@ def _over_flat_tokens(function: Callable) -> Callable:
 
   def flat(table, slot, weight, pool):
     batch = slot.shape[:-1]
-    slot, weight, pool = (
-      x if x is None else x.reshape(-1, *x.shape[len(batch) :])
-      for x in (slot, weight, pool)
+    slot, weight, pool = jax.tree.map(
+      lambda x: x.reshape(-1, *x.shape[len(batch) :]), (slot, weight, pool)
     )
     pooled = function(table, slot, weight, pool)
     return pooled.reshape(*batch, *pooled.shape[1:])

@@ -235,14 +235,27 @@ class TableExchange:
       return entries, None, None
     local = slot - self.first_row()
     is_own = (local >= 0) & (local < num_rows)
-    order, inverse = _front(is_own)
     local = jnp.where(is_own, local, 0)
-    entries = (
-      jnp.take_along_axis(local, order, axis=1),
-      None if weight is None else _permuted(weight, order, inverse),
-      None if pool is None else jnp.take_along_axis(pool, order, axis=1),
-    )
-    return entries, is_own.sum(axis=1, dtype=jnp.int32), inverse
+    return owned_first((local, weight, pool), is_own)
+
+
+def owned_first(
+  entries: Entries, is_own: Bool[Array, 'T k']
+) -> tuple[Entries, Int[Array, 'T'], Int[Array, 'T k']]:
+  """Each token's entries with its own ones first.
+
+  Returns:
+    The entries, how many of each token's are its own, and the places to which
+    they have moved.
+  """
+  slot, weight, pool = entries
+  order, inverse = _front(is_own)
+  entries = (
+    jnp.take_along_axis(slot, order, axis=1),
+    None if weight is None else _permuted(weight, order, inverse),
+    None if pool is None else jnp.take_along_axis(pool, order, axis=1),
+  )
+  return entries, is_own.sum(axis=1, dtype=jnp.int32), inverse
 
 
 def _as_matrix(collective, x, axes):
