@@ -166,7 +166,8 @@ class MemoryLayer(nn.Module):
       probes=probes,
       is_partial=self.is_partial,
     )
-    self.sow('intermediates', 'slots', lead.restored(read['slots']))
+    for name in ('slots', 'rows'):
+      self.sow('intermediates', name, lead.restored(read[name]))
     for name in probes:
       self._sow_reads(name, read, config, scheme, lead)
     metrics = memory_metrics(params, read, config, segment_ids)

@@ -10,7 +10,7 @@ reads.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
 import numpy as np
 
@@ -39,20 +39,26 @@ class ReadCounts:
   num_units: int
 
 
-def count_new(batches: Sequence[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-  """The rows [n] of some reads, ascending, and how often each is read.
+class NewCounter:
+  """Counts what a new text reads of one table."""
 
-  Args:
-    batches: int32 [...] each, `NO_ROW` for padding.
-  """
-  found = [np.unique(x, return_counts=True) for x in batches]
-  rows, place = np.unique(
-    np.concatenate([rows for rows, _ in found]), return_inverse=True
-  )
-  counts = np.zeros(len(rows), np.int64)
-  np.add.at(counts, place, np.concatenate([times for _, times in found]))
-  is_row = rows != NO_ROW
-  return rows[is_row].astype(np.int32), counts[is_row]
+  def __init__(self):
+    # Of each batch its distinct rows, and how often each is read.
+    self._found: list[tuple[np.ndarray, np.ndarray]] = []
+
+  def add(self, reads: np.ndarray) -> None:
+    """Counts reads [...] of a batch, `NO_ROW` for padding."""
+    self._found.append(np.unique(reads, return_counts=True))
+
+  def counts(self) -> tuple[np.ndarray, np.ndarray]:
+    """The rows [n] that are read, ascending, and how often each is."""
+    rows, place = np.unique(
+      np.concatenate([rows for rows, _ in self._found]), return_inverse=True
+    )
+    counts = np.zeros(len(rows), np.int64)
+    np.add.at(counts, place, np.concatenate([n for _, n in self._found]))
+    is_row = rows != NO_ROW
+    return rows[is_row].astype(np.int32), counts[is_row]
 
 
 class BackgroundCounter:

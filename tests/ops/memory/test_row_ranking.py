@@ -5,9 +5,9 @@ from jaxsparse.ops.memory import row_ranking
 from jaxsparse.ops.memory.row_ranking import (
   NO_ROW,
   BackgroundCounter,
+  NewCounter,
   ReadCounts,
   best_rows,
-  count_new,
 )
 
 
@@ -56,7 +56,10 @@ def test_counts_equal_those_read_by_read():
   reads[2, 1, 5:] = NO_ROW
   text = rng.integers(2, 40, size=(2, 2, 8, 4)).astype(np.int32)
   text[1, 1, 4:] = NO_ROW
-  rows, new = count_new(list(reads))
+  first = NewCounter()
+  for batch in reads:
+    first.add(batch)
+  rows, new = first.counts()
   assert rows.tolist() == list(range(9))
   assert new.tolist() == [int((reads == row).sum()) for row in rows]
   for unit in (2, 3, 0):
