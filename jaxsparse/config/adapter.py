@@ -16,7 +16,9 @@ from jaxsparse.config.errors import (
   require_unset,
 )
 
-KINDS = ('', 'lora')
+KINDS = ('', 'lora', 'rows')
+# How rows of memories are chosen, see `ops.memory.row_ranking`.
+RANKINGS = ('tfidf', 'kl')
 
 # Settings in adapter.json, by kind.
 _NAMES = dict(
@@ -38,8 +40,9 @@ _TARGETS = 'attention/(query|value)$'
 class AdapterConfig:
   """An adapter beside the model of train.start_from, which stays as it is."""
 
-  # What is learned: 'lora', low-rank differences of matrices. Empty: the model
-  # itself, without an adapter.
+  # What is learned: 'lora', low-rank differences of matrices; 'rows',
+  # differences of the few rows of memory layers that the text is about. Empty:
+  # the model itself, without an adapter.
   kind: str = ''
   # Of the folder in the run's adapters/ that holds it.
   name: str = 'adapter'
@@ -63,6 +66,21 @@ class AdapterConfig:
   # 'weights=nf4' (QLoRA, arXiv:2305.14314); as --quantize of generate. Empty:
   # as it is.
   quantize: str = ''
+  # Rows that are learned, of all tables together.
+  num_rows: int = 2000
+  # How they are ranked, by their reads of the training text and of a
+  # background: 'tfidf' (arXiv:2510.15103), where rows count less that many
+  # sequences of the background read, or 'kl', by how much more often the text
+  # reads them than the background does.
+  ranking: str = 'tfidf'
+  # Tokens that tf-idf counts as one document of the background. Where they are
+  # many, every row is in every document, and none is ranked.
+  ranking_unit: int = 64
+  # Tokens of either text that are ranked by, at most.
+  ranking_tokens: int = 2**20
+  # What the model is to keep: a text as in data.text. Empty: that which the
+  # base was trained on.
+  background: str = ''
 
   def __post_init__(self):
     fields.check(self)
@@ -73,6 +91,8 @@ class AdapterConfig:
       f'got {self.name!r}.',
     )
     require_positive(self, 'rank', 'alpha')
+    require_choice(self, 'ranking', RANKINGS)
+    require_positive(self, 'num_rows', 'ranking_unit', 'ranking_tokens')
     require(
       0 <= self.dropout < 1,
       f'dropout must be at least 0 and below 1, got {self.dropout}.',
@@ -89,6 +109,14 @@ class AdapterConfig:
       'quantize',
     )
     unset(self.kind != 'lora', f'kind = {self.kind!r}', *of_lora)
+    of_rows = (
+      *('num_rows', 'ranking', 'ranking_unit', 'ranking_tokens'),
+      'background',
+    )
+    unset(self.kind != 'rows', f'kind = {self.kind!r}', *of_rows)
+    unset(
+      self.ranking != 'tfidf', f'ranking = {self.ranking!r}', 'ranking_unit'
+    )
     unset(not self.kind, "kind = ''", 'name')
 
   @property

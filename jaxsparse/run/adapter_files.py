@@ -11,6 +11,7 @@ import hashlib
 import json
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 import safetensors
 from etils import epath
@@ -25,6 +26,16 @@ JSON = 'adapter.json'
 FILES = dict(lora='adapter.safetensors', rows='rows.safetensors')
 # In a run's workdir.
 FOLDER = 'adapters'
+
+# What a file that is cut off or damaged ends in.
+_TROUBLES = (
+  OSError, ValueError, TypeError, KeyError, safetensors.SafetensorError,
+)  # fmt: skip
+
+# Of numbers, as safetensors calls them.
+_TYPES = dict(
+  F32='float32', F16='float16', BF16='bfloat16', I32='int32', I8='int8'
+)
 
 Tensors = dict[str, np.ndarray]
 Meta = dict[str, Any]
@@ -71,9 +82,9 @@ def read(folder: epath.PathLike) -> tuple[Tensors, Meta]:
   tensors: Tensors = {}
   try:
     content = file.read_bytes()
-    tensors = safetensors_numpy.load(content)
+    tensors = _loaded(content)
     is_whole = _hash(content) == meta.get('sha256', _hash(content))
-  except (OSError, ValueError, TypeError, safetensors.SafetensorError) as error:
+  except _TROUBLES as error:
     is_whole, trouble = False, f"can't be read ({shown(str(error))[1:-1]})"
   require(
     is_whole,
@@ -142,6 +153,16 @@ def require_base(
     f'the fingerprint {meta["base"][:12]}, and these have {base[:12]}): give '
     'the workdir that it was trained from, or --force.',
   )
+
+
+def _loaded(content: bytes) -> Tensors:
+  """What safetensors' own reader makes of it, and bfloat16 besides."""
+  return {
+    name: np.frombuffer(of['data'], jnp.dtype(_TYPES[of['dtype']])).reshape(
+      of['shape']
+    )
+    for name, of in safetensors.deserialize(content)
+  }
 
 
 def _hash(content: bytes) -> str:

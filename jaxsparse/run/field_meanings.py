@@ -41,6 +41,7 @@ _MOMENTS = Meaning('the moments so far stay')
 _SHAPES = _fixed('the parameters are others')
 _FUNCTION = _fixed('the parameters were trained for another function')
 _STATE = _fixed("the optimizer's state is another")
+_OTHER_ROWS = _fixed('the rows that are trained would be others')
 _ROWS = _fixed('rows would begin at other tokens')
 
 MEANINGS = {
@@ -141,6 +142,8 @@ MEANINGS = {
     ('adapter', _SHAPES, 'kind rank use_dora targets'),
     ('adapter', _FUNCTION, 'alpha use_rslora quantize'),
     ('adapter', _LOSS, 'dropout'),
+    ('adapter', _SHAPES, 'num_rows'),
+    ('adapter', _OTHER_ROWS, 'ranking ranking_unit ranking_tokens background'),
     ('adapter', _FREE, 'name'),
     ('mesh', _FREE, 'data sparse model'),
   )

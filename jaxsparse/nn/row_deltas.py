@@ -1,0 +1,286 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Differences of rows beside a model's tables: joined, added and taken back.
+
+They are kept by the path of their table, such as
+'block_01/memory/value_table'. `joined` puts them beside the tables, where they
+leave each sequence's other reads as they are; `added` writes them into the
+tables, of which `restored` makes the old ones again.
+"""
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse.config.errors import UserError, require
+from jaxsparse.nn.parameter import is_quantized
+from jaxsparse.ops.tables import row_delta
+from jaxsparse.ops.tables.host_table import HostTable
+from jaxsparse.ops.tables.row_delta import Delta, DeltaTable
+
+TABLES = ('value_table', 'pre_value_table')
+
+# Of each table by its path.
+Deltas = dict[str, Delta]
+# Arrays of a file by their names: of each table 'rows' and 'values', and what
+# else there is to know of its rows.
+Tensors = Mapping[str, np.ndarray]
+
+
+def tables(params: Any, prefix: str = '') -> dict[str, Any]:
+  """The tables of memory layers, by their paths."""
+  found: dict[str, Any] = {}
+  for name, value in params.items():
+    if isinstance(value, dict):
+      found |= tables(value, f'{prefix}{name}/')
+    elif name in TABLES:
+      found[prefix + name] = value
+  return found
+
+
+def _replaced(params: Any, values: Mapping[str, Any], prefix: str = '') -> Any:
+  """The parameters with other values at these paths."""
+  return {
+    name: _replaced(value, values, f'{prefix}{name}/')
+    if isinstance(value, dict)
+    else values.get(prefix + name, value)
+    for name, value in params.items()
+  }
+
+
+def from_tensors(tensors: Tensors, params: Any, where: str) -> Deltas:
+  """The deltas of a file, compared with the model that they are for.
+
+  Args:
+    tensors: of the file.
+    params: of the model; shapes will do.
+    where: the file is, for the sentence.
+
+  Raises:
+    UserError: a name is unknown, or rows or values are not what they must be.
+  """
+  known, found = tables(params), {}
+  for path in sorted({name.rpartition('/')[0] for name in tensors}):
+    require(
+      path in known,
+      f'{where!r} has {path!r}, which is no table of this model: give the '
+      'model that it was trained beside.',
+    )
+    rows, values = (tensors.get(f'{path}/{x}') for x in ('rows', 'values'))
+    if rows is None or values is None:
+      raise UserError(
+        f"{path} in {where!r} must have 'rows' and 'values', and lacks one."
+      )
+    _check(f'{path} in {where!r}', rows, values, known[path].shape)
+    found[path] = rows, values
+  require(bool(found), f'{where!r} holds no rows.')
+  return found
+
+
+def _check(what: str, rows: np.ndarray, values: np.ndarray, shape: Any) -> None:
+  num_rows, width = shape
+  is_list = rows.dtype == np.int32 and rows.ndim == 1 and rows.size
+  require(
+    bool(is_list),
+    f'the rows of {what} must be a list of int32, got {rows.dtype} of the '
+    f'shape {list(rows.shape)}.',
+  )
+  require(
+    bool((rows >= 0).all() and (rows < num_rows).all()),
+    f'the rows of {what} must be of the {num_rows:,} of the table, got '
+    f'{rows.min()} to {rows.max()}.',
+  )
+  is_after = rows[1:] > rows[:-1]
+  if not is_after.all():
+    i = int(np.argmin(is_after))
+    raise UserError(
+      f'the rows of {what} must be ascending and each once, got {rows[i]} '
+      f'before {rows[i + 1]}.'
+    )
+  require(
+    values.shape == (len(rows), width),
+    f'the values of {what} must have the shape {[len(rows), width]}, got '
+    f'{list(values.shape)}.',
+  )
+
+
+def beside(params: Any, deltas: Deltas) -> Any:
+  """The parameters with differences beside their tables, which stay."""
+  known = tables(params)
+  joined = {
+    path: DeltaTable(known[path], *map(jnp.asarray, delta))
+    for path, delta in deltas.items()
+  }
+  return _replaced(params, joined)
+
+
+def several_beside(
+  params: Any,
+  places: Sequence[Deltas | None],
+  chosen: jax.Array | None = None,
+  size: int = 0,
+) -> Any:
+  """The parameters with several models' differences beside their tables.
+
+  Args:
+    params: of the base.
+    places: of each place; None for the base itself, as of the first.
+    chosen: int32 [B], the place of each sequence of a batch.
+    size: rows of a place, so that another of no more rows may take it and what
+      is compiled stays; 0 for those of the largest.
+  """
+  known, joined = tables(params), {}
+  for path in sorted(set().union(*filter(None, places))):
+    of_place = [None if d is None else d.get(path) for d in places]
+    arrays = row_delta.stacked(of_place, *known[path].shape, size)
+    joined[path] = DeltaTable(known[path], *map(jnp.asarray, arrays), chosen)
+  return _replaced(params, joined)
+
+
+def summed(all_deltas: Sequence[Deltas]) -> tuple[Deltas, dict[str, int]]:
+  """Several deltas as one, and how many rows of each table they share."""
+  joined, overlaps = {}, {}
+  for path in sorted(set().union(*all_deltas)):
+    own = [deltas[path] for deltas in all_deltas if path in deltas]
+    joined[path], overlaps[path] = row_delta.summed(own)
+  return joined, overlaps
+
+
+def learnt(params: Any, rows: Mapping[str, np.ndarray]) -> Any:
+  """The parameters with room for differences, for `with_values`.
+
+  Args:
+    params: of the base.
+    rows: those that are learnt, by the path of the module of their tables;
+      its values and its pre-values have the same rows.
+  """
+  joined = {
+    path: DeltaTable(table, jnp.asarray(rows[owner]), None)
+    for path, table in tables(params).items()
+    if (owner := path.rpartition('/')[0]) in rows
+  }
+  return _replaced(params, joined)
+
+
+def zeros(params: Any) -> Any:
+  """Differences of zero of what `learnt` returned: f32, in nested dicts."""
+
+  def below(value: Any) -> Any:
+    if isinstance(value, dict):
+      found = {name: below(x) for name, x in value.items()}
+      return {name: x for name, x in found.items() if x}
+    if not isinstance(value, DeltaTable):
+      return {}
+    shape = len(value.rows), value.shape[1]
+    return {'values': jnp.zeros(shape, jnp.float32)}
+
+  return below(params)
+
+
+def with_values(params: Any, values: Any) -> Any:
+  """What `learnt` returned with differences, in nested dicts as `zeros` has."""
+  if isinstance(params, DeltaTable):
+    return dataclasses.replace(params, **values)
+  return params | {
+    name: with_values(params[name], of) for name, of in values.items()
+  }
+
+
+def to_tensors(params: Any) -> dict[str, np.ndarray]:
+  """What `with_values` returned, as a file has it.
+
+  Values are of the type of their table, or f32 where that has codes.
+  'old_norm' is the Euclidean norm of each row as it was.
+  """
+  tensors: dict[str, np.ndarray] = {}
+  for path, table in tables(params).items():
+    if isinstance(table, DeltaTable):
+      rows = np.asarray(jax.device_get(table.rows))
+      old = np.asarray(_rows_of(table.base, rows), np.float32)
+      is_narrow = not is_quantized(table.base)
+      values = np.asarray(jax.device_get(table.values), np.float32)
+      tensors |= {
+        f'{path}/rows': rows,
+        f'{path}/values': values.astype(table.dtype) if is_narrow else values,
+        f'{path}/old_norm': np.linalg.norm(old, axis=1),
+      }
+  return tensors
+
+
+def _rows_of(table: Any, rows: np.ndarray) -> np.ndarray:
+  if isinstance(table, HostTable):
+    return table.source.take(rows)
+  if isinstance(table, np.ndarray):
+    return table[rows]
+  return np.asarray(jax.device_get(_read(table, jnp.asarray(rows))))
+
+
+@jax.jit
+def _read(table, rows):
+  def take(x):
+    spec = None if jax.typeof(x).sharding.mesh.empty else jax.P()
+    return x.at[rows].get(out_sharding=spec)
+
+  return table.read(take) if is_quantized(table) else take(table)
+
+
+def added(params: Any, deltas: Deltas) -> tuple[Any, dict[str, np.ndarray]]:
+  """The parameters with differences in their tables, and the rows as they were.
+
+  Sums are rounded to the type of the table.
+
+  Raises:
+    UserError: a table is stored in fewer bits, or does not lie on a device.
+  """
+  known = tables(params)
+  old = {
+    path: _rows_of(known[path], rows) for path, (rows, _) in deltas.items()
+  }
+
+  def sums(path: str) -> np.ndarray:
+    values = np.asarray(deltas[path][1], np.float32)
+    return (np.asarray(old[path], np.float32) + values).astype(old[path].dtype)
+
+  return _written(
+    params, {p: (r, sums(p)) for p, (r, _) in deltas.items()}
+  ), old
+
+
+def restored(params: Any, old: Deltas) -> Any:
+  """The parameters with their rows as they were: rows and their numbers."""
+  return _written(params, old)
+
+
+def _written(params: Any, rows: Deltas) -> Any:
+  known, written = tables(params), {}
+  for path, (ids, new) in rows.items():
+    table = known[path]
+    require(
+      isinstance(table, jax.Array),
+      f'{path} must be of floats on the device for rows to be written into it: '
+      'give such a workdir, or let the adapter stand beside it (--adapter=).',
+    )
+    written[path] = _set(table, jnp.asarray(ids), jnp.asarray(new))
+  return _replaced(params, written)
+
+
+_set: Callable = jax.jit(
+  lambda table, ids, new: table.at[ids].set(
+    new, unique_indices=True, indices_are_sorted=True
+  )
+)
+
+
+def changed_share(tensors: Tensors, of_norm: float = 0.01) -> float:
+  """Share of a file's rows whose change is above a share of their norm."""
+  changed = total = 0
+  for name, norm in tensors.items():
+    if name.endswith('/old_norm'):
+      values = tensors[name.removesuffix('old_norm') + 'values']
+      change = np.linalg.norm(np.asarray(values, np.float32), axis=1)
+      changed += int((change > of_norm * norm).sum())
+      total += len(norm)
+  return changed / max(total, 1)
