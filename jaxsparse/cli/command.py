@@ -22,6 +22,10 @@ COMMANDS = {
   ),
   'quantize': ('cli.quantize', 'store a trained model in 8 or 4 bits'),
   'report': ('cli.report', 'draw what a run left'),
+  'adapters': (
+    'cli.adapters',
+    'say what adapters are, merge, add and remove deltas of rows',
+  ),
   'tables': ('cli.tables', 'say what tables on file are, and compare them'),
   'cost': ('cli.cost', 'say parameters, FLOPs and bytes of a recipe'),
   'compare': (

@@ -51,6 +51,16 @@ def _replaced(params: Any, values: Mapping[str, Any], prefix: str = '') -> Any:
   }
 
 
+def unchecked(tensors: Tensors) -> Deltas:
+  """The deltas of a file whose model is not at hand."""
+  return {
+    path: (rows, tensors[f'{path}/values'])
+    for name, rows in tensors.items()
+    if name.endswith('/rows')
+    and f'{(path := name.removesuffix("/rows"))}/values' in tensors
+  }
+
+
 def from_tensors(tensors: Tensors, params: Any, where: str) -> Deltas:
   """The deltas of a file, compared with the model that they are for.
 
@@ -187,6 +197,18 @@ def with_values(params: Any, values: Any) -> Any:
   return params | {
     name: with_values(params[name], of) for name, of in values.items()
   }
+
+
+def without(params: Any) -> Any:
+  """The parameters without differences beside their tables."""
+  return _replaced(
+    params,
+    {
+      path: table.base
+      for path, table in tables(params).items()
+      if isinstance(table, DeltaTable)
+    },
+  )
 
 
 def to_tensors(params: Any) -> dict[str, np.ndarray]:

@@ -46,6 +46,13 @@ def folder_of(workdir: epath.PathLike, name: str) -> epath.Path:
   return epath.Path(workdir) / FOLDER / name
 
 
+def names(workdir: epath.PathLike) -> list[str]:
+  """Of the adapters that a run has written."""
+  folder = epath.Path(workdir) / FOLDER
+  found = folder.iterdir() if folder.exists() else ()
+  return sorted(path.name for path in found if (path / JSON).exists())
+
+
 def write(folder: epath.PathLike, tensors: Tensors, meta: Meta) -> None:
   """Writes an adapter, over an earlier one; each file at once or not at all.
 
