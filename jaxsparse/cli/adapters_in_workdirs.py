@@ -11,8 +11,8 @@ import numpy as np
 from etils import epath
 
 from jaxsparse.config.errors import require
+from jaxsparse.data import tokenizer_roles
 from jaxsparse.inference import quantized_leaves
-from jaxsparse.interop import tokenizers_in
 from jaxsparse.nn import row_deltas
 from jaxsparse.run import adapter_files, new_workdir, run_config, stored
 from jaxsparse.run import workdir as workdir_lib
@@ -65,8 +65,8 @@ def add(argv: Sequence[str]) -> None:
   arguments = parser.parse_args(argv)
   workdir, out = map(workdir_lib.expanded, (arguments.workdir, arguments.out))
   before = _read_added(workdir)
-  step, params = quantized_leaves.load_params(workdir)
-  base = adapter_files.fingerprint(workdir, step)
+  step, params = quantized_leaves.load_params(workdir, tables='device')
+  base = stored.params_fingerprint(workdir, step)
   # What has deltas in its tables already is still of their base.
   bases = {base, *(meta['of'] for _, meta in before)}
   for folder in map(workdir_lib.expanded, arguments.adapters):
@@ -120,10 +120,10 @@ def remove(argv: Sequence[str]) -> None:
     f'name must be of a delta in the tables of {workdir!r}, which has '
     f'{", ".join(names) or "none"}; got {name!r}.',
   )
-  step, params = quantized_leaves.load_params(workdir)
+  step, params = quantized_leaves.load_params(workdir, tables='device')
   place = names.index(name)
   tensors, meta = kept.pop(place)
-  now = adapter_files.fingerprint(workdir, step)
+  now = stored.params_fingerprint(workdir, step)
   require(
     meta['base'] == now,
     f'the tables of {workdir!r} are no longer those that {name!r} was added '
@@ -151,11 +151,11 @@ def _write(workdir, out, step, params, kept, origin):
   config = run_config.read(workdir)
   new_workdir.require_new(out, '--out')
   with new_workdir.emptied_on_failure(out):
-    tokenizers_in.write_tokenizer(workdir, out)
+    tokenizer_roles.copy_tokenizer(workdir, out)
     origin = dict(workdir=workdir, step=step, **origin)
     new_workdir.write(out, config, params, origin)
     (step,) = stored.steps_in(out)
-    base = adapter_files.fingerprint(out, step)
+    base = stored.params_fingerprint(out, step)
     for tensors, meta in kept:
       folder = epath.Path(out) / _FOLDER / meta['name']
       adapter_files.write(folder, tensors, meta | dict(base=base))

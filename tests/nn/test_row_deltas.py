@@ -13,6 +13,9 @@ from jaxsparse.config import MemoryConfig, ModelConfig
 from jaxsparse.config.errors import UserError
 from jaxsparse.nn import row_deltas
 from jaxsparse.nn.transformer import Transformer, init_cache
+from jaxsparse.ops.memory.sharded_bag import sharded_value_bag
+from jaxsparse.ops.tables.host_table import HostTable
+from jaxsparse.run import adapter_files
 
 B, T = 4, 6
 # Values and pre-values, and a table that two layers read windows of.
@@ -176,3 +179,37 @@ def test_tables_of_other_models_are_refused():
     row_deltas.from_tensors(other, params(), 'x')
   with pytest.raises(UserError, match='holds no rows'):
     row_deltas.from_tensors({}, params(), 'x')
+
+
+def test_ten_thousand_rows_of_a_large_table(tmp_path):
+  """A table of 1.6 billion bfloat16 numbers, in a file with holes."""
+  num_rows, width, count = 1_572_864, 1024, 10_000
+  path = tmp_path / 'table'
+  bfloat16 = np.dtype(jnp.bfloat16)
+  table = np.memmap(path, bfloat16, 'w+', shape=(num_rows, width))
+  rng = np.random.default_rng(0)
+  rows = rng.choice(num_rows, count, replace=False)
+  rows = np.sort(rows).astype(np.int32)
+  own = rng.normal(size=(count, width)).astype(bfloat16)
+  base = {'memory': {'value_table': HostTable.of(table)}}
+  room = row_deltas.learnt(base, {'memory': rows})
+  learnt = row_deltas.with_values(
+    room, {'memory': {'value_table': {'values': jnp.asarray(own)}}}
+  )
+  tensors = row_deltas.to_tensors(learnt)
+  folder = tmp_path / 'adapter'
+  adapter_files.write(folder, tensors, dict(kind='rows', base='x'))
+  file = folder / 'rows.safetensors'
+  assert file.stat().st_size < 21e6
+  read, _ = adapter_files.read(folder)
+  deltas = row_deltas.from_tensors(read, base, str(folder))
+  _, values = deltas['memory/value_table']
+  assert values.dtype == bfloat16
+  assert np.array_equal(values, own)
+  beside = row_deltas.beside(base, deltas)['memory']['value_table']
+  # Reads of a changed row and of another.
+  other = next(i for i in range(num_rows) if i not in rows)
+  slot = jnp.array([[rows[7]], [other]], jnp.int32)
+  pooled = sharded_value_bag(beside, slot, jnp.ones((2, 1, 1), jnp.float32))
+  assert np.array_equal(pooled[0, 0], own[7].astype(np.float32))
+  assert not pooled[1].any()
