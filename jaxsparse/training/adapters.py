@@ -16,7 +16,7 @@ from flax.traverse_util import unflatten_dict
 from jaxsparse import mesh
 from jaxsparse.analysis import cost
 from jaxsparse.config import AdapterConfig, Config
-from jaxsparse.nn import adapters
+from jaxsparse.nn import adapters, row_deltas
 from jaxsparse.nn.adapters import Path
 from jaxsparse.ops.quantized_matrix import QuantizedMatrix
 from jaxsparse.training import trained_part
@@ -29,11 +29,14 @@ def init(config: Config, base: Any) -> dict:
 
   Args:
     config: of the run.
-    base: its parameters, on the mesh in use.
+    base: its parameters, on the mesh in use; for rows what
+      `trained_rows.settled` made of them.
 
   Raises:
     UserError: adapter.targets finds nothing, or what can have no adapter.
   """
+  if config.adapter.kind == 'rows':
+    return row_deltas.zeros(base)
   key = jax.random.key(config.train.seed)
   found = {}
   for path, x in adapters.targets(config.adapter, base).items():
@@ -77,6 +80,8 @@ def join(config: Config, frozen: dict, trained: dict) -> dict:
   """
   if not config.adapter.kind:
     return trained_part.joined(frozen, trained)
+  if config.adapter.kind == 'rows':
+    return row_deltas.with_values(frozen, trained)
   return adapters.joined(config.adapter, frozen, trained)
 
 
@@ -93,8 +98,17 @@ merged = adapters.merged
 
 def describe(config: Config, base: Any) -> str:
   """A sentence: how many parameters are trained, of dense ones and of all."""
-  count = adapters.num_parameters(config.adapter, base)
   of = cost.count_parameters(config.model)
+  if config.adapter.kind == 'rows':
+    values = jax.tree.leaves(jax.eval_shape(row_deltas.zeros, base))
+    count = sum(x.size for x in values)
+    rows = sum(x.shape[0] for x in values)
+    return (
+      f'{count:,} parameters are trained, in {rows:,} rows of tables: '
+      f'{count / of.values:.2%} of the {of.values / 1e6:.2f}M values, '
+      f'{count / of.total:.2%} of all {of.total / 1e6:.2f}M.'
+    )
+  count = adapters.num_parameters(config.adapter, base)
   num = len(adapters.targets(config.adapter, base))
   dense = of.dense + of.memory
   return (

@@ -214,7 +214,9 @@ def labels(params: dict) -> dict:
       return BALANCE
     # Gains, Tucker cores and DoRA's magnitudes set scales that decay would pull
     # to zero, and both gains and biases, of whatever rank, are no matrices.
-    has_decay = not name.endswith(('bias', 'scale', 'cores', 'magnitude'))
+    # Differences of rows are what is learned, as tables are.
+    undecayed = ('bias', 'scale', 'cores', 'magnitude', 'values')
+    has_decay = not name.endswith(undecayed)
     return DECAYED if leaf.ndim > 1 and has_decay else UNDECAYED
 
   return jax.tree_util.tree_map_with_path(label, params)
