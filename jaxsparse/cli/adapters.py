@@ -69,7 +69,7 @@ def inspect(argv: Sequence[str]) -> None:
         print(line)
       deltas.append(row_deltas.unchecked(tensors))
   if len(deltas) > 1:
-    for line in overlap_lines(deltas):
+    for line in row_deltas.overlap_lines(deltas):
       print(line)
 
 
@@ -82,18 +82,6 @@ def _tables(tensors: adapter_files.Tensors) -> list[str]:
   ]
   share = row_deltas.changed_share(tensors)
   return [*lines, f'  {share:.1%} of the rows changed by over 1% of their norm']
-
-
-def overlap_lines(deltas: Sequence[row_deltas.Deltas]) -> list[str]:
-  """How many rows several adapters change, by table."""
-  _, overlaps = row_deltas.summed(deltas)
-  lines = [
-    f'{count:,} rows of {path} are changed by several; their differences are '
-    'added.'
-    for path, count in overlaps.items()
-    if count
-  ]
-  return lines or ['No row is changed by several.']
 
 
 def merge(argv: Sequence[str]) -> None:
@@ -117,7 +105,7 @@ def merge(argv: Sequence[str]) -> None:
   )
   new_workdir.require_new(out, '--out')
   deltas = [row_deltas.unchecked(tensors) for tensors, _ in read]
-  for line in overlap_lines(deltas):
+  for line in row_deltas.overlap_lines(deltas):
     print(line)
   joined, _ = row_deltas.summed(deltas)
   tensors = {}

@@ -42,9 +42,11 @@ from jaxsparse.training import (
   loop,
   old_text,
   optimizer,
+  ranked_texts,
   resume,
   same_start,
   start_from,
+  trained_rows,
 )
 from jaxsparse.training.evaluation import Validation
 from jaxsparse.training.inputs import (
@@ -100,16 +102,23 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
     prompt = prompt_of(config, tokens, template)
     if config.train.sample_tokens:
       check_sample(config, len(prompt))
+    data = dataclasses.replace(
+      training_data(config, corpus, tokens),
+      ranked_by=ranked_texts.of_run(config, corpus, tokens),
+    )
     outcome = loop.fit(
       config,
       workdir,
-      training_data(config, corpus, tokens),
+      data,
       reporter,
       lambda speed: hardware.utilisation(speed * flops, jax.device_count()),
       functools.partial(adapters.load_base, config),
     )
     if outcome.validation is None:
       return
+    if data.ranked_by:
+      args = config, outcome.params, data.ranked_by, reporter
+      trained_rows.tell_of_moved_reads(*args)
     if config.train.sample_tokens:
       try:
         write_sample(config, workdir, outcome.params, tokens, prompt, say)

@@ -29,7 +29,14 @@ _NAMES = dict(
     rslora='use_rslora',
     dora='use_dora',
     targets='targets',
-  )
+  ),
+  rows=dict(
+    ranking='ranking',
+    num_rows='num_rows',
+    ranking_unit='ranking_unit',
+    ranking_tokens='ranking_tokens',
+    background='background',
+  ),
 )
 
 # Queries and values, as the paper of LoRA has them.

@@ -4,7 +4,8 @@
 A run of an adapter has checkpoints of it alone: its base is found by its
 record. Any adapter in files is put beside the parameters that it was trained
 with. Where these are floats it is merged, W + s A B in their place; beside a
-quantized matrix it stays, as it was in training.
+quantized matrix it stays, as it was in training. So are differences of rows,
+where a table of floats lies on the device.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
+from jaxsparse import mesh
 from jaxsparse.config import (
   AdapterConfig,
   Config,
@@ -27,7 +29,7 @@ from jaxsparse.config import (
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.inference import quantized_leaves
 from jaxsparse.inference.quantize import parse, quantize
-from jaxsparse.nn import adapters
+from jaxsparse.nn import adapters, row_deltas
 from jaxsparse.ops.adapted_matrix import AdaptedMatrix
 from jaxsparse.ops.quantized_matrix import QuantizedMatrix
 from jaxsparse.run import adapter_files, checkpoint, start, stored
@@ -90,6 +92,10 @@ def load_params(
   with _mesh_of(abstract):
     if how := parse(saved.adapter.quantize):
       params = quantize(saved.model, params, how)
+    if saved.adapter.kind == 'rows':
+      found = {'/'.join(p): x for p, x in adapters.leaves(adapter).items()}
+      tensors = jax.device_get(found)
+      return step, _with_rows(saved.model, params, tensors, workdir, tables)
     return step, _beside(saved.adapter, params, adapter, str(workdir))
 
 
@@ -148,6 +154,8 @@ def applied(
   folders: Sequence[epath.PathLike],
   base: str,
   is_forced: bool = False,
+  tables: str = '',
+  say: Callable[[str], None] = print,
 ) -> dict:
   """The parameters with adapters from files, one after another.
 
@@ -157,17 +165,47 @@ def applied(
     folders: of adapters, such as RUN/adapters/NAME.
     base: the fingerprint of the checkpoint that the parameters are from.
     is_forced: take adapters of another base.
+    tables: where those of memory layers lie, as `load_params` has it.
+    say: gets a sentence where several change the same rows.
 
   Raises:
     UserError: there is no such adapter, it is damaged, or of another base or
       model.
   """
-  del config  # Rows of tables ask for it.
+  of_rows = []
   for folder in folders:
-    of, adapter, meta = read(folder)
+    meta = adapter_files.read_meta(folder)
     adapter_files.require_base(folder, meta, base, is_forced)
-    params = _beside(of, params, adapter, str(folder))
+    if meta['kind'] == 'rows':
+      tensors, _ = adapter_files.read(folder)
+      of_rows.append(row_deltas.unchecked(tensors))
+      params = _with_rows(config, params, tensors, folder, tables)
+    else:
+      of, adapter, _ = read(folder)
+      params = _beside(of, params, adapter, str(folder))
+  if len(of_rows) > 1:
+    for line in row_deltas.overlap_lines(of_rows):
+      say(line)
   return params
+
+
+def _with_rows(
+  config: ModelConfig,
+  params: dict,
+  tensors: adapter_files.Tensors,
+  where: epath.PathLike,
+  tables: str,
+) -> dict:
+  """The parameters with differences of rows."""
+  deltas = row_deltas.from_tensors(tensors, params, str(where))
+  known = row_deltas.tables(params)
+  assert config.memory is not None
+  # Those in mapped files may look like arrays of the device.
+  is_on_device = (tables or config.memory.table.store) == 'device'
+  is_plain = all(isinstance(known[path], jax.Array) for path in deltas)
+  if is_on_device and is_plain and mesh.axis_sizes() is None:
+    return row_deltas.added(params, deltas, donates=True)[0]
+  return row_deltas.beside(params, deltas)
 
 
 def read(

@@ -15,6 +15,7 @@ import jax
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import UserError, did_you_mean, require, shown
+from jaxsparse.nn import row_deltas
 from jaxsparse.nn.matrices import CONTRACTED, VOCABULARY, place_of
 from jaxsparse.nn.memory.tables import table_scheme
 from jaxsparse.nn.parameter import is_quantized
@@ -23,6 +24,7 @@ from jaxsparse.ops.adapted_matrix import AdaptedMatrix
 from jaxsparse.ops.quantized_matrix import QuantizedMatrix
 from jaxsparse.ops.tables import quantized_table, row_format
 from jaxsparse.ops.tables.quantized_table import QuantizedTable
+from jaxsparse.ops.tables.row_delta import DeltaTable
 
 # What chooses rows stays.
 _KEPT = {('memory', 'query')}
@@ -137,6 +139,8 @@ def quantize(
   plain = quantized_matrix.encoded
 
   def on_leaf(path: Path, x: Any) -> Any:
+    if isinstance(x, DeltaTable):
+      return dataclasses.replace(x, base=on_leaf(path, x.base))
     require(
       not (is_quantized(x) or isinstance(x, AdaptedMatrix)),
       f'{"/".join(path)} is quantized already: quantize the model that it is '
@@ -161,6 +165,10 @@ def dequantized(params: Any) -> Any:
   def numbers(path: Path, x: Any) -> Any:
     if isinstance(x, AdaptedMatrix):
       return x.merged()
+    if isinstance(x, DeltaTable):
+      return row_deltas.merged(
+        dataclasses.replace(x, base=numbers(path, x.base))
+      )
     return x.dequantized() if is_quantized(x) else x
 
   return map_leaves(numbers, params)
@@ -188,7 +196,9 @@ def map_leaves(function: Callable[[Path, Any], Any], params: Any) -> Any:
   return jax.tree_util.tree_map_with_path(
     lambda path, x: function(tuple(p.key for p in path), x),
     params,
-    is_leaf=lambda x: is_quantized(x) or isinstance(x, AdaptedMatrix),
+    is_leaf=lambda x: (
+      is_quantized(x) or isinstance(x, AdaptedMatrix | DeltaTable)
+    ),
   )
 
 

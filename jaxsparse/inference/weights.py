@@ -20,6 +20,7 @@ from jaxsparse.inference.quantize import Quantization, quantize
 from jaxsparse.nn.parameter import is_quantized
 from jaxsparse.nn.transformer import init_params
 from jaxsparse.ops.adapted_matrix import AdaptedMatrix
+from jaxsparse.ops.tables.row_delta import DeltaTable
 from jaxsparse.run import stored
 
 # What a module casts to the type of its input before it is used, by the name of
@@ -90,7 +91,9 @@ def load(
       params = quantize(config, params, how)
     if adapters:
       base = stored.params_fingerprint(workdir, step)
-      params = adapters_lib.applied(config, params, adapters, base, is_forced)
+      params = adapters_lib.applied(
+        config, params, adapters, base, is_forced, tables, say or print
+      )
     return step, cast(config, params)
 
 
@@ -101,7 +104,10 @@ def cast(config: ModelConfig, params: dict) -> dict:
   """
   dtype = jnp.dtype(config.dtype)
   leaves, structure = jax.tree_util.tree_flatten_with_path(
-    params, is_leaf=lambda x: is_quantized(x) or isinstance(x, AdaptedMatrix)
+    params,
+    is_leaf=lambda x: (
+      is_quantized(x) or isinstance(x, AdaptedMatrix | DeltaTable)
+    ),
   )
   chosen = [
     i

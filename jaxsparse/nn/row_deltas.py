@@ -8,7 +8,7 @@ tables, of which `restored` makes the old ones again.
 """
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -121,10 +121,18 @@ def beside(params: Any, deltas: Deltas) -> Any:
   """The parameters with differences beside their tables, which stay."""
   known = tables(params)
   joined = {
-    path: DeltaTable(known[path], *map(jnp.asarray, delta))
+    path: DeltaTable(known[path], *map(_everywhere, delta))
     for path, delta in deltas.items()
   }
   return _replaced(params, joined)
+
+
+def _everywhere(x: np.ndarray) -> jax.Array:
+  """An array that every device of the mesh in use has, if there is one."""
+  used = jax.sharding.get_mesh()
+  if used.empty:
+    return jnp.asarray(x)
+  return jax.device_put(x, jax.NamedSharding(used, jax.P()))
 
 
 def several_beside(
@@ -146,7 +154,7 @@ def several_beside(
   for path in sorted(set().union(*filter(None, places))):
     of_place = [None if d is None else d.get(path) for d in places]
     arrays = row_delta.stacked(of_place, *known[path].shape, size)
-    joined[path] = DeltaTable(known[path], *map(jnp.asarray, arrays), chosen)
+    joined[path] = DeltaTable(known[path], *map(_everywhere, arrays), chosen)
   return _replaced(params, joined)
 
 
@@ -159,6 +167,18 @@ def summed(all_deltas: Sequence[Deltas]) -> tuple[Deltas, dict[str, int]]:
   return joined, overlaps
 
 
+def overlap_lines(deltas: Sequence[Deltas]) -> list[str]:
+  """How many rows several adapters change, by table."""
+  _, overlaps = summed(deltas)
+  lines = [
+    f'{count:,} rows of {path} are changed by several; their differences are '
+    'added.'
+    for path, count in overlaps.items()
+    if count
+  ]
+  return lines or ['No row is changed by several.']
+
+
 def learnt(params: Any, rows: Mapping[str, np.ndarray]) -> Any:
   """The parameters with room for differences, for `with_values`.
 
@@ -168,7 +188,7 @@ def learnt(params: Any, rows: Mapping[str, np.ndarray]) -> Any:
       its values and its pre-values have the same rows.
   """
   joined = {
-    path: DeltaTable(table, jnp.asarray(rows[owner]), None)
+    path: DeltaTable(table, _everywhere(rows[owner]), None)
     for path, table in tables(params).items()
     if (owner := path.rpartition('/')[0]) in rows
   }
@@ -197,6 +217,31 @@ def with_values(params: Any, values: Any) -> Any:
   return params | {
     name: with_values(params[name], of) for name, of in values.items()
   }
+
+
+def kept(params: Any, values: Any) -> Any:
+  """Rows and values, in nested dicts, of what `with_values` takes."""
+  if isinstance(params, DeltaTable):
+    return dict(values, rows=params.rows)
+  return {name: kept(params[name], of) for name, of in values.items()}
+
+
+def restored_values(params: Any, found: Any) -> Any:
+  """The values of what `kept` returned, whose rows must be those of `params`.
+
+  Raises:
+    UserError: they are others.
+  """
+  if isinstance(params, DeltaTable):
+    require(
+      np.array_equal(
+        jax.device_get(params.rows), jax.device_get(found['rows'])
+      ),
+      'the checkpoint is of other rows than those that the workdir has in '
+      'ranking/: put that folder back as it was, or give another --workdir.',
+    )
+    return dict(values=found['values'])
+  return {name: restored_values(params[name], of) for name, of in found.items()}
 
 
 def without(params: Any) -> Any:
@@ -249,10 +294,17 @@ def _read(table, rows):
   return table.read(take) if is_quantized(table) else take(table)
 
 
-def added(params: Any, deltas: Deltas) -> tuple[Any, dict[str, np.ndarray]]:
+def added(
+  params: Any, deltas: Deltas, donates: bool = False
+) -> tuple[Any, dict[str, np.ndarray]]:
   """The parameters with differences in their tables, and the rows as they were.
 
   Sums are rounded to the type of the table.
+
+  Args:
+    params: of the base.
+    deltas: to add.
+    donates: whether the tables that are changed are used no more.
 
   Raises:
     UserError: a table is stored in fewer bits, or does not lie on a device.
@@ -266,9 +318,8 @@ def added(params: Any, deltas: Deltas) -> tuple[Any, dict[str, np.ndarray]]:
     values = np.asarray(deltas[path][1], np.float32)
     return (np.asarray(old[path], np.float32) + values).astype(old[path].dtype)
 
-  return _written(
-    params, {p: (r, sums(p)) for p, (r, _) in deltas.items()}
-  ), old
+  new = {path: (rows, sums(path)) for path, (rows, _) in deltas.items()}
+  return _written(params, new, donates), old
 
 
 def restored(params: Any, old: Deltas) -> Any:
@@ -276,7 +327,7 @@ def restored(params: Any, old: Deltas) -> Any:
   return _written(params, old)
 
 
-def _written(params: Any, rows: Deltas) -> Any:
+def _written(params: Any, rows: Deltas, donates: bool = False) -> Any:
   known, written = tables(params), {}
   for path, (ids, new) in rows.items():
     table = known[path]
@@ -285,15 +336,13 @@ def _written(params: Any, rows: Deltas) -> Any:
       f'{path} must be of floats on the device for rows to be written into it: '
       'give such a workdir, or let the adapter stand beside it (--adapter=).',
     )
-    written[path] = _set(table, jnp.asarray(ids), jnp.asarray(new))
+    write = jax.jit(_set, donate_argnums=0 if donates else ())
+    written[path] = write(table, jnp.asarray(ids), jnp.asarray(new))
   return _replaced(params, written)
 
 
-_set: Callable = jax.jit(
-  lambda table, ids, new: table.at[ids].set(
-    new, unique_indices=True, indices_are_sorted=True
-  )
-)
+def _set(table, ids, new):
+  return table.at[ids].set(new, unique_indices=True, indices_are_sorted=True)
 
 
 def changed_share(tensors: Tensors, of_norm: float = 0.01) -> float:

@@ -86,14 +86,27 @@ def join(config: Config, frozen: dict, trained: dict) -> dict:
 
 
 def saved(config: Config, frozen: dict, trained: dict) -> dict:
-  """What a checkpoint holds: of an adapter's run no base."""
-  return (
-    trained if config.adapter.kind else trained_part.joined(frozen, trained)
-  )
+  """What a checkpoint holds: of an adapter's run no base, of rows which."""
+  if not config.adapter.kind:
+    return trained_part.joined(frozen, trained)
+  if config.adapter.kind == 'rows':
+    return row_deltas.kept(frozen, trained)
+  return trained
 
 
 # For what takes arrays alone, such as the sample at the end.
 merged = adapters.merged
+
+
+def restored(config: Config, frozen: dict, found: dict) -> dict:
+  """Of what `saved` saved, what is trained.
+
+  Raises:
+    UserError: other rows were trained.
+  """
+  if config.adapter.kind == 'rows':
+    return row_deltas.restored_values(frozen, found)
+  return found
 
 
 def describe(config: Config, base: Any) -> str:

@@ -31,6 +31,7 @@ from jaxsparse.training import (
   start_from,
   stored_tables,
   trained_part,
+  trained_rows,
 )
 from jaxsparse.training.compile_beside import abstract_batch, compiling_beside
 from jaxsparse.training.optimizer import is_by_rows
@@ -62,6 +63,8 @@ class TrainingData:
   # known.
   old_validation: Callable[[], Iterable[dict[str, np.ndarray]]] | None = None
   old_validation_bytes: int = 0
+  # What rows are ranked by, if they are trained.
+  ranked_by: trained_rows.Texts | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,7 +121,8 @@ def fit(
     )  # fmt: skip
     # Of what is in use, which may no longer be what the workdir holds.
     origin = provenance.record(config, workdir)
-    write = adapter_run.writer(config, workdir, begun_from)
+    keep = functools.partial(adapters.saved, config, frozen)
+    write = adapter_run.writer(config, workdir, begun_from, frozen)
     if begun_from is not None:
       origin |= {'start': dataclasses.asdict(begun_from)}
     if config.optimizer.trained:
@@ -135,7 +139,7 @@ def fit(
         )
         report = functools.partial(_report, reports, checkpoints)
         save = functools.partial(
-          _save, reports, checkpoints, data, origin, tables, frozen, write
+          _save, reports, checkpoints, data, origin, tables, keep, write
         )
 
         def whole(state):
@@ -221,7 +225,9 @@ def _restore_or_init(
   if config.adapter.kind:
     assert begun_from is not None
     base = start_from.load_params(config, begun_from, reporter.say, read)
-    reporter.say(adapters.describe(config, base))
+    base = adapter_run.begin(
+      config, workdir, base, begun_from, data.ranked_by, reporter
+    )
     first = functools.partial(parts_from, config, base)
   init = jax.jit(first if tables is None else tables.init_parts)  # Traced once.
   abstract, frozen = mesh.abstract(init, mesh=jax.sharding.get_mesh())
@@ -278,9 +284,10 @@ def _restore_or_init(
   reporter.say(f'Going on from the checkpoint of step {step}.')
   for change in resume.rate_changes(record, config, step):
     reporter.say(f'Changed since then: {change}.')
-  trained, frozen = params, base
   if base is None:
     trained, frozen = trained_part.split(config.optimizer, params)
+  else:
+    trained, frozen = adapters.restored(config, base, params), base
   opt_state = former_state.converted(
     optimizer['opt_state'],
     former,
@@ -347,25 +354,22 @@ def _save(
   data: TrainingData,
   origin: dict,
   tables: stored_tables.StoredTables | None,
-  frozen: dict,
+  keep: Callable[[dict], dict],
   write_adapter: adapter_run.Write | None,
   step: int,
   state: TrainState,
 ) -> None:
   if tables is not None:
     origin = origin | tables.seal(step)
-  params = state.params
-  if write_adapter is None:
-    params = trained_part.joined(frozen, params)
   checkpoints.save(
     step,
-    params,
+    keep(state.params),
     {'step': state.step, 'opt_state': state.opt_state}
     | ({} if state.loss_scale is None else {'loss_scale': state.loss_scale}),
     {'data': merge_states(hosts.gather(data.batches.get_state())), **origin},
   )
   if write_adapter is not None:
-    write_adapter(step, params)
+    write_adapter(step, state.params)
   reports.sync()
 
 

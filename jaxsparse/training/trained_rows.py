@@ -18,7 +18,7 @@ from jaxsparse.config import Config
 from jaxsparse.config.errors import require
 from jaxsparse.nn import row_deltas
 from jaxsparse.ops.memory.row_ranking import best_rows, share_of_reads
-from jaxsparse.run import adapter_files, hosts
+from jaxsparse.run import adapter_files, hosts, start
 from jaxsparse.run.progress import Reporter
 from jaxsparse.training import row_reads
 from jaxsparse.training.micro_batches import Batch
@@ -40,21 +40,21 @@ class Texts:
   background: Callable[[], Iterable[Batch]]
 
 
-def settled(
+def with_rows(
   config: Config,
   workdir: epath.PathLike,
   base: Any,
-  fingerprint: str,
-  texts: Texts,
+  begun_from: start.Start,
+  texts: Texts | None,
   reporter: Reporter,
 ) -> Any:
-  """The base with room for differences of the rows that the run trains.
+  """The base, with room for differences of the rows that the run trains.
 
   Args:
     config: of the run.
     workdir: of it.
     base: parameters on the mesh in use.
-    fingerprint: of the base.
+    begun_from: where they are from.
     texts: to rank by, if the workdir has no rows yet.
     reporter: shows the progress.
 
@@ -72,13 +72,15 @@ def settled(
   # All processes see what process 0 does.
   if hosts.gather((folder / adapter_files.JSON).exists())[0]:
     tensors, meta = adapter_files.read(folder)
-    adapter_files.require_base(folder, meta, fingerprint)
+    adapter_files.require_base(folder, meta, begun_from.fingerprint)
     rows = {name.removesuffix('/rows'): x for name, x in tensors.items()}
     return row_deltas.learnt(base, rows)
+  assert texts is not None
   rows = _rank(config, base, texts, reporter)
   if hosts.is_process_zero():
     tensors = {f'{owner}/rows': found for owner, found in rows.items()}
-    adapter_files.write(folder, tensors, dict(kind='rows', base=fingerprint))
+    meta = dict(kind='rows', base=begun_from.fingerprint)
+    adapter_files.write(folder, tensors, meta)
   return row_deltas.learnt(base, rows)
 
 
@@ -119,20 +121,20 @@ def _rank(
 
 
 def tell_of_moved_reads(
-  config: Config, base: Any, params: Any, texts: Texts, reporter: Reporter
+  config: Config, params: Any, texts: Texts, reporter: Reporter
 ) -> float:
   """Says how many of the text's reads have moved to other rows; their share.
 
   Args:
     config: of the run.
-    base: parameters before it.
-    params: and after it.
+    params: after it, with differences beside the tables.
     texts: that rows were ranked by.
     reporter: shows the progress.
   """
   per_batch = config.data.batch_size * config.data.seq_len
   most = max(1, _COMPARED_TOKENS // per_batch)
   batches = itertools.islice(texts.new(), most)
+  base = row_deltas.without(params)
   share = row_reads.moved_share(config.model, base, params, batches, reporter)
   reporter.say(
     f'{share:.1%} of the reads by the text have moved to other rows since they '
