@@ -44,6 +44,7 @@ def begin(
   reporter.say(adapters.describe(config, base))
   return base
 
+
 # Writes the adapter after so many steps.
 Write = Callable[[int, dict], None]
 

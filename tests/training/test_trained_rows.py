@@ -22,9 +22,10 @@ from jaxsparse.training.step import parts_from, train_step
 ADAPTER = AdapterConfig(kind='rows', num_rows=40)
 
 
-def of_rows(name, scheme='auto'):
-  config = with_family(name, scheme)
-  return dataclasses.replace(config, adapter=ADAPTER)
+def of_rows(name, scheme='auto', value_optimizer='adamw'):
+  config = with_family(name, scheme, value_optimizer)
+  train = dataclasses.replace(config.train, start_from='base')
+  return dataclasses.replace(config, adapter=ADAPTER, train=train)
 
 
 PEER = of_rows('shared_peer')
@@ -32,7 +33,11 @@ PEER = of_rows('shared_peer')
 
 def base(config):
   """Parameters laid on the mesh in use."""
-  plain = dataclasses.replace(config, adapter=AdapterConfig())
+  plain = dataclasses.replace(
+    config,
+    adapter=AdapterConfig(),
+    train=dataclasses.replace(config.train, start_from=''),
+  )
   shapes = mesh_lib.abstract(
     lambda: init_params(config.model, jax.random.key(0)),
     mesh=jax.sharding.get_mesh(),
@@ -83,6 +88,7 @@ def test_training_moves_the_differences_alone():
   assert sum(x.nbytes for x in moments) == 8 * size
 
 
+@pytest.mark.slow
 def test_gradient_is_that_of_the_rows_of_the_dense_tables():
   batch = make_batch(0)
 
@@ -123,6 +129,8 @@ def test_gradient_is_that_of_the_rows_of_the_dense_tables():
       (of_rows('shared_peer', 'grid'), (2, 2, 2)),
       (of_rows('ultramem_v2', 'columns'), (1, 4, 2)),
       (of_rows('memory_plus', 'rows'), (2, 4, 1)),
+      # Of the base, whose tables have no gradient here.
+      (of_rows('shared_peer', 'rows', 'row_adam'), (2, 2, 2)),
     ],
   ),
 )

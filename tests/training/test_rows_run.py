@@ -1,0 +1,188 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A run of rows ranks them once, goes on with them, and leaves a delta."""
+
+import dataclasses
+import shutil
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from inference.small_run import save_untrained
+from small_model import Batches, make_batch, make_mesh
+
+from jaxsparse import config as c
+from jaxsparse.config.errors import UserError
+from jaxsparse.inference import adapters as loaded_adapters
+from jaxsparse.nn import row_deltas
+from jaxsparse.run import adapter_files, checkpoint, new_workdir
+from jaxsparse.run.progress import Reporter
+from jaxsparse.training import (
+  evaluation,
+  loop,
+  ranked_texts,
+  resume,
+  start_from,
+  trained_rows,
+)
+
+MODEL = c.ModelConfig(
+  num_layers=1, model_dim=8, num_heads=1, num_kv_heads=1, head_dim=8,
+  mlp_dim=8, vocab_size=257,
+  memory=c.MemoryConfig.peer(
+    num_keys=6, key_dim=4, num_heads=1, num_selected=4, value_dim=8,
+    pre_value_dim=8, placements=((0, 0),),
+  ),
+)  # fmt: skip
+ADAPTER = c.AdapterConfig(kind='rows', num_rows=5, ranking_unit=8)
+
+
+@pytest.fixture(scope='module')
+def base(tmp_path_factory):
+  return save_untrained(tmp_path_factory.mktemp('base'), MODEL, 0.3)
+
+
+def of(base, model=MODEL, **fields):
+  return c.Config(
+    model=model,
+    data=c.DataConfig(batch_size=2, seq_len=16),
+    optimizer=c.OptimizerConfig(warmup_steps=1),
+    adapter=dataclasses.replace(ADAPTER, **fields),
+    train=c.TrainConfig(
+      num_steps=4, save_every=2, log_every=1, start_from=str(base)
+    ),
+  )
+
+
+def train_step(config, state, batch, frozen):
+  """One that takes no time, and tells one batch and one order from others."""
+  by = jnp.mean(batch['tokens'].astype(jnp.float32)) / 100
+  params = jax.tree.map(lambda x: 0.9 * x + by, state.params)
+  state = dataclasses.replace(state, step=state.step + 1, params=params)
+  return state, dict(loss=by, grad_norm=by)
+
+
+def texts(new=range(3), background=range(10, 16)):
+  def passed(seeds):
+    return lambda: [
+      {name: x[:2] for name, x in make_batch(seed).items()} for seed in seeds
+    ]
+
+  return trained_rows.Texts(passed(new), passed(background))
+
+
+def no_texts():
+  def passed():
+    raise AssertionError('the rows are ranked already')
+
+  return trained_rows.Texts(passed, passed)
+
+
+@pytest.fixture
+def fit(monkeypatch):
+  monkeypatch.setattr(loop, 'train_step', train_step)
+  monkeypatch.setattr(
+    evaluation, 'validate', lambda *_, **__: evaluation.Validation(1, 1, {})
+  )
+
+  def run(config, workdir, ranked_by):
+    config, _ = resume.open_workdir(config, workdir)
+    config = start_from.begin(config, workdir, lambda _: None)
+    resume.save_config(config, workdir)
+    data = loop.TrainingData(Batches(), list, 1, 1.0, ranked_by)
+    with jax.set_mesh(make_mesh((1, 1, 1))):
+      return loop.fit(config, workdir, data, Reporter(), lambda _: None)
+
+  return run
+
+
+def rows_of(workdir):
+  tensors, _ = adapter_files.read(adapter_files.folder_of(workdir, 'adapter'))
+  return tensors
+
+
+def test_it_ranks_once_and_goes_on_exactly(base, tmp_path, fit, capsys):
+  workdir, config = tmp_path / 'new', of(base)
+  fit(config, workdir, texts())
+  said = capsys.readouterr().out
+  assert '5 rows of block_00/memory: ' in said
+  assert '80 parameters are trained, in 10 rows of tables' in said
+  whole = rows_of(workdir)
+  path = 'block_00/memory/value_table'
+  assert len(whole[f'{path}/rows']) == 5
+  assert whole[f'{path}/values'].any()
+  shutil.rmtree(workdir / 'checkpoints' / '4')
+  shutil.rmtree(workdir / 'adapters')
+  fit(config, workdir, no_texts())
+  assert 'Going on from the checkpoint of step 2' in capsys.readouterr().out
+  jax.tree.map(np.testing.assert_array_equal, rows_of(workdir), whole)
+  # All that reads a workdir reads the base with its rows.
+  _, params = loaded_adapters.load_params(workdir)
+  before = row_deltas.tables(checkpoint.load_params(base)[1])[path]
+  expected = np.array(before)
+  expected[whole[f'{path}/rows']] += whole[f'{path}/values']
+  assert np.array_equal(row_deltas.tables(params)[path], expected)
+  _, mapped = loaded_adapters.load_params(workdir, tables='file')
+  table = row_deltas.tables(mapped)[path]
+  assert np.array_equal(table.rows, whole[f'{path}/rows'])
+  # Without what was ranked it is ranked anew: the same, or not that run.
+  shutil.rmtree(workdir / 'checkpoints' / '4')
+  shutil.rmtree(workdir / trained_rows.FOLDER)
+  with pytest.raises(UserError, match='is of other rows than those'):
+    fit(config, workdir, texts(new=range(30, 33)))
+  shutil.rmtree(workdir / trained_rows.FOLDER)
+  fit(config, workdir, texts())
+  jax.tree.map(np.testing.assert_array_equal, rows_of(workdir), whole)
+
+
+def test_several_adapters_are_added_and_overlaps_are_said(base, tmp_path, fit):
+  workdir, said = tmp_path / 'new', []
+  fit(of(base), workdir, texts())
+  folder = adapter_files.folder_of(workdir, 'adapter')
+  tensors, meta = adapter_files.read(folder)
+  path = 'block_00/memory/value_table'
+  before = np.array(row_deltas.tables(checkpoint.load_params(base)[1])[path])
+  _, params = loaded_adapters.load_params(base)
+  params = loaded_adapters.applied(
+    MODEL, params, [folder, folder], meta['base'], say=said.append
+  )
+  before[tensors[f'{path}/rows']] += 2 * tensors[f'{path}/values']
+  found = row_deltas.tables(params)[path]
+  np.testing.assert_allclose(found, before, rtol=1e-6)
+  assert any(f'5 rows of {path} are changed by several' in x for x in said)
+  with pytest.raises(UserError, match='was trained beside other parameters'):
+    loaded_adapters.applied(MODEL, params, [folder], 'another')
+
+
+def test_what_ranks_no_row_is_refused(base, tmp_path, fit):
+  def one_document():
+    # All of the background's documents read all rows of the text.
+    return [{k: np.repeat(x[:1], 2, 0) for k, x in make_batch(0).items()}]
+
+  with pytest.raises(UserError, match="'tfidf' finds no row"):
+    fit(
+      of(base, ranking_unit=16),
+      tmp_path,
+      trained_rows.Texts(one_document, one_document),
+    )
+  with pytest.raises(UserError, match='needs a base with memory layers'):
+    trained_rows.with_rows(
+      of(base, dataclasses.replace(MODEL, memory=None)), tmp_path, {}, None,
+      None, Reporter(),
+    )  # fmt: skip
+
+
+def test_the_background_is_named_or_that_of_the_base(base, tmp_path):
+  config = of(base)
+  known = ranked_texts._background(config, tmp_path)
+  assert known.text == ''
+  named = ranked_texts._background(of(base, background='x.txt'), tmp_path)
+  assert named.text == 'x.txt'
+  imported, other = tmp_path / 'imported', tmp_path / 'other'
+  imported.mkdir()
+  other.mkdir()
+  _, params = checkpoint.load_params(base)
+  new_workdir.write(imported, dataclasses.replace(
+    config, adapter=c.AdapterConfig()), params, {})  # fmt: skip
+  with pytest.raises(UserError, match='must name a text that the base knows'):
+    ranked_texts._background(of(imported), other)
