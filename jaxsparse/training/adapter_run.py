@@ -54,10 +54,10 @@ def writer(
   workdir: epath.PathLike,
   base: start.Start | None,
   frozen: dict,
-) -> Write | None:
-  """`write` of a run; None if it trains no adapter."""
+) -> Write:
+  """`write` of a run; nothing is written if it trains no adapter."""
   if not config.adapter.kind:
-    return None
+    return lambda step, adapter: None
   assert base is not None
   return functools.partial(write, config, workdir, base, frozen)
 

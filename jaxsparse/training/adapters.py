@@ -98,15 +98,22 @@ def saved(config: Config, frozen: dict, trained: dict) -> dict:
 merged = adapters.merged
 
 
-def restored(config: Config, frozen: dict, found: dict) -> dict:
-  """Of what `saved` saved, what is trained.
+def parts(config: Config, base: dict | None, found: dict) -> tuple[dict, dict]:
+  """What is trained and what is not, of what `saved` saved.
+
+  Args:
+    config: of the run.
+    base: what an adapter stands beside, if one is trained.
+    found: in the checkpoint.
 
   Raises:
     UserError: other rows were trained.
   """
+  if base is None:
+    return trained_part.split(config.optimizer, found)
   if config.adapter.kind == 'rows':
-    return row_deltas.restored_values(frozen, found)
-  return found
+    return row_deltas.restored_values(base, found), base
+  return found, base
 
 
 def describe(config: Config, base: Any) -> str:

@@ -284,10 +284,7 @@ def _restore_or_init(
   reporter.say(f'Going on from the checkpoint of step {step}.')
   for change in resume.rate_changes(record, config, step):
     reporter.say(f'Changed since then: {change}.')
-  if base is None:
-    trained, frozen = trained_part.split(config.optimizer, params)
-  else:
-    trained, frozen = adapters.restored(config, base, params), base
+  trained, frozen = adapters.parts(config, base, params)
   opt_state = former_state.converted(
     optimizer['opt_state'],
     former,
@@ -355,7 +352,7 @@ def _save(
   origin: dict,
   tables: stored_tables.StoredTables | None,
   keep: Callable[[dict], dict],
-  write_adapter: adapter_run.Write | None,
+  write_adapter: adapter_run.Write,
   step: int,
   state: TrainState,
 ) -> None:
@@ -368,8 +365,7 @@ def _save(
     | ({} if state.loss_scale is None else {'loss_scale': state.loss_scale}),
     {'data': merge_states(hosts.gather(data.batches.get_state())), **origin},
   )
-  if write_adapter is not None:
-    write_adapter(step, state.params)
+  write_adapter(step, state.params)
   reports.sync()
 
 
