@@ -19,7 +19,6 @@ import jax.numpy as jnp
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
-from jaxsparse import mesh
 from jaxsparse.config import (
   AdapterConfig,
   Config,
@@ -203,7 +202,7 @@ def _with_rows(
   # Those in mapped files may look like arrays of the device.
   is_on_device = (tables or config.memory.table.store) == 'device'
   is_plain = all(isinstance(known[path], jax.Array) for path in deltas)
-  if is_on_device and is_plain and mesh.axis_sizes() is None:
+  if is_on_device and is_plain:
     return row_deltas.added(params, deltas, donates=True)[0]
   return row_deltas.beside(params, deltas)
 

@@ -337,12 +337,31 @@ def _written(params: Any, rows: Deltas, donates: bool = False) -> Any:
       'give such a workdir, or let the adapter stand beside it (--adapter=).',
     )
     write = jax.jit(_set, donate_argnums=0 if donates else ())
-    written[path] = write(table, jnp.asarray(ids), jnp.asarray(new))
+    written[path] = write(table, _everywhere(ids), _everywhere(new))
   return _replaced(params, written)
 
 
 def _set(table, ids, new):
-  return table.at[ids].set(new, unique_indices=True, indices_are_sorted=True)
+  lies = jax.typeof(table).sharding
+  return table.at[ids].set(
+    new,
+    unique_indices=True,
+    indices_are_sorted=True,
+    out_sharding=None if lies.mesh.empty else lies,
+  )
+
+
+def merged(table: DeltaTable) -> jax.Array:
+  """The table with its differences in it.
+
+  Raises:
+    UserError: it is stored in fewer bits, or does not lie on a device.
+  """
+  rows, values = jax.device_get((table.rows, table.values))
+  params, _ = added(
+    dict(value_table=table.base), dict(value_table=(rows, values))
+  )
+  return params['value_table']
 
 
 def changed_share(tensors: Tensors, of_norm: float = 0.01) -> float:

@@ -9,12 +9,15 @@ import numpy as np
 import pytest
 from parameters import draw
 
+from jaxsparse import mesh as mesh_lib
 from jaxsparse.config import MemoryConfig, ModelConfig
 from jaxsparse.config.errors import UserError
+from jaxsparse.inference.quantize import dequantized
 from jaxsparse.nn import row_deltas
 from jaxsparse.nn.transformer import Transformer, init_cache
 from jaxsparse.ops.memory.sharded_bag import sharded_value_bag
 from jaxsparse.ops.tables.host_table import HostTable
+from jaxsparse.ops.tables.quantized_table import encoded
 from jaxsparse.run import adapter_files
 
 B, T = 4, 6
@@ -190,7 +193,7 @@ def test_ten_thousand_rows_of_a_large_table(tmp_path):
   rng = np.random.default_rng(0)
   rows = rng.choice(num_rows, count, replace=False)
   rows = np.sort(rows).astype(np.int32)
-  own = rng.normal(size=(count, width)).astype(bfloat16)
+  own = rng.integers(-9, 9, (count, width), np.int8).astype(bfloat16)
   base = {'memory': {'value_table': HostTable.of(table)}}
   room = row_deltas.learnt(base, {'memory': rows})
   learnt = row_deltas.with_values(
@@ -213,3 +216,40 @@ def test_ten_thousand_rows_of_a_large_table(tmp_path):
   pooled = sharded_value_bag(beside, slot, jnp.ones((2, 1, 1), jnp.float32))
   assert np.array_equal(pooled[0, 0], own[7].astype(np.float32))
   assert not pooled[1].any()
+
+
+@pytest.mark.parametrize('scheme', ['columns', 'rows', 'grid'])
+def test_rows_are_added_on_a_mesh(scheme):
+  path, rows = 'memory/value_table', ROWS['first']
+  whole = np.random.default_rng(0).normal(size=(64, 16)).astype(np.float32)
+  delta = {path: deltas('first')[path]}
+  expected = whole.copy()
+  expected[rows] += delta[path][1]
+  with jax.set_mesh(mesh_lib.make_mesh(2, 2, 2)):
+    table = jax.device_put(whole, mesh_lib.table(scheme))
+    base = {'memory': {'value_table': table}}
+    changed, old = row_deltas.added(base, delta)
+    found = changed['memory']['value_table']
+    assert found.sharding == table.sharding
+    assert np.array_equal(found, expected)
+    assert np.array_equal(old[path], whole[rows])
+    beside = row_deltas.tables(row_deltas.beside(base, delta))[path]
+    assert np.array_equal(row_deltas.merged(beside), expected)
+
+
+def test_beside_rows_of_fewer_bits_a_delta_stays():
+  path, rows = 'memory/value_table', ROWS['first']
+  whole = row_deltas.tables(params())[path]
+  base = {'memory': {'value_table': encoded(whole, 'int8')}}
+  delta = {path: deltas('first')[path]}
+  with pytest.raises(UserError, match='must be of floats on the device'):
+    row_deltas.added(base, delta)
+  beside = row_deltas.beside(base, delta)
+  tensors = row_deltas.to_tensors(beside)
+  assert tensors[f'{path}/values'].dtype == np.float32
+  numbers = np.array(base['memory']['value_table'].dequantized())
+  norm = np.linalg.norm(numbers[rows], axis=1)
+  np.testing.assert_allclose(tensors[f'{path}/old_norm'], norm, rtol=1e-6)
+  numbers[rows] += delta[path][1]
+  found = dequantized(beside)['memory']['value_table']
+  np.testing.assert_allclose(found, numbers, rtol=1e-6)

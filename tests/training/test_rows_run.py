@@ -125,14 +125,11 @@ def test_it_ranks_once_and_goes_on_exactly(base, tmp_path, fit, capsys):
   _, mapped = loaded_adapters.load_params(workdir, tables='file')
   table = row_deltas.tables(mapped)[path]
   assert np.array_equal(table.rows, whole[f'{path}/rows'])
-  # Without what was ranked it is ranked anew: the same, or not that run.
+  # Without what was ranked it is ranked anew, by another text otherwise.
   shutil.rmtree(workdir / 'checkpoints' / '4')
   shutil.rmtree(workdir / trained_rows.FOLDER)
   with pytest.raises(UserError, match='is of other rows than those'):
     fit(config, workdir, texts(new=range(30, 33)))
-  shutil.rmtree(workdir / trained_rows.FOLDER)
-  fit(config, workdir, texts())
-  jax.tree.map(np.testing.assert_array_equal, rows_of(workdir), whole)
 
 
 def test_several_adapters_are_added_and_overlaps_are_said(base, tmp_path, fit):
