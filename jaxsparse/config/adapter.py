@@ -35,7 +35,6 @@ _NAMES = dict(
     num_rows='num_rows',
     ranking_unit='ranking_unit',
     ranking_tokens='ranking_tokens',
-    background='background',
   ),
 )
 
@@ -76,18 +75,16 @@ class AdapterConfig:
   # Rows that are learned, of all tables together.
   num_rows: int = 2000
   # How they are ranked, by their reads of the training text and of a
-  # background: 'tfidf' (arXiv:2510.15103), where rows count less that many
-  # sequences of the background read, or 'kl', by how much more often the text
-  # reads them than the background does.
+  # background, which is the text of data.replay, or else that of the base:
+  # 'tfidf' (arXiv:2510.15103), where rows count less that many sequences of the
+  # background read, or 'kl', by how much more often the text reads them than
+  # the background does.
   ranking: str = 'tfidf'
   # Tokens that tf-idf counts as one document of the background. Where they are
   # many, every row is in every document, and none is ranked.
   ranking_unit: int = 64
   # Tokens of either text that are ranked by, at most.
   ranking_tokens: int = 2**20
-  # What the model is to keep: a text as in data.text. Empty: that which the
-  # base was trained on.
-  background: str = ''
 
   def __post_init__(self):
     fields.check(self)
@@ -116,10 +113,7 @@ class AdapterConfig:
       'quantize',
     )
     unset(self.kind != 'lora', f'kind = {self.kind!r}', *of_lora)
-    of_rows = (
-      *('num_rows', 'ranking', 'ranking_unit', 'ranking_tokens'),
-      'background',
-    )
+    of_rows = 'num_rows', 'ranking', 'ranking_unit', 'ranking_tokens'
     unset(self.kind != 'rows', f'kind = {self.kind!r}', *of_rows)
     unset(
       self.ranking != 'tfidf', f'ranking = {self.ranking!r}', 'ranking_unit'

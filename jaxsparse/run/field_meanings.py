@@ -143,7 +143,7 @@ MEANINGS = {
     ('adapter', _FUNCTION, 'alpha use_rslora quantize'),
     ('adapter', _LOSS, 'dropout'),
     ('adapter', _SHAPES, 'num_rows'),
-    ('adapter', _OTHER_ROWS, 'ranking ranking_unit ranking_tokens background'),
+    ('adapter', _OTHER_ROWS, 'ranking ranking_unit ranking_tokens'),
     ('adapter', _FREE, 'name'),
     ('mesh', _FREE, 'data sparse model'),
   )

@@ -25,30 +25,30 @@ def of_run(config: Config, corpus: Corpus, tokens: Tokenizer) -> Texts | None:
     config: of the run.
     corpus: of it, with the text that was learned before.
     tokens: of the model.
-
-  Raises:
-    UserError: that text is not known.
   """
   if config.adapter.kind != 'rows':
     return None
-  if corpus.before is None:
+  return Texts(
+    functools.partial(_passed, config, corpus, tokens),
+    functools.partial(_passed, config, corpus.before, tokens),
+  )
+
+
+def _passed(
+  config: Config, corpus: Corpus | None, tokens: Tokenizer
+) -> Iterable[Batch]:
+  """This process's rows of one pass over a training split.
+
+  Raises:
+    UserError: there is no such text.
+  """
+  if corpus is None:
+    # A run that has its rows does without it.
     raise UserError(
       "adapter.kind = 'rows' ranks rows against a text that the base knows: "
       'name one by data.replay, with data.replay_share=0 if it is not to be '
       'mixed in.'
     )
-  return Texts(
-    *(
-      functools.partial(_passed, config, of, tokens)
-      for of in (corpus, corpus.before)
-    )
-  )
-
-
-def _passed(
-  config: Config, corpus: Corpus, tokens: Tokenizer
-) -> Iterable[Batch]:
-  """This process's rows of one pass over a training split."""
   shuffled = dataclasses.replace(corpus, validation=_Shuffled(corpus.train))
   return pipeline.validation_batches(
     config.data,

@@ -104,7 +104,7 @@ def _rank(
     found > 0,
     f'adapter.ranking = {adapter.ranking!r} finds no row that the text reads '
     'more than the background: lower adapter.ranking_unit, or name another '
-    'adapter.background.',
+    'background by data.replay.',
   )
   if found < adapter.num_rows:
     reporter.say(

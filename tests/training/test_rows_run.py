@@ -2,6 +2,7 @@
 """A run of rows ranks them once, goes on with them, and leaves a delta."""
 
 import dataclasses
+import pathlib
 import shutil
 
 import jax
@@ -13,9 +14,11 @@ from small_model import Batches, make_batch, make_mesh
 
 from jaxsparse import config as c
 from jaxsparse.config.errors import UserError
+from jaxsparse.data.pieces import Corpus, Piece
+from jaxsparse.data.tokenizer import ByteTokenizer
 from jaxsparse.inference import adapters as loaded_adapters
 from jaxsparse.nn import row_deltas
-from jaxsparse.run import adapter_files, checkpoint, new_workdir
+from jaxsparse.run import adapter_files, checkpoint
 from jaxsparse.run.progress import Reporter
 from jaxsparse.training import (
   evaluation,
@@ -89,7 +92,7 @@ def fit(monkeypatch):
     config, _ = resume.open_workdir(config, workdir)
     config = start_from.begin(config, workdir, lambda _: None)
     resume.save_config(config, workdir)
-    data = loop.TrainingData(Batches(), list, 1, 1.0, ranked_by)
+    data = loop.TrainingData(Batches(), list, 1, 1.0, ranked_by=ranked_by)
     with jax.set_mesh(make_mesh((1, 1, 1))):
       return loop.fit(config, workdir, data, Reporter(), lambda _: None)
 
@@ -169,17 +172,25 @@ def test_what_ranks_no_row_is_refused(base, tmp_path, fit):
     )  # fmt: skip
 
 
-def test_the_background_is_named_or_that_of_the_base(base, tmp_path):
-  config = of(base)
-  known = ranked_texts._background(config, tmp_path)
-  assert known.text == ''
-  named = ranked_texts._background(of(base, background='x.txt'), tmp_path)
-  assert named.text == 'x.txt'
-  imported, other = tmp_path / 'imported', tmp_path / 'other'
-  imported.mkdir()
-  other.mkdir()
-  _, params = checkpoint.load_params(base)
-  new_workdir.write(imported, dataclasses.replace(
-    config, adapter=c.AdapterConfig()), params, {})  # fmt: skip
-  with pytest.raises(UserError, match='must name a text that the base knows'):
-    ranked_texts._background(of(imported), other)
+def test_the_background_is_what_the_base_knows(base):
+  def piece(text):
+    return Piece(text.encode(), True)
+
+  def corpus(letter, **fields):
+    pieces = [piece(letter * 31) for _ in range(8)]
+    return Corpus(
+      key=letter, directory=pathlib.Path(), train=pieces, validation=[],
+      test=None, validation_bytes=0, **fields,
+    )  # fmt: skip
+
+  tokens, config = ByteTokenizer(), of(base)
+  known = corpus('b')
+  ranked_by = ranked_texts.of_run(config, corpus('a', before=known), tokens)
+  for passed, letter in ((ranked_by.new, 'a'), (ranked_by.background, 'b')):
+    first, *_ = passed()
+    words = first['tokens'][first['segment_ids'] > 0]
+    assert set(words) - {tokens.begin_id} == {ord(letter)}
+  with pytest.raises(UserError, match='against a text that the base knows'):
+    ranked_texts.of_run(config, corpus('a'), tokens).background()
+  lora = dataclasses.replace(config, adapter=c.AdapterConfig(kind='lora'))
+  assert ranked_texts.of_run(lora, corpus('a'), tokens) is None
