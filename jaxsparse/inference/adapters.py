@@ -27,7 +27,7 @@ from jaxsparse.config import (
 )
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.inference import quantized_leaves
-from jaxsparse.inference.quantize import parse, quantize
+from jaxsparse.inference.quantize import Quantization, parse, quantize
 from jaxsparse.nn import adapters, row_deltas
 from jaxsparse.ops.adapted_matrix import AdaptedMatrix
 from jaxsparse.ops.quantized_matrix import QuantizedMatrix
@@ -65,6 +65,7 @@ def load_params(
   say: Callable[[str], None] | None = None,
   abstract: Any = None,
   tables: str = '',
+  how: Quantization | None = None,
 ) -> tuple[int, Any]:
   """`quantized_leaves.load_params`, of runs of an adapter, too.
 
@@ -74,6 +75,7 @@ def load_params(
     say: likewise.
     abstract: of the model.
     tables: where they are to lie.
+    how: likewise, of a run without an adapter.
 
   Raises:
     UserError: as there, or the base of an adapter is gone or another.
@@ -83,7 +85,9 @@ def load_params(
   if 'start' in record and 'config' in record:
     saved = saved_config.from_json(record['config'])
   if saved is None or not saved.adapter.kind:
-    return quantized_leaves.load_params(workdir, step, say, abstract, tables)
+    return quantized_leaves.load_params(
+      workdir, step, say, abstract, tables, how
+    )
   places = abstract and _abstract(saved.adapter, abstract)
   step, adapter = checkpoint.load_params(workdir, step, say, places)
   base = _base_of(workdir, record)

@@ -12,16 +12,18 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from etils import epath
 
 from jaxsparse import mesh
-from jaxsparse.config.errors import UserError
-from jaxsparse.inference.quantize import map_leaves
+from jaxsparse.config.errors import UserError, require
+from jaxsparse.inference.quantize import Quantization, map_leaves
 from jaxsparse.nn.parameter import is_quantized
 from jaxsparse.ops.quantized_matrix import QuantizedMatrix
-from jaxsparse.ops.tables import host_table
-from jaxsparse.ops.tables.quantized_table import QuantizedTable
-from jaxsparse.run import checkpoint
+from jaxsparse.ops.tables import host_table, row_format
+from jaxsparse.ops.tables.host_table import HostTable
+from jaxsparse.ops.tables.quantized_table import QuantizedTable, encoded
+from jaxsparse.run import checkpoint, mapped_tables
 from jaxsparse.run.row_file import RowFile
 from jaxsparse.run.stored import QUANTIZED
 
@@ -61,6 +63,7 @@ def load_params(
   say: Callable[[str], None] | None = None,
   abstract: Any = None,
   tables: str = '',
+  how: Quantization | None = None,
 ) -> tuple[int, Any]:
   """`checkpoint.load_params`, of quantized workdirs too.
 
@@ -70,24 +73,58 @@ def load_params(
     say: likewise.
     abstract: of the model before it was quantized.
     tables: where they are to lie.
+    how: to quantize tables that are mapped files; the rest stays as it is.
 
   Raises:
-    UserError: as there, or the mesh can't split a leaf as it is stored.
+    UserError: as there, the mesh can't split a leaf as it is stored, or what is
+      to be quantized is so already.
   """
   kinds = (checkpoint.read_record(workdir) or {}).get(QUANTIZED)
   if not kinds:
-    return checkpoint.load_params(workdir, step, say, abstract, tables, _shown)
+    form = _form(how) if how and how.tables else None
+    return checkpoint.load_params(
+      workdir, step, say, abstract, tables, _shown, form
+    )
+  require(
+    not how,
+    f'{str(workdir)!r} is quantized already: quantize the model that it is '
+    'from.',
+  )
   to = abstract and map_leaves(
     lambda path, x: _abstract(path, x, kinds.get('/'.join(path))), abstract
   )
-  step, params = checkpoint.load_params(workdir, step, say, to, tables)
+  step, params = checkpoint.load_params(workdir, step, say, to, tables, _shown)
   for path, kind in kinds.items():
     _restore(params, path.split('/'), kind, abstract)
   return step, params
 
 
-def _shown(file: RowFile) -> jax.Array | host_table.HostTable:
+def _shown(file: RowFile) -> jax.Array | HostTable:
   return host_table.shown(file.rows, file.array)
+
+
+def _form(how: Quantization) -> mapped_tables.Form:
+  """Of rows on file."""
+  kind, clips = how.tables, how.clip_search
+
+  def encode(rows: np.ndarray) -> np.ndarray:
+    # Compiled for few lengths.
+    padded = np.zeros((_power(len(rows)), rows.shape[1]), rows.dtype)
+    padded[: len(rows)] = rows
+    table = encoded(jnp.asarray(padded), kind, 1, clips)
+    return np.asarray(table.stored)[: len(rows)]
+
+  return mapped_tables.Form(
+    name=f'{kind}_clipped' if clips else kind,
+    num_bytes=lambda width: row_format.row_bytes(width, kind),
+    encode=encode,
+    table=lambda rows, width: QuantizedTable(rows, width, kind),
+  )
+
+
+def _power(number: int) -> int:
+  """The least power of two that is no less."""
+  return 1 << (number - 1).bit_length()
 
 
 def _restore(params: Any, path: list[str], kind: dict, abstract: Any) -> None:
@@ -101,7 +138,7 @@ def _restore(params: Any, path: list[str], kind: dict, abstract: Any) -> None:
   if isinstance(leaf, QuantizedTable):
     if abstract:
       leaf = _in_parts(leaf, abstract[name].sharding)
-    if mesh.platform() == 'tpu':
+    if mesh.platform() == 'tpu' and not isinstance(leaf.stored, HostTable):
       leaf = leaf.with_scales_apart()
   params[name] = leaf
 

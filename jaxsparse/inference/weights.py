@@ -20,8 +20,9 @@ from jaxsparse.inference.quantize import Quantization, quantize
 from jaxsparse.nn.parameter import is_quantized
 from jaxsparse.nn.transformer import init_params
 from jaxsparse.ops.adapted_matrix import AdaptedMatrix
+from jaxsparse.ops.tables.quantized_table import QuantizedTable
 from jaxsparse.ops.tables.row_delta import DeltaTable
-from jaxsparse.run import stored
+from jaxsparse.run import stored, table_leaves
 
 # What a module casts to the type of its input before it is used, by the name of
 # the module. Norms, routers and scores of keys are of float32, and tables of
@@ -85,16 +86,32 @@ def load(
     abstract = mesh.abstract(
       lambda: init_params(config, jax.random.key(0)), mesh=devices
     )
-  step, params = adapters_lib.load_params(workdir, step, say, abstract, tables)
+  step, params = adapters_lib.load_params(
+    workdir, step, say, abstract, tables, how
+  )
   with jax.set_mesh(devices) if devices else contextlib.nullcontext():
     if how:
-      params = quantize(config, params, how)
+      # Those on file are quantized by now.
+      params, on_file = _without_tables(params, how.tables)
+      params = table_leaves.joined(quantize(config, params, how), on_file)
     if adapters:
       base = stored.params_fingerprint(workdir, step)
       params = adapters_lib.applied(
         config, params, adapters, base, is_forced, tables, say or print
       )
     return step, cast(config, params)
+
+
+def _without_tables(params: dict, kind: str) -> tuple[dict, dict]:
+  """Without those that have rows of this kind, and these by their paths."""
+  rest, tables = table_leaves.split(params)
+  done = {
+    path: x
+    for path, x in tables.items()
+    if isinstance(x, QuantizedTable) and x.kind == kind
+  }
+  others = {path: x for path, x in tables.items() if path not in done}
+  return table_leaves.joined(rest, others), done
 
 
 def cast(config: ModelConfig, params: dict) -> dict:

@@ -24,8 +24,8 @@ from jaxsparse.run import (
   disk,
   fingerprints,
   hosts,
+  mapped_tables,
   stored,
-  table_files,
 )
 from jaxsparse.run.row_file import RowFile
 from jaxsparse.run.stored import OPTIMIZER, PARAMS
@@ -280,7 +280,8 @@ def load_params(
   say: Callable[[str], None] | None = None,
   abstract: Any = None,
   tables: str = '',
-  show: table_files.Show = RowFile.array,
+  show: mapped_tables.Show = RowFile.array,
+  form: mapped_tables.Form | None = None,
 ) -> tuple[int, Any]:
   """The parameters of a checkpoint, compared with what was saved.
 
@@ -298,6 +299,7 @@ def load_params(
       'file', for which those of a checkpoint that has them as arrays are
       written to mapped files the first time; empty leaves them where they are.
     show: makes of a mapped file what stands for its table.
+    form: of rows that mapped tables are to have; None takes them as they are.
 
   Returns:
     The step and the parameters.
@@ -319,8 +321,8 @@ def load_params(
     )
   for candidate in reversed(steps) if step is None else [step]:
     try:
-      params = table_files.read_params(
-        workdir, candidate, abstract, tables, say, show
+      params = mapped_tables.read_params(
+        workdir, candidate, abstract, tables, say, show, form
       )
     except stored.DamageError as damage:
       if step is not None:

@@ -107,13 +107,14 @@ class RowStore:
 
   def fill(self, name: str, first_row: int, rows: np.ndarray) -> None:
     """Writes rows of a leaf, before any step is sealed, each once."""
+    self.fill_some(name, np.arange(first_row, first_row + len(rows)), rows)
+
+  def fill_some(self, name: str, ids: np.ndarray, rows: np.ndarray) -> None:
+    """`fill` of the rows with these numbers; the others stay zeros."""
     assert self.step is None
-    leaf = self.leaves[name]
-    end = first_row + len(rows)
-    self.files[name].rows[first_row:end] = rows
-    ids = np.arange(first_row, end)
-    hashes = _hashes(rows, ids)
-    np.add.at(self._sums[name], ids // leaf.stripe_rows, hashes)
+    _put(self.files[name], ids, rows)
+    stripe = ids // self.leaves[name].stripe_rows
+    np.add.at(self._sums[name], stripe, _hashes(rows, ids))
 
   def note(self, before: Sequence[row_undo.Before]) -> None:
     """Keeps what rows are that `write` will change.

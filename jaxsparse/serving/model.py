@@ -23,6 +23,7 @@ from jaxsparse.nn.transformer import init_cache
 from jaxsparse.run import (
   compiled_programs,
   run_config,
+  stored,
   table_leaves,
   trained,
 )
@@ -146,11 +147,11 @@ class Model:
     return programs
 
   def _tables(self) -> str:
-    memory, quantization = self.config.memory, self._sizes.quantization
-    if quantization and quantization.tables:
-      # They are made in memory.
-      return 'device'
-    return self._sizes.tables or (memory.table.store if memory else 'device')
+    if self._sizes.tables or self.config.memory is None:
+      return self._sizes.tables
+    checkpoints = stored.folder_of(self._workdir)
+    on_file = stored.has_tables_on_file(checkpoints, self.step)
+    return 'file' if on_file else 'device'
 
   def _num_slots(self, weight_bytes: int) -> int:
     """As many as asked for, or as many as fit.

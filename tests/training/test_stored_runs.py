@@ -98,10 +98,14 @@ def test_a_table_of_ten_million_rows_takes_no_memory(
   process.communicate()
   train = ['train.py', f'--config={recipe}', f'--workdir={workdir}', *LARGE]
   sample = ['-m', 'jaxsparse', 'generate', f'--workdir={workdir}']
-  for command in (train, [*sample, '--max_tokens=8']):
+  quantized = [*sample, '--max_tokens=8', '--quantize=tables=int8']
+  for command in (train, [*sample, '--max_tokens=8'], quantized):
     assert peak_memory(command, tmp_path) < 1.5 * 2**30
   assert 'Going on from the checkpoint' not in (tmp_path / 'out').read_text()
   assert max(losses(workdir)) == 40
   table = workdir / 'tables/block_00/memory/value_table.rows'
   assert table.stat().st_size > 2.3 * 2**30
+  assert table.stat().st_blocks * 512 < 2**28
+  (table,) = (workdir / 'mapped_tables').rglob('*.rows')
+  assert table.parts[-4].endswith('_int8')
   assert table.stat().st_blocks * 512 < 2**28

@@ -23,6 +23,7 @@ Letters: M rows, W value width, T tokens, k rows per token, c cores, E pools of
 a token; lower-case t and w are what one device has of T and W.
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 
@@ -93,7 +94,7 @@ def sharded_value_bag(
     )
     return pooled + _delta_bag(pool_rows, table, slot, weight, pool, dtype)
   pools = jax.P(mesh.TOKENS, *[None] * (slot.ndim - 1), 'model')
-  if isinstance(table, HostTable):
+  if _is_on_host(table):
     args = (table, slot, weight, pool)
     return _on_fetched_rows(pool_rows, pools, *args).astype(dtype)
   exchange = _exchange(scheme, len(table))
@@ -168,7 +169,7 @@ def sharded_gathered_dot(
       table_gradient=table_gradient,
     )
     return of_base + _delta_products(products, table, slot, vector, dtype)
-  if isinstance(table, HostTable):
+  if _is_on_host(table):
     args = (table, slot, vector, None)
     return _on_fetched_rows(products, tokens, *args).astype(dtype)
   exchange = _exchange(scheme, len(table))
@@ -265,17 +266,32 @@ def _over_delta(
   )
 
 
+def _is_on_host(table: jax.Array | QuantizedTable | HostTable) -> bool:
+  rows = table.stored if isinstance(table, QuantizedTable) else table
+  return isinstance(rows, HostTable)
+
+
+def _fetched(
+  table: QuantizedTable | HostTable, slot: jax.Array
+) -> tuple[jax.Array | QuantizedTable, jax.Array]:
+  """The distinct rows of some reads, and each read's place among them."""
+  if isinstance(table, HostTable):
+    return fetched(table, slot)
+  rows, place = fetched(table.stored, slot)
+  return dataclasses.replace(table, stored=rows), place
+
+
 def _on_fetched_rows(
   function: Callable,
   out_spec: jax.P,
-  table: HostTable,
+  table: QuantizedTable | HostTable,
   slot: jax.Array,
   *others: jax.Array | None,
 ) -> jax.Array:
   """`function` of the rows that the tokens read, on the device that does."""
 
   def run(table, slot, *others):
-    return function(*fetched(table, slot), *others)
+    return function(*_fetched(table, slot), *others)
 
   run = _over_flat_tokens(run)
   if mesh.axis_sizes() is None:

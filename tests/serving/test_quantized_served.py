@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A quantized model with tables on file behind HTTP, and what it writes."""
+
+import concurrent.futures
+import dataclasses
+
+import pytest
+from commands import exit_code
+from running import running
+from slot_models import MODELS
+from small_run import save_untrained
+
+from jaxsparse.data.tokenizer import ByteTokenizer
+from jaxsparse.inference import batch, weights
+from jaxsparse.inference.quantize import parse
+from jaxsparse.inference.sampling import Sampling
+from jaxsparse.inference.slot_programs import Programs
+from jaxsparse.inference.text import Request
+from jaxsparse.serving.model import Model, Sizes
+
+MODEL = dataclasses.replace(MODELS['small'], vocab_size=257)
+LENGTH = 48
+HOW = 'weights=int8,tables=int4'
+# Prompts, temperatures and seeds.
+ASKED = [('To', 0.0, 0), ('So shaken as', 1.0, 5), ('', 1.0, 6), ('To', 0.7, 7)]
+
+
+@pytest.fixture(scope='module')
+def old(tmp_path_factory):
+  # Far from ties: the likeliest token is one by much.
+  folder = tmp_path_factory.mktemp('old')
+  return save_untrained(folder, MODEL, deviation=0.5, seq_len=LENGTH)
+
+
+@pytest.fixture(scope='module')
+def new(old, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('new') / 'int'
+  flags = ['--weights=int8', '--tables=int4', f'--out={folder}']
+  assert exit_code(['quantize', str(old), *flags]) == 0
+  return folder
+
+
+def offline(workdir, how):
+  """As `generate` writes, with the same flags."""
+  model = dataclasses.replace(MODEL, kv_cache='int8')
+  tokenizer = ByteTokenizer()
+  _, params = weights.load(workdir, model, how=parse(how), tables='file')
+  requests = [
+    Request(
+      prompt=prompt,
+      max_tokens=12,
+      sampling=Sampling(temperature=temperature),
+      seed=seed,
+    )
+    for prompt, temperature, seed in ASKED
+  ]
+  programs = batch.prepare(model, params, tokenizer, requests, LENGTH)
+  done = batch.complete_all(programs, tokenizer, requests)
+  return [text.text for text in done]
+
+
+def served(workdir, how, **sizes):
+  """The same texts, all asked for at once."""
+  sizes = dict(slots=len(ASKED), kv='int8', tables='file') | sizes
+  said = []
+  model = Model(
+    str(workdir), Sizes(quantization=parse(how), **sizes), said.append
+  )
+  model.on_ready = said.append
+  with running(model.engine) as server:
+    while model.engine.state == 'starting':
+      server.get('/health')
+    assert model.engine.state == 'ready', model.engine.failure
+
+    def ask(asked):
+      prompt, temperature, seed = asked
+      body = dict(
+        prompt=prompt, temperature=temperature, seed=seed, max_tokens=12
+      )
+      status, answer = server.post('/v1/completions', body)
+      assert status == 200, answer
+      return answer['choices'][0]['text']
+
+    with concurrent.futures.ThreadPoolExecutor(len(ASKED)) as pool:
+      return list(pool.map(ask, ASKED)), said
+
+
+@pytest.fixture
+def lazily(monkeypatch):
+  """Compiles what is needed; sizes are those of generate's programs."""
+  compile_ = Programs.compile
+
+  def compile_lazily(*args, **kwargs):
+    return compile_(*args, **kwargs | dict(is_lazy=True))
+
+  monkeypatch.setattr(Programs, 'compile', compile_lazily)
+
+
+@pytest.mark.parametrize('is_saved', [True, False])
+def test_texts_are_those_of_generate(old, new, lazily, is_saved):
+  workdir, how = (new, '') if is_saved else (old, HOW)
+  # Before the server, in which it compiles what a client would wait for.
+  expected = offline(workdir, how)
+  assert served(workdir, how)[0] == expected
+  assert len(set(expected)) == len(expected)
+  assert (workdir / 'mapped_tables').is_dir()
