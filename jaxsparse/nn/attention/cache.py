@@ -158,7 +158,7 @@ def append(cache: Cache, new: Cache, has_ring: bool) -> tuple[Cache, Cache]:
     else:
       # One entry of a ring holds what has just left the window.
       at = index % old.shape[axis] if has_ring else index
-      seen = old = jax.lax.dynamic_update_slice_in_dim(old, rows, at, axis)
+      seen = old = slot_rows.write_all(old, rows, at, axis)
     read[name], kept[stored[name]] = jnp.moveaxis(seen, axis, 1), old
   if is_quantized:
     for name in _HEADS:

@@ -87,9 +87,8 @@ def scores_in_parts(
   """`score(codes)` of few queries, on a CPU some rows at a time.
 
   XLA's CPU makes numbers of all codes before a product with any, four times
-  their bytes. In parts that stay in a core's cache decoding takes less time
-  than with keys in f32 (B = 1, 2,048 rows of 8 heads: half of it, JAX 0.10.2).
-  Of many queries, T G for each head, scores are more than numbers.
+  their bytes. Parts of them stay in a core's cache. Of many queries, T G for
+  each head, scores are more than numbers.
   """
   if not _is_in_parts(codes, num_queries):
     return score(codes)

@@ -11,6 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int, Shaped
 
+from jaxsparse import mesh
+
 
 def has_slots(cache: dict[str, Any]) -> bool:
   """Whether each sequence has an index of its own."""
@@ -31,6 +33,36 @@ def advanced(
   return index + segment_ids.shape[1]
 
 
+def write_all(
+  old: Shaped[Array, '*S'],
+  rows: Shaped[Array, '*T'],
+  index: Int[Array, ''],
+  axis: int,
+) -> Shaped[Array, '*S']:
+  """`old` [B, ...] with T rows written along `axis` from one index on.
+
+  A single sequence is written by a loop on a CPU. Its batch is of no matter to
+  the products that read the rows, and XLA would write them a second time into
+  an array without it: for each write all that is in the cache is copied twice.
+  """
+
+  def write(old, rows, index):
+    return jax.lax.dynamic_update_slice_in_dim(old, rows, index, axis)
+
+  def in_loop(old, rows, index):
+    # Once, which XLA does not know, or it would undo the loop.
+    return jax.lax.fori_loop(
+      0, jnp.minimum(index + 1, 1), lambda _, old: write(old, rows, index), old
+    )
+
+  # What products read as it is; codes they read in parts.
+  is_read = old.ndim > 3 and jnp.issubdtype(old.dtype, jnp.floating)
+  is_alone = len(old) == 1 and mesh.axis_sizes() is None
+  if is_read and is_alone and mesh.platform() == 'cpu':
+    return in_loop(old, rows, index)
+  return write(old, rows, index)
+
+
 def write_rows(
   old: Shaped[Array, '*S'],
   rows: Shaped[Array, '*T'],
@@ -42,7 +74,7 @@ def write_rows(
   On a CPU slot by slot, which touches no other row; elsewhere by a scatter.
   """
   if len(index) == 1:
-    return jax.lax.dynamic_update_slice_in_dim(old, rows, index[0], axis)
+    return write_all(old, rows, index[0], axis)
 
   def one_by_one(old, rows, index):
     def write(b, old):
