@@ -18,7 +18,7 @@ from jaxsparse.config import Config, ModelConfig, tables
 from jaxsparse.config.errors import UserError
 from jaxsparse.config.model import KV_CACHES
 from jaxsparse.data.tokenizer import load_from_workdir
-from jaxsparse.inference import batch, weights
+from jaxsparse.inference import batch, row_cache, weights
 from jaxsparse.inference.adapters import add_flags
 from jaxsparse.inference.long_input import (
   Reading,
@@ -126,6 +126,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     'memory, or in mapped files, which take no memory; %(default)s: as the run '
     'has them',
   )
+  add('--row_cache', default='', metavar='ROWS|SIZE', help=row_cache.HELP)
   add('--quantize', default='', metavar='HOW', help=QUANTIZE_HELP)
   add_flags(parser)
   arguments = parser.parse_args(argv)
@@ -182,6 +183,7 @@ def main(argv: list[str]) -> None:
   arguments = parse_arguments(argv)
   requests = to_requests(arguments)
   quantization = parse(arguments.quantize)
+  cached = row_cache.parse(arguments.row_cache, '--row_cache')
   config = run_config.read(arguments.workdir, _say)
   # Not where its config says: the workdir may come from anybody.
   compiled_programs.keep(say=_say)
@@ -202,6 +204,7 @@ def main(argv: list[str]) -> None:
     adapters=arguments.adapter,
     is_forced=arguments.force,
   )
+  params = row_cache.begun(params, cached, '--row_cache')
   # Refuses what memory has no room for before a prompt is written.
   programs = batch.prepare(
     model, params, tokenizer, requests, config.data.seq_len

@@ -15,10 +15,12 @@ import jax.numpy as jnp
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
-from jaxsparse.inference import slot_sampling, slots
+from jaxsparse.inference import row_cache, slot_sampling, slots
 from jaxsparse.nn.transformer import Transformer, init_cache
 
 State = dict[str, Any]
+# That were read, see `row_cache.reads`.
+Rows = dict[str, jax.Array]
 
 
 def init(config: ModelConfig, num_slots: int, num_rows: int) -> State:
@@ -71,13 +73,13 @@ def decode(
   config: ModelConfig,
   stop_ids: tuple[int, ...],
   form: str,
-) -> tuple[State, jax.Array, slot_sampling.Best | None]:
+) -> tuple[State, jax.Array, slot_sampling.Best | None, Rows]:
   """Feeds the live slots [B] their last tokens and draws the next ones [B]."""
   cache, sampling = state['cache'], state['sampling']
   positions = cache['shared']['index'][:, None]
   segment_ids = is_live[:, None].astype(jnp.int32)
-  logits, cache, _ = Transformer(config).apply(
-    {'params': params}, state['token'][:, None], positions, segment_ids, cache
+  logits, cache, rows = _applied(
+    config, params, state['token'][:, None], positions, segment_ids, cache
   )
   logits = _scores(logits[:, -1])
   if form == 'plain':
@@ -92,7 +94,7 @@ def decode(
     ),
     token=jnp.where(is_live, drawn, state['token']),
   )
-  return _like(new, state), drawn, best
+  return _like(new, state), drawn, best, rows
 
 
 def prefill(
@@ -106,13 +108,13 @@ def prefill(
   *,
   config: ModelConfig,
   stop_ids: tuple[int, ...],
-) -> tuple[State, jax.Array, slot_sampling.Best]:
+) -> tuple[State, jax.Array, slot_sampling.Best, Rows]:
   """Reads the first `count` of tokens [1, C], and draws after the last ones."""
   part = slots.take(state, slot)
   at = mesh.reshard((count - 1)[None], mesh.act('B'))
-  logits, part = _read(config, params, part, tokens, count, at)
+  logits, part, rows = _read(config, params, part, tokens, count, at)
   part, drawn, best = _first_drawn(part, logits[:, 0], stop_ids, mask, is_last)
-  return _like(slots.put(state, part, slot), state), drawn, best
+  return _like(slots.put(state, part, slot), state), drawn, best, rows
 
 
 def score(
@@ -127,33 +129,49 @@ def score(
   *,
   config: ModelConfig,
   stop_ids: tuple[int, ...],
-) -> tuple[State, jax.Array, slot_sampling.Best, slot_sampling.Best]:
+) -> tuple[State, jax.Array, slot_sampling.Best, Rows, slot_sampling.Best]:
   """`prefill`, and how probable the targets [C] of all places are."""
   part = slots.take(state, slot)
-  logits, part = _read(config, params, part, tokens, count, None)
+  logits, part, rows = _read(config, params, part, tokens, count, None)
   logits = _scores(logits[0])
   last = jax.lax.dynamic_slice_in_dim(logits, count - 1, 1)
   part, drawn, best = _first_drawn(part, last, stop_ids, mask, is_last)
   of_prompt = slot_sampling.best_of(logits, targets)
-  return _like(slots.put(state, part, slot), state), drawn, best, of_prompt
+  new = _like(slots.put(state, part, slot), state)
+  return new, drawn, best, rows, of_prompt
+
+
+def _applied(config, params, tokens, positions, segment_ids, cache, at=None):
+  """Logits, the cache, and the rows read of tables with caches."""
+  model, variables = Transformer(config), {'params': params}
+  args = tokens, positions, segment_ids, cache
+  if not row_cache.is_used(params):
+    logits, cache, _ = model.apply(variables, *args, logits_at=at)
+    return logits, cache, {}
+  (logits, cache, _), sown = model.apply(
+    variables, *args, logits_at=at, mutable=['intermediates']
+  )
+  sown = sown['intermediates']
+  return logits, cache, row_cache.reads(params, sown, segment_ids)
 
 
 def _read(config, params, part, tokens, count, logits_at):
-  """Logits of one slot's new tokens, and the slot after them."""
+  """Logits of one slot's new tokens, the slot after them, and rows read."""
   offset = jnp.arange(tokens.shape[1])[None]
   is_token = offset < count
   index = part['cache']['shared']['index']
   positions = mesh.reshard(index, mesh.act('.'))[:, None] + offset
-  logits, cache, _ = Transformer(config).apply(
-    {'params': params},
+  logits, cache, rows = _applied(
+    config,
+    params,
     tokens,
     positions,
     is_token.astype(jnp.int32),
     part['cache'],
-    logits_at=logits_at,
+    logits_at,
   )
   sampling = slot_sampling.with_prompt(part['sampling'], tokens, is_token)
-  return logits, part | dict(cache=cache, sampling=sampling)
+  return logits, part | dict(cache=cache, sampling=sampling), rows
 
 
 def _first_drawn(part, logits, stop_ids, mask, is_last):

@@ -19,6 +19,7 @@ from jaxsparse.config.errors import require
 from jaxsparse.inference import slot_executables, slot_sampling, slots
 from jaxsparse.inference.jobs import Form, JobSampling
 from jaxsparse.inference.long_input import with_bounded_history
+from jaxsparse.inference.row_cache import RowCaches, is_used
 from jaxsparse.inference.slot_results import Part, Pending, Snapshot
 from jaxsparse.ops.sparse_attention.bounded_slots import needs_room
 
@@ -38,6 +39,7 @@ class Programs:
     stop_ids: tokens that end an answer.
     num_compiled: executables.
     state_bytes: of all slots, on all devices together.
+    row_caches: of tables on the host; None without.
   """
 
   @classmethod
@@ -105,6 +107,7 @@ class Programs:
     self.length = _ENDLESS if self._bounded_rows else length
     self._num_rows = -(-length // longest) * longest
     self._params = params
+    self.row_caches = RowCaches(params) if is_used(params) else None
     self._lengths = np.zeros(num_slots, np.int64)
     # Of each slot: rows of its first chunks that a snapshot has, or had.
     # Whoever keeps snapshots bounds them: here they are not kept alive.
@@ -164,7 +167,7 @@ class Programs:
       mask: uint32 [V / 32], the tokens that may be drawn; None for all.
     """
     inputs, n = self._chunk(slot, tokens, is_last, mask)
-    self._state, token, best = self._run[f'prefill_{n}'](*inputs)
+    token, best = self._called(f'prefill_{n}', *inputs)
     best = best if form == 'logprobs' else None
     return Pending(token, best, place=(slot, self.num_slots))
 
@@ -185,9 +188,7 @@ class Programs:
     inputs, n = self._chunk(slot, tokens, is_last, mask)
     padded = np.zeros(n, np.int32)
     padded[: len(tokens)] = targets
-    self._state, token, best, of_prompt = self._run[f'score_{n}'](
-      *inputs, padded
-    )
+    token, best, of_prompt = self._called(f'score_{n}', *inputs, padded)
     best = best if form == 'logprobs' else None
     place = (slot, self.num_slots)
     return Pending(token, best, (of_prompt, len(tokens)), place)
@@ -246,10 +247,17 @@ class Programs:
       inputs += (
         self._all_tokens if mask is None else np.asarray(mask, np.uint32),
       )
-    self._state, token, best = self._run[form](*inputs)
+    token, best = self._called(form, *inputs)
     self._lengths += is_live
     self._has_room &= ~is_live
     return Pending(token, best)
+
+  def _called(self, name: str, *inputs: Any) -> tuple:
+    """What a program of the model gives beside the state."""
+    self._state, token, best, rows, *others = self._run[name](*inputs)
+    if self.row_caches is not None:
+      self._params = self.row_caches.after(self._params, rows)
+    return token, best, *others
 
   def needs_forget(self, length: int) -> bool:
     """Whether a slot of so many tokens forgets before its next one."""

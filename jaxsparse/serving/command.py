@@ -18,6 +18,7 @@ from jaxsparse.config import tables
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.config.model import KV_CACHES
 from jaxsparse.data.chat_template import ChatTemplate
+from jaxsparse.inference import row_cache
 from jaxsparse.inference.quantize import QUANTIZE_HELP, parse
 from jaxsparse.run import trained
 from jaxsparse.run import workdir as workdir_lib
@@ -103,6 +104,7 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     'memory, or in mapped files, which take no memory; %(default)s: as the run '
     'has them',
   )
+  add('--row-cache', default='', metavar='ROWS|SIZE', help=row_cache.HELP)
   add('--devices', type=int, default=1, help='over which the model is divided')
   add('--quantize', default='', metavar='HOW', help=QUANTIZE_HELP)
   add(
@@ -192,6 +194,7 @@ def main(argv: Sequence[str]) -> None:
         memory_fraction=arguments.memory_fraction,
         devices=arguments.devices,
         tables=arguments.tables,
+        cached_rows=row_cache.parse(arguments.row_cache, '--row-cache'),
         quantization=parse(arguments.quantize),
       ),
       say,

@@ -13,7 +13,7 @@ from jaxsparse.analysis import free_memory
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.data.tokenizer import load_from_workdir
-from jaxsparse.inference import weights
+from jaxsparse.inference import row_cache, weights
 from jaxsparse.inference.capacity import slots_that_fit
 from jaxsparse.inference.engine import Engine
 from jaxsparse.inference.long_input import with_bounded_history
@@ -53,6 +53,8 @@ class Sizes:
   devices: int = 1
   # Where the tables lie; empty: as the run has them.
   tables: str = ''
+  # Of tables that the device fetches.
+  cached_rows: row_cache.Size | None = None
   quantization: Quantization | None = None
 
 
@@ -119,11 +121,13 @@ class Model:
       sizes.quantization,
       sizes.tables,
     )
-    held = params
+    params = row_cache.begun(params, sizes.cached_rows, '--row-cache')
+    held_bytes = _bytes(params)
     if self._tables() == 'file':
       # Mapped, they take no memory that they don't give back.
-      held, _ = table_leaves.split(params)
-    num_slots = self._num_slots(_bytes(held))
+      rest, _ = table_leaves.split(params)
+      held_bytes = _bytes(rest) + row_cache.num_bytes(params)
+    num_slots = self._num_slots(held_bytes)
     programs = Programs.compile(
       self.config,
       params,

@@ -3,6 +3,10 @@
 
 import concurrent.futures
 import dataclasses
+import http.client
+import json
+import subprocess
+import sys
 
 import pytest
 from commands import exit_code
@@ -11,11 +15,13 @@ from slot_models import MODELS
 from small_run import save_untrained
 
 from jaxsparse.data.tokenizer import ByteTokenizer
-from jaxsparse.inference import batch, weights
+from jaxsparse.inference import batch, row_cache, weights
 from jaxsparse.inference.quantize import parse
+from jaxsparse.inference.row_cache import Size
 from jaxsparse.inference.sampling import Sampling
 from jaxsparse.inference.slot_programs import Programs
 from jaxsparse.inference.text import Request
+from jaxsparse.ops.tables import host_table
 from jaxsparse.serving.model import Model, Sizes
 
 MODEL = dataclasses.replace(MODELS['small'], vocab_size=257)
@@ -104,3 +110,48 @@ def test_texts_are_those_of_generate(old, new, lazily, is_saved):
   assert served(workdir, how)[0] == expected
   assert len(set(expected)) == len(expected)
   assert (workdir / 'mapped_tables').is_dir()
+
+
+@pytest.mark.slow
+def test_copies_of_rows_on_a_device_that_fetches_them_change_nothing(
+  new, monkeypatch
+):
+  expected = offline(new, '')
+  monkeypatch.setattr(host_table, 'reads_host_memory', lambda: False)
+  monkeypatch.setattr(row_cache, '_CALLS', 2)
+  texts, _ = served(new, '', cached_rows=Size(rows=20))
+  assert texts == expected
+
+
+@pytest.mark.slow
+def test_the_commands_write_the_same(old, capsys):
+  flags = ['--tables=file', '--kv=int8', f'--quantize={HOW}']
+  process = subprocess.Popen(
+    [sys.executable, '-m', 'jaxsparse', 'serve', f'--model-path={old}',
+     '--port=0', '--slots=2', '--chunk=16', *flags],
+    stderr=subprocess.PIPE,
+    text=True,
+  )  # fmt: skip
+  try:
+    for line in process.stderr:
+      if ' programs, at ' in line:
+        break
+    address = line.split(' at http://')[1].strip()
+    assert '2 slots of 48 tokens' in line
+    for prompt, temperature, seed in ASKED:
+      connection = http.client.HTTPConnection(address, timeout=60)
+      body = dict(
+        prompt=prompt, temperature=temperature, seed=seed, max_tokens=12
+      )
+      headers = {'content-type': 'application/json'}
+      connection.request('POST', '/v1/completions', json.dumps(body), headers)
+      answer = json.loads(connection.getresponse().read())
+      argv = [f'--prompt={prompt}', f'--temperature={temperature}']
+      argv += [f'--seed={seed}', '--max_tokens=12', f'--workdir={old}', *flags]
+      assert exit_code(['generate', *argv]) == 0
+      sample = (old / 'samples.jsonl').read_text().splitlines()[-1]
+      assert answer['choices'][0]['text'] == json.loads(sample)['text']
+  finally:
+    process.terminate()
+    process.stderr.close()
+    assert process.wait(60) == 0

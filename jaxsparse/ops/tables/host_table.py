@@ -49,12 +49,24 @@ class RowCache:
   """Copies of some rows, on the device.
 
   Attributes:
-    ids: their numbers, ascending and distinct.
-    rows: of each.
+    ids: int32 [C], their numbers, ascending and distinct; what is below 0 is no
+      row's. Of what JAX has in a tree's place of an array, too.
+    place: int32 [C], of each among `rows`.
+    rows: [C, W], in any order, so that one may be replaced where it is.
   """
 
-  ids: Int[Array, 'C']
-  rows: Shaped[Array, 'C W']
+  ids: Any
+  place: Any
+  rows: Any
+
+  @classmethod
+  def empty(cls, size: int, table: 'HostTable') -> 'RowCache':
+    """Room for `size` rows of a table, and none of them."""
+    return cls(
+      jnp.arange(-size, 0, dtype=jnp.int32),
+      jnp.arange(size, dtype=jnp.int32),
+      jnp.zeros((size, table.shape[1]), table.dtype),
+    )
 
 
 @jax.tree_util.register_dataclass
@@ -91,7 +103,10 @@ class HostTable:
   def with_cache(self, ids: np.ndarray) -> 'HostTable':
     """The table with copies of these rows on the default device."""
     ids = np.unique(ids).astype(np.int32)
-    cache = RowCache(jnp.asarray(ids), jnp.asarray(self.source.take(ids)))
+    place = jnp.arange(len(ids), dtype=jnp.int32)
+    cache = RowCache(
+      jnp.asarray(ids), place, jnp.asarray(self.source.take(ids))
+    )
     return dataclasses.replace(self, cache=cache)
 
 
@@ -145,7 +160,7 @@ def fetch(
     at = jnp.searchsorted(cached.ids, distinct)
     at = jnp.minimum(at, len(cached.ids) - 1)
     is_hit = cached.ids[at] == distinct
-    rows = jnp.where(is_hit[:, None], cached.rows[at], rows)
+    rows = jnp.where(is_hit[:, None], cached.rows[cached.place[at]], rows)
     is_missing &= ~is_hit
   num_missing = jnp.sum(is_missing, dtype=jnp.int32)
   row_bytes = width * np.dtype(table.dtype).itemsize
