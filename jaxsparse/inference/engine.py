@@ -5,6 +5,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import Any, Literal
 
 from jaxsparse.config.errors import UserError, require
@@ -18,6 +19,7 @@ from jaxsparse.inference.jobs import (
 )
 from jaxsparse.inference.mailbox import Mailbox
 from jaxsparse.inference.masks import Masks
+from jaxsparse.inference.served_adapters import Adapter
 from jaxsparse.inference.slot_programs import Programs
 from jaxsparse.inference.turns import Deliver, Entry, Observe, Turns
 
@@ -107,6 +109,20 @@ class Engine:
     entries = [Entry(job, deliver, now, self._tokenizer) for job in jobs]
     self._mailbox.put_jobs(jobs, [('add', entry) for entry in entries])
 
+  def put_adapter(self, adapter: Adapter) -> Future[None]:
+    """Reads an adapter anew for jobs that begin; the others keep theirs.
+
+    Returns:
+      What tells when it is there; its error is a `NoPlace` or a UserError.
+
+    Raises:
+      Unavailable: the engine starts, drains or is dead.
+    """
+    self._check_available()
+    told: Future[None] = Future()
+    self._mailbox.put('adapter', adapter, told)
+    return told
+
   def cancel(self, job_id: str) -> None:
     """Ends a job wherever it is; does nothing where there is none."""
     self._mailbox.put('cancel', job_id)
@@ -166,7 +182,11 @@ class Engine:
       raise EngineDead('the engine has ended.')
 
   def _check_room(self, job: Job) -> None:
-    num_prompt = len(job.tokens)
+    num_prompt, places = len(job.tokens), self._programs.places
+    require(
+      not job.adapter or (places is not None and places.has(job.adapter)),
+      f'there is no adapter {job.adapter!r} beside the model.',
+    )
     require(num_prompt > 0, 'tokens must be at least one, got none.')
     require(
       num_prompt + job.max_tokens <= self.limit,
@@ -234,6 +254,8 @@ class Engine:
       turns.cancel(*content)
     elif kind == 'mask':
       turns.take_mask(*content)
+    elif kind == 'adapter':
+      turns.put_adapter(*content)
     if self.state == 'draining':
       turns.end_waiting('draining')
 

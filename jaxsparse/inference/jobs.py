@@ -72,6 +72,8 @@ class Job:
   salt: str = ''
   # What the text has to match.
   grammar: Grammar | None = None
+  # Of those beside the model, by its name; empty for the model alone.
+  adapter: str = ''
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,6 +13,7 @@ import collections
 import dataclasses
 import functools
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,8 @@ import numpy as np
 
 from jaxsparse.config.errors import require
 from jaxsparse.ops.tables.host_table import HostTable, RowCache
+from jaxsparse.ops.tables.quantized_table import QuantizedTable
+from jaxsparse.ops.tables.row_delta import DeltaTable
 from jaxsparse.run import table_leaves
 
 # Of padding, among the rows that tokens read.
@@ -270,15 +273,26 @@ def _owner(path: str) -> str:
 def _tables(params: dict) -> dict[str, HostTable]:
   """The tables on the host by their paths, quantized ones' rows as well."""
   _, tables = table_leaves.split(params)
-  found = {path: getattr(x, 'stored', x) for path, x in tables.items()}
+  found = {path: _rows(x) for path, x in tables.items()}
   return {p: x for p, x in found.items() if isinstance(x, HostTable)}
+
+
+def _rows(table: Any) -> Any:
+  """What has the rows of a table that may be quantized or have deltas."""
+  if isinstance(table, DeltaTable):
+    return _rows(table.base)
+  return table.stored if isinstance(table, QuantizedTable) else table
+
+
+def _with_rows(table: Any, rows: HostTable) -> Any:
+  if isinstance(table, DeltaTable):
+    return dataclasses.replace(table, base=_with_rows(table.base, rows))
+  if isinstance(table, QuantizedTable):
+    return dataclasses.replace(table, stored=rows)
+  return rows
 
 
 def _with_tables(params: dict, changed: dict[str, HostTable]) -> dict:
   rest, tables = table_leaves.split(params)
-  for path, new in changed.items():
-    old = tables[path]
-    if not isinstance(old, HostTable):
-      new = dataclasses.replace(old, stored=new)
-    tables[path] = new
-  return table_leaves.joined(rest, tables)
+  new = {path: _with_rows(tables[path], rows) for path, rows in changed.items()}
+  return table_leaves.joined(rest, tables | new)

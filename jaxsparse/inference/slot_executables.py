@@ -103,7 +103,7 @@ class Executables(dict):
     model = dict(config=config, stop_ids=stop_ids)
     wanted = dict(
       init=(init,),
-      start=(f.start, state, number, fields),
+      start=(f.start, state, number, fields, number),
       snapshot=(snapshot, state, number, number),
       insert=(insert, state, number, number, taken),
     )

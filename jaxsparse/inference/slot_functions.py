@@ -15,7 +15,12 @@ import jax.numpy as jnp
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
-from jaxsparse.inference import row_cache, slot_sampling, slots
+from jaxsparse.inference import (
+  row_cache,
+  served_adapters,
+  slot_sampling,
+  slots,
+)
 from jaxsparse.nn.transformer import Transformer, init_cache
 
 State = dict[str, Any]
@@ -31,6 +36,8 @@ def init(config: ModelConfig, num_slots: int, num_rows: int) -> State:
     sampling=jax.tree.map(_whole, sampling),
     # Of each slot the last token, which is fed next.
     token=_whole(jnp.zeros(num_slots, jnp.int32)),
+    # Of each slot which of several adapters it has, see `served_adapters`.
+    place=_whole(jnp.zeros(num_slots, jnp.int32)),
   )
 
 
@@ -53,13 +60,19 @@ def _like(new, old):
   )
 
 
-def start(state: State, slot: jax.Array, fields: dict[str, jax.Array]) -> State:
+def start(
+  state: State,
+  slot: jax.Array,
+  fields: dict[str, jax.Array],
+  place: jax.Array,
+) -> State:
   """One slot with a new tenant's `slot_sampling.of_job`, and nothing read."""
   part = slots.take(state, slot)
   part = dict(
     cache=slots.emptied(part['cache']),
     sampling=slot_sampling.taken_over(part['sampling'], fields),
     token=jnp.zeros_like(part['token']),
+    place=jnp.full_like(part['place'], place),
   )
   return _like(slots.put(state, part, slot), state)
 
@@ -76,6 +89,7 @@ def decode(
 ) -> tuple[State, jax.Array, slot_sampling.Best | None, Rows]:
   """Feeds the live slots [B] their last tokens and draws the next ones [B]."""
   cache, sampling = state['cache'], state['sampling']
+  params = served_adapters.chosen_by(params, state['place'])
   positions = cache['shared']['index'][:, None]
   segment_ids = is_live[:, None].astype(jnp.int32)
   logits, cache, rows = _applied(
@@ -93,6 +107,7 @@ def decode(
       sampling, drawn, is_live, counts=form != 'plain'
     ),
     token=jnp.where(is_live, drawn, state['token']),
+    place=state['place'],
   )
   return _like(new, state), drawn, best, rows
 
@@ -159,6 +174,7 @@ def _read(config, params, part, tokens, count, logits_at):
   """Logits of one slot's new tokens, the slot after them, and rows read."""
   offset = jnp.arange(tokens.shape[1])[None]
   is_token = offset < count
+  params = served_adapters.chosen_by(params, part['place'])
   index = part['cache']['shared']['index']
   positions = mesh.reshard(index, mesh.act('.'))[:, None] + offset
   logits, cache, rows = _applied(

@@ -20,6 +20,7 @@ from jaxsparse.inference import slot_executables, slot_sampling, slots
 from jaxsparse.inference.jobs import Form, JobSampling
 from jaxsparse.inference.long_input import with_bounded_history
 from jaxsparse.inference.row_cache import RowCaches, is_used
+from jaxsparse.inference.served_adapters import Adapter, Places
 from jaxsparse.inference.slot_results import Part, Pending, Snapshot
 from jaxsparse.ops.sparse_attention.bounded_slots import needs_room
 
@@ -40,6 +41,7 @@ class Programs:
     num_compiled: executables.
     state_bytes: of all slots, on all devices together.
     row_caches: of tables on the host; None without.
+    places: of adapters; None without.
   """
 
   @classmethod
@@ -54,6 +56,7 @@ class Programs:
     progress: Callable[[int, int, str], Any] = lambda done, total, name: None,
     stop_ids: tuple[int, ...] = (),
     is_lazy: bool = False,
+    places: Places | None = None,
   ) -> Self:
     """Compiles everything, and makes the slots.
 
@@ -72,6 +75,7 @@ class Programs:
       stop_ids: tokens that end an answer.
       is_lazy: compile each program when it is first needed: where nobody waits,
         and most are not.
+      places: of the adapters in the parameters, see `served_adapters`.
 
     Raises:
       UserError: a number is below 1, the mesh splits sequences, or the model
@@ -79,12 +83,12 @@ class Programs:
     """
     return cls(
       config, params, num_slots, length, chunks, history_blocks, progress,
-      stop_ids, is_lazy,
+      stop_ids, is_lazy, places,
     )  # fmt: skip
 
   def __init__(
     self, config, params, num_slots, length, chunks, history_blocks, progress,
-    stop_ids, is_lazy,
+    stop_ids, is_lazy, places,
   ):  # fmt: skip
     require(num_slots >= 1, f'slots must be at least 1, got {num_slots}.')
     require(length >= 1, f'length must be at least 1, got {length}.')
@@ -106,7 +110,7 @@ class Programs:
     self._bounded_rows = slots.rows_of_bounded(config)
     self.length = _ENDLESS if self._bounded_rows else length
     self._num_rows = -(-length // longest) * longest
-    self._params = params
+    self._params, self.places = params, places
     self.row_caches = RowCaches(params) if is_used(params) else None
     self._lengths = np.zeros(num_slots, np.int64)
     # Of each slot: rows of its first chunks that a snapshot has, or had.
@@ -141,11 +145,29 @@ class Programs:
     """Tokens of each slot that programs were given."""
     return self._lengths.tolist()
 
-  def start(self, slot: int, sampling: JobSampling) -> None:
-    """Takes a slot over: it has read nothing, and draws so from now on."""
+  def start(self, slot: int, sampling: JobSampling, place: int = 0) -> None:
+    """Takes a slot over: it has read nothing, and draws so from now on.
+
+    Args:
+      slot: which one.
+      sampling: how it draws.
+      place: of its adapter, see `served_adapters`; 0 for none.
+    """
     fields = slot_sampling.of_job(sampling)
-    self._state = self._run['start'](self._state, np.int32(slot), fields)
+    self._state = self._run['start'](
+      self._state, np.int32(slot), fields, np.int32(place)
+    )
     self._stands(slot, 0, ())
+
+  def put_adapter(self, adapter: Adapter) -> None:
+    """Puts one of several adapters in a place that is free.
+
+    Raises:
+      NoPlace: there is none.
+      UserError: there are no places, or it does not fit into one.
+    """
+    require(self.places is not None, 'the programs have no adapters.')
+    self._params = self.places.put(self._params, adapter)
 
   def prefill(
     self,

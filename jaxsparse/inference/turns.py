@@ -5,16 +5,19 @@ import collections
 import dataclasses
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
 
+from jaxsparse.config.errors import UserError
 from jaxsparse.inference.answer import Answer
 from jaxsparse.inference.grammar import Guide
 from jaxsparse.inference.jobs import Event, Finish, Form, Job
 from jaxsparse.inference.masks import MOST_SECONDS, Masks
 from jaxsparse.inference.prefix_store import PrefixStore
 from jaxsparse.inference.scheduler import Chunk, Scheduler, Task
+from jaxsparse.inference.served_adapters import Adapter, NoPlace
 from jaxsparse.inference.slot_programs import Programs
 from jaxsparse.inference.slot_results import Pending
 
@@ -42,6 +45,9 @@ class Entry:
       self.form = 'logprobs'
     # Of a job with a grammar: which tokens may be next.
     self.guide: Guide | None = None
+    # Of its adapter, once it has a slot, and what its state depends on besides
+    # the tokens.
+    self.place, self.salt = 0, ''
     # Numbers of read tokens after which the state is kept.
     self.keep_at: frozenset[int] = frozenset()
     # What is drawn later is nobody's: the slot may have another tenant by then.
@@ -111,6 +117,15 @@ class Turns:
     if is_guided:
       self._masks.start(entry, job.grammar)
 
+  def put_adapter(self, adapter: Adapter, told: Future[None]) -> None:
+    """Puts one in a place, for texts that begin from now on."""
+    try:
+      self._programs.put_adapter(adapter)
+    except (NoPlace, UserError) as error:
+      told.set_exception(error)
+    else:
+      told.set_result(None)
+
   def take_mask(self, entry: Entry, guide: Guide | None, error: str) -> None:
     """What may be next in a text with a grammar is known, or why it is not."""
     if entry.is_over:
@@ -175,7 +190,13 @@ class Turns:
       entry.answer.note(queue_seconds=seconds)
       self._observe('request_queue_time_seconds', seconds, '')
     for slot, job_id in admitted:
-      self._programs.start(slot, self.entries[job_id].job.sampling)
+      entry = self.entries[job_id]
+      job, version = entry.job, ''
+      if job.adapter:
+        entry.place, version = self._programs.places.enter(job.adapter)
+      # The length comes first, so that no client's salt is like another one.
+      entry.salt = f'{len(version)} {version}{job.salt}'
+      self._programs.start(slot, job.sampling, entry.place)
 
   def _read_prompts(self) -> None:
     """One chunk, and after the end of a prompt others while there is time.
@@ -218,20 +239,20 @@ class Turns:
     if chunk.end in entry.keep_at:
       self.steps['snapshot'] += 1
       snapshot = self._programs.snapshot(slot)
-      self.store.keep(job.tokens, job.salt, snapshot)
+      self.store.keep(job.tokens, entry.salt, snapshot)
     return chunk
 
   def _reuse(self, slot: int, entry: Entry) -> None:
     """Begins with what has been read for others."""
     job = entry.job
     self.counts['prefix_cache_queries'] += len(job.tokens)
-    if snapshot := self.store.find(job.tokens, job.salt):
+    if snapshot := self.store.find(job.tokens, entry.salt):
       self.steps['insert'] += 1
       self.counts['prefix_cache_hits'] += snapshot.length
       self._programs.insert(slot, snapshot)
       self.scheduler.skip(slot, snapshot.length)
       entry.answer.note(num_cached=snapshot.length)
-    entry.keep_at = self.store.worth_keeping(job.tokens, job.salt)
+    entry.keep_at = self.store.worth_keeping(job.tokens, entry.salt)
 
   def _decode(self, slots: tuple[int, ...]) -> None:
     num_slots = self._programs.num_slots
@@ -298,6 +319,8 @@ class Turns:
       self._leave_queue(job)
     self.scheduler.remove(job.id)
     entry.is_over = True
+    if entry.place:
+      self._programs.places.leave(entry.place)
     self._masks.end(entry)
     del self.entries[job.id]
     self.finished[event.finish] += 1

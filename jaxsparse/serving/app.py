@@ -19,11 +19,12 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.routing import Route
 
-from jaxsparse.config.errors import shown
+from jaxsparse.config.errors import UserError, shown
+from jaxsparse.inference.served_adapters import NoPlace
 from jaxsparse.serving import metrics
 from jaxsparse.serving.chat import chat
 from jaxsparse.serving.completions import complete
-from jaxsparse.serving.errors import ApiError
+from jaxsparse.serving.errors import ApiError, wrong
 from jaxsparse.serving.gate import Gate, read_body
 from jaxsparse.serving.options import in_vocabulary
 from jaxsparse.serving.protocol import (
@@ -70,6 +71,7 @@ def make(
       Route('/v1/completions', complete, methods=['POST']),
       Route('/v1/chat/completions', chat, methods=['POST']),
       Route('/v1/models', _models),
+      Route('/v1/models/{name:path}/reload', _reload, methods=['POST']),
       Route('/v1/models/{name:path}', _model),
       Route('/tokenize', _tokenize, methods=['POST']),
       Route('/detokenize', _detokenize, methods=['POST']),
@@ -101,13 +103,30 @@ _JSON = 'application/json'
 
 async def _models(request: Request) -> Response:
   service: Service = request.app.state.service
-  return _json({'object': 'list', 'data': [service.model()]})
+  return _json({'object': 'list', 'data': service.models()})
 
 
 async def _model(request: Request) -> Response:
   service: Service = request.app.state.service
-  service.require_model(request.path_params['name'])
-  return _json(service.model())
+  name = request.path_params['name']
+  service.require_model(name)
+  return _json(service.model(name))
+
+
+async def _reload(request: Request) -> Response:
+  """Reads an adapter's folder again, for texts that begin from now on."""
+  service: Service = request.app.state.service
+  service.require_ready()
+  name = request.path_params['name']
+  if not service.require_model(name):
+    raise wrong('name', f'{name!r} is the model, which has no folder to read.')
+  try:
+    await service.in_thread(service.reload, name)
+  except UserError as error:
+    raise wrong('name', str(error)) from error
+  except NoPlace as error:
+    raise ApiError(503, 'unavailable', str(error), retry_after=5) from error
+  return _json(service.model(name))
 
 
 async def _health(request: Request) -> Response:

@@ -18,7 +18,7 @@ from jaxsparse.config import tables
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.config.model import KV_CACHES
 from jaxsparse.data.chat_template import ChatTemplate
-from jaxsparse.inference import row_cache
+from jaxsparse.inference import row_cache, served_adapters
 from jaxsparse.inference.quantize import QUANTIZE_HELP, parse
 from jaxsparse.run import trained
 from jaxsparse.run import workdir as workdir_lib
@@ -106,6 +106,20 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
   )
   add('--row-cache', default='', metavar='ROWS|SIZE', help=row_cache.HELP)
   add('--devices', type=int, default=1, help='over which the model is divided')
+  add(
+    '--adapters',
+    nargs='+',
+    action='extend',
+    default=[],
+    metavar='NAME=DIR',
+    help='adapters beside the model, such as cats=RUN/adapters/cats: a request '
+    'chooses one by its "model"',
+  )
+  add(
+    '--force',
+    action='store_true',
+    help='serve adapters that were trained beside other parameters, too',
+  )
   add('--quantize', default='', metavar='HOW', help=QUANTIZE_HELP)
   add(
     '--api-key-file',
@@ -171,6 +185,9 @@ def main(argv: Sequence[str]) -> None:
   arguments = parse_arguments(argv)
   _log_to_stderr()
   workdir = _workdir(arguments.model_path)
+  name = arguments.served_name or pathlib.Path(workdir).resolve().name
+  adapters = served_adapters.parse(arguments.adapters)
+  served_adapters.check_names(adapters, name)
   key = read_key(arguments.api_key_file)
   if arguments.chat_template is not None:
     template = ChatTemplate.read(arguments.chat_template, '--chat-template')
@@ -196,10 +213,11 @@ def main(argv: Sequence[str]) -> None:
         tables=arguments.tables,
         cached_rows=row_cache.parse(arguments.row_cache, '--row-cache'),
         quantization=parse(arguments.quantize),
+        adapters=adapters,
+        is_forced=arguments.force,
       ),
       say,
     )
-    name = arguments.served_name or pathlib.Path(workdir).resolve().name
     service = Service(
       model.engine,
       model.tokenizer,
@@ -213,6 +231,8 @@ def main(argv: Sequence[str]) -> None:
       ),
       metrics=model.metrics,
       logs_text=arguments.log_text,
+      adapters=tuple(adapters),
+      reload=model.reload,
     )
     address = listener.getsockname()
     url = f'http://{_bracketed(address[0])}:{address[1]}'

@@ -104,6 +104,7 @@ async def answer(
   options.check_choices(len(found), num_choices, service.engine.stats().slots)
   grammar = await grammars.of(body)
   request_id = f'{prefix}-{uuid.uuid4().hex}'
+  adapter = service.require_model(body.model)
   choices = []
   for prompt in found:
     room = options.room(
@@ -128,6 +129,7 @@ async def answer(
         wants_prompt_logprobs=wants_prompt_logprobs,
         salt=wanted.salt,
         grammar=grammar,
+        adapter=adapter,
       )
       choices.append(Choice(index, prompt, job))
   assert service.delivery is not None
@@ -144,7 +146,7 @@ async def answer(
   answer = Answer(
     request_id,
     created,
-    service.name,
+    adapter or service.name,
     form,
     wanted,
     choices,

@@ -3,7 +3,7 @@
 
 import dataclasses
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import jax
@@ -13,7 +13,7 @@ from jaxsparse.analysis import free_memory
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.data.tokenizer import load_from_workdir
-from jaxsparse.inference import row_cache, weights
+from jaxsparse.inference import row_cache, served_adapters, weights
 from jaxsparse.inference.capacity import slots_that_fit
 from jaxsparse.inference.engine import Engine
 from jaxsparse.inference.long_input import with_bounded_history
@@ -21,6 +21,7 @@ from jaxsparse.inference.quantize import Quantization
 from jaxsparse.inference.slot_programs import Programs
 from jaxsparse.nn.transformer import init_cache
 from jaxsparse.run import (
+  adapter_files,
   compiled_programs,
   run_config,
   stored,
@@ -28,6 +29,9 @@ from jaxsparse.run import (
   trained,
 )
 from jaxsparse.serving.metrics import Metrics
+
+# For a step that runs.
+_RELOAD_SECONDS = 60
 
 # More would rather wait for each other on most machines.
 _MOST_SLOTS = 16
@@ -56,6 +60,10 @@ class Sizes:
   # Of tables that the device fetches.
   cached_rows: row_cache.Size | None = None
   quantization: Quantization | None = None
+  # Folders of adapters by their names.
+  adapters: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  # Take those of another base, too.
+  is_forced: bool = False
 
 
 class Model:
@@ -92,6 +100,15 @@ class Model:
       f'model-server runs in one process, got {jax.process_count()}: start one '
       'on each host behind a proxy.',
     )
+    require(
+      not (sizes.adapters and sizes.devices > 1),
+      f'--devices must be 1 with --adapters, got {sizes.devices}: start a '
+      'server for each adapter.',
+    )
+    for folder in sizes.adapters.values():
+      # Before anything is loaded.
+      adapter_files.read_meta(folder)
+    self._shapes: dict = {}
     self.step = 0
     self.metrics = Metrics()
     self.on_ready: Callable[[str], Any] = lambda line: None
@@ -128,6 +145,13 @@ class Model:
       rest, _ = table_leaves.split(params)
       held_bytes = _bytes(rest) + row_cache.num_bytes(params)
     num_slots = self._num_slots(held_bytes)
+    places = None
+    if sizes.adapters:
+      self._shapes = served_adapters.shapes_of(params)
+      given = [self._read_adapter(name) for name in sizes.adapters]
+      params, places = served_adapters.with_places(
+        params, given, self.config.dtype
+      )
     programs = Programs.compile(
       self.config,
       params,
@@ -139,6 +163,7 @@ class Model:
         f'compiling {done + 1} of {total} ({name})'
       ),
       stop_ids=self.tokenizer.stop_ids,
+      places=places,
     )
     words = free_memory.words
     is_endless = sizes.history_blocks is not None
@@ -149,6 +174,24 @@ class Model:
       f'{programs.num_compiled} programs'
     )
     return programs
+
+  def reload(self, name: str) -> None:
+    """Reads an adapter's folder again, for texts that begin from now on.
+
+    Raises:
+      UserError: it can't be read, or does not fit into a place.
+      NoPlace: texts are still being written by the one before the present one.
+    """
+    adapter = self._read_adapter(name)
+    self.engine.put_adapter(adapter).result(_RELOAD_SECONDS)
+
+  def _read_adapter(self, name: str) -> served_adapters.Adapter:
+    sizes = self._sizes
+    base = stored.params_fingerprint(self._workdir, self.step)
+    folder = sizes.adapters[name]
+    return served_adapters.read(
+      name, folder, self._shapes, base, sizes.is_forced
+    )
 
   def _tables(self) -> str:
     if self._sizes.tables or self.config.memory is None:

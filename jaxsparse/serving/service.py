@@ -4,7 +4,7 @@
 import asyncio
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -49,6 +49,8 @@ class Service:
     limits: Limits | None = None,
     metrics: Metrics | None = None,
     logs_text: bool = False,
+    adapters: Sequence[str] = (),
+    reload: Callable[[str], None] = lambda name: None,
   ):
     """Makes the service.
 
@@ -62,6 +64,8 @@ class Service:
       limits: of requests.
       metrics: to which the engine reports, too.
       logs_text: whether the log holds what was written.
+      adapters: names by which clients ask for the model with one of them.
+      reload: reads an adapter's folder again, in any thread.
     """
     self.engine, self.tokenizer = engine, tokenizer
     self.name, self.vocab_size = name, vocab_size
@@ -72,6 +76,7 @@ class Service:
     self.metrics.watch(engine.stats, engine.heartbeat_age, step)
     self.created = int(time.time())
     self.delivery: Delivery | None = None
+    self.adapters, self.reload = tuple(adapters), reload
     self._logs_text = logs_text
     self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, 'tokenizer')
 
@@ -105,23 +110,35 @@ class Service:
     if self.engine.state != 'ready':
       raise ApiError(503, 'unavailable', self.trouble(), retry_after=5)
 
-  def require_model(self, name: str | None) -> None:
-    """Names are compared, never joined to a path."""
+  def require_model(self, name: str | None) -> str:
+    """Names are compared, never joined to a path.
+
+    Returns:
+      The adapter that is asked for by it; empty for the model alone.
+    """
+    if name in self.adapters:
+      return name
     if name not in (None, self.name):
+      there = ' or '.join(map(repr, (self.name, *self.adapters)))
       raise ApiError(
         404,
         'model_not_found',
-        f'There is no model {shown(name)} here: there is {self.name!r}.',
+        f'There is no model {shown(name)} here: there is {there}.',
         'model',
       )
+    return ''
 
-  def model(self) -> dict[str, Any]:
+  def models(self) -> list[dict[str, Any]]:
+    return [self.model(name) for name in (self.name, *self.adapters)]
+
+  def model(self, name: str) -> dict[str, Any]:
     return {
-      'id': self.name,
+      'id': name,
       'object': 'model',
       'created': self.created,
       'owned_by': _OWNER,
       'max_model_len': self.engine.limit,
+      **({'parent': self.name} if name in self.adapters else {}),
     }
 
   def on_text(self, job: Any, text: str) -> None:

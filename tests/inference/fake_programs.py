@@ -77,7 +77,7 @@ class FakePrograms:
     # Names of calls in their order, with what the tests ask about.
     self.calls = []
 
-  def start(self, slot, sampling):
+  def start(self, slot, sampling, place=0):
     self._called('start', slot)
     self.fed[slot], self.following[slot] = [], None
     self.seeds[slot] = sampling.seed
