@@ -65,6 +65,9 @@ class Pending:
 class FakePrograms:
   """Refuses every call that real programs would take for something else."""
 
+  # Of adapters.
+  places = None
+
   num_compiled, chunks, vocab_size = 12, (CHUNK, 4), VOCAB_SIZE
   length = LENGTH
 
