@@ -135,7 +135,7 @@ def test_a_batch_of_several_is_several_batches(engine):
   close(again[::-1], together)
 
 
-@pytest.mark.parametrize('name', few(['everything'], NAMES))
+@pytest.mark.parametrize('name', few(['', 'everything'], NAMES))
 def test_each_is_the_model_with_that_adapter_alone(base, folders, engine, name):
   (found,) = run(engine, [job_of(name)])
   given = [folders[name]] if name else []
