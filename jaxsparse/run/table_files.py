@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The tables of a workdir that lie in files, beside its checkpoints."""
 
+import functools
 import pathlib
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,9 @@ Show = Callable[[RowFile], Any]
 TABLES = 'tables'
 # Folder of the workdir for those of checkpoints that have them as arrays.
 CONVERTED = 'mapped_tables'
+
+# For those who want the parameters without their tables.
+NONE = 'none'
 
 # Memory of mapped files while they are written.
 _MOST_BYTES = 2**28
@@ -93,17 +97,50 @@ def read_params(
     UserError: what `stored.read` raises, or there are no such tables.
   """
   directory = stored.folder_of(workdir)
-  if tables == 'file' and not stored.has_tables_on_file(directory, step):
+  if tables == 'file' and not stored.tables_on_file(directory, step):
     rest, _ = stored.read_some(directory, step, lambda path: not is_table(path))
     found = converted(workdir, step, say, show)
     return table_leaves.joined(rest, found)
   arrays, record = stored.read(
     directory, step, abstract and {stored.PARAMS: abstract}
   )
-  if table_leaves.ON_FILE not in record:
+  if table_leaves.ON_FILE not in record or tables == NONE:
     return arrays[stored.PARAMS]
   found = mapped(workdir, step, record, tables or 'file', show)
   return table_leaves.joined(arrays[stored.PARAMS], found)
+
+
+def readers(
+  workdir: epath.PathLike, step: int
+) -> dict[str, Callable[[], np.ndarray]]:
+  """What reads the rows of each table of a checkpoint, by its path.
+
+  Args:
+    workdir: of a training run.
+    step: of the checkpoint.
+
+  Raises:
+    DamageError: the checkpoint can't be read.
+    UserError: its tables are on file, and damaged or in use.
+  """
+  directory = stored.folder_of(workdir)
+  if digest := stored.tables_on_file(directory, step):
+    files = open_at(workdir, step, digest).files
+    return {
+      name: functools.partial(getattr, file, 'rows')
+      for name, file in files.items()
+      if is_table(name)
+    }
+  return {
+    name: functools.partial(_read_table, directory, step, name)
+    for name in stored.shapes_of(directory, step)
+    if is_table(name)
+  }
+
+
+def _read_table(directory: epath.Path, step: int, name: str) -> np.ndarray:
+  read, _ = stored.read_some(directory, step, lambda path: path == name)
+  return np.asarray(table_leaves.split(read)[1][name])
 
 
 def mapped(
@@ -177,8 +214,7 @@ def converted(
   store = row_store.create(folder, leaves)
   store.origin = expected
   for name, leaf in leaves.items():
-    read, _ = stored.read_some(checkpoints, step, lambda path: path == name)  # noqa: B023
-    rows = np.asarray(table_leaves.split(read)[1][name])
+    rows = _read_table(checkpoints, step, name)
     for first in range(0, leaf.num_rows, leaf.stripe_rows):
       store.fill(name, first, rows[first : first + leaf.stripe_rows])
     store.limit_memory(_MOST_BYTES)

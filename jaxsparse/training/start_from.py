@@ -18,10 +18,18 @@ from jaxsparse.config.errors import UserError, require
 from jaxsparse.data import tokenizer_roles
 from jaxsparse.nn import added_parts
 from jaxsparse.nn.transformer import init_params
-from jaxsparse.run import checkpoint, fingerprints, hosts, run_config, start
+from jaxsparse.run import (
+  checkpoint,
+  fingerprints,
+  hosts,
+  run_config,
+  start,
+  table_files,
+  table_leaves,
+)
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.stored import QUANTIZED
-from jaxsparse.training import resume
+from jaxsparse.training import first_rows, resume
 
 
 def begin(
@@ -58,12 +66,6 @@ def begin(
 
 
 def _require_trainable(config: Config, found: start.Start) -> None:
-  memory = config.model.memory
-  require(
-    not memory or memory.table.store == 'device',
-    "model.memory.table.store must be 'device' with train.start_from, got "
-    f'{memory and memory.table.store!r}.',
-  )
   record = checkpoint.read_record(found.workdir) or {}
   require(
     QUANTIZED not in record,
@@ -134,10 +136,18 @@ def _shapes(model: ModelConfig) -> dict[str, list[int]]:
   }
 
 
+def given_tables(found: start.Start) -> first_rows.Given:
+  """The tables that a run with tables on file begins with."""
+  rows = table_files.readers(found.workdir, found.step)
+  return first_rows.Given(rows, is_extended=True)
+
+
 def load_params(
   config: Config, found: start.Start, say: Callable[[str], None]
 ) -> dict:
   """The first parameters of a run, on the mesh in use; none is drawn twice.
+
+  Without the tables where these lie on file.
 
   Args:
     config: of the run.
@@ -148,12 +158,14 @@ def load_params(
     UserError: the checkpoint is gone, damaged, or another than the run settled
       on.
   """
-  used = jax.sharding.get_mesh()
+  used, memory = jax.sharding.get_mesh(), config.model.memory
+  is_on_file = memory is not None and memory.table.store != 'device'
 
   def laid(model: ModelConfig) -> dict:
-    return mesh.abstract(
+    params = mesh.abstract(
       lambda: init_params(model, jax.random.key(0)), mesh=used
     )
+    return table_leaves.split(params)[0] if is_on_file else params
 
   named = dataclasses.replace(
     config.train, start_from=f'{found.workdir}@{found.step}'
@@ -166,10 +178,18 @@ def load_params(
     )
   old = run_config.read(found.workdir, say)
   _, params = checkpoint.load_params(
-    found.workdir, found.step, say, laid(old.model), 'device'
+    found.workdir,
+    found.step,
+    say,
+    laid(old.model),
+    table_files.NONE if is_on_file else 'device',
   )
   params = added_parts.extend(
-    old.model, config.model, params, config.train.seed
+    old.model,
+    config.model,
+    params,
+    config.train.seed,
+    lambda name: is_on_file and table_files.is_table(name),
   )
   return jax.tree.map(
     lambda x, of: jax.device_put(x.astype(of.dtype), of.sharding),

@@ -12,7 +12,6 @@ from jaxsparse.config import Config
 from jaxsparse.nn.memory.tables import ENTRIES, table_scheme
 from jaxsparse.nn.transformer import Transformer
 from jaxsparse.ops.memory import usage
-from jaxsparse.ops.memory.row_gradient import RowGradient
 from jaxsparse.run import table_leaves
 from jaxsparse.training import loss_scale as loss_scale_lib
 from jaxsparse.training import optimizer as optimizer_lib
@@ -78,9 +77,18 @@ def _parts(config: Config, params: dict) -> tuple[TrainState, dict]:
   return _at_step_0(config, trained), frozen
 
 
-def parts_from(config: Config, params: dict) -> tuple[TrainState, dict]:
-  """`init_parts` from given parameters, which are kept."""
-  trained_part.require_any(config.optimizer, params)
+def parts_from(
+  config: Config, params: dict, elsewhere: dict | None = None
+) -> tuple[TrainState, dict]:
+  """`init_parts` from given parameters, which are kept.
+
+  Args:
+    config: of the run.
+    params: without the tables that lie elsewhere.
+    elsewhere: these, or their shapes, by their paths.
+  """
+  everything = table_leaves.joined(params, elsewhere or {})
+  trained_part.require_any(config.optimizer, everything)
   trained, frozen = trained_part.split(config.optimizer, params)
 
   # `params` pass by the program, which would copy them.
@@ -142,7 +150,7 @@ def step_beside(
   tables: dict[str, jax.Array],
   batch: Batch,
   frozen: dict | None = None,
-) -> tuple[TrainState, Metrics, dict[str, RowGradient]]:
+) -> tuple[TrainState, Metrics, table_step.TableGradients | None]:
   """`train_step` of a run whose tables lie elsewhere, without their update.
 
   Args:
@@ -154,7 +162,7 @@ def step_beside(
     frozen: see `train_step`.
 
   Returns:
-    What `train_step` does, and the clipped gradient of each table; none if
+    What `train_step` does, and the gradients of the tables; none if
     they are not trained.
   """
   return _step(config, state, batch, frozen or {}, tables)
@@ -223,7 +231,7 @@ def _step(config, state, batch, frozen, elsewhere):
   square = optimizer_lib.squared_norm(grads)
   norm = jnp.sqrt(square)
   round_by = rounding_key(config, state.step)
-  row_state, of_rows, more = None, {}, {}
+  row_state, of_rows, more = None, None, {}
   if elsewhere is not None and has_rows:
     of_rows, norm, more = table_step.row_gradients(config, reads, square, scale)
   if tables is not None:
