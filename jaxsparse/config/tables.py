@@ -64,8 +64,3 @@ def check_store(table: TableConfig, optimizer: Any) -> None:
     f'value_weight_decay must be 0 with row_adam and {where}, as all rows '
     f'would decay; got {decay}.',
   )
-  require(
-    optimizer.value_row_budget == 0,
-    f'value_row_budget must be 0 with {where}, got '
-    f'{optimizer.value_row_budget}.',
-  )

@@ -6,7 +6,7 @@ upcycling, Komatsuzaki et al., arXiv:2212.05055), whose weights add up to one;
 composed heads with the identity. Training goes on from there.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -47,8 +47,17 @@ def require_silent(old: ModelConfig, new: ModelConfig) -> None:
     )
 
 
+def drawing_key(seed: int) -> jax.Array:
+  """The key by which parts are drawn that a trained model lacks."""
+  return jax.random.fold_in(jax.random.key(seed), _SEED)
+
+
 def extend(
-  old: ModelConfig, new: ModelConfig, params: Mapping, seed: int = 0
+  old: ModelConfig,
+  new: ModelConfig,
+  params: Mapping,
+  seed: int = 0,
+  is_left_out: Callable[[str], bool] = lambda name: False,
 ) -> dict[str, Any]:
   """Parameters of the extended model, on the mesh in use.
 
@@ -57,6 +66,7 @@ def extend(
     new: what `require_silent` has passed.
     params: of the trained model; its arrays are used again.
     seed: of what is drawn.
+    is_left_out: whether a leaf of that path lies elsewhere.
 
   Returns:
     The tree that `Transformer(new)` has. Leaves of other parts than memory
@@ -72,13 +82,12 @@ def extend(
 
   @jax.jit
   def added() -> dict[str, jax.Array]:
-    key = jax.random.fold_in(jax.random.key(seed), _SEED)
-    drawn = init_params(new, key)
+    drawn = init_params(new, drawing_key(seed))
     # What is not returned is not drawn either.
     return {
       name: _silent(name, x, new)
       for name, x in flatten_dict(drawn, sep='/').items()
-      if name not in given
+      if name not in given and not is_left_out(name)
     }
 
   more = added() if jax.eval_shape(added) else {}

@@ -21,7 +21,7 @@ from jaxsparse.nn.attention.layer import Attention
 from jaxsparse.nn.experts import MoE
 from jaxsparse.nn.layers import LOSSES, MLP, NORMS, Metrics, dropout
 from jaxsparse.nn.leading import Leading
-from jaxsparse.nn.memory.layer import MemoryLayer
+from jaxsparse.nn.memory.layer import Awaited, MemoryLayer
 from jaxsparse.nn.memory.tables import Tables
 from jaxsparse.ops.attention import slot_rows
 
@@ -59,10 +59,13 @@ class Block(nn.Module):
     positions: Int[Array, '*S'],
     segment_ids: Int[Array, '*S'],
     cache: Cache | None = None,
-    arriving: tuple[Float[Array, '*S D'], ...] = (),
+    arriving: tuple[Float[Array, '*S D'] | Awaited, ...] = (),
     tables: Tables | None = None,
   ) -> tuple[
-    Float[Array, '*S D'], Float[Array, '*S D'] | None, Cache | None, Metrics
+    Float[Array, '*S D'],
+    Float[Array, '*S D'] | Awaited | None,
+    Cache | None,
+    Metrics,
   ]:
     lead = Leading.of(x)
     x, memory_y, new_cache, metrics = self._run(
@@ -70,10 +73,13 @@ class Block(nn.Module):
       lead.flat(positions, 'positions'),
       lead.flat(segment_ids, 'segment_ids'),
       None if lead.is_empty else cache,
-      tuple(lead.flat(y, 'arriving') for y in arriving),
+      tuple(
+        y if isinstance(y, Awaited) else lead.flat(y, 'arriving')
+        for y in arriving
+      ),
       tables,
     )
-    if memory_y is not None:
+    if memory_y is not None and not isinstance(memory_y, Awaited):
       memory_y = lead.restored(memory_y)
     cache = cache if lead.is_empty else new_cache
     return lead.restored(x), memory_y, cache, lead.metrics(metrics)
@@ -116,9 +122,13 @@ class Block(nn.Module):
       memory_y, cache, memory_metrics = self._memory(
         h, segment_ids, cache, tables
       )
-      memory_y = self._drop(memory_y)
+      if not isinstance(memory_y, Awaited):
+        memory_y = self._drop(memory_y)
       metrics = merged(metrics, prefixed('memory', memory_metrics))
-    outputs += arriving
+    outputs += [
+      y.after(jax.lax.stop_gradient(h)) if isinstance(y, Awaited) else y
+      for y in arriving
+    ]
     if write == self.index:
       outputs, memory_y = [*outputs, memory_y], None
     y = functools.reduce(operator.add, outputs)
@@ -167,11 +177,16 @@ class Block(nn.Module):
       is_partial=self._is_partial,
       name='memory',
     )
+    # What a function of its own returns, as for recomputation, is arrays.
+    is_dropped = not self.deterministic and config.dropout_rate
+    is_later = dict(placements(config))[self.index] > self.index
+    is_later &= not (config.use_remat or is_dropped)
+    memory = functools.partial(memory, tables=tables, is_for_later=is_later)
     if cache is None or 'memory' not in cache:
-      y, metrics = memory(h, segment_ids, tables=tables)
+      y, metrics = memory(h, segment_ids)
       return y, cache, metrics
     context = (cache['memory']['inputs'], cache['memory']['segment_ids'])
-    y, metrics = memory(h, segment_ids, context, tables=tables)
+    y, metrics = memory(h, segment_ids, context)
     both = [
       jnp.concatenate([old, new], axis=1)
       for old, new in zip(context, (h, segment_ids), strict=True)

@@ -7,6 +7,7 @@ open it.
 """
 
 import dataclasses
+import functools
 import pathlib
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -27,6 +28,9 @@ Show = Callable[[RowFile], Any]
 
 # Folder of the workdir for what is written here.
 CONVERTED = 'mapped_tables'
+
+# For those who want the parameters without their tables.
+NONE = 'none'
 
 # Memory of mapped files while they are written.
 _MOST_BYTES = 2**28
@@ -82,7 +86,7 @@ def read_params(
     UserError: what `stored.read` raises, or there are no such tables.
   """
   directory = stored.folder_of(workdir)
-  has_files = stored.has_tables_on_file(directory, step)
+  has_files = stored.tables_on_file(directory, step) is not None
   where = tables or ('file' if has_files else 'device')
   is_mapped = where == 'file' or (where == 'host' and has_files)
   if is_mapped and (form or not has_files):
@@ -94,10 +98,43 @@ def read_params(
   arrays, record = stored.read(
     directory, step, abstract and {stored.PARAMS: abstract}
   )
-  if not has_files:
+  if not has_files or tables == NONE:
     return arrays[stored.PARAMS]
   store = table_files.open_at(workdir, step, record[table_leaves.ON_FILE])
   return table_leaves.joined(arrays[stored.PARAMS], _arrays(store, where, show))
+
+
+def readers(
+  workdir: epath.PathLike, step: int
+) -> dict[str, Callable[[], np.ndarray]]:
+  """What reads the rows of each table of a checkpoint, by its path.
+
+  Args:
+    workdir: of a training run.
+    step: of the checkpoint.
+
+  Raises:
+    DamageError: the checkpoint can't be read.
+    UserError: its tables are on file, and damaged or in use.
+  """
+  directory = stored.folder_of(workdir)
+  if digest := stored.tables_on_file(directory, step):
+    files = table_files.open_at(workdir, step, digest).files
+    return {
+      name: functools.partial(getattr, file, 'rows')
+      for name, file in files.items()
+      if is_table(name)
+    }
+  return {
+    name: functools.partial(_read_table, directory, step, name)
+    for name in stored.shapes_of(directory, step)
+    if is_table(name)
+  }
+
+
+def _read_table(directory: epath.Path, step: int, name: str) -> np.ndarray:
+  read, _ = stored.read_some(directory, step, lambda path: path == name)
+  return np.asarray(table_leaves.split(read)[1][name])
 
 
 def _made(
@@ -185,10 +222,7 @@ class _Arrays:
 
   def rows(self, name: str) -> Rows:
     """All rows and their numbers, some at a time."""
-    read, _ = stored.read_some(
-      self._folder, self._step, lambda path: path == name
-    )
-    table = np.asarray(table_leaves.split(read)[1][name])
+    table = _read_table(self._folder, self._step, name)
     size = self.leaves[name].stripe_rows
     for first in range(0, len(table), size):
       rows = table[first : first + size]

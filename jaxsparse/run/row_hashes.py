@@ -7,8 +7,12 @@ Replacing some rows changes it by the hashes of the new less those of the old:
 it costs no reading of the others.
 """
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Shaped, UInt32
 
 
@@ -21,22 +25,13 @@ def row_hashes(
     rows: of a table, of values of at most 32 bits.
     number: of each row in its table.
   """
-  return row_hash_changes(rows, jnp.zeros_like(rows), number)
-
-
-def row_hash_changes(
-  new: Shaped[Array, 'n ...'],
-  old: Shaped[Array, 'n ...'],
-  number: UInt32[Array, 'n'],
-) -> UInt32[Array, 'n']:
-  """`row_hashes` of new rows less those of the old ones in their places."""
-  new, old = _words(new), _words(old)
-  place = number[:, None] * jnp.uint32(new.shape[1])
-  place += jnp.arange(new.shape[1], dtype=jnp.uint32)[None]
+  words = _words(rows)
+  place = number[:, None] * jnp.uint32(words.shape[1])
+  place += jnp.arange(words.shape[1], dtype=jnp.uint32)[None]
   place *= jnp.uint32(0x9E3779B1)
-  # That of a zero, which is to be none, has been taken off both.
-  change = _mixed(new ^ place) - _mixed(old ^ place)
-  return jnp.sum(change, axis=1, dtype=jnp.uint32)
+  # A zero is to be none.
+  hashes = _mixed(words ^ place) - _mixed(place)
+  return jnp.sum(hashes, axis=1, dtype=jnp.uint32)
 
 
 def _words(rows):
@@ -49,3 +44,18 @@ def _mixed(x):
   """A bijection, by a constant of MurmurHash3 (Appleby, 2011)."""
   x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)
   return x ^ (x >> 13)
+
+
+def hashes_of(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
+  """`row_hashes` of rows by their numbers, compiled for few lengths."""
+  size = 1 << max(len(rows) - 1, 1).bit_length()
+  padded = np.zeros((size, *rows.shape[1:]), rows.dtype)
+  padded[: len(rows)] = rows
+  number = np.zeros(size, np.uint32)
+  number[: len(rows)] = ids
+  return np.asarray(_compiled()(padded, number))[: len(rows)]
+
+
+@functools.cache
+def _compiled() -> Any:
+  return jax.jit(row_hashes)

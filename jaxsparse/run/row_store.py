@@ -23,9 +23,7 @@ import contextlib
 import dataclasses
 import errno
 import fcntl
-import functools
 import json
-import math
 import mmap
 import os
 import pathlib
@@ -33,13 +31,12 @@ import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-import jax
 import numpy as np
 
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.run import row_file, row_undo
 from jaxsparse.run.row_file import RowFile
-from jaxsparse.run.row_hashes import row_hashes
+from jaxsparse.run.row_hashes import hashes_of
 from jaxsparse.run.row_lock import Lock
 from jaxsparse.run.row_steps import (
   STEPS,
@@ -64,13 +61,10 @@ class Change:
   Attributes:
     ids: numbers of the rows, distinct, int64 [n].
     rows: of each leaf by its name.
-    hash_change: of each leaf by its name: `row_hashes` of the new rows less
-      those of the old, uint32 [n].
   """
 
   ids: np.ndarray
   rows: Mapping[str, np.ndarray]
-  hash_change: Mapping[str, np.ndarray]
 
 
 class RowStore:
@@ -89,7 +83,10 @@ class RowStore:
     self.folder, self.leaves, self.step = folder, dict(leaves), step
     # Of what JSON can hold: what the rows are from. It is sealed with a step.
     self.origin: Any = None
-    self._sums, self._lock = sums, lock
+    # Without the rows that were noted since a step was sealed: these count
+    # again at the next, once, however often they are written until then.
+    self._sums = sums
+    self._lock = lock
     self._is_private = is_private
     # Of programs and libraries.
     self._bytes_before = row_file.resident_file_bytes()
@@ -113,8 +110,15 @@ class RowStore:
     """`fill` of the rows with these numbers; the others stay zeros."""
     assert self.step is None
     _put(self.files[name], ids, rows)
+    self._count(name, ids, rows)
+
+  def _count(
+    self, name: str, ids: np.ndarray, rows: np.ndarray, is_off: bool = False
+  ) -> None:
+    """Adds rows to the sums of a leaf, or takes them off."""
+    at = np.subtract.at if is_off else np.add.at
     stripe = ids // self.leaves[name].stripe_rows
-    np.add.at(self._sums[name], stripe, _hashes(rows, ids))
+    at(self._sums[name], stripe, hashes_of(rows, ids))
 
   def note(self, before: Sequence[row_undo.Before]) -> None:
     """Keeps what rows are that `write` will change.
@@ -136,8 +140,6 @@ class RowStore:
     for change in changes:
       for name, rows in change.rows.items():
         _put(self.files[name], change.ids, rows)
-        stripe = change.ids // self.leaves[name].stripe_rows
-        np.add.at(self._sums[name], stripe, change.hash_change[name])
 
   def _require_room(self, before: Sequence[row_undo.Before]) -> None:
     """Refuses what the disk may have no room for.
@@ -159,8 +161,13 @@ class RowStore:
     byte, bit = before.ids >> 3, (1 << (before.ids & 7)).astype(np.uint8)
     is_new = bits[byte] & bit == 0
     np.bitwise_or.at(bits, byte, bit)
-    rows = {n: _as_bytes(rows[is_new]) for n, rows in before.rows.items()}
-    return row_undo.Before(before.ids[is_new], rows)
+    ids = before.ids[is_new]
+    rows = {n: rows[is_new] for n, rows in before.rows.items()}
+    for name in rows if len(ids) else ():
+      self._count(name, ids, rows[name], is_off=True)
+    return row_undo.Before(
+      ids, {n: row_undo.as_bytes(x) for n, x in rows.items()}
+    )
 
   def seal(self, step: int) -> str:
     """Makes the rows those of `step`, to which the store can be opened.
@@ -174,6 +181,12 @@ class RowStore:
     if step == self.step and not self._is_noted:
       return self.digest
     with _write_errors(self.folder):
+      for names, bits in self._is_noted.items():
+        for name in names:
+          size = self.leaves[name].stripe_rows
+          for ids in _numbers(bits, size):
+            self._count(name, ids, self.files[name].rows[ids])
+      self._is_noted = {}
       for file in self.files.values():
         file.flush()
       content = described(step, self.leaves, self._sums, self.origin)
@@ -251,7 +264,7 @@ class RowStore:
       file, size = self.files[name], leaf.stripe_rows
       found = np.zeros_like(self._sums[name])
       for ids in self._written(name):
-        np.add.at(found, ids // size, _hashes(file.rows[ids], ids))
+        np.add.at(found, ids // size, hashes_of(file.rows[ids], ids))
         self.limit_memory(2**28)
       for stripe in np.flatnonzero(found != self._sums[name])[:1]:
         first = int(stripe) * size
@@ -360,24 +373,13 @@ def _put(file: RowFile, ids: np.ndarray, new: np.ndarray) -> None:
   file.rows[ids] = new
 
 
-def _as_bytes(rows: np.ndarray) -> np.ndarray:
-  shape = len(rows), rows.dtype.itemsize * math.prod(rows.shape[1:])
-  return np.ascontiguousarray(rows).view(np.uint8).reshape(shape)
-
-
-def _hashes(rows: np.ndarray, ids: np.ndarray) -> np.ndarray:
-  """`row_hashes`, compiled for few lengths."""
-  size = 1 << max(len(rows) - 1, 1).bit_length()
-  padded = np.zeros((size, *rows.shape[1:]), rows.dtype)
-  padded[: len(rows)] = rows
-  number = np.zeros(size, np.uint32)
-  number[: len(rows)] = ids
-  return np.asarray(_compiled_hashes()(padded, number))[: len(rows)]
-
-
-@functools.cache
-def _compiled_hashes() -> Any:
-  return jax.jit(row_hashes)
+def _numbers(bits: np.ndarray, size: int) -> Iterator[np.ndarray]:
+  """Places of the bits that are set, at most `size` at a time, ascending."""
+  for first in range(0, len(bits), 2**20):
+    part = np.unpackbits(bits[first : first + 2**20], bitorder='little')
+    found = np.flatnonzero(part) + 8 * first
+    for begin in range(0, len(found), size):
+      yield found[begin : begin + size]
 
 
 def _sync_folder(folder: pathlib.Path) -> None:

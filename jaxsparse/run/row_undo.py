@@ -13,6 +13,7 @@ has not begun.
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import struct
@@ -38,6 +39,12 @@ class Before:
 
   ids: np.ndarray
   rows: Mapping[str, np.ndarray]
+
+
+def as_bytes(rows: np.ndarray) -> np.ndarray:
+  """Rows as a journal has them, uint8 [n, S]."""
+  shape = len(rows), rows.dtype.itemsize * math.prod(rows.shape[1:])
+  return np.ascontiguousarray(rows).view(np.uint8).reshape(shape)
 
 
 class Journal:

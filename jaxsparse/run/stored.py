@@ -105,7 +105,8 @@ def read(
     step: of one of them.
     abstract: trees to restore to, by item, all of them or the parameters
       alone; None stands for the latter, whole, on the default device. What has
-      no optimizer's state is restored without.
+      no optimizer's state is restored without. Parameters alone may lack
+      tables that the checkpoint has.
     others: `abstract` as earlier versions or other types of activations have
       it; a checkpoint that has one of these is restored to it.
 
@@ -117,11 +118,12 @@ def read(
     UserError: it is, but of another model, tokenizer or optimizer, or it is to
       be trained and quantized.
   """
-  path = folder / str(step)
+  path, context = folder / str(step), ocp.Context()
   try:
     found = ocp.metadata(path, PARAMS)
     saved = fingerprints.unseal(found.custom_metadata)
     provenance.check(saved['record'], folder.parent)
+    expected = saved['fingerprints']
     if abstract and OPTIMIZER in abstract and QUANTIZED in saved['record']:
       raise UserError(
         f'the checkpoint {str(path)!r} is quantized, which no training goes on '
@@ -134,12 +136,15 @@ def read(
     if abstract is None:
       abstract = {PARAMS: _on_one_device(found.metadata)}
     else:
-      if not _has_optimizer(saved['fingerprints']):
+      if not _has_optimizer(expected):
         abstract, others = {PARAMS: abstract[PARAMS]}, ()
-      fitting = (x for x in others if _fits(saved['fingerprints'], x))
+      fitting = (x for x in others if _fits(expected, x))
       abstract = next(fitting, abstract)
-      _check_structure(path, _of(abstract, saved['fingerprints']), abstract)
-    with warnings.catch_warnings():
+      if OPTIMIZER not in abstract and isinstance(expected, dict):
+        expected = _without_tables(expected, abstract)
+        context.pytree.loading.partial_load = True
+      _check_structure(path, _of(abstract, expected), abstract)
+    with context, warnings.catch_warnings():
       # Where each array is to lie has been said.
       warnings.filterwarnings('ignore', 'Sharding info not provided')
       arrays = ocp.load_checkpointables(path, abstract)
@@ -147,7 +152,7 @@ def read(
     raise
   except Exception as error:  # Orbax has no type for 'damaged'.
     raise DamageError(first_line(error)) from error
-  _compare(saved['fingerprints'], arrays)
+  _compare(expected, arrays)
   return arrays, saved['record']
 
 
@@ -214,8 +219,8 @@ def _require_leaves(path: epath.Path, expected: dict | list) -> None:
   )
 
 
-def has_tables_on_file(folder: epath.Path, step: int) -> bool:
-  """Whether a checkpoint has its tables elsewhere.
+def tables_on_file(folder: epath.Path, step: int) -> str | None:
+  """The digest of a checkpoint's tables, if it has them elsewhere.
 
   Raises:
     DamageError: it can't be read.
@@ -225,7 +230,19 @@ def has_tables_on_file(folder: epath.Path, step: int) -> bool:
     record = fingerprints.unseal(found.custom_metadata)['record']
   except Exception as error:  # Orbax has no type for 'damaged'.
     raise DamageError(first_line(error)) from error
-  return table_leaves.ON_FILE in record
+  return record.get(table_leaves.ON_FILE)
+
+
+def steps_with_tables(workdir: epath.PathLike) -> list[int]:
+  """Steps of the checkpoints that have, or may have, their tables elsewhere."""
+
+  def has_tables(step: int) -> bool:
+    try:
+      return tables_on_file(folder_of(workdir), step) is not None
+    except DamageError:
+      return True
+
+  return [step for step in steps_in(workdir) if has_tables(step)]
 
 
 def shapes_of(folder: epath.Path, step: int) -> dict[str, jax.ShapeDtypeStruct]:
@@ -268,6 +285,18 @@ def _of(abstract: dict[str, Any], expected: dict | list) -> dict | list:
     num_leaves = len(jax.tree.leaves(abstract))
     return expected[-num_leaves:] if OPTIMIZER not in abstract else expected
   return {item: of for item, of in expected.items() if item in abstract}
+
+
+def _without_tables(expected: dict, abstract: dict[str, Any]) -> dict:
+  """The fingerprints without those of tables that are not to be read."""
+  own = fingerprints.of_types(abstract[PARAMS])
+  return {
+    PARAMS: {
+      name: of
+      for name, of in expected[PARAMS].items()
+      if name in own or name.rpartition('/')[2] not in table_leaves.NAMES
+    }
+  }
 
 
 def _compare(expected: dict | list, arrays: dict[str, Any]) -> None:

@@ -197,8 +197,8 @@ class Model:
     if self._sizes.tables or self.config.memory is None:
       return self._sizes.tables
     checkpoints = stored.folder_of(self._workdir)
-    on_file = stored.has_tables_on_file(checkpoints, self.step)
-    return 'file' if on_file else 'device'
+    digest = stored.tables_on_file(checkpoints, self.step)
+    return 'device' if digest is None else 'file'
 
   def _num_slots(self, weight_bytes: int) -> int:
     """As many as asked for, or as many as fit.

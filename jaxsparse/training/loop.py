@@ -256,30 +256,35 @@ def _restore_or_init(
     for has_scale in (is_scaled, not is_scaled)
   )
   restored = checkpoints.restore(params, layout, reporter.say, others)
+  program = (train, abstract, abstract_batch(config), frozen)
+  elsewhere = {} if tables is None else tables.shapes
+  if tables is not None:
+    program = (tables.program, abstract, tables.abstract, *program[2:])
   if restored is None:
     disk.check_disk_space(workdir, room)
-    program = (train, abstract, abstract_batch(config), frozen)
     if begun_from is not None:
       with compiling_beside(*program):
+        if tables is not None:
+          tables.create(reporter.say, start_from.given_tables(begun_from))
         given = base or start_from.load_params(
           config, begun_from, reporter.say, read
         )
-        return jax.block_until_ready(parts_from(config, given))
-    if tables is not None:
-      program = (tables.program, abstract, tables.abstract, *program[2:])
+        return jax.block_until_ready(parts_from(config, given, elsewhere))
     reporter.say('Compiling the first parameters ...')
     with compiling_beside(*program):
       if tables is not None:
         tables.create(reporter.say)
       return jax.block_until_ready(init())
   step, params, optimizer, record = restored
-  if tables is not None:
-    tables.open(step, record)
   if optimizer is None:
     disk.check_disk_space(workdir, room)
     reporter.say('Beginning with the parameters that the workdir has.')
-    with compiling_beside(train, abstract, abstract_batch(config), frozen):
-      return jax.block_until_ready(parts_from(config, params))
+    with compiling_beside(*program):
+      if tables is not None:
+        tables.create_from(workdir, step, reporter.say)
+      return jax.block_until_ready(parts_from(config, params, elsewhere))
+  if tables is not None:
+    tables.open(step, record)
   data.batches.set_state(record['data'])
   reporter.say(f'Going on from the checkpoint of step {step}.')
   for change in resume.rate_changes(record, config, step):

@@ -30,13 +30,16 @@ def since_start(
     say: gets a sentence if that can't be read any more.
 
   Returns:
-    Shares by metrics' names, such as 'block_01/memory/rows_moved'.
+    Shares by metrics' names, such as 'block_01/memory/rows_moved'; none of
+    tables on file, which nothing reads whole.
   """
   trained, _ = trained_part.split(config.optimizer, params)
   _, tables = table_leaves.split(trained)
   # An adapter's table is none of the run's own.
   tables = {p: x for p, x in tables.items() if isinstance(x, jax.Array)}
-  if begun_from is None or not tables or config.adapter.kind:
+  memory = config.model.memory
+  is_on_file = memory is not None and memory.table.store != 'device'
+  if begun_from is None or not tables or is_on_file or config.adapter.kind:
     return {}
   try:
     first = start_from.load_params(config, begun_from, say)

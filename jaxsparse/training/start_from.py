@@ -20,10 +20,19 @@ from jaxsparse.data import tokenizer_roles
 from jaxsparse.nn import added_parts
 from jaxsparse.nn.parameter import is_quantized
 from jaxsparse.nn.transformer import init_params
-from jaxsparse.run import checkpoint, fingerprints, hosts, run_config, start
+from jaxsparse.run import (
+  checkpoint,
+  fingerprints,
+  hosts,
+  mapped_tables,
+  run_config,
+  start,
+  table_files,
+  table_leaves,
+)
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.stored import QUANTIZED
-from jaxsparse.training import resume
+from jaxsparse.training import first_rows, resume
 
 
 def begin(
@@ -62,8 +71,8 @@ def begin(
 def _require_trainable(config: Config, found: start.Start) -> None:
   memory = config.model.memory
   require(
-    not memory or memory.table.store == 'device',
-    "model.memory.table.store must be 'device' with train.start_from, got "
+    not (memory and config.adapter.kind) or memory.table.store == 'device',
+    "model.memory.table.store must be 'device' with adapter.kind, got "
     f'{memory and memory.table.store!r}.',
   )
   record = checkpoint.read_record(found.workdir) or {}
@@ -153,6 +162,12 @@ def _shapes(model: ModelConfig) -> dict[str, list[int]]:
 Read = Callable[..., tuple[int, Any]]
 
 
+def given_tables(found: start.Start) -> first_rows.Given:
+  """The tables that a run with tables on file begins with."""
+  rows = mapped_tables.readers(found.workdir, found.step)
+  return first_rows.Given(rows, is_extended=True)
+
+
 def load_params(
   config: Config,
   found: start.Start,
@@ -160,6 +175,8 @@ def load_params(
   read: Read = checkpoint.load_params,
 ) -> dict:
   """The first parameters of a run, on the mesh in use; none is drawn twice.
+
+  Without the tables where these lie on file.
 
   Args:
     config: of the run.
@@ -171,12 +188,14 @@ def load_params(
     UserError: the checkpoint is gone, damaged, or another than the run settled
       on.
   """
-  used = jax.sharding.get_mesh()
+  used, memory = jax.sharding.get_mesh(), config.model.memory
+  is_on_file = memory is not None and memory.table.store != 'device'
 
   def laid(model: ModelConfig) -> dict:
-    return mesh.abstract(
+    params = mesh.abstract(
       lambda: init_params(model, jax.random.key(0)), mesh=used
     )
+    return table_leaves.split(params)[0] if is_on_file else params
 
   named = dataclasses.replace(
     config.train, start_from=f'{found.workdir}@{found.step}'
@@ -188,12 +207,22 @@ def load_params(
       'began with: put that checkpoint back, or give another --workdir.'
     )
   old = run_config.read(found.workdir, say)
-  _, params = read(found.workdir, found.step, say, laid(old.model), 'device')
+  _, params = read(
+    found.workdir,
+    found.step,
+    say,
+    laid(old.model),
+    mapped_tables.NONE if is_on_file else 'device',
+  )
   if any(map(is_quantized, jax.tree.leaves(params, is_leaf=is_quantized))):
     # Only read, as it is stored.
     return params
   params = added_parts.extend(
-    old.model, config.model, params, config.train.seed
+    old.model,
+    config.model,
+    params,
+    config.train.seed,
+    lambda name: is_on_file and table_files.is_table(name),
   )
   return jax.tree.map(
     lambda x, of: jax.device_put(x.astype(of.dtype), of.sharding),

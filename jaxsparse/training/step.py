@@ -13,7 +13,6 @@ from jaxsparse.config import Config
 from jaxsparse.nn.memory.tables import ENTRIES, table_scheme
 from jaxsparse.nn.transformer import Transformer
 from jaxsparse.ops.memory import usage
-from jaxsparse.ops.memory.row_gradient import RowGradient
 from jaxsparse.run import table_leaves
 from jaxsparse.training import adapters, schedules, table_step, trained_part
 from jaxsparse.training import loss_scale as loss_scale_lib
@@ -79,16 +78,24 @@ def _parts(config: Config, params: dict) -> tuple[TrainState, dict]:
   return _at_step_0(config, trained), frozen
 
 
-def parts_from(config: Config, params: dict) -> tuple[TrainState, dict]:
+def parts_from(
+  config: Config, params: dict, elsewhere: dict | None = None
+) -> tuple[TrainState, dict]:
   """`init_parts` from given parameters, which are kept.
 
   With an adapter they are its base, and all of them frozen.
+
+  Args:
+    config: of the run.
+    params: without the tables that lie elsewhere.
+    elsewhere: these, or their shapes, by their paths.
   """
   if config.adapter.kind:
     draw = jax.jit(functools.partial(adapters.init, config))
     trained, frozen = draw(params), params
   else:
-    trained_part.require_any(config.optimizer, params)
+    everything = table_leaves.joined(params, elsewhere or {})
+    trained_part.require_any(config.optimizer, everything)
     trained, frozen = trained_part.split(config.optimizer, params)
 
   # `params` pass by the program, which would copy them.
@@ -150,7 +157,7 @@ def step_beside(
   tables: dict[str, jax.Array],
   batch: Batch,
   frozen: dict | None = None,
-) -> tuple[TrainState, Metrics, dict[str, RowGradient]]:
+) -> tuple[TrainState, Metrics, table_step.TableGradients | None]:
   """`train_step` of a run whose tables lie elsewhere, without their update.
 
   Args:
@@ -162,7 +169,7 @@ def step_beside(
     frozen: see `train_step`.
 
   Returns:
-    What `train_step` does, and the clipped gradient of each table; none if
+    What `train_step` does, and the gradients of the tables; none if
     they are not trained.
   """
   return _step(config, state, batch, frozen or {}, tables)
@@ -231,7 +238,7 @@ def _step(config, state, batch, frozen, elsewhere):
   square = optimizer_lib.squared_norm(grads)
   norm = jnp.sqrt(square)
   round_by = rounding_key(config, state.step)
-  row_state, of_rows, more = None, {}, {}
+  row_state, of_rows, more = None, None, {}
   if elsewhere is not None and has_rows:
     of_rows, norm, more = table_step.row_gradients(config, reads, square, scale)
   if tables is not None:

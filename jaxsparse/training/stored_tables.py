@@ -11,28 +11,26 @@ A checkpoint holds everything else. The store is sealed before it is saved, so
 that whatever checkpoint is the newest after a kill has its tables.
 """
 
+import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+import optax
 from etils import epath
 
 from jaxsparse import mesh
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError, require
-from jaxsparse.nn.memory.init import table_parameters
-from jaxsparse.nn.memory.tables import KEYS
-from jaxsparse.nn.transformer import Transformer
 from jaxsparse.ops.memory.row_gradient import RowGradient
-from jaxsparse.ops.memory.sliced_draw import draw_rows, place_of
 from jaxsparse.ops.tables import host_table
 from jaxsparse.ops.tables.host_table import HostTable, Source
 from jaxsparse.run import (
   disk,
+  mapped_tables,
   row_file,
   row_store,
   stored,
@@ -42,13 +40,16 @@ from jaxsparse.run import (
 from jaxsparse.run.row_file import RowFile
 from jaxsparse.run.row_store import Change, Leaf, RowStore
 from jaxsparse.run.row_undo import Before
+from jaxsparse.training import first_rows
 from jaxsparse.training.fetched_rows import (
-  filled,
-  hash_changes,
-  rounded_up,
+  TakenRows,
+  collected,
+  finalized_rows,
   row_leaves,
+  touched_leaf,
   update_rows,
 )
+from jaxsparse.training.first_rows import CHUNK_BYTES, DRAWN, Given
 from jaxsparse.training.micro_batches import Batch, Metrics
 from jaxsparse.training.optimizer import VALUES, make_row_optimizer
 from jaxsparse.training.optimizers.finalizing import state_of, with_state
@@ -57,12 +58,15 @@ from jaxsparse.training.step import (
   init_beside,
   step_beside,
 )
+from jaxsparse.training.table_step import (
+  TableGradients,
+  later_gradients,
+  num_row_pieces,
+  windows_of,
+)
 
 # Memory of mapped files that a run holds at most, after a step.
 _MOST_BYTES = 2**28
-
-# Of rows that are drawn or finalized at once.
-_CHUNK_BYTES = 2**24
 
 
 class StoredTables:
@@ -72,41 +76,52 @@ class StoredTables:
     """Opens nothing yet.
 
     Raises:
-      UserError: there is more than one device, or the workdir is remote.
+      UserError: there is more than one process, or the workdir is remote.
     """
-    where = f'model.memory.table.store = {config.model.memory.table.store!r}'
-    num_devices = max(1, jax.sharding.get_mesh().size)
     require(
-      num_devices == 1 and jax.process_count() == 1,
-      f'{where} needs a mesh of one device, got {num_devices}: set mesh.data '
-      'to 1, or have the tables on the devices.',
+      jax.process_count() == 1,
+      f'model.memory.table.store = {config.model.memory.table.store!r} needs '
+      f'all devices in one process, got {jax.process_count()}: have the tables '
+      'on the devices.',
     )
+    used = jax.sharding.get_mesh()
+    # Rows are changed by one device, whatever mesh reads them.
+    self._alone = contextlib.nullcontext
+    if used.size > 1:
+      one = mesh.make_mesh(1, 1, 1, devices=used.devices.flat[:1].tolist())
+      self._alone = functools.partial(jax.set_mesh, one)
     self._config, self._workdir = config, workdir
     self._folder = table_files.folder_of(workdir)
     self._store: RowStore | None = None
     self._is_finalized_at = -1
-    # For rows of a leaf, as many as are computed with at once.
-    self._buffers: dict[tuple[str, int], np.ndarray] = {}
+    self._taken = TakenRows()
     self._optimizer = make_row_optimizer(
       config.optimizer, config.train.num_steps
     )
-    shapes = jax.eval_shape(functools.partial(_first_variables, config))
-    self._tables = table_leaves.split(shapes['params'])[1]
+    shapes = jax.eval_shape(lambda: first_rows.first_variables(config))
+    self.shapes = {
+      path: jax.ShapeDtypeStruct(x.shape, x.dtype)
+      for path, x in table_leaves.split(shapes['params'])[1].items()
+    }
+    self._num_devices = max(1, used.size)
+    self._num_pieces = num_row_pieces(config)
     # Where programs can't read the files, what stands for the tables and for
     # those that are finalized.
     self._on_host, self._final_on_host = (
       {}
-      if host_table.reads_host_memory()
+      if host_table.reads_host_memory() and used.size <= 1
       else {
         path: HostTable(Source(None), x.shape, np.dtype(x.dtype))
-        for path, x in self._tables.items()
+        for path, x in self.shapes.items()
       }
       for _ in range(2)
     )
-    self._state = jax.eval_shape(self._optimizer.init, self._tables)
+    with self._alone():
+      self._state = jax.eval_shape(self._optimizer.init, self.shapes)
     self.program = jax.jit(
       functools.partial(step_beside, config), donate_argnums=0
     )
+    self._later = jax.jit(functools.partial(later_gradients, config))
     self._update = jax.jit(
       functools.partial(update_rows, config, self._optimizer, self._state),
       static_argnums=0,
@@ -119,69 +134,81 @@ class StoredTables:
       return self._on_host
     return {
       path: x.update(sharding=table_files.on_mesh())
-      for path, x in self._tables.items()
+      for path, x in self.shapes.items()
     }
 
   def init_parts(self) -> tuple[TrainState, dict]:
     """What is there before the first step, without tables; jit it."""
     return init_beside(self._config)
 
-  def create(self, say: Callable[[str], None]) -> None:
+  def create(
+    self, say: Callable[[str], None], given: Given = DRAWN, step: int = 0
+  ) -> None:
     """Makes the tables as the resident ones begin, by slices.
 
+    Args:
+      say: gets a sentence about it.
+      given: tables that are not drawn.
+      step: of the checkpoint that has them.
+
     Raises:
-      UserError: the disk is full or not writable.
+      UserError: the disk is full or not writable, or a given table has another
+        shape.
     """
     leaves = self._leaves()
-    drawn = {p: d for p in self._tables if (d := self._draw_of(p)) is not None}
-    of_drawn = [x for n, x in leaves.items() if n.partition('.')[0] in drawn]
-    num_bytes = sum(x.num_rows * x.row_bytes for x in of_drawn)
+    written = [
+      path
+      for path in self.shapes
+      if path in given.rows
+      or first_rows.draw_of(self._config, given, path) is not None
+    ]
+    num_bytes = sum(
+      x.num_rows * x.row_bytes
+      for name, x in leaves.items()
+      if name.partition('.')[0] in written
+    )
     disk.check_disk_space(self._workdir, num_bytes)
     self._store = row_store.create(self._folder, leaves)
-    if drawn:
+    keys = {}
+    if any(path not in given.rows for path in written):
       say('Drawing the first rows of the tables ...')
-      keys = jax.jit(
-        lambda: table_leaves.split(_first_variables(self._config)[KEYS])[1]
-      )()
-    for path, draw in drawn.items():
-      self._fill(path, draw, keys[path])
-    self._store.seal(0)
+      keys = first_rows.table_keys(self._config, given)
+    with self._alone():
+      for path in written:
+        self._fill(path, given, keys)
+      self._store.seal(step)
+
+  def create_from(
+    self, workdir: epath.PathLike, step: int, say: Callable[[str], None]
+  ) -> None:
+    """`create` with the tables of a checkpoint that was given to the run."""
+    self.create(say, Given(mapped_tables.readers(workdir, step)), step)
+
+  def _fill(self, path: str, given: Given, keys: dict) -> None:
+    table = self.shapes[path]
+    if path in given.rows:
+      rows = given.rows[path]()
+      require(
+        rows.shape == table.shape,
+        f'{path} must be {list(table.shape)}, but is {list(rows.shape)} in the '
+        'checkpoint that the run begins with.',
+      )
+      chunk = first_rows.reading(rows)
+    else:
+      draw = first_rows.draw_of(self._config, given, path)
+      chunk = first_rows.drawing(draw, keys[path], table.shape[1])
+    first_rows.fill(
+      self._store, self._optimizer, path, table, chunk, _MOST_BYTES
+    )
 
   def _leaves(self) -> dict[str, Leaf]:
     """Of the store, by their names."""
     leaves = {}
-    for path, x in self._tables.items():
+    for path, x in self.shapes.items():
       for name, leaf in [(path, x), *row_leaves(self._state, path)]:
         width = leaf.shape[1] if leaf.ndim > 1 else 0
         leaves[name] = Leaf(leaf.shape[0], width, str(leaf.dtype))
     return leaves
-
-  def _draw_of(self, path: str) -> Callable | None:
-    """What draws the rows of a table; None if they are zeros."""
-    model, name = self._config.model, path.rpartition('/')[2]
-    if name == 'value_table' and model.memory.table.init == 'zeros':
-      return None
-    declared = table_parameters(
-      model.memory, model.model_dim, model.num_layers, 'columns'
-    )
-    return declared[name][0]
-
-  def _fill(self, path: str, draw: Callable, key: jax.Array) -> None:
-    num_rows, width = self._tables[path].shape
-    size = max(1, min(num_rows, _CHUNK_BYTES // (4 * width)))
-
-    @jax.jit
-    def chunk(place):
-      rows = draw_rows(draw, key, place, (size, width))
-      state = self._optimizer.init({path: rows})
-      return {path: rows} | dict(row_leaves(state, path))
-
-    for first in range(0, num_rows, size):
-      for name, rows in chunk(place_of(first * width)).items():
-        rows = np.asarray(rows)[: num_rows - first]
-        if rows.any():
-          self._store.fill(name, first, rows)
-      self._store.limit_memory(_MOST_BYTES)
 
   def open(self, step: int, record: dict) -> None:
     """Opens the tables as they were at a checkpoint.
@@ -216,56 +243,60 @@ class StoredTables:
     )
     self._is_finalized_at = -1
     is_finite = state.loss_scale is None or np.isfinite(metrics['grad_norm'])
-    if gradients and is_finite:
+    if gradients is not None and is_finite:
       state = self._apply(state, step, gradients)
     if self._config.model.memory.table.store == 'file':
       self._store.limit_memory(_MOST_BYTES)
     return state, metrics
 
   def _apply(
-    self, state: TrainState, step: jax.Array, gradients: dict[str, RowGradient]
+    self, state: TrainState, step: jax.Array, gradients: TableGradients
   ) -> TrainState:
-    scalars = state_of(state.opt_state, VALUES)
-    ids, before, old = {}, [], {}
+    before = state_of(state.opt_state, VALUES)
+    count = optax.tree_utils.tree_get(before, 'count')
+    scalars, structure = jax.tree.flatten(before)
+    shardings = [x.sharding for x in scalars]
+    if self._num_devices > 1:
+      scalars, count, step = jax.tree.map(np.asarray, (scalars, count, step))
+    for window in windows_of(gradients, self._later):
+      with self._alone():
+        scalars = self._change(window, scalars, count, step)
+    if self._num_devices > 1:
+      scalars = jax.device_put(jax.tree.map(np.asarray, scalars), shardings)
+    after = jax.tree.unflatten(structure, scalars)
+    opt_state = with_state(state.opt_state, VALUES, after)
+    return dataclasses.replace(state, opt_state=opt_state)
+
+  def _change(
+    self,
+    gradients: dict[str, RowGradient],
+    scalars: list,
+    count: jax.Array,
+    step: jax.Array,
+  ) -> list:
+    """Changes rows; returns the scalars of their optimizer's state."""
+    ids, before, old, sizes = {}, [], {}, []
     for path, gradient in gradients.items():
-      slot = np.asarray(gradient.slot)
-      num_rows = self._tables[path].shape[0]
-      ids[path] = slot[: np.searchsorted(slot, num_rows)].astype(np.int64)
-      old[path] = self._take(path, ids[path], rounded_up(slot, ids[path]))
+      num_rows = self.shapes[path].shape[0]
+      ids[path], size, gradients[path] = collected(
+        gradient, num_rows, self._num_pieces
+      )
+      old[path] = self._taken(self._store, path, ids[path], size)
       known = {n: x[: len(ids[path])] for n, x in old[path].items()}
       before.append(Before(ids[path], known))
-    sizes = tuple(len(old[path][path]) for path in gradients)
-    new, changes, scalars = self._update(
-      sizes, gradients, self._given(old), jax.tree.leaves(scalars), step
+      sizes.append(size)
+    new, scalars = self._update(
+      tuple(sizes), gradients, self._given(old), scalars, count, step
     )
     # The program runs meanwhile.
     self._store.note(before)
-
-    def own(found, path):
+    changes = []
+    for path, of in new.items():
       num_rows = len(ids[path])
-      return {n: np.asarray(x)[:num_rows] for n, x in found[path].items()}
-
-    self._store.write(
-      [Change(ids[p], own(new, p), own(changes, p)) for p in gradients]
-    )
-    return self._with_scalars(state, scalars)
-
-  def _take(self, path: str, ids: np.ndarray, size: int) -> dict:
-    """Rows of a table and of its state, with room for more rows after them.
-
-    The arrays are the same at the next call of as many rows.
-    """
-    taken = {}
-    for name, leaf in self._store.leaves.items():
-      if name.partition('.')[0] != path:
-        continue
-      rows = self._store.files[name].rows
-      if (name, size) not in self._buffers:
-        shape = (size, *leaf.shape[1:])
-        self._buffers[name, size] = np.zeros(shape, rows.dtype)
-      taken[name] = self._buffers[name, size]
-      np.take(rows, ids, axis=0, out=taken[name][: len(ids)], mode='clip')
-    return taken
+      rows = {n: np.asarray(x)[:num_rows] for n, x in of.items()}
+      changes.append(Change(ids[path], rows))
+    self._store.write(changes)
+    return scalars
 
   def _given(self, rows: Any) -> Any:
     """Arrays of numpy as programs take them; on a CPU without a copy."""
@@ -275,12 +306,6 @@ class StoredTables:
       lambda x: table_files.on_own_mesh(row_file.shown(x)), rows
     )
 
-  def _with_scalars(self, state: TrainState, scalars: list) -> TrainState:
-    before = state_of(state.opt_state, VALUES)
-    after = jax.tree.unflatten(jax.tree.structure(before), scalars)
-    opt_state = with_state(state.opt_state, VALUES, after)
-    return dataclasses.replace(state, opt_state=opt_state)
-
   @property
   def files(self) -> dict[str, RowFile]:
     """Of tables and of their optimizer's state."""
@@ -288,7 +313,7 @@ class StoredTables:
 
   def arrays(self) -> dict[str, jax.Array | HostTable]:
     """The tables as they are, without a copy, on the mesh in use."""
-    return self._shown({p: self._store.files[p] for p in self._tables})
+    return self._shown({p: self._store.files[p] for p in self.shapes})
 
   def _shown(
     self, files: dict[str, RowFile], is_final: bool = False
@@ -305,13 +330,13 @@ class StoredTables:
     The files stay as they are: rows with steps left to do are done in copies of
     their pages, as long as the result is used.
     """
-    files = {p: self._store.files[p] for p in self._tables}
+    files = {p: self._store.files[p] for p in self.shapes}
     is_done = int(state.step) == self._is_finalized_at
     if not self._optimizer.is_final and not is_done:
-      for path, x in self._tables.items():
+      for path, x in self.shapes.items():
         file = self._store.files[path]
         copy = RowFile(file.path, x.shape, str(x.dtype))
-        for ids, rows, _ in self._done(path, state):
+        for ids, rows in self._done(path, state):
           copy.rows[ids] = rows[path]
         files[path] = copy
         copy.close()
@@ -324,11 +349,12 @@ class StoredTables:
     step = int(state.step)
     if self._optimizer.is_final or step == self._is_finalized_at:
       return state
-    for path in self._tables:
-      for ids, rows, changes in self._done(path, state):
-        old = self._take(path, ids, len(ids))
-        self._store.note([Before(ids, old)])
-        self._store.write([Change(ids, rows, changes)])
+    for path in self.shapes:
+      for ids, rows in self._done(path, state):
+        old = self._taken(self._store, path, ids, len(ids))
+        with self._alone():
+          self._store.note([Before(ids, old)])
+        self._store.write([Change(ids, rows)])
         self._store.limit_memory(_MOST_BYTES)
     self._is_finalized_at = step
     return state
@@ -336,33 +362,21 @@ class StoredTables:
   def _done(self, path: str, state: TrainState):
     """Rows ever touched, some at a time, with all their steps done."""
     scalars = jax.tree.leaves(state_of(state.opt_state, VALUES))
-    size = max(1, _CHUNK_BYTES // (4 * self._tables[path].shape[1]))
+    if self._num_devices > 1:
+      scalars = jax.tree.map(np.asarray, scalars)
+    size = max(1, CHUNK_BYTES // (4 * self.shapes[path].shape[1]))
 
-    @jax.jit
-    def finalize(old, number, scalars):
-      of_state = filled(self._state, old, scalars)
-      tables, of_state = self._optimizer.finalize({path: old[path]}, of_state)
-      new = {path: tables[path]} | dict(row_leaves(of_state, path))
-      return new, hash_changes(new, old, number)
-
-    touched = next(
-      name
-      for name, _ in row_leaves(self._state, path)
-      if name.endswith(_TOUCHED)
+    finalize = jax.jit(
+      functools.partial(finalized_rows, self._optimizer, self._state, path)
     )
-    for found in self._store.touched(touched):
+    for found in self._store.touched(touched_leaf(self._state, path)):
       for first in range(0, len(found), size):
         ids = found[first : first + size]
         # Few lengths, as each is compiled for.
         room = min(size, 1 << max(len(ids) - 1, 1).bit_length())
-        number = np.zeros(room, np.uint32)
-        number[: len(ids)] = ids
-        new, changes = finalize(self._take(path, ids, room), number, scalars)
-        yield (
-          ids,
-          {n: np.asarray(x)[: len(ids)] for n, x in new.items()},
-          {n: np.asarray(x)[: len(ids)] for n, x in changes.items()},
-        )
+        with self._alone():
+          new = finalize(self._taken(self._store, path, ids, room), scalars)
+        yield ids, {n: np.asarray(x)[: len(ids)] for n, x in new.items()}
 
   def seal(self, step: int) -> dict[str, str]:
     """Makes the tables those of a checkpoint that is about to be saved.
@@ -370,9 +384,10 @@ class StoredTables:
     Returns:
       What its record is to say.
     """
-    kept = stored.steps_in(self._workdir)
+    kept = stored.steps_with_tables(self._workdir)
     self._store.forget_before(min([*kept, step]))
-    return {table_leaves.ON_FILE: self._store.seal(step)}
+    with self._alone():
+      return {table_leaves.ON_FILE: self._store.seal(step)}
 
   def close(self) -> None:
     if self._store is not None:
@@ -384,20 +399,3 @@ def of_run(config: Config, workdir: epath.PathLike) -> StoredTables | None:
   memory = config.model.memory
   is_stored = memory is not None and memory.table.store != 'device'
   return StoredTables(config, workdir) if is_stored else None
-
-
-# Leaf of the state of row Adam, which alone leaves steps for later.
-_TOUCHED = '.touched'
-
-
-def _first_variables(config: Config) -> Any:
-  """What the model's `init` gives, and the keys that tables are drawn with."""
-  tokens = jnp.zeros((mesh.num_token_shards(), 1), jnp.int32)
-  tokens = mesh.reshard(tokens, mesh.act('BT'))
-  return Transformer(config.model).init(
-    jax.random.key(config.train.seed),
-    tokens,
-    tokens,
-    tokens,
-    mutable=['params', KEYS],
-  )

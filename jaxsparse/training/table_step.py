@@ -13,9 +13,11 @@ of these, which take the same step.
 """
 
 import dataclasses
+from collections.abc import Callable, Iterator
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxsparse import mesh
@@ -151,42 +153,147 @@ def update_tables(
   )
 
 
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RestOfRows:
+  """What `later_gradients` makes the gradients of rows beyond the budget of.
+
+  Attributes:
+    gradients: what `table_gradients` returns.
+    clipping: what gradients are multiplied by.
+    scale: by which `gradients` are still multiplied.
+    num_passes: windows of all rows, the first among them.
+  """
+
+  gradients: dict[str, tuple]
+  clipping: jax.Array
+  scale: loss_scale.LossScale | None
+  num_passes: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class TableGradients:
+  """The gradients of tables that lie elsewhere, clipped.
+
+  Attributes:
+    first: by table that of the rows within the budget. Where a mesh cuts the
+      table's rows, the parts of its pieces stand one after another, each
+      counted from its piece's first row.
+    rest: for that of the others, if there may be any.
+  """
+
+  first: dict[str, RowGradient]
+  rest: RestOfRows | None
+
+
 def row_gradients(
   config: Config,
   gradients: dict[str, tuple],
   other_square: jax.Array,
   scale: loss_scale.LossScale | None = None,
-) -> tuple[dict[str, RowGradient], jax.Array, dict[str, jax.Array]]:
+) -> tuple[TableGradients, jax.Array, dict[str, jax.Array]]:
   """The gradients of tables that lie elsewhere, for `update_tables` to come.
 
   Args:
-    config: of the run, on one device.
+    config: of the run.
     gradients: what `table_gradients` returns.
     other_square: squared norm of the gradient of all other parameters.
     scale: by which `gradients` are still multiplied.
 
   Returns:
-    By table the gradient, clipped, of all rows that were read; and the norm and
-    the counts that `update_tables` returns.
+    The gradients of all rows that were read, and the norm and the counts that
+    `update_tables` returns.
   """
   exchange = _exchange(config)
-  is_fixed = config.model.memory.table.gradient == 'deterministic'
 
   def on_device(gradients, other_square, scale):
-    windows = {
-      path: RowWindows(exchange, *of, is_fixed)
-      for path, of in gradients.items()
-    }
-    found = {path: window(0) for path, window in windows.items()}
-    found = loss_scale.divided(found, scale)
-    norm = jnp.sqrt(other_square + squared_norm(found))
-    found = scaled(found, clip_scale(norm, config.optimizer.clip_norm))
-    touched = sum(window.num_distinct for window in windows.values())
-    counts = (touched, jnp.zeros_like(touched))
-    return found, norm, dict(zip(_ROW_COUNTS, counts, strict=True))
+    windows = _windows_of(config, exchange, gradients)
+    found, num_passes, square = _first_and_norm(windows, exchange, scale)
+    norm = jnp.sqrt(other_square + exchange.total(square))
+    clipping = clip_scale(norm, config.optimizer.clip_norm)
+    if found is None:
+      found = loss_scale.divided(_rows_of(windows, 0), scale)
+    first = _pairs(scaled(found, clipping))
+    counts = _counts(exchange, jax.tree.leaves(windows))
+    return first, (clipping, num_passes), norm, counts
 
-  run = on_each_device(on_device, jax.P())
-  return run(gradients, other_square, scale)
+  pair = _specs_of_pair(exchange)
+  counted = dict.fromkeys(_ROW_COUNTS, jax.P())
+  specs = (dict.fromkeys(gradients, pair), (jax.P(), jax.P()), jax.P(), counted)
+  first, (clipping, num_passes), norm, counts = on_each_device(
+    on_device, specs
+  )(gradients, other_square, scale)
+  rest = None
+  if not _is_one_pass(config, exchange, gradients):
+    rest = RestOfRows(gradients, clipping, scale, num_passes)
+  first = {path: RowGradient(*of) for path, of in first.items()}
+  return TableGradients(first, rest), norm, counts
+
+
+def later_gradients(
+  config: Config, rest: RestOfRows, index: jax.Array
+) -> dict[str, RowGradient]:
+  """`TableGradients.first` of a later window, from 1 to its last."""
+  exchange = _exchange(config)
+
+  def on_device(rest, index):
+    windows = _windows_of(config, exchange, rest.gradients)
+    found = loss_scale.divided(_rows_of(windows, index), rest.scale)
+    return _pairs(scaled(found, rest.clipping))
+
+  pair = _specs_of_pair(exchange)
+  specs = dict.fromkeys(rest.gradients, pair)
+  found = on_each_device(on_device, specs)(rest, index)
+  return {path: RowGradient(*of) for path, of in found.items()}
+
+
+def windows_of(
+  gradients: TableGradients, later: Callable[[RestOfRows, np.int32], dict]
+) -> Iterator[dict[str, RowGradient]]:
+  """The gradient of rows within the budget, then by `later` of the others."""
+  yield gradients.first
+  if gradients.rest is not None:
+    for i in range(1, int(gradients.rest.num_passes)):
+      yield later(gradients.rest, np.int32(i))
+
+
+def num_row_pieces(config: Config) -> int:
+  """Into how many pieces the mesh in use cuts the rows of tables."""
+  exchange = _exchange(config)
+  return exchange.num_rows // exchange.num_own_rows
+
+
+def _windows_of(config, exchange, gradients):
+  is_fixed = config.model.memory.table.gradient == 'deterministic'
+  budget = config.optimizer.value_row_budget
+  return {
+    path: RowWindows(exchange, *of, is_fixed, budget)
+    for path, of in gradients.items()
+  }
+
+
+def _is_one_pass(config, exchange, gradients) -> bool:
+  """Whether one window is sure to hold all rows of each table."""
+
+  def on_device(gradients):
+    windows = _windows_of(config, exchange, gradients).values()
+    found.append(all(w.is_one for w in windows))
+    return jnp.int32(0)
+
+  found: list[bool] = []
+  jax.eval_shape(on_each_device(on_device, jax.P()), gradients)
+  return found[0]
+
+
+def _specs_of_pair(exchange: TableExchange) -> tuple[jax.P, jax.P]:
+  """How rows and values of a gradient lie, by axes that split something."""
+  rows = exchange.row_axes or None
+  return jax.P(rows), jax.P(rows, exchange.column_axes or None)
+
+
+def _pairs(gradients: dict[str, RowGradient]) -> dict[str, tuple]:
+  return {path: (g.slot, g.value) for path, g in gradients.items()}
 
 
 _ROW_COUNTS = ('value_rows_touched', 'value_rows_over_budget')
@@ -210,22 +317,7 @@ def _step(config, exchange, windows, tables, state, other_square, key, scale):
   # Its own count: steps that were left out are none of its.
   step = optax.tree_utils.tree_get(state, 'count')
 
-  def rows_of(index):
-    return loss_scale.divided(_rows_of(windows, index), scale)
-
-  leaves = jax.tree.leaves(windows)
-  is_one_pass = all(w.is_one for w in leaves)
-  if is_one_pass:
-    gradients = rows_of(0)
-    square = squared_norm(gradients)
-  else:
-    # Rows beyond the budget wait for another pass; the norm needs them first.
-    num_passes = exchange.pmax(jnp.stack([w.num_passes for w in leaves]).max())
-
-    def add_square(i, square):
-      return square + squared_norm(rows_of(i))
-
-    square = jax.lax.fori_loop(0, num_passes, add_square, jnp.float32(0))
+  gradients, num_passes, square = _first_and_norm(windows, exchange, scale)
   norm = jnp.sqrt(other_square + exchange.total(square))
   clipping = clip_scale(norm, config.optimizer.clip_norm)
   origin = (exchange.first_row(), exchange.column_part())
@@ -239,13 +331,15 @@ def _step(config, exchange, windows, tables, state, other_square, key, scale):
     return apply_updates(tables, updates, key, origin), state
 
   before = state
-  if is_one_pass:
+  if gradients is not None:
     tables, state = one_pass(gradients, tables, state)
   else:
     tables, state = jax.lax.fori_loop(
       0,
       num_passes,
-      lambda i, carry: one_pass(rows_of(i), *carry),
+      lambda i, carry: one_pass(
+        loss_scale.divided(_rows_of(windows, i), scale), *carry
+      ),
       (tables, state),
     )
   if scale is not None:
@@ -255,10 +349,33 @@ def _step(config, exchange, windows, tables, state, other_square, key, scale):
       state,
       before,
     )
-  touched = sum(w.num_distinct for w in leaves)
-  over = sum(jnp.maximum(w.num_distinct - w.budget, 0) for w in leaves)
+  return tables, state, norm, _counts(exchange, jax.tree.leaves(windows))
+
+
+def _first_and_norm(windows, exchange, scale):
+  """The gradients if one window has all rows, windows, and the squared norm.
+
+  Rows beyond the budget wait for another pass; the norm needs them first.
+  """
+  leaves = jax.tree.leaves(windows)
+  if all(w.is_one for w in leaves):
+    gradients = loss_scale.divided(_rows_of(windows, 0), scale)
+    return gradients, jnp.int32(1), squared_norm(gradients)
+  num_passes = exchange.pmax(jnp.stack([w.num_passes for w in leaves]).max())
+
+  def add_square(i, square):
+    found = loss_scale.divided(_rows_of(windows, i), scale)
+    return square + squared_norm(found)
+
+  square = jax.lax.fori_loop(0, num_passes, add_square, jnp.float32(0))
+  return None, num_passes, square
+
+
+def _counts(exchange, windows):
+  touched = sum(w.num_distinct for w in windows)
+  over = sum(jnp.maximum(w.num_distinct - w.budget, 0) for w in windows)
   counts = (exchange.total_rows(x) for x in (touched, over))
-  return tables, state, norm, dict(zip(_ROW_COUNTS, counts, strict=True))
+  return dict(zip(_ROW_COUNTS, counts, strict=True))
 
 
 def _rows_of(windows, index):

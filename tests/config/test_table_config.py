@@ -21,10 +21,6 @@ from jaxsparse.config.errors import UserError
       dict(value_optimizer='row_adam', value_weight_decay=0.1),
       'value_weight_decay must be 0 with row_adam .* got 0.1',
     ),
-    (
-      dict(value_optimizer='row_adagrad', value_row_budget=5),
-      'value_row_budget must be 0 .* got 5',
-    ),
   ],
 )
 def test_what_needs_whole_tables_is_refused(optimizer, words):

@@ -146,20 +146,12 @@ def test_parts_that_it_lacks_begin_silent(old, tmp_path):
       dict(memory=dataclasses.replace(MEMORY, replaces_mlp=True)),
       'throw trained MLPs away',
     ),
-    (
-      dict(
-        memory=dataclasses.replace(MEMORY, table=c.TableConfig(store='file'))
-      ),
-      "table.store must be 'device' with train.start_from, got 'file'",
-    ),
   ],
 )
 def test_another_model_is_refused(old, tmp_path, changes, message):
   model = dataclasses.replace(MODEL, **changes)
-  by_rows = 'store' in message
-  optimizer = dict(value_optimizer='lazy_row_adam') if by_rows else {}
   with pytest.raises(UserError, match=message):
-    begin(of(old, model, **optimizer), tmp_path / 'new')
+    begin(of(old, model), tmp_path / 'new')
   assert not (tmp_path / 'new' / 'start.json').exists()
 
 

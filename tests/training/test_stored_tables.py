@@ -16,6 +16,7 @@ from jaxsparse.ops.tables import host_table
 from jaxsparse.ops.tables.host_table import HostTable
 from jaxsparse.run import table_leaves
 from jaxsparse.training import evaluation, stored_tables
+from jaxsparse.training.fetched_rows import collected
 from jaxsparse.training.optimizer import VALUES, make_row_optimizer
 from jaxsparse.training.optimizers.finalizing import state_of
 from jaxsparse.training.optimizers.row_updates import apply_updates
@@ -28,6 +29,7 @@ from jaxsparse.training.step import (
   rounding_key,
   train_step,
 )
+from jaxsparse.training.table_step import TableGradients
 
 
 def with_store(store, optimizer, table=None, **more):
@@ -50,6 +52,11 @@ def same(actual, expected):
   return np.asarray(actual).tobytes() == np.asarray(expected).tobytes()
 
 
+def rows_of(x):
+  """The array, or the rows of what stands for one."""
+  return x.source.rows if isinstance(x, HostTable) else x
+
+
 CASES = {
   'row_adam': dict(optimizer='row_adam'),
   'lazy_row_adam, narrow': dict(
@@ -64,15 +71,20 @@ CASES = {
   'lazy_row_adam, nothing else': dict(
     optimizer='lazy_row_adam', trained='value_table'
   ),
+  'row_adam, in passes': dict(optimizer='row_adam', value_row_budget=20),
 }
+ONE = (1, 1, 1)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize('case', CASES)
-def test_steps_are_those_of_resident_tables_bit_for_bit(case, tmp_path):
+@pytest.mark.parametrize(
+  ('case', 'shape'),
+  [*((case, ONE) for case in CASES), ('row_adam', (2, 1, 1))],
+)
+def test_steps_are_those_of_resident_tables_bit_for_bit(case, shape, tmp_path):
   resident = with_store('device', **CASES[case])
   config = with_store('file', **CASES[case])
-  with jax.set_mesh(make_mesh((1, 1, 1))):
+  with jax.set_mesh(make_mesh(shape)):
     init = jax.jit(functools.partial(init_parts, resident))
     expected, frozen = init()
     step = jax.jit(functools.partial(train_step, resident), donate_argnums=0)
@@ -80,8 +92,8 @@ def test_steps_are_those_of_resident_tables_bit_for_bit(case, tmp_path):
     tables.create(lambda text: None)
     state, beside = jax.jit(tables.init_parts)()
     assert jax.tree.all(jax.tree.map(same, beside, frozen))
-    for path, array in tables.arrays().items():
-      assert same(array, table_leaves.split(expected.params)[1][path])
+    for path, x in table_leaves.split(expected.params)[1].items():
+      assert same(tables.files[path].rows, x)
     for seed in range(4):
       batch = evaluation.to_global(make_batch(seed))
       expected, told = step(expected, batch, frozen)
@@ -91,18 +103,69 @@ def test_steps_are_those_of_resident_tables_bit_for_bit(case, tmp_path):
       }
     rest, of_expected = table_leaves.split(expected.params)
     assert all(jax.tree.leaves(jax.tree.map(same, state.params, rest)))
-    for path, array in tables.arrays().items():
-      assert same(array, of_expected[path])
+    for path, x in of_expected.items():
+      assert same(tables.files[path].rows, x)
     # With what is left for later done in copies, and then in the files.
     done = jax.jit(functools.partial(finalize, resident))(expected)
     for one in (
       tables.finalized(state),
       tables.finalized(tables.finish(state)),
     ):
-      assert jax.tree.all(jax.tree.map(same, one.params, done.params))
+      for part, wanted in zip(
+        *map(table_leaves.split, (one.params, done.params)), strict=True
+      ):
+        assert jax.tree.all(
+          jax.tree.map(
+            lambda x, y: same(rows_of(x), y),
+            part,
+            wanted,
+            is_leaf=lambda x: isinstance(x, HostTable),
+          )
+        )
     tables.seal(4)
     tables._store.verify()
     tables.close()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('scheme', ['columns', 'grid'])
+def test_on_any_mesh_the_losses_are_those_of_resident_tables(scheme, tmp_path):
+  """Devices with some columns add up gradients of weights in other orders."""
+  case = dict(
+    optimizer='row_adam', table=dict(scheme=scheme), value_row_budget=20
+  )
+  resident, config = (with_store(s, **case) for s in ('device', 'file'))
+  with jax.set_mesh(make_mesh((2, 2, 2))):
+    expected, _ = jax.jit(functools.partial(init_parts, resident))()
+    step = jax.jit(functools.partial(train_step, resident), donate_argnums=0)
+    tables = stored_tables.of_run(config, tmp_path)
+    tables.create(lambda text: None)
+    state, _ = jax.jit(tables.init_parts)()
+    for seed in range(2):
+      batch = evaluation.to_global(make_batch(seed))
+      expected, told = step(expected, batch)
+      state, metrics = tables.train_step(state, batch)
+      for name in ('loss', 'grad_norm'):
+        np.testing.assert_allclose(metrics[name], told[name], rtol=1e-6)
+      assert metrics['value_rows_touched'] == told['value_rows_touched']
+      assert metrics['value_rows_over_budget'] > 0
+    for path, x in table_leaves.split(expected.params)[1].items():
+      np.testing.assert_allclose(tables.files[path].rows, x, atol=1e-5)
+    tables.seal(2)
+    tables._store.verify()
+    tables.close()
+
+
+def test_pieces_of_a_gradient_are_put_together():
+  """Two pieces of 8 rows, with 2 and 3 of 4 entries in use."""
+  sharding = jax.sharding.NamedSharding(make_mesh((2, 1, 1)), jax.P('data'))
+  slot = np.array([1, 6, 8, 9, 0, 2, 7, 8], np.int32)
+  value = np.arange(8, dtype=np.float32)[:, None]
+  gradient = RowGradient(*(jax.device_put(x, sharding) for x in (slot, value)))
+  ids, size, found = collected(gradient, 16, 2)
+  assert ids.tolist() == [1, 6, 8, 10, 15]
+  assert found.slot.tolist() == [*ids, 21, 22, 23][:size]
+  assert found.value[:, 0].tolist() == [0, 1, 4, 5, 6, 0, 0, 0][:size]
 
 
 def test_rows_change_as_those_of_a_resident_table(tmp_path):
@@ -131,7 +194,9 @@ def test_rows_change_as_those_of_a_resident_table(tmp_path):
     value = rng.normal(size=(64, 16)).astype(np.float32)
     gradient = RowGradient(jnp.asarray(slot), jnp.asarray(value))
     params, of_rows = resident(params, of_rows, gradient, jnp.int32(step))
-    state = tables._apply(state, jnp.int32(step), {path: gradient})
+    state = tables._apply(
+      state, jnp.int32(step), TableGradients({path: gradient}, None)
+    )
     assert same(tables.arrays()[path], params[path])
     assert same(tables.files[f'{path}.nu'].rows, of_rows.nu[path])
   assert state_of(state.opt_state, VALUES).count == 3

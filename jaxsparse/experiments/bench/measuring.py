@@ -1,10 +1,11 @@
 # SPDX-License-Identifier: Apache-2.0
 """What all benches share: the machine, taking turns, least traffic, tables.
 
-Contenders take turns, round by round, so that what else the machine does falls
-on all of them; the tables show medians. Where it is known how many bytes a
-task must move at least, its score is their rate as a share of the rate of a
-copy, measured in the same process: 100 % cannot be beaten by much.
+Contenders take turns, round by round, another first in each, so that what else
+the machine does falls on all of them; the tables show medians. Where it is
+known how many bytes a task must move at least, its score is their rate as a
+share of the rate of a copy, measured in the same process: 100 % cannot be
+beaten by much.
 """
 
 import concurrent.futures
@@ -82,17 +83,28 @@ def take_turns(
   With `least`, those of the fastest call, each call being a round: what a busy
   machine does besides only adds time.
   """
+  of_rounds = min if least else statistics.median
+  times = _rounds(contenders, num_rounds, least)
+  return {name: of_rounds(t) for name, t in times.items()}
+
+
+def _rounds(
+  contenders: Mapping[str, Contender], num_rounds: int, has_one_call: bool
+) -> dict[str, list[float]]:
+  """Seconds of each contender's call in every round."""
   calls = {}
   for name, contender in contenders.items():
     contender.wait(contender.run())
     seconds = _seconds(contender, 1)
-    calls[name] = 1 if least else max(1, round(_SHORTEST_ROUND / seconds))
+    is_one = has_one_call or seconds > _SHORTEST_ROUND
+    calls[name] = 1 if is_one else round(_SHORTEST_ROUND / seconds)
   times = {name: [] for name in contenders}
-  for _ in range(num_rounds):
-    for name, contender in contenders.items():
-      times[name].append(_seconds(contender, calls[name]))
-  of_rounds = min if least else statistics.median
-  return {name: of_rounds(t) for name, t in times.items()}
+  names = list(contenders)
+  for i in range(num_rounds):
+    first = i % len(names)
+    for name in names[first:] + names[:first]:
+      times[name].append(_seconds(contenders[name], calls[name]))
+  return times
 
 
 def _seconds(contender: Contender, num_calls: int) -> float:
@@ -155,11 +167,19 @@ def compare(
   least_bytes: int | None = None,
   least: bool = False,
 ) -> list[dict]:
-  """Runs a task's contenders against each other: a record for each."""
-  seconds = take_turns(contenders, num_rounds, least)
+  """Runs a task's contenders against each other: a record for each.
+
+  With `least`, their seconds are those of the fastest call, and the record has
+  the 'median_seconds', too.
+  """
+  times = _rounds(contenders, num_rounds, least)
+  medians = {name: statistics.median(t) for name, t in times.items()}
+  seconds = {n: min(t) for n, t in times.items()} if least else medians
   records = []
   for name, contender in contenders.items():
     record = dict(task=task, contender=name, seconds=seconds[name])
+    if least:
+      record['median_seconds'] = medians[name]
     if least_bytes is not None:
       rate = least_bytes / seconds[name]
       record |= dict(

@@ -18,6 +18,7 @@ logical keys per axis, P heads, r ranks, c cores, k selected cells per head, E
 virtual blocks or pools, M rows, W value width, U pre-value width.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -43,6 +44,7 @@ from jaxsparse.nn.memory.tables import (
 from jaxsparse.nn.parameter import Parameter, gathered, parameter
 from jaxsparse.ops.memory import usage
 from jaxsparse.ops.memory.sharded_bag import (
+  ask_for_rows,
   sharded_gathered_dot,
   sharded_value_bag,
 )
@@ -52,9 +54,22 @@ from jaxsparse.ops.memory.tucker import (
   lower_singular_loss,
   singular_values,
 )
+from jaxsparse.ops.tables.host_table import HostTable
 from jaxsparse.ops.token_product import token_product
 
 Metrics = dict[str, jax.Array]
+
+
+@dataclasses.dataclass(frozen=True)
+class Awaited:
+  """An output whose rows the host fetches while other blocks run.
+
+  Attributes:
+    after: of an activation [B, T, D]: the output [B, T, D], whose rows are
+      waited for when the activation is there.
+  """
+
+  after: Callable[[jax.Array], jax.Array]
 
 
 class MemoryLayer(nn.Module):
@@ -95,7 +110,8 @@ class MemoryLayer(nn.Module):
     tables: Tables | None = None,
     directions: Directions | None = None,
     permutation: Int[Array, 'V'] | None = None,
-  ) -> tuple[Float[Array, '*S D'], Metrics]:
+    is_for_later: bool = False,
+  ) -> tuple[Float[Array, '*S D'] | Awaited, Metrics]:
     """Reads the memory.
 
     Args:
@@ -109,6 +125,8 @@ class MemoryLayer(nn.Module):
       tables: what `SharedTables` holds; by default the layer has its own.
       directions: pre-filter vectors of an imported checkpoint.
       permutation: table of virtual addresses of an imported checkpoint.
+      is_for_later: whether the output may be `Awaited`, where the host has to
+        fetch the rows that make it.
 
     With `ENTRIES` and `PROBES` among the collections, the tables get no
     gradient (`row_value_and_grad`): that of the probes, zeros that are added to
@@ -165,13 +183,15 @@ class MemoryLayer(nn.Module):
       first_row=self.first_row,
       probes=probes,
       is_partial=self.is_partial,
+      is_for_later=is_for_later,
     )
     for name in ('slots', 'rows'):
       self.sow('intermediates', name, lead.restored(read[name]))
     for name in probes:
       self._sow_reads(name, read, config, scheme, lead)
     metrics = memory_metrics(params, read, config, segment_ids)
-    return lead.restored(y), lead.metrics(metrics)
+    y = y if isinstance(y, Awaited) else lead.restored(y)
+    return y, lead.metrics(metrics)
 
   def _probes(self, config, lead, dtype):
     """Zeros of this call by name [B, T, ...]; none if not asked for."""
@@ -239,7 +259,8 @@ def memory_forward(
   first_row: int = 0,
   probes: dict[str, jax.Array] | None = None,
   is_partial: bool = False,
-) -> tuple[Float[Array, 'B T D'], Read]:
+  is_for_later: bool = False,
+) -> tuple[Float[Array, 'B T D'] | Awaited, Read]:
   """The layer as a function of its parameters; `MemoryLayer` explains the rest.
 
   Returns:
@@ -289,16 +310,26 @@ def memory_forward(
     read['weights'] *= activation(products)[..., None].astype(
       read['weights'].dtype
     )
-  pooled = sharded_value_bag(
-    table('value_table'),
-    read['rows'],
-    read['weights'],
-    read['pools'],
-    config.num_pools,
-    **options,
-  )
-  pooled += probes.get('pooled', 0)
-  return _output(weights, x, pooled, is_partial), read
+
+  def output(**fetching):
+    pooled = sharded_value_bag(
+      table('value_table'),
+      read['rows'],
+      read['weights'],
+      read['pools'],
+      config.num_pools,
+      **options,
+      **fetching,
+    )
+    pooled += probes.get('pooled', 0)
+    return _output(weights, x, pooled, is_partial)
+
+  # With pre-values, rows have been waited for already.
+  is_for_later &= isinstance(params['value_table'], HostTable)
+  if not is_for_later or config.pre_value_dim:
+    return output(), read
+  asked = ask_for_rows(params['value_table'], read['rows'])
+  return Awaited(lambda y: output(asked=asked, after=y)), read
 
 
 # Dimensions whose storage is spread over devices, see `memory_init`.

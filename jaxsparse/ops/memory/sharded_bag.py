@@ -40,7 +40,13 @@ from jaxsparse.ops.memory.table_exchange import (
 )
 from jaxsparse.ops.memory.value_bag import value_bag
 from jaxsparse.ops.tables import row_delta
-from jaxsparse.ops.tables.host_table import HostTable, fetched
+from jaxsparse.ops.tables.host_table import (
+  Asked,
+  HostTable,
+  ask,
+  collect,
+  fetched,
+)
 from jaxsparse.ops.tables.quantized_table import QuantizedTable
 from jaxsparse.ops.tables.row_delta import DeltaTable
 
@@ -58,6 +64,8 @@ def sharded_value_bag(
   scheme: str = 'columns',
   dtype: jax.typing.DTypeLike = jnp.float32,
   table_gradient: str = 'scatter',
+  asked: Asked | None = None,
+  after: Float[Array, '...'] | None = None,
 ) -> Float[Array, '*T {num_pools} _']:
   """`value_bag` of global arrays; with no mesh set it is that very function.
 
@@ -73,6 +81,8 @@ def sharded_value_bag(
     dtype: of the result, and of weights and pools on the wire. A device sums in
       f32, but `rows` and `grid` add up the parts of several devices in `dtype`.
     table_gradient: how the table's gradient is added up, see `value_bag`.
+    asked: what `ask_for_rows` of the same slots returned.
+    after: an activation that comes before these rows are waited for.
 
   Returns:
     The bags, columns split over `model`; all columns behind a guest's door.
@@ -95,8 +105,21 @@ def sharded_value_bag(
     return pooled + _delta_bag(pool_rows, table, slot, weight, pool, dtype)
   pools = jax.P(mesh.TOKENS, *[None] * (slot.ndim - 1), 'model')
   if _is_on_host(table):
+    num_parts = (mesh.axis_sizes() or {}).get('model', 1)
+
+    def own_columns(*args):
+      pooled = pool_rows(*args)
+      if num_parts == 1:
+        return pooled
+      # Of whole rows, which every device along `model` has fetched.
+      width = pooled.shape[-1] // num_parts
+      first = jax.lax.axis_index('model') * width
+      return jax.lax.dynamic_slice_in_dim(pooled, first, width, axis=-1)
+
     args = (table, slot, weight, pool)
-    return _on_fetched_rows(pool_rows, pools, *args).astype(dtype)
+    return _on_fetched_rows(
+      own_columns, pools, *args, asked=asked, after=after
+    ).astype(dtype)
   exchange = _exchange(scheme, len(table))
   if exchange is None:
     return _over_flat_tokens(pool_rows)(table, slot, weight, pool).astype(dtype)
@@ -170,7 +193,8 @@ def sharded_gathered_dot(
     )
     return of_base + _delta_products(products, table, slot, vector, dtype)
   if _is_on_host(table):
-    args = (table, slot, vector, None)
+    whole = mesh.act('BT.')[:1] if mesh.axis_sizes() else None
+    args = (table, slot, mesh.reshard(vector, whole), None)
     return _on_fetched_rows(products, tokens, *args).astype(dtype)
   exchange = _exchange(scheme, len(table))
   if exchange is None:
@@ -281,26 +305,51 @@ def _fetched(
   return dataclasses.replace(table, stored=rows), place
 
 
+def ask_for_rows(table: HostTable, slot: Int[Array, '*T k']) -> Asked:
+  """Begins to fetch what the tokens read, each device's by itself."""
+  if mesh.axis_sizes() is None:
+    return ask(table, slot)
+  # Each device has its own, that of `model`, too.
+  run = jax.shard_map(
+    ask,
+    in_specs=(jax.P(), jax.P(mesh.TOKENS)),
+    out_specs=jax.P(mesh.AXES),
+    check_vma=False,
+  )
+  return run(table, slot)
+
+
 def _on_fetched_rows(
   function: Callable,
   out_spec: jax.P,
   table: QuantizedTable | HostTable,
   slot: jax.Array,
   *others: jax.Array | None,
+  asked: Asked | None = None,
+  after: jax.Array | None = None,
 ) -> jax.Array:
   """`function` of the rows that the tokens read, on the device that does."""
 
-  def run(table, slot, *others):
-    return function(*_fetched(table, slot), *others)
+  def run(table, asked, after, slot, *others):
+    def on_flat(table, slot, *others):
+      if asked is None:
+        return function(*_fetched(table, slot), *others)
+      rows, place = collect(table, asked, after.reshape(-1)[0])
+      return function(rows, place.reshape(slot.shape), *others)
 
-  run = _over_flat_tokens(run)
-  if mesh.axis_sizes() is None:
-    return run(table, slot, *others)
-  tokens = jax.P(mesh.TOKENS)
-  specs = jax.P(), *(tokens for _ in (slot, *others))
-  # Copies of rows are the same on every device, which is not seen.
-  run = jax.shard_map(run, in_specs=specs, out_specs=out_spec, check_vma=False)
-  return run(table, slot, *others)
+    return _over_flat_tokens(on_flat)(table, slot, *others)
+
+  if mesh.axis_sizes() is not None:
+    tokens = jax.P(mesh.TOKENS)
+    specs = (
+      *(jax.P(), jax.P(mesh.AXES), tokens),
+      *(tokens for _ in (slot, *others)),
+    )
+    # Copies of rows are the same on every device, which is not seen.
+    run = jax.shard_map(
+      run, in_specs=specs, out_specs=out_spec, check_vma=False
+    )
+  return run(table, asked, after, slot, *others)
 
 
 def _exchange(scheme: str, num_rows: int) -> TableExchange | None:

@@ -170,6 +170,11 @@ class TableExchange:
     return jax.lax.pmax(x, over) if over else x
 
   @property
+  def row_axes(self) -> tuple[str, ...]:
+    """Mesh axes that split the rows."""
+    return self._split(self.layout.rows)
+
+  @property
   def column_axes(self) -> tuple[str, ...]:
     """Mesh axes that split the columns."""
     return self._split(self.layout.columns)

@@ -13,8 +13,10 @@ only read: the host's rows do not change while there is one.
 Letters: M rows of the table, W their width, C rows of the cache, n reads.
 """
 
+import concurrent.futures
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -25,6 +27,9 @@ from jaxtyping import Array, Int, Shaped
 
 # Bytes of rows that cross the link at once.
 _WINDOW_BYTES = 2**20
+
+# Askings that may wait to be collected, of all layers and devices.
+_MOST_ASKED = 256
 
 
 class Source:
@@ -37,6 +42,63 @@ class Source:
 
   def __init__(self, rows: np.ndarray | None):
     self.rows = rows
+    # Rows that were asked for and have not been collected, by their tickets.
+    self._asked: dict[int, list[concurrent.futures.Future]] = {}
+    self._tickets = itertools.count()
+    self._worker: concurrent.futures.ThreadPoolExecutor | None = None
+
+  def ask(
+    self,
+    ids: np.ndarray | jax.Array,
+    num_rows: np.ndarray | jax.Array,
+    window: int,
+  ) -> np.ndarray:
+    """Begins to take the first `num_rows` of some rows, a window at a time.
+
+    Returns:
+      A ticket, by which `collect` finds them.
+    """
+    ids, num_rows = np.array(ids), int(np.asarray(num_rows))
+    if self._worker is None:
+      self._worker = concurrent.futures.ThreadPoolExecutor(1, 'rows')
+    ticket = next(self._tickets) % 2**31
+    self._asked[ticket] = [
+      self._worker.submit(
+        np.take, self.rows, ids[i : i + window], axis=0, mode='clip'
+      )
+      for i in range(0, num_rows, window)
+    ]
+    # What nobody collects, as in a program that was stopped.
+    while len(self._asked) > _MOST_ASKED:
+      self._asked.pop(next(iter(self._asked)), None)
+    return np.array(ticket, np.int32)
+
+  def collect(
+    self,
+    ids: np.ndarray | jax.Array,
+    ticket: np.ndarray | jax.Array,
+    index: np.ndarray | jax.Array,
+    after: np.ndarray | jax.Array,
+  ) -> np.ndarray:
+    """A window of what was asked for.
+
+    Args:
+      ids: its rows, for one that was collected before: a program may be.
+      ticket: what `ask` returned.
+      index: of the window.
+      after: not used; what it is made of comes before in a program.
+    """
+    del after
+    ticket, index = int(np.asarray(ticket)), int(np.asarray(index))
+    windows = self._asked.get(ticket, [])
+    if index >= len(windows):
+      return self.take(ids)
+    if index + 1 == len(windows):
+      self._asked.pop(ticket, None)
+    taken = windows[index].result()
+    rows = np.zeros((len(ids), taken.shape[1]), taken.dtype)
+    rows[: len(taken)] = taken
+    return rows
 
   def take(self, ids: np.ndarray | jax.Array) -> np.ndarray:
     """Rows by their numbers; numpy alone, as JAX waits for it."""
@@ -144,46 +206,129 @@ def fetch(
   table: HostTable, slot: Int[Array, '*T']
 ) -> tuple[Shaped[Array, 'n W'], Int[Array, '*T'], Int[Array, '']]:
   """`fetched`, and how many rows the host was asked for."""
+  asked = _missing(table, slot)
+  rows, place = _taken(table, asked, functools.partial(_take, table))
+  return rows, place.reshape(slot.shape).astype(slot.dtype), asked.num_missing
+
+
+def ask(table: HostTable, slot: Int[Array, '*T']) -> 'Asked':
+  """Begins to fetch the distinct rows of some reads; `collect` has them.
+
+  The host takes them from its memory or its disk while the program runs on.
+  """
+  asked = _missing(table, slot)
+  shape = jax.ShapeDtypeStruct((), jnp.int32)
+  ids = asked.distinct[jnp.minimum(asked.order, len(asked.distinct) - 1)]
+  source_ask = functools.partial(table.source.ask, window=asked.window)
+  ticket = jax.pure_callback(source_ask, shape, ids, asked.num_missing)
+  num_missing = asked.num_missing[None]
+  return dataclasses.replace(
+    asked, ticket=ticket[None], num_missing=num_missing
+  )
+
+
+def collect(
+  table: HostTable, asked: 'Asked', after: jax.Array
+) -> tuple[Shaped[Array, 'n W'], Int[Array, 'R']]:
+  """What `fetched` returns of what was asked for, places flat.
+
+  Args:
+    table: the one that was asked.
+    asked: by `ask`.
+    after: a number; what it is made of comes before.
+  """
+
+  def take(window, ids, index):
+    shape = jax.ShapeDtypeStruct((window, table.shape[1]), table.dtype)
+    return jax.pure_callback(
+      table.source.collect, shape, ids, asked.ticket[0], index, after
+    )
+
+  return _taken(table, asked, take)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Asked:
+  """Rows that a device asks the host for; each array has a dimension.
+
+  Attributes:
+    distinct: rows that are read, ascending, then some beyond the table; one
+      more, which is 0.
+    place: of each read among these.
+    order: places of `distinct` that are missing, in their order, then others.
+    num_missing: how many are.
+    ticket: of the asking.
+    window: rows that are taken at once.
+  """
+
+  distinct: Int[Array, 'n']
+  place: Int[Array, 'R']
+  order: Int[Array, 'm']
+  num_missing: jax.Array
+  ticket: Int[Array, '1'] | None = None
+  window: int = dataclasses.field(default=0, metadata=dict(static=True))
+
+
+def _missing(table: HostTable, slot: jax.Array) -> Asked:
   num_rows, width = table.shape
   flat = slot.reshape(-1).astype(jnp.int32)
   size = min(flat.size, num_rows)
-  rows = jnp.zeros((size, width), table.dtype)
   if not flat.size:
-    return rows, slot, jnp.int32(0)
+    none = jnp.zeros(0, jnp.int32)
+    return Asked(none, none, none, jnp.int32(0))
   # Unused entries come last, and lie beyond the table.
   distinct, place = jnp.unique(
     flat, return_inverse=True, size=size, fill_value=num_rows
   )
   is_missing = distinct < num_rows
   if table.cache is not None:
-    cached = table.cache
-    at = jnp.searchsorted(cached.ids, distinct)
-    at = jnp.minimum(at, len(cached.ids) - 1)
-    is_hit = cached.ids[at] == distinct
-    rows = jnp.where(is_hit[:, None], cached.rows[cached.place[at]], rows)
-    is_missing &= ~is_hit
+    is_missing &= ~_cached(table.cache, distinct)[0]
   num_missing = jnp.sum(is_missing, dtype=jnp.int32)
   row_bytes = width * np.dtype(table.dtype).itemsize
-  window = table.window or max(1, _WINDOW_BYTES // row_bytes)
-  window = min(window, size)
+  window = min(table.window or max(1, _WINDOW_BYTES // row_bytes), size)
   # Those that are missing come first, in their order.
   order = jnp.argsort(~is_missing, stable=True)
   order = jnp.pad(order, (0, window), constant_values=size)
   distinct = jnp.pad(distinct, (0, 1), constant_values=0)
-  take = functools.partial(_take, table, window)
+  place = place.reshape(-1).astype(jnp.int32)
+  return Asked(distinct, place, order, num_missing, window=window)
+
+
+def _cached(cache: RowCache, distinct: jax.Array):
+  """Which rows the device has, and where."""
+  at = jnp.searchsorted(cache.ids, distinct)
+  at = jnp.minimum(at, len(cache.ids) - 1)
+  return cache.ids[at] == distinct, cache.place[at]
+
+
+def _taken(
+  table: HostTable, asked: Asked, take: Callable
+) -> tuple[jax.Array, jax.Array]:
+  """Rows, from the cache or by `take` a window at a time, and places."""
+  size, window = max(len(asked.distinct) - 1, 0), asked.window
+  rows = jnp.zeros((size, table.shape[1]), table.dtype)
+  if not size:
+    return rows, asked.place
+  if table.cache is not None:
+    is_hit, at = _cached(table.cache, asked.distinct[:size])
+    rows = jnp.where(is_hit[:, None], table.cache.rows[at], rows)
+  num_missing = asked.num_missing.reshape(())
 
   def pass_(i, rows):
-    into = jax.lax.dynamic_slice_in_dim(order, i * window, window)
+    into = jax.lax.dynamic_slice_in_dim(asked.order, i * window, window)
     is_own = i * window + jnp.arange(window) < num_missing
-    new = take(jnp.where(is_own, distinct[into], 0))
+    new = take(window, jnp.where(is_own, asked.distinct[into], 0), i)
     into = jnp.where(is_own, into, size + jnp.arange(window))
     return rows.at[into].set(new, mode='drop', unique_indices=True)
 
   num_passes = -(-num_missing // window)
-  rows = jax.lax.fori_loop(0, num_passes, pass_, rows)
-  return rows, place.reshape(slot.shape).astype(slot.dtype), num_missing
+  return jax.lax.fori_loop(0, num_passes, pass_, rows), asked.place
 
 
-def _take(table: HostTable, window: int, ids: jax.Array) -> Any:
+def _take(
+  table: HostTable, window: int, ids: jax.Array, index: jax.Array
+) -> Any:
+  del index
   shape = jax.ShapeDtypeStruct((window, table.shape[1]), table.dtype)
   return jax.pure_callback(table.source.take, shape, ids)

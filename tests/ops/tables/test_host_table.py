@@ -13,7 +13,7 @@ from jaxsparse.ops.memory.sharded_bag import (
   sharded_gathered_dot,
   sharded_value_bag,
 )
-from jaxsparse.ops.tables.host_table import HostTable, fetch
+from jaxsparse.ops.tables.host_table import HostTable, ask, collect, fetch
 
 M, W, T, k = 100, 8, 6, 5
 
@@ -48,6 +48,34 @@ def test_rows_and_misses_are_those_of_numpy(rng, window, cached):
   if window:
     assert len(asked) == -(-len(missing) // window)
   assert [i for ids in asked for i in ids][: len(missing)] == missing
+
+
+@pytest.mark.parametrize('window', [0, 3])
+def test_rows_that_were_asked_for_are_collected_by_whoever_comes(rng, window):
+  """Once as they were taken then; again, or later than kept, anew."""
+  rows, slot = rng.normal(size=(M, W)).astype(np.float32), draw_slots(rng)
+  table = HostTable.of(rows.copy(), window).with_cache(np.arange(8))
+  asked = jax.jit(ask)(table, slot)
+  for future in table.source._asked[int(asked.ticket[0])]:
+    future.result()
+  table.source.rows = 0 * rows
+  get = jax.jit(collect)
+  for expected in (rows, np.where(np.arange(M)[:, None] < 8, rows, 0)):
+    found, place = get(table, asked, jnp.float32(0))
+    np.testing.assert_array_equal(
+      found[place.reshape(slot.shape)], expected[slot]
+    )
+    assert not table.source._asked
+
+
+def test_what_nobody_collects_is_not_kept(rng):
+  table = HostTable.of(rng.normal(size=(M, W)).astype(np.float32))
+  for _ in range(300):
+    table.source.ask(np.arange(4), np.array(4), window=4)
+  assert len(table.source._asked) == 256
+  assert table.source.collect(np.array([5]), *[np.array(0)] * 3).tolist() == [
+    table.source.rows[5].tolist()
+  ]
 
 
 @pytest.mark.parametrize('dtype', [np.float32, ml_dtypes.bfloat16])
