@@ -114,6 +114,9 @@ class RowFile:
       end = os.lseek(self._file, begin, os.SEEK_HOLE)
       yield begin, end
 
+  def put(self, ids: np.ndarray, rows: np.ndarray) -> None:
+    self.rows[ids] = rows
+
   def flush(self) -> None:
     """Returns when the disk has what was written to the rows."""
     os.fsync(self._file)

@@ -109,7 +109,7 @@ class RowStore:
   def fill_some(self, name: str, ids: np.ndarray, rows: np.ndarray) -> None:
     """`fill` of the rows with these numbers; the others stay zeros."""
     assert self.step is None
-    _put(self.files[name], ids, rows)
+    self.files[name].put(ids, rows)
     self._count(name, ids, rows)
 
   def _count(
@@ -139,7 +139,7 @@ class RowStore:
     """Overwrites rows of which `note` has what they were."""
     for change in changes:
       for name, rows in change.rows.items():
-        _put(self.files[name], change.ids, rows)
+        self.files[name].put(change.ids, rows)
 
   def _require_room(self, before: Sequence[row_undo.Before]) -> None:
     """Refuses what the disk may have no room for.
@@ -241,7 +241,7 @@ class RowStore:
           dtype = row_file.dtype_of(leaf.dtype)
           shape = (len(rows), *leaf.shape[1:])
           old = rows.view(dtype).reshape(shape)
-          _put(self.files[name], before.ids, old)
+          self.files[name].put(before.ids, old)
           self._has_copies = self._is_private
     if self._is_private:
       return
@@ -367,10 +367,6 @@ def open_at(
     lock.close()
     raise
   return store
-
-
-def _put(file: RowFile, ids: np.ndarray, new: np.ndarray) -> None:
-  file.rows[ids] = new
 
 
 def _numbers(bits: np.ndarray, size: int) -> Iterator[np.ndarray]:

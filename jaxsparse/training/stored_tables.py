@@ -107,20 +107,19 @@ class StoredTables:
     self._num_pieces = num_row_pieces(config)
     # Where programs can't read the files, what stands for the tables and for
     # those that are finalized.
+    reads = host_table.reads_host_memory() and used.size <= 1
     self._on_host, self._final_on_host = (
-      {}
-      if host_table.reads_host_memory() and used.size <= 1
-      else {
+      {
         path: HostTable(Source(None), x.shape, np.dtype(x.dtype))
         for path, x in self.shapes.items()
+        if not reads
       }
       for _ in range(2)
     )
     with self._alone():
       self._state = jax.eval_shape(self._optimizer.init, self.shapes)
-    self.program = jax.jit(
-      functools.partial(step_beside, config), donate_argnums=0
-    )
+    step = functools.partial(step_beside, config)
+    self.program = jax.jit(step, donate_argnums=0)
     self._later = jax.jit(functools.partial(later_gradients, config))
     self._update = jax.jit(
       functools.partial(update_rows, config, self._optimizer, self._state),

@@ -140,10 +140,10 @@ def killed_at(monkeypatch, number):
 
   write = row_undo._write_all
   monkeypatch.setattr(row_undo, '_write_all', watched(write, half_of_file))
-  put = row_store._put
+  put = row_file.RowFile.put
   monkeypatch.setattr(
-    row_store,
-    '_put',
+    row_file.RowFile,
+    'put',
     watched(put, lambda file, ids, new: put(file, ids[::2], new[::2])),
   )
   for module, name in (

@@ -16,7 +16,7 @@ from small_model import CONFIG, make_mesh
 from jaxsparse.config import OptimizerConfig, TrainConfig
 from jaxsparse.config.errors import UserError
 from jaxsparse.run.progress import Reporter
-from jaxsparse.training import evaluation, loop, loss_scale
+from jaxsparse.training import evaluation, first_state, loop, loss_scale
 from jaxsparse.training.step import TrainState
 
 MODEL = dataclasses.replace(CONFIG.model, memory=None)
@@ -66,7 +66,7 @@ class Batches:
 
 @pytest.fixture
 def fit(monkeypatch, tmp_path):
-  monkeypatch.setattr(loop, 'init_parts', init_parts)
+  monkeypatch.setattr(first_state, 'init_parts', init_parts)
   monkeypatch.setattr(
     evaluation,
     '_evaluate',

@@ -15,7 +15,14 @@ from jaxsparse.data.corpus import build_corpus
 from jaxsparse.data.tokenizer import ByteTokenizer
 from jaxsparse.run import checkpoint, command_line, new_workdir
 from jaxsparse.run.progress import Reporter
-from jaxsparse.training import evaluation, loop, old_text, resume, rows_moved
+from jaxsparse.training import (
+  evaluation,
+  first_state,
+  loop,
+  old_text,
+  resume,
+  rows_moved,
+)
 
 BYTES = ByteTokenizer()
 
@@ -153,7 +160,9 @@ def test_both_texts_are_measured_before_and_after(
     return lambda: iter([{'is_old': np.full(2, is_old, np.int32)}])
 
   monkeypatch.setattr(evaluation, 'to_global', lambda batch: batch)
-  monkeypatch.setattr(loop, 'init_parts', lambda config: (state_of(params), {}))
+  monkeypatch.setattr(
+    first_state, 'init_parts', lambda config: (state_of(params), {})
+  )
   data = loop.TrainingData(Batches(), text(0), 10, 1.0, text(1), 10)
   with jax.set_mesh(make_mesh((1, 1, 1))):
     loop.fit(config, tmp_path, data, Reporter(), lambda speed: None)
