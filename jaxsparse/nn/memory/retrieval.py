@@ -114,10 +114,15 @@ def _best_slots(
   """One device's tokens: query [B, T, 2, ..., q]."""
   batch = query.shape[:2]
   query = query.reshape(-1, *query.shape[2:])
+  # One position of each sequence: a decode step, see `top_k`.
+  is_stable = batch[1] == 1
   row, column = _rank_scores(query, keys, config)
   if config.grid == 'additive':
     scores, address = product_key_top_m(
-      row[..., 0], column[..., 0], config.num_selected
+      row[..., 0],
+      column[..., 0],
+      config.num_selected,
+      is_stable=is_stable,
     )
     scores = scores[..., None]
   else:
@@ -130,6 +135,7 @@ def _best_slots(
       config.num_selected,
       directions=directions,
       two_quadrants=config.use_two_quadrants,
+      is_stable=is_stable,
     )
   if permutation is None:
     virtual = addressing.shuffle(address, config.num_logical_keys, salt)
