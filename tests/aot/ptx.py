@@ -6,7 +6,10 @@ overflowed on its way shows as the wrong number, whatever the types of the
 instructions that formed it.
 """
 
+import importlib.util
+import pathlib
 import re
+import subprocess
 
 _KERNEL = re.compile(
   r'\.entry (\w+)\((.*?)\)\s*(?:\.\w+ [^{]*)?\{(.*?)\n\}', re.S
@@ -22,6 +25,32 @@ def atomics(ptx: str) -> set[str]:
 
 def loads(ptx: str) -> set[str]:
   return set(re.findall(r'\bld\.global\S*', ptx))
+
+
+def spilled_bytes(ptx: str, folder: pathlib.Path) -> int:
+  """Bytes that kernels for an H100 keep in memory for want of registers.
+
+  Args:
+    ptx: of several modules, one after the other.
+    folder: to write them to, for NVIDIA's assembler.
+  """
+  package = importlib.util.find_spec('nvidia.cuda_nvcc')
+  assert package is not None
+  (root,) = package.submodule_search_locations
+  total = 0
+  for i, module in enumerate(re.split(r'(?m)^(?=\.version)', ptx)[1:]):
+    path = folder / f'{i}_to_assemble'
+    path.write_text(module)
+    report = subprocess.run(
+      [f'{root}/bin/ptxas', '-v', '-arch=sm_90a', path, '-o', '/dev/null'],
+      capture_output=True,
+      check=True,
+      text=True,
+    ).stderr
+    spills = re.findall(r'(\d+) bytes spill', report)
+    assert spills, report
+    total += sum(map(int, spills))
+  return total
 
 
 def accesses(

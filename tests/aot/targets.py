@@ -92,6 +92,7 @@ class Program:
 
   text: str  # optimized HLO
   ptx: str  # of all kernels; empty unless asked for, and on TPU
+  thunks: str  # likewise: what XLA runs step by step; from JAX 0.11 on
   temp_bytes: int
   argument_bytes: int
   output_bytes: int
@@ -138,12 +139,17 @@ def compile_for(
   memory = compiled.memory_analysis()
   return Program(
     text=compiled.as_text(),
-    ptx='\n'.join(p.read_text() for p in dump.glob('*.ptx')) if dump else '',
+    ptx=_dumped(dump, '*.ptx'),
+    thunks=_dumped(dump, '*thunk_sequence_after_thunk_passes.txt'),
     temp_bytes=memory.temp_size_in_bytes,
     argument_bytes=memory.argument_size_in_bytes,
     output_bytes=memory.output_size_in_bytes,
     alias_bytes=memory.alias_size_in_bytes,
   )
+
+
+def _dumped(dump: pathlib.Path | None, pattern: str) -> str:
+  return '\n'.join(p.read_text() for p in dump.glob(pattern)) if dump else ''
 
 
 def make_mesh(name: str, sizes: tuple[int, int, int]) -> jax.sharding.Mesh:

@@ -76,3 +76,22 @@ def test_many_rows_with_nans_keep_indices_in_range():
 )
 def test_counting_ends_where_sorting_is_faster(num_candidates, expected):
   assert cpu.counts_faster(jnp.zeros((512, num_candidates)), 16) == expected
+
+
+@pytest.mark.parametrize('shape', [(5, 9), (64, 34)])
+def test_comparing_all_pairs_keeps_ties_in_order(shape):
+  scores = draw(*shape)
+  scores[1], scores[2] = 1.0, scores[2].round()
+
+  @jax.jit
+  def both(scores):
+    return top_k.compare_top_k(scores, 3), jax.lax.top_k(scores, 3)
+
+  for got, expected in zip(*both(scores), strict=True):
+    np.testing.assert_array_equal(got, expected)
+
+
+def test_comparing_nans_keeps_indices_in_range():
+  nothing = jnp.full((2, 20), jnp.nan)
+  _, indices = jax.jit(top_k.compare_top_k, static_argnums=1)(nothing, 3)
+  assert 0 <= np.min(indices) <= np.max(indices) < 20

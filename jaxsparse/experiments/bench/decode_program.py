@@ -6,7 +6,7 @@ is another, so that models with the same attention can take turns with one cache
 of the former.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -27,10 +27,17 @@ def lower_decode(
   tokens: jax.Array,
   context: int,
 ) -> jax.stages.Lowered:
-  """The program that decodes all steps; its second argument is donated.
+  """The program of `decode_steps`; its second argument is donated."""
+  decode = jax.jit(decode_steps(model, context), donate_argnums=1)
+  return decode.lower(params, cache, tokens)
 
-  It takes and returns the cache, and returns the tokens that it drew [steps, B]
-  and the experts or slots that it chose [steps, layers, B, k].
+
+def decode_steps(model: ModelConfig, context: int) -> Callable:
+  """A function that decodes all steps, after `context` tokens.
+
+  It takes parameters, a cache in two parts, see `split`, and the tokens to feed
+  [steps, B]. It returns the cache, the tokens that it drew [steps, B] and the
+  experts or slots that it chose [steps, layers, B, k].
   """
 
   def decode(params, cache, tokens):
@@ -57,8 +64,7 @@ def lower_decode(
     (cache, _), (drawn, picks) = jax.lax.scan(step, start, tokens)
     return split(cache), drawn, picks
 
-  decode = jax.jit(decode, donate_argnums=1)
-  return decode.lower(params, cache, tokens)
+  return decode
 
 
 def compile_decode(

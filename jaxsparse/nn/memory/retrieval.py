@@ -20,9 +20,15 @@ from jaxsparse import mesh
 from jaxsparse.config import MemoryConfig
 from jaxsparse.nn.parameter import Parameter
 from jaxsparse.ops import cpu
+from jaxsparse.ops.kernels import retrieve as kernel
 from jaxsparse.ops.memory import addressing, usage
 from jaxsparse.ops.memory.product_key import product_key_top_m
-from jaxsparse.ops.memory.tucker import Directions, tucker_top_m
+from jaxsparse.ops.memory.tucker import (
+  Directions,
+  leading_directions,
+  tucker_top_m,
+)
+from jaxsparse.ops.shard_map_vma import match_vma
 from jaxsparse.ops.token_product import token_product
 
 # The inputs before the first position, and their segment ids.
@@ -114,28 +120,11 @@ def _best_slots(
   """One device's tokens: query [B, T, 2, ..., q]."""
   batch = query.shape[:2]
   query = query.reshape(-1, *query.shape[2:])
-  row, column = _rank_scores(query, keys, config)
-  if config.grid == 'additive':
-    scores, address = product_key_top_m(
-      row[..., 0], column[..., 0], config.num_selected
-    )
-    scores = scores[..., None]
-  else:
-    if config.cores_per_pairing:
-      row, column = (_by_key_set(x, config.expansion) for x in (row, column))
-    scores, address = tucker_top_m(
-      row,
-      column,
-      cores,
-      config.num_selected,
-      directions=directions,
-      two_quadrants=config.use_two_quadrants,
-    )
-  if permutation is None:
-    virtual = addressing.shuffle(address, config.num_logical_keys, salt)
-  else:
-    virtual = addressing.look_up(address, permutation)
-  block, slot = addressing.split(virtual, config.num_slots)
+  arrays = query, keys, cores, directions, permutation
+  # One position of each sequence: a decode step.
+  is_decoding = batch[1] == 1
+  found = _by_kernel(*arrays, config, salt) if is_decoding else None
+  scores, slot, block = found or _by_steps(*arrays, config, salt, is_decoding)
   row_of_table = slot
   if config.shared_rows:
     row_of_table = _in_window(slot, first_row, config.shared_rows)
@@ -148,6 +137,62 @@ def _best_slots(
   if config.num_pools == 1:
     block = None
   return scores, weight, row_of_table, block, slot
+
+
+def _by_steps(
+  query, keys, cores, directions, permutation, config, salt, is_stable
+):
+  """Scores [T, P, k, c] of the kept cells, their slots and virtual blocks."""
+  row, column = _rank_scores(query, keys, config)
+  if config.grid == 'additive':
+    scores, address = product_key_top_m(
+      row[..., 0],
+      column[..., 0],
+      config.num_selected,
+      is_stable=is_stable,
+    )
+    scores = scores[..., None]
+  else:
+    if config.cores_per_pairing:
+      row, column = (_by_key_set(x, config.expansion) for x in (row, column))
+    scores, address = tucker_top_m(
+      row,
+      column,
+      cores,
+      config.num_selected,
+      directions=directions,
+      two_quadrants=config.use_two_quadrants,
+      is_stable=is_stable,
+    )
+  if permutation is None:
+    virtual = addressing.shuffle(address, config.num_logical_keys, salt)
+  else:
+    virtual = addressing.look_up(address, permutation)
+  block, slot = addressing.split(virtual, config.num_slots)
+  return scores, slot, block
+
+
+def _by_kernel(query, keys, cores, directions, permutation, config, salt):
+  """As `_by_steps` in one kernel of a GPU, or None where there is none."""
+  is_served = config.grid == 'tucker' and not (
+    config.cores_per_pairing
+    or config.use_two_quadrants
+    or config.share_keys
+    or config.query == 'per_head'
+    or permutation is not None
+  )
+  if not is_served or mesh.platform() != 'gpu':
+    return None
+  if directions is None:
+    directions = leading_directions(cores.sum(0))
+  scores = _rank_products(_by_rank(query, config), keys)
+  arrays = match_vma(scores, cores, directions)
+  options = dict(
+    num_selected=config.num_selected, num_slots=config.num_slots, salt=salt
+  )
+  if kernel.unsupported_reason(*arrays, **options):
+    return None
+  return kernel.retrieve(*arrays, **options)
 
 
 def _in_window(slot, first_row, num_rows):
@@ -163,12 +208,8 @@ def _rank_scores(
   config: MemoryConfig,
 ) -> tuple[Float[Array, 'T P Q r'], ...]:
   """Inner products with all row keys, and with all column keys."""
-  query = _wide(query)
-  if config.split_key_dim:
-    # Narrow keys meet slices of the query.
-    query = query.reshape(*query.shape[:-1], config.num_ranks, -1)
-  by_rank = config.split_key_dim or config.query == 'per_rank'
-  per_rank = 'r' if by_rank else ''
+  query = _by_rank(query, config)
+  per_rank = 'r' if config.split_key_dim or config.query == 'per_rank' else ''
   per_head = 'p' if config.query == 'per_head' else ''
   shared = 'qkr' if config.share_keys else 'pqkr'
   dims = f't{per_head}{per_rank}k,{shared}->tpqr'
@@ -183,31 +224,51 @@ def _rank_scores(
   return jax.lax.platform_dependent(
     query,
     keys,
-    cuda=lambda query, keys: _by_one_product(
-      query if by_rank else query[:, :, None], keys
-    ),
+    cuda=_by_one_product,
     default=one_by_one,
   )
+
+
+def _by_rank(query, config):
+  """[T, 2, ..., q] with ranks before q, where they have their own queries."""
+  query = _wide(query)
+  if config.split_key_dim:
+    # Narrow keys meet slices of the query.
+    query = query.reshape(*query.shape[:-1], config.num_ranks, -1)
+  return query
 
 
 def _by_one_product(
   query: Float[Array, 'T 2 ... q'], keys: Float[Array, 'P 2 Q q r']
 ) -> tuple[Float[Array, 'T P Q r'], ...]:
+  """Scores of row keys and of column keys, see `_rank_products`."""
+  scores, num_ranks = _rank_products(query, keys), keys.shape[-1]
+  if scores.shape[3] > num_ranks:
+    scores = scores[..., :num_ranks, :] + scores[..., num_ranks:, :]
+  return tuple(scores[:, s].transpose(1, 0, 3, 2) for s in range(2))
+
+
+def _rank_products(
+  query: Float[Array, 'T 2 ... q'], keys: Float[Array, 'P 2 Q q r']
+) -> Float[Array, 'P 2 T parts_r Q']:
   """Each rank's query, zero at the other ranks, times the keys as they lie.
 
   That is r times the FLOPs of a product for each rank, for which a GPU would
-  first cast all keys and sort them by rank, in decoding at every step.
+  first cast all keys and sort them by rank, in decoding at every step. Keys of
+  16 bits meet queries in two parts, whose scores are yet to be added up.
   """
   num_heads, _, num_keys, width, num_ranks = keys.shape
+  if query.ndim == 3:
+    query = query[:, :, None]
   is_own = jnp.eye(num_ranks, dtype=query.dtype)[None, None, :, None]
   own = (query[..., None] * is_own).reshape(len(query), 2, num_ranks, -1)
   is_narrow = keys.dtype.itemsize < 4
   if is_narrow:
-    # In two parts, which together are as exact as the keys allow.
+    # Together they are as exact as the keys allow.
     bits = jnp.finfo(keys.dtype)
     upper = jax.lax.reduce_precision(own, bits.nexp, bits.nmant)
     own = jnp.concatenate([upper, own - upper], axis=2).astype(keys.dtype)
-  scores = jnp.einsum(
+  return jnp.einsum(
     'psqk,pstrk->pstrq',
     keys.reshape(num_heads, 2, num_keys, width * num_ranks),
     jnp.broadcast_to(
@@ -216,9 +277,6 @@ def _by_one_product(
     ),
     preferred_element_type=query.dtype,
   )
-  if is_narrow:
-    scores = scores[..., :num_ranks, :] + scores[..., num_ranks:, :]
-  return tuple(scores[:, s].transpose(1, 0, 3, 2) for s in range(2))
 
 
 def _by_key_set(

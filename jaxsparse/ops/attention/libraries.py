@@ -10,7 +10,6 @@ For one query with a cache 'pallas' is our own kernel for GPUs.
 import dataclasses
 import functools
 import importlib
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +17,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsparse import mesh
 from jaxsparse.config.errors import UserError
+from jaxsparse.ops.kernels import probe
 from jaxsparse.ops.kernels.decode_attention import decode_attention
 from jaxsparse.ops.quantized_rows import QuantizedRows
 
@@ -122,7 +122,7 @@ def _compilation_error(name: str, call: Call) -> str | None:
 
   arguments = (heads(call.num_heads), *[heads(call.num_kv_heads)] * 2)
   segments = jax.ShapeDtypeStruct((1, call.length), jnp.int32)
-  return _first_error(jax.grad(loss, (0, 1, 2)), *arguments, segments)
+  return probe.first_error(jax.grad(loss, (0, 1, 2)), *arguments, segments)
 
 
 @functools.cache
@@ -140,20 +140,7 @@ def _decoding_error(call: Call) -> str | None:
     jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((1,), (1, keys[2]))
   ]
   kernel = functools.partial(decode_attention, window=call.window)
-  return _first_error(kernel, query, key, key, *rows, *rows)
-
-
-def _first_error(
-  function: Callable, *arguments: jax.ShapeDtypeStruct | QuantizedRows
-) -> str | None:
-  """The first line of the error that compiling for one device raises, or
-  None."""
-  try:
-    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):
-      jax.jit(function).lower(*arguments).compile()
-  except Exception as error:
-    return f'{type(error).__name__}: {error}'.split('\n')[0]
-  return None
+  return probe.first_error(kernel, query, key, key, *rows, *rows)
 
 
 def decoding_attention(

@@ -12,7 +12,8 @@ Letters: T tokens, k experts of a token, X experts, D model width, F inner
 width; lower-case t is what one device has of T.
 """
 
-from collections.abc import Mapping
+import functools
+from collections.abc import Callable, Mapping
 
 import jax
 import jax.numpy as jnp
@@ -22,7 +23,9 @@ from jaxsparse import mesh
 from jaxsparse.ops.adapted_matrix import AdaptedMatrix
 from jaxsparse.ops.experts import routing
 from jaxsparse.ops.experts.grouped_matmul import assigned_matmul, grouped_matmul
+from jaxsparse.ops.kernels import few_experts
 from jaxsparse.ops.quantized_matrix import QuantizedMatrix
+from jaxsparse.ops.shard_map_vma import match_vma
 
 # 'up' [X, D, F] and 'down' [X, F, D], and 'gate' [X, D, F] for SwiGLU.
 Matrices = Mapping[str, jax.Array | QuantizedMatrix | AdaptedMatrix]
@@ -42,7 +45,8 @@ def expert_mlp(
   """Weighted sums over a token's experts of their MLPs, on one device.
 
   SwiGLU where there is a 'gate', else GELU. With fewer assignments than
-  experts, as in decoding, nothing is sorted.
+  experts, as in decoding, nothing is sorted, nor for more on a GPU, whose
+  kernels for few tokens have no use for an order.
 
   Args:
     x: inputs, in the type of the products.
@@ -58,6 +62,61 @@ def expert_mlp(
   Returns:
     The sums, in f32 (f64 for f64) and not yet added up over `model`.
   """
+  if implementation == 'auto' and first_expert is None:
+    inputs = match_vma(x, weights, experts, dict(matrices))
+    if not few_experts.unsupported_reason(*inputs, gelu=gelu):
+      return _by_kernel(gelu, *inputs)
+  return _by_steps(
+    x, weights, experts, matrices, first_expert, gelu, implementation, is_steady
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _by_kernel(
+  gelu: str,
+  x: Float[Array, 'T D'],
+  weights: Float[Array, 'T k'],
+  experts: Int[Array, 'T k'],
+  matrices: Matrices,
+):
+  return few_experts.expert_mlp(x, weights, experts, matrices, gelu=gelu)
+
+
+def _forward(
+  gelu: str,
+  x: Float[Array, 'T D'],
+  weights: Float[Array, 'T k'],
+  experts: Int[Array, 'T k'],
+  matrices: Matrices,
+):
+  """By steps, whose gradient is at hand."""
+
+  def run(
+    x: Float[Array, 'T D'], weights: Float[Array, 'T k'], matrices: Matrices
+  ):
+    return _by_steps(x, weights, experts, matrices, gelu=gelu)
+
+  return jax.vjp(run, x, weights, matrices)
+
+
+def _backward(gelu: str, pull: Callable, cotangent: Float[Array, 'T D']):
+  d_x, d_weights, d_matrices = pull(cotangent)
+  return d_x, d_weights, None, d_matrices
+
+
+_by_kernel.defvjp(_forward, _backward)
+
+
+def _by_steps(
+  x: Float[Array, 'T D'],
+  weights: Float[Array, 'T k'],
+  experts: Int[Array, 'T k'],
+  matrices: Matrices,
+  first_expert: Int[Array, ''] | int | None = None,
+  gelu: str = 'tanh',
+  implementation: str = 'auto',
+  is_steady: bool = False,
+):
   num_experts, num_experts_per_token = len(matrices['up']), experts.shape[1]
   is_few = first_expert is None and experts.size < num_experts
   if is_few and implementation == 'auto':

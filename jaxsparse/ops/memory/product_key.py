@@ -11,6 +11,8 @@ not for the bilinear scores of `tucker`.
 Letters: T tokens, P memory heads, Q keys per axis, k kept cells per head.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -23,6 +25,8 @@ def product_key_top_m(
   row: Float[Array, 'T P Q'],
   column: Float[Array, 'T P Q'],
   num_selected: int,
+  *,
+  is_stable: bool = False,
 ) -> tuple[Float[Array, 'T P k'], Int[Array, 'T P k']]:
   """Scores and addresses of the best cells of each head.
 
@@ -32,17 +36,21 @@ def product_key_top_m(
     row: scores of the row keys, f32 or f64.
     column: scores of the column keys.
     num_selected: cells kept per head, at most Q.
+    is_stable: see `top_m`.
 
   Returns:
     The scores, best first, and the addresses i * Q + j (int32, or uint32 where
     Q^2 does not fit).
   """
   num_keys = row.shape[-1]
-  best_row, i = top_m(jax.lax.stop_gradient(row), num_selected)
-  best_column, j = top_m(jax.lax.stop_gradient(column), num_selected)
+  best = functools.partial(
+    top_m, num_selected=num_selected, is_stable=is_stable
+  )
+  best_row, i = best(jax.lax.stop_gradient(row))
+  best_column, j = best(jax.lax.stop_gradient(column))
   p, q = candidates(num_selected)
   sums = best_row[..., p] + best_column[..., q]
-  _, cell = top_m(sums, num_selected)
+  _, cell = best(sums)
   i = jnp.take_along_axis(i, jnp.asarray(p)[cell], axis=-1)
   j = jnp.take_along_axis(j, jnp.asarray(q)[cell], axis=-1)
   scores = jnp.take_along_axis(row, i, axis=-1) + jnp.take_along_axis(

@@ -14,6 +14,9 @@ Letters: T tokens, P memory heads, Q keys per axis, r ranks, c cores, m
 candidates per axis, k kept cells per head (k = m here).
 """
 
+import functools
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
@@ -36,6 +39,7 @@ def tucker_top_m(
   *,
   directions: Directions | None = None,
   two_quadrants: bool = False,
+  is_stable: bool = False,
 ) -> tuple[Float[Array, 'T P k c'], Int[Array, 'T P k']]:
   """Scores and addresses of the kept cells of each head.
 
@@ -56,6 +60,7 @@ def tucker_top_m(
     directions: left and right vectors of the pre-filter; by default the
       leading singular pair of the summed cores.
     two_quadrants: candidates from both same-sign quadrants.
+    is_stable: see `top_m`.
 
   Returns:
     The c scores of each kept cell, best sum first, and its address i * Q + j
@@ -70,6 +75,7 @@ def tucker_top_m(
     jax.lax.stop_gradient(column),
     core_sum_Prr,
     jax.lax.stop_gradient(directions),
+    functools.partial(top_m, is_stable=is_stable),
     num_selected,
     2 if two_quadrants else 1,
   )
@@ -118,6 +124,7 @@ def _select(
   column: Float[Array, 'T P Q r'],
   core_sum: Float[Array, 'P r r'],
   directions: Directions,
+  best: Callable,
   num_selected: int,
   num_quadrants: int,
 ):
@@ -130,9 +137,11 @@ def _select(
   i_TPm, j_TPm = jax.lax.platform_dependent(
     a_TPQ,
     b_TPQ,
-    cuda=lambda *axes: _candidates_together(axes, num_selected, num_quadrants),
+    cuda=lambda *axes: _candidates_together(
+      axes, best, num_selected, num_quadrants
+    ),
     default=lambda *axes: tuple(
-      _candidates(axis, num_selected, num_quadrants) for axis in axes
+      _candidates(axis, best, num_selected, num_quadrants) for axis in axes
     ),
   )
   row_TPmr = _take(row, i_TPm)
@@ -142,7 +151,7 @@ def _select(
   right_TPmr = _take(column, j_TPm)
 
   def best_cells(carry: None, pair: tuple[jax.Array, jax.Array]):
-    return carry, _best_cells(*pair, num_selected, num_quadrants)
+    return carry, _best_cells(*pair, best, num_selected, num_quadrants)
 
   cells = row.shape[1] * num_selected**2 // num_quadrants
   _, (p_TPk, q_TPk) = chunking.scan_tokens(
@@ -156,31 +165,38 @@ def _select(
 
 
 def _candidates(
-  merged: Float[Array, 'T P Q'], num_selected: int, num_quadrants: int
+  merged: Float[Array, 'T P Q'],
+  best: Callable,
+  num_selected: int,
+  num_quadrants: int,
 ):
   """Keys with the largest merged scores; then those with the smallest."""
   if num_quadrants == 1:
-    return top_m(merged, num_selected)[1]
+    return best(merged, num_selected)[1]
   half = num_selected // 2
-  best, worst = top_m(merged, half)[1], top_m(-merged, half)[1]
-  return jnp.concatenate([best, worst], axis=-1)
+  found = best(merged, half)[1], best(-merged, half)[1]
+  return jnp.concatenate(found, axis=-1)
 
 
 def _candidates_together(
-  axes: tuple[jax.Array, jax.Array], num_selected: int, num_quadrants: int
+  axes: tuple[jax.Array, jax.Array],
+  best: Callable,
+  num_selected: int,
+  num_quadrants: int,
 ):
   """Of both axes, by as many kernels as for one.
 
   A CPU would sort all scores: XLA makes top_k of a sort whose first part is
   used, and there each axis uses but half of that.
   """
-  found = _candidates(jnp.concatenate(axes), num_selected, num_quadrants)
+  found = _candidates(jnp.concatenate(axes), best, num_selected, num_quadrants)
   return tuple(jnp.split(found, 2))
 
 
 def _best_cells(
   left: Float[Array, 'T P m r'],
   right: Float[Array, 'T P m r'],
+  best: Callable,
   num_selected: int,
   num_quadrants: int,
 ):
@@ -193,7 +209,7 @@ def _best_cells(
     for a in range(shape[-1])
   )
   grid_TPn = jnp.reshape(grid_TPgmm, (*shape[:2], -1))
-  _, cell = top_m(grid_TPn, num_selected)
+  _, cell = best(grid_TPn, num_selected)
   quadrant, cell = cell // side**2, cell % side**2
   return quadrant * side + cell // side, quadrant * side + cell % side
 

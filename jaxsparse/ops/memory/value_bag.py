@@ -29,6 +29,7 @@ Letters: M rows, W value width, T tokens, k rows per token, c cores, E pools.
 
 import functools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -36,6 +37,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsparse.config.errors import UserError
 from jaxsparse.ops import chunking
+from jaxsparse.ops.kernels import bag as kernel
 from jaxsparse.ops.memory import value_bag_gradient as gradient
 from jaxsparse.ops.memory.value_bag_gradient import (
   NumValid,
@@ -209,15 +211,8 @@ def _forward(
       _forward_chunked, num_pools=num_pools, chunk_bytes=chunk_bytes
     )
 
-  def fused(
-    table: Table, slot: Slots, weight: Weights, pool: PoolIndices, _: NumValid
-  ):
-    return _forward_fused(table, slot, weight, pool, num_pools)
-
-  def gathered(
-    table: Table, slot: Slots, weight: Weights, pool: PoolIndices, _: NumValid
-  ):
-    return _forward_gathered(table, slot, weight, pool, num_pools)
+  def of_all(form: Callable):
+    return lambda *args: form(*args[:-1], num_pools)
 
   def quantized(
     table: QuantizedTable,
@@ -234,9 +229,10 @@ def _forward(
     is_quantized = isinstance(table, QuantizedTable)
     on_cpu = quantized if is_quantized else unrolled(_UNROLL_CPU)
   if num_valid is None and slot.size * table.shape[1] <= _FEW_READS:
-    on_gpu = gathered
+    why_not = kernel.unsupported_reason(table, slot, weight, pool, num_pools)
+    on_gpu = of_all(_forward_gathered if why_not else kernel.bag)
   elif num_valid is None and slot.shape[1] <= _FUSED_ENTRIES:
-    on_gpu = fused
+    on_gpu = of_all(_forward_fused)
   else:
     on_gpu = unrolled(_UNROLL_GPU)
   return jax.lax.platform_dependent(

@@ -1,0 +1,69 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The decode bench's programs, of fewer blocks, compiled for an H100."""
+
+import argparse
+import dataclasses
+import functools
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import targets
+
+from jaxsparse.config import ModelConfig
+from jaxsparse.experiments.bench import decode, decode_models, decode_program
+from jaxsparse.inference.fuse_norms import fuse_key_norms
+from jaxsparse.nn.transformer import init_cache
+
+CONTEXT, STEPS = 2048, 32
+
+
+@functools.cache
+def model(name: str, num_layers: int) -> ModelConfig:
+  """Of the bench's 680M family, with one memory layer where it has some."""
+  options = argparse.Namespace(
+    **decode.OPTIONS
+    | dict(
+      family='680m',
+      models=name,
+      dtype='bfloat16',
+      context=CONTEXT,
+      width_multiple=64,
+    )
+  )
+  config = decode_models.make_models(options, kv_group=8)[name]
+  memory = config.memory and dataclasses.replace(
+    config.memory, placements=((0, 1),)
+  )
+  return dataclasses.replace(config, num_layers=num_layers, memory=memory)
+
+
+def compile_step(
+  name: str,
+  num_layers: int,
+  batch_size: int,
+  dump: pathlib.Path | None = None,
+) -> targets.Program:
+  """The loop over all steps, its cache donated; see `targets.compile_for`."""
+  config = model(name, num_layers)
+  with jax.set_mesh(targets.make_mesh('h100', (1, 1, 1))):
+    params = jax.eval_shape(lambda: decode_models.draw_params(config))
+    if config.memory and config.memory.key_norm != 'none':
+      params = jax.eval_shape(lambda p: fuse_key_norms(config, p)[1], params)
+      memory = dataclasses.replace(config.memory, key_norm='none')
+      config = dataclasses.replace(config, memory=memory)
+    cache = jax.eval_shape(
+      lambda: decode_program.split(
+        init_cache(config, batch_size, CONTEXT + STEPS)
+      )
+    )
+  tokens = jax.ShapeDtypeStruct((STEPS, batch_size), jnp.int32)
+  return targets.compile_for(
+    'h100',
+    decode_program.decode_steps(config, CONTEXT),
+    params,
+    cache,
+    tokens,
+    donate=(1,),
+    dump=dump,
+  )

@@ -1,0 +1,109 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a decode step of the 680M family is on an H100: kernels and graphs.
+
+Run with `pytest -m aot`, extra `aot`. At a small batch a step takes as long as
+its launches, so the bounds here are what it launches today: they are to fall.
+"""
+
+import functools
+import pathlib
+import tempfile
+
+import decode_steps
+import launches
+import pytest
+import targets
+
+from jaxsparse.ops.attention import libraries as attention_libraries
+from jaxsparse.ops.experts import grouped_matmul_libraries
+from jaxsparse.ops.kernels import probe
+
+pytestmark = pytest.mark.aot
+
+
+@pytest.fixture(autouse=True)
+def _kernels_compile(monkeypatch):
+  """What a device would be asked before its kernels are taken."""
+  monkeypatch.setattr(probe, 'first_error', lambda *args: None)
+  probe._compilation_error.cache_clear()
+  attention_libraries._decoding_error.cache_clear()
+  monkeypatch.setattr(
+    grouped_matmul_libraries, 'unsupported_reason', lambda *args: None
+  )
+
+
+@functools.cache
+def step(name: str, batch_size: int) -> targets.Program:
+  """Of two blocks: what the second adds is what each further one would."""
+  with tempfile.TemporaryDirectory() as folder:
+    return decode_steps.compile_step(name, 2, batch_size, pathlib.Path(folder))
+
+
+def in_loop(name, batch_size):
+  return launches.repeated(step(name, batch_size).text)
+
+
+def num_in_block(name, batch_size):
+  return len(launches.within(in_loop(name, batch_size), '/block_01/'))
+
+
+@pytest.mark.parametrize(
+  ('name', 'batch_size', 'most'),
+  [
+    ('dense', 64, 14),
+    ('dense', 16, 14),
+    ('dense', 2, 15),
+    # Its products are no matrix products.
+    ('dense', 1, 20),
+    ('moe', 64, 18),
+    ('moe', 2, 19),
+  ],
+)
+def test_kernels_of_a_block(name, batch_size, most):
+  assert 5 < num_in_block(name, batch_size) <= most
+
+
+@pytest.mark.parametrize('batch_size', [64, 2])
+def test_kernels_outside_blocks(batch_size):
+  outside = len(in_loop('dense', batch_size)) - 2 * num_in_block(
+    'dense', batch_size
+  )
+  assert 5 < outside <= 16
+
+
+@pytest.mark.parametrize('batch_size', [64, 2])
+def test_kernels_of_a_memory_layer(batch_size):
+  with_memory, without = (
+    len(in_loop(name, batch_size)) for name in ('ultramem', 'dense')
+  )
+  assert 5 < with_memory - without <= 19
+
+
+@pytest.mark.parametrize('name', ['dense', 'moe', 'pkm', 'ultramem'])
+def test_a_step_is_one_graph(name):
+  """And a copy behind it. XLA's kernel for an order of its own would cut it.
+
+  So it does on JAX 0.11; on 0.12 it needs 32 MiB of scratch instead.
+  """
+  program = step(name, 64)
+  assert 'TopK' not in program.text
+  assert 'kSelectK' not in program.thunks
+  assert 1 <= launches.graphs(program.text, program.thunks) <= 2
+
+
+@pytest.mark.parametrize(
+  ('name', 'most'), [('dense', 18e6), ('ultramem', 26e6)]
+)
+def test_a_step_keeps_its_cache_and_little_else(name, most):
+  program = step(name, 64)
+  config = decode_steps.model(name, 2)
+  rows = 64 * config.num_kv_heads * (decode_steps.CONTEXT + decode_steps.STEPS)
+  assert program.alias_bytes > 2 * 2 * 2 * rows * config.head_dim
+  assert program.temp_bytes < most
+
+
+def test_two_rows_take_no_weights_in_another_layout():
+  """As one row does: all of them, before the loop."""
+  rest = launches.written_before_loops(step('dense', 2).text)
+  assert rest < 2**20
+  assert launches.written_before_loops(step('dense', 1).text) > 10 * rest
