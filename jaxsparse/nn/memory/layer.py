@@ -20,7 +20,7 @@ virtual blocks or pools, M rows, W value width, U pre-value width.
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal, overload
 
 import flax.linen as nn
 import jax
@@ -33,6 +33,7 @@ from jaxsparse.config import MemoryConfig
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.leading import Leading
 from jaxsparse.nn.memory.init import parameters
+from jaxsparse.nn.memory.metrics import Metrics, memory_metrics
 from jaxsparse.nn.memory.retrieval import Context, Read, retrieve
 from jaxsparse.nn.memory.tables import (
   ENTRIES,
@@ -42,22 +43,15 @@ from jaxsparse.nn.memory.tables import (
   table_scheme,
 )
 from jaxsparse.nn.parameter import Parameter, gathered, parameter
-from jaxsparse.ops.memory import usage
 from jaxsparse.ops.memory.sharded_bag import (
   ask_for_rows,
   sharded_gathered_dot,
   sharded_value_bag,
 )
 from jaxsparse.ops.memory.table_reads import TableReads
-from jaxsparse.ops.memory.tucker import (
-  Directions,
-  lower_singular_loss,
-  singular_values,
-)
+from jaxsparse.ops.memory.tucker import Directions
 from jaxsparse.ops.tables.host_table import HostTable
 from jaxsparse.ops.token_product import token_product
-
-Metrics = dict[str, jax.Array]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +89,33 @@ class MemoryLayer(nn.Module):
   first_row: int = 0
   is_partial: bool = False
   axes: mesh.Axes = mesh.DEFAULT_AXES
+
+  # Of a call that does not say otherwise, the output is an array.
+  @overload
+  def __call__(
+    self,
+    x: Num[Array, '*S D'],
+    segment_ids: Int[Array, '*S'] | None = None,
+    context: Context | None = None,
+    *,
+    tables: Tables | None = None,
+    directions: Directions | None = None,
+    permutation: Int[Array, 'V'] | None = None,
+    is_for_later: Literal[False] = False,
+  ) -> tuple[Float[Array, '*S D'], Metrics]: ...
+
+  @overload
+  def __call__(
+    self,
+    x: Num[Array, '*S D'],
+    segment_ids: Int[Array, '*S'] | None = None,
+    context: Context | None = None,
+    *,
+    tables: Tables | None = None,
+    directions: Directions | None = None,
+    permutation: Int[Array, 'V'] | None = None,
+    is_for_later: bool,
+  ) -> tuple[Float[Array, '*S D'] | Awaited, Metrics]: ...
 
   @nn.compact
   @portable(
@@ -367,34 +388,3 @@ def _output(weights, x, pooled, is_partial):
     weights['output'].astype(x.dtype),
     out_sharding=mesh.partial('BTD') if is_partial else mesh.act('BTD'),
   )
-
-
-def memory_metrics(
-  params: dict[str, Parameter],
-  read: Read,
-  config: MemoryConfig,
-  segment_ids: Int[Array, 'B T'] | None = None,
-) -> Metrics:
-  """Scalars of one pass, from what `memory_forward` read but for padding."""
-  scores = jax.lax.stop_gradient(read['scores'])
-  scores = scores.reshape(*scores.shape[:2], -1)
-  is_token = None if segment_ids is None else segment_ids > 0
-
-  def mean(x):
-    return usage.mean_over_tokens(x, is_token).mean()
-
-  score_mean = mean(scores)
-  metrics = {
-    'aux_loss': jnp.zeros((), jnp.float32),
-    'usage_fraction': usage.usage_fraction(read['counts'], config.num_slots),
-    'usage_kl': usage.usage_kl(read['counts'], config.num_slots),
-    'score_mean': score_mean,
-    'score_std': jnp.sqrt(mean(jnp.square(scores - score_mean))),
-  }
-  if config.grid == 'tucker':
-    loss = lower_singular_loss(params['cores'], config.aux_loss_margin)
-    metrics['aux_loss'] = config.aux_loss_weight * loss
-    values = singular_values(jax.lax.stop_gradient(params['cores'].sum(0)))
-    for i, value in enumerate(values.mean(0)):
-      metrics[f'core_singular_{i}'] = value
-  return metrics
