@@ -171,7 +171,9 @@ def test_params_are_checked_when_loaded_for_use(two_steps, damage):
   jax.tree.map(np.testing.assert_array_equal, params, state()[0])
   assert len(said) == 1
   assert said[0].startswith('The checkpoint of step 2 is damaged (')
-  with pytest.raises(UserError, match=r'of step 2 .* choose another step of \[1, 2'):
+  with pytest.raises(
+    UserError, match=r'of step 2 .* choose another step of \[1, 2'
+  ):
     checkpoint.load_params(two_steps, 2)
   assert contents(two_steps) == before
   DAMAGES[damage](older)

@@ -70,8 +70,15 @@ def equal(a, b):
   jax.tree.map(np.testing.assert_array_equal, a, b)
 
 
-@pytest.mark.parametrize('has_memory', [True, False])
-@pytest.mark.parametrize('output_map', [True, False])
+@pytest.mark.parametrize(
+  ('has_memory', 'output_map'),
+  [
+    (True, True),
+    (False, False),
+    pytest.param(True, False, marks=pytest.mark.slow),
+    pytest.param(False, True, marks=pytest.mark.slow),
+  ],
+)
 def test_rows_are_those_that_resident_tables_begin_with(
   tmp_path, has_memory, output_map
 ):

@@ -62,9 +62,9 @@ def params():
   ('placement', 'use_remat', 'expected'),
   [
     ((0, 1), False, ['ask', 'collect']),
-    ((0, 0), False, ['take']),
+    pytest.param((0, 0), False, ['take'], marks=pytest.mark.slow),
     # Blocks that are computed again return arrays alone.
-    ((0, 1), True, ['take']),
+    pytest.param((0, 1), True, ['take'], marks=pytest.mark.slow),
   ],
 )
 def test_loss_and_gradient_are_those_of_the_table(
