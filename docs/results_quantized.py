@@ -8,7 +8,10 @@ from jaxsparse.experiments.bench import quantized_loss
 LOSSES = {
   '`ultramem:tiny`': 'quantized_loss_ultramem_tiny',
   'SmolLM2-135M': 'quantized_loss_smollm2',
+  'facts': 'quantized_loss_facts',
 }
+
+FACTS = 6000
 
 
 def losses(model):
@@ -35,7 +38,7 @@ def megabytes(count):
 
 
 def quantized():
-  tiny, smol = map(losses, LOSSES)
+  tiny, smol, facts = map(losses, LOSSES)
   rows = [
     [
       name,
@@ -44,6 +47,7 @@ def quantized():
       f'{r["bits_per_byte"]:.4f}',
       lost(r),
       lost(smol[name]) if name in smol else '-',
+      ' and '.join(f'{x:.1%}' for x in facts[name]['recall_by_model']),
     ]
     for name, r in tiny.items()
   ]
@@ -83,18 +87,19 @@ def quantized():
 ![Bits per byte lost against bytes, and time of a bag](../pictures/quantized.png)
 
 ## What is lost
-`ultramem:tiny` after its recipe's 600 steps, one seed, scored on {first['text_bytes']:,} bytes of its validation text in {first['windows']} windows:
-`jaxsparse bench quantized_loss --workdir=runs/ultramem_tiny`. SmolLM2-135M, imported from a file of 4 bits (Q4_1), on {of_smol['text_bytes']:,} bytes of enwik8 from byte 95,000,000 in
+`ultramem:tiny` after its recipe's 600 steps, means over three seeds, scored on {first['text_bytes']:,} bytes of its validation text in {first['windows']} windows:
+`jaxsparse bench quantized_loss --workdir=runs/ultramem_tiny_0,runs/ultramem_tiny_1,runs/ultramem_tiny_2`. SmolLM2-135M, imported from a file of 4 bits (Q4_1), on {of_smol['text_bytes']:,} bytes of enwik8 from byte 95,000,000 in
 {of_smol['windows']} windows of 256 tokens ({of_smol['bits_per_byte']:.4f} bits per byte in float32): `--text=` and, for GPTQ, `--calibrate=` name files, and `--window=256`.
 Figures in `results/quantized_loss_ultramem_tiny.json` and `results/quantized_loss_smollm2.json`. A loss is to float32, window by window, with the
-standard error of that difference.
+standard error of that difference. Recall is of two seeds of the suite of facts, Memory+ with 1,000 people, the share of {FACTS:,} facts that it has:
+`jaxsparse compare --suite=configs/compare/facts.py --only=memory_plus --people=1000 --seeds=0,1 --keep --workdir=runs/facts`, then `jaxsparse bench
+quantized_loss --people=1000 --workdir=` with both its runs (`results/quantized_loss_facts.json`).
 
-{table([*head, 'lost by SmolLM2'], rows)}
+{table([*head, 'lost by SmolLM2', 'recall of facts'], rows)}
 
 int4 and nf4 of matrices are in groups of 32, with embedding and output in int8; GPTQ has 64 KB of training text, or 20 KB of enwik8 from byte
 1,000,000. Rows of 3 bits and of 1 bit are no format: they are roundings that say how far a table could go. A table of zeros is the control: it
-says what the table is worth. Keys and values are scored through a decoding cache. Recall of a model trained on `facts` and further seeds were not
-measured.
+says what the table is worth. Keys and values are scored through a decoding cache.
 
 | | aim | lost |
 | --- | --- | --- |
