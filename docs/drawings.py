@@ -156,7 +156,7 @@ def draw_quantized(file: pathlib.Path) -> None:
     left.set_xlim(0, whole / 1e6)
     left.set_xlabel(f'MB of the model (float32: {whole / 1e6:.1f})')
     left.set_ylabel('bits per byte lost (two errors)')
-    left.set_title('ultramem:tiny, one seed', loc='left')
+    left.set_title('ultramem:tiny, three seeds', loc='left')
     bags = {
       name: r['ratio']
       for (task, name), r in results_quantized.times().items()
