@@ -111,7 +111,7 @@ def fit(
     # Of what is in use, which may no longer be what the workdir holds.
     origin = provenance.record(config, workdir)
     keep = functools.partial(adapters.saved, config, frozen)
-    write = adapter_run.writer(config, workdir, begun_from, frozen)
+    write = adapter_run.writer(config, workdir, begun_from, frozen, state)
     if begun_from is not None:
       origin |= {'start': dataclasses.asdict(begun_from)}
     if config.optimizer.trained:
