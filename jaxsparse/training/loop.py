@@ -185,10 +185,8 @@ def fit(
         else:
           # Its moments take as much room as what is read now.
           del state
-          reports.show_moved(
-            step,
-            rows_moved.since_start(config, params, begun_from, reporter.say),
-          )
+          args = config, params, begun_from, reporter.say, read
+          reports.show_moved(step, rows_moved.since_start(*args))
         return Outcome(step, adapters.merged(params), validation)
     finally:
       data.batches.close()
