@@ -12,7 +12,7 @@ from etils import epath
 
 from jaxsparse.config.errors import require
 from jaxsparse.data import tokenizer_roles
-from jaxsparse.inference import quantized_leaves
+from jaxsparse.inference import adapters
 from jaxsparse.nn import row_deltas
 from jaxsparse.run import adapter_files, new_workdir, run_config, stored
 from jaxsparse.run import workdir as workdir_lib
@@ -65,7 +65,7 @@ def add(argv: Sequence[str]) -> None:
   arguments = parser.parse_args(argv)
   workdir, out = map(workdir_lib.expanded, (arguments.workdir, arguments.out))
   before = _read_added(workdir)
-  step, params = quantized_leaves.load_params(workdir, tables='device')
+  step, params = adapters.load_params(workdir, tables='device')
   base = stored.params_fingerprint(workdir, step)
   # What has deltas in its tables already is still of their base.
   bases = {base, *(meta['of'] for _, meta in before)}
@@ -120,7 +120,7 @@ def remove(argv: Sequence[str]) -> None:
     f'name must be of a delta in the tables of {workdir!r}, which has '
     f'{", ".join(names) or "none"}; got {name!r}.',
   )
-  step, params = quantized_leaves.load_params(workdir, tables='device')
+  step, params = adapters.load_params(workdir, tables='device')
   place = names.index(name)
   tensors, meta = kept.pop(place)
   now = stored.params_fingerprint(workdir, step)

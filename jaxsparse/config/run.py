@@ -286,10 +286,18 @@ class Config:
       f'grad_accumulation must divide batch_size = {self.data.batch_size}, '
       f'got {self.optimizer.grad_accumulation}.',
     )
+    num_steps, annealed = self.train.num_steps, self.optimizer.anneal_steps
     require(
-      self.optimizer.anneal_steps <= self.train.num_steps,
-      f'anneal_steps must be at most num_steps = {self.train.num_steps:,}, got '
-      f'{self.optimizer.anneal_steps:,}.',
+      annealed <= num_steps,
+      f'anneal_steps must be at most num_steps = {num_steps:,}, got '
+      f'{annealed:,}.',
+    )
+    warmup = self.optimizer.warmup_within(num_steps)
+    require(
+      not annealed or warmup + annealed <= num_steps,
+      f'anneal_steps must be at most {num_steps - warmup:,}, the steps behind '
+      f'the {warmup:,} of warm-up, else the peak is never reached; got '
+      f'{annealed:,}: take fewer, or warmup_steps = 0.',
     )
     self._check_values()
     check_base(self.adapter, self.train, self.optimizer)

@@ -88,14 +88,18 @@ def load_params(
     return quantized_leaves.load_params(
       workdir, step, say, abstract, tables, how
     )
-  places = abstract and _abstract(saved.adapter, abstract)
+  # Rows are few, and only the checkpoint knows how many: they are read whole.
+  is_of_rows = saved.adapter.kind == 'rows'
+  places = (
+    None if is_of_rows else abstract and _abstract(saved.adapter, abstract)
+  )
   step, adapter = checkpoint.load_params(workdir, step, say, places)
   base = _base_of(workdir, record)
   _, params = load_params(base.workdir, base.step, say, abstract, tables)
   with _mesh_of(abstract):
     if how := parse(saved.adapter.quantize):
       params = quantize(saved.model, params, how)
-    if saved.adapter.kind == 'rows':
+    if is_of_rows:
       found = {'/'.join(p): x for p, x in adapters.leaves(adapter).items()}
       tensors = jax.device_get(found)
       return step, _with_rows(saved.model, params, tensors, workdir, tables)

@@ -12,7 +12,7 @@ from typing import Any
 
 from etils import epath
 
-from jaxsparse.config import Config, saved_config
+from jaxsparse.config import AdapterConfig, Config, saved_config
 from jaxsparse.config.errors import UserError
 from jaxsparse.run import checkpoint, hosts, provenance, workdir_lock
 from jaxsparse.run import workdir as workdir_lib
@@ -97,9 +97,10 @@ def write(
   Raises:
     UserError: the workdir can't be written.
   """
-  # It is where the parameters are from, so a run of it begins here.
+  # It is where the parameters are from, so a run of it begins here; of an
+  # adapter they have what it has learned.
   train = dataclasses.replace(config.train, start_from='')
-  config = dataclasses.replace(config, train=train)
+  config = dataclasses.replace(config, train=train, adapter=AdapterConfig())
   # What has no tokenizer may get one later.
   recorded = provenance.record(config, workdir)
   record = {name: of for name, of in recorded.items() if of}

@@ -3,6 +3,7 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import numpy as np
@@ -10,6 +11,7 @@ from etils import epath
 
 from jaxsparse import mesh
 from jaxsparse.config import Config
+from jaxsparse.config.errors import UserError
 from jaxsparse.nn import adapters as adapter_trees
 from jaxsparse.nn import row_deltas
 from jaxsparse.run import adapter_files, hosts, start
@@ -54,12 +56,40 @@ def writer(
   workdir: epath.PathLike,
   base: start.Start | None,
   frozen: dict,
+  state: Any,
 ) -> Write:
-  """`write` of a run; nothing is written if it trains no adapter."""
+  """`write` of a run; nothing is written if it trains no adapter.
+
+  A run that goes on from a checkpoint writes at once what is not of it: a kill
+  may have come between the two, or someone removed or damaged it.
+
+  Args:
+    config: of the run.
+    workdir: its folder.
+    base: what it stands beside.
+    frozen: its parameters.
+    state: what the run goes on from, a `TrainState`.
+
+  Raises:
+    UserError: it can't be written.
+  """
   if not config.adapter.kind:
     return lambda step, adapter: None
   assert base is not None
+  step = int(state.step)
+  # All processes see what process 0 does.
+  if step and not hosts.gather(_is_written(config, workdir, step))[0]:
+    write(config, workdir, base, frozen, step, state.params)
   return functools.partial(write, config, workdir, base, frozen)
+
+
+def _is_written(config: Config, workdir: epath.PathLike, step: int) -> bool:
+  try:
+    folder = adapter_files.folder_of(workdir, config.adapter.name)
+    _, meta = adapter_files.read(folder)
+  except UserError:
+    return False
+  return meta.get('steps') == step
 
 
 def write(

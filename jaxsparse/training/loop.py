@@ -111,7 +111,7 @@ def fit(
     # Of what is in use, which may no longer be what the workdir holds.
     origin = provenance.record(config, workdir)
     keep = functools.partial(adapters.saved, config, frozen)
-    write = adapter_run.writer(config, workdir, begun_from, frozen)
+    write = adapter_run.writer(config, workdir, begun_from, frozen, state)
     if begun_from is not None:
       origin |= {'start': dataclasses.asdict(begun_from)}
     if config.optimizer.trained:
@@ -185,10 +185,8 @@ def fit(
         else:
           # Its moments take as much room as what is read now.
           del state
-          reports.show_moved(
-            step,
-            rows_moved.since_start(config, params, begun_from, reporter.say),
-          )
+          args = config, params, begun_from, reporter.say, read
+          reports.show_moved(step, rows_moved.since_start(*args))
         return Outcome(step, adapters.merged(params), validation)
     finally:
       data.batches.close()

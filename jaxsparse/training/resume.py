@@ -19,9 +19,11 @@ from jaxsparse.run import (
   new_workdir,
   run_config,
   start,
+  stored,
 )
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.training import changes
+from jaxsparse.training.trained_rows import FOLDER as RANKING
 
 
 def open_workdir(
@@ -72,6 +74,11 @@ def open_workdir(
     accepted = []
     given = ('model.', 'train.start_from')
     refused = {k: why for k, why in refused.items() if k.startswith(given)}
+  if not (stored.steps_in(workdir) or (workdir / RANKING).exists()):
+    # An adapter that was refused, or drawn and lost, may be another.
+    begun = [name for name in refused if name.startswith('adapter.')]
+    accepted += begun
+    refused = {k: why for k, why in refused.items() if k not in begun}
   if refused:
     why = ' and '.join(dict.fromkeys(refused.values()))
     raise UserError(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError
-from jaxsparse.run import start, table_leaves
+from jaxsparse.run import checkpoint, start, table_leaves
 from jaxsparse.training import start_from, trained_part
 
 # Of a row's norm: what moved less than that is as it was.
@@ -20,6 +20,7 @@ def since_start(
   params: dict,
   begun_from: start.Start | None,
   say: Callable[[str], None],
+  read: start_from.Read = checkpoint.load_params,
 ) -> dict[str, float]:
   """The share of rows that moved, of each table that the run trained.
 
@@ -28,6 +29,7 @@ def since_start(
     params: at its end, on the mesh in use.
     begun_from: what it began with; None if it was drawn.
     say: gets a sentence if that can't be read any more.
+    read: reads a checkpoint, as `start_from.load_params` has it.
 
   Returns:
     Shares by metrics' names, such as 'block_01/memory/rows_moved'; none of
@@ -42,7 +44,7 @@ def since_start(
   if begun_from is None or not tables or is_on_file or config.adapter.kind:
     return {}
   try:
-    first = start_from.load_params(config, begun_from, say)
+    first = start_from.load_params(config, begun_from, say, read)
   except UserError as error:
     say(f'How many rows of tables moved is not known, as {error}')
     return {}

@@ -6,10 +6,12 @@ import signal
 import subprocess
 import sys
 
+import jax.numpy as jnp
 import pytest
 
+from jaxsparse import config as c
 from jaxsparse.config.errors import UserError
-from jaxsparse.run import new_workdir, workdir_lock
+from jaxsparse.run import new_workdir, run_config, workdir_lock
 
 KILLED = f"""
 import os, pathlib, sys
@@ -50,3 +52,13 @@ def test_what_is_whole_or_of_others_is_kept(tmp_path):
   with pytest.raises(UserError, match='must be new or an empty folder'):
     new_workdir.require_new(tmp_path)
   assert names(tmp_path) == {'unfinished', 'config.json'}
+
+
+def test_of_an_adapters_run_it_has_parameters_alone(tmp_path):
+  config = c.Config(
+    train=c.TrainConfig(start_from='base'),
+    adapter=c.AdapterConfig(kind='lora', rank=4),
+  )
+  new_workdir.write(tmp_path, config, dict(x=jnp.ones(2)), dict(made='here'))
+  written = run_config.read(tmp_path)
+  assert (written.train.start_from, written.adapter.kind) == ('', '')

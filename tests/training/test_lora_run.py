@@ -4,6 +4,7 @@
 import contextlib
 import dataclasses
 import functools
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -145,6 +146,31 @@ def test_killed_and_started_again_it_is_the_same(base, whole, tmp_path, capsys):
   equal(
     checkpoint.load_params(tmp_path)[1], checkpoint.load_params(whole[0])[1]
   )
+
+
+@pytest.mark.parametrize('harm', ['removed', 'damaged', 'of another step'])
+def test_its_file_is_written_again_by_the_next_start(whole, base, harm):
+  folder = whole[0] / 'adapters' / 'new_words'
+  tensors, meta = adapter_files.read(folder)
+  if harm == 'removed':
+    shutil.rmtree(folder)
+  elif harm == 'damaged':
+    (folder / 'adapter.safetensors').write_bytes(b'cut off')
+  else:
+    # As a kill between the last checkpoint and the file leaves it.
+    adapter_files.write(folder, tensors, meta | dict(steps=2))
+  fit(of(base), whole[0])
+  again, now = adapter_files.read(folder)
+  equal(again, tensors)
+  assert now == meta
+
+
+def test_what_was_refused_may_be_put_right(base, tmp_path):
+  with pytest.raises(UserError, match=r'adapter\.targets must find a matrix'):
+    fit(of(base, targets='nothing'), tmp_path)
+  fit(of(base, targets='attention/query$'), tmp_path)
+  with pytest.raises(UserError, match=r'adapter\.targets: .*another --workdir'):
+    fit(of(base, targets='attention/key$'), tmp_path)
 
 
 @pytest.mark.slow

@@ -2,6 +2,7 @@
 """A run of rows ranks them once, goes on with them, and leaves a delta."""
 
 import dataclasses
+import functools
 import pathlib
 import shutil
 
@@ -88,13 +89,14 @@ def fit(monkeypatch):
     evaluation, 'validate', lambda *_, **__: evaluation.Validation(1, 1, {})
   )
 
-  def run(config, workdir, ranked_by):
+  def run(config, workdir, ranked_by=None):
     config, _ = resume.open_workdir(config, workdir)
     config = start_from.begin(config, workdir, lambda _: None)
     resume.save_config(config, workdir)
     data = loop.TrainingData(Batches(), list, 1, 1.0, ranked_by=ranked_by)
+    read = functools.partial(loaded_adapters.load_base, config)
     with jax.set_mesh(make_mesh((1, 1, 1))):
-      return loop.fit(config, workdir, data, Reporter(), lambda _: None)
+      return loop.fit(config, workdir, data, Reporter(), lambda _: None, read)
 
   return run
 
@@ -133,6 +135,20 @@ def test_it_ranks_once_and_goes_on_exactly(base, tmp_path, fit, capsys):
   shutil.rmtree(workdir / trained_rows.FOLDER)
   with pytest.raises(UserError, match='is of other rows than those'):
     fit(config, workdir, texts(new=range(30, 33)))
+
+
+@pytest.mark.slow
+def test_a_run_of_all_parameters_begins_with_its_base_and_rows(
+  base, tmp_path, fit, capsys
+):
+  fit(of(base), tmp_path / 'rows', texts())
+  after = dataclasses.replace(of(tmp_path / 'rows'), adapter=c.AdapterConfig())
+  capsys.readouterr()
+  fit(after, tmp_path / 'all')
+  # It is compared at the end with what it began with, rows and all.
+  said = capsys.readouterr().out
+  assert 'rows of tables moved is not known' not in said
+  assert 'block_00/memory/rows_moved' in said
 
 
 def test_several_adapters_are_added_and_overlaps_are_said(base, tmp_path, fit):

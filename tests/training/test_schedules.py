@@ -57,6 +57,22 @@ def test_a_run_goes_on_from_the_constant_as_if_it_had_been_longer():
   assert changes.rates(run(200, anneal_steps=100), run(400), 150)
 
 
+def test_annealing_from_within_the_warm_up_is_refused():
+  """It would begin at a tenth of the peak, and never come near it."""
+
+  def run(anneal_steps, warmup_steps):
+    optimizer = OptimizerConfig(
+      schedule='infinite', anneal_steps=anneal_steps, warmup_steps=warmup_steps
+    )
+    return Config(optimizer=optimizer, train=TrainConfig(num_steps=100))
+
+  run(100, 0), run(50, 50)
+  with pytest.raises(
+    UserError, match=r'anneal_steps must be at most 50, .* 51'
+  ):
+    run(51, 50)
+
+
 @pytest.mark.parametrize(
   ('fields', 'words'),
   [
