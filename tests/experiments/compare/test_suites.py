@@ -28,6 +28,7 @@ def test_all_suites_are_here():
     'attention',
     'cpu',
     'cpu_ablation',
+    'continual',
     'facts',
     'facts_24000',
     'h100',
