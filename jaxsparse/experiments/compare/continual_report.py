@@ -5,7 +5,7 @@ import dataclasses
 from collections.abc import Sequence
 
 from jaxsparse.experiments.compare.results import Result
-from jaxsparse.experiments.compare.spread import Spread, cell, markdown
+from jaxsparse.experiments.compare.spread import Spread, markdown, text_of
 from jaxsparse.experiments.compare.suite import Suite
 
 # Shares of the new facts at which methods are compared.
@@ -75,9 +75,9 @@ def tables(suite: Suite, results: Sequence[Result]) -> str:
         name,
         f'{one["num_trained"]:,}',
         f'{top.rate:g}',
-        cell(top.new, '.1%'),
-        cell(top.old, '.1%'),
-        cell(top.forgotten, '.1%'),
+        text_of(top.new, '.1%'),
+        text_of(top.old, '.1%'),
+        text_of(top.forgotten, '.1%'),
       ]
     )
     levels.append([name, *(_at(found, level) for level in LEVELS)])
@@ -97,7 +97,7 @@ def _at(found: Sequence[Point], level: float) -> str:
   point = least_forgotten(found, level)
   if point is None:
     return '-'
-  return f'{cell(point.forgotten, ".1%")} at {point.rate:g}'
+  return f'{text_of(point.forgotten, ".1%")} at {point.rate:g}'
 
 
 def _before(results: Sequence[Result]) -> str:
@@ -109,7 +109,7 @@ def _before(results: Sequence[Result]) -> str:
     for key in ('recall_before', 'old_recall_before')
   )
   return (
-    f'The base has {cell(old, ".1%")} of the facts of '
-    f'{mine[0]["old_people"]:,} people, and {cell(new, ".1%")} of those of '
+    f'The base has {text_of(old, ".1%")} of the facts of '
+    f'{mine[0]["old_people"]:,} people, and {text_of(new, ".1%")} of those of '
     f'{mine[0]["people"]:,} new ones.'
   )

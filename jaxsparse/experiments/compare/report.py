@@ -10,7 +10,7 @@ import numpy as np
 
 from jaxsparse.experiments.compare import continual_report
 from jaxsparse.experiments.compare.spread import Spread as Spread
-from jaxsparse.experiments.compare.spread import cell, markdown
+from jaxsparse.experiments.compare.spread import markdown, text_of
 from jaxsparse.experiments.compare.suite import DENSE, Suite
 from jaxsparse.run import workdir as workdir_lib
 
@@ -116,7 +116,7 @@ def _recall_table(
   rows = []
   for name in names:
     cells = [spread(results, name, 'recall', number) for number in numbers]
-    rows.append([name, *(cell(cell, '.1%') for cell in cells)])
+    rows.append([name, *(text_of(cell, '.1%') for cell in cells)])
   return markdown(heads, rows)
 
 
@@ -141,10 +141,10 @@ def _capacity_table(names: Sequence[str], results: Sequence[Result]) -> str:
     cells = [
       cell
       for own, dense in zip(*held, strict=True)
-      for cell in (cell(own, ',.0f'), _ratio(own, dense))
+      for cell in (text_of(own, ',.0f'), _ratio(own, dense))
     ]
-    bits = cell(most(results, name, 'bits'), ',.0f')
-    per_parameter = cell(most(results, name, 'bits_per_parameter'), '.3f')
+    bits = text_of(most(results, name, 'bits'), ',.0f')
+    per_parameter = text_of(most(results, name, 'bits_per_parameter'), '.3f')
     rows.append([name, *cells, bits, per_parameter])
   heads = ['architecture', 'most facts', 'to dense']
   heads += [f'of {num_facts:,}', 'to dense', 'most bits', 'bits/parameter']
@@ -163,10 +163,10 @@ def _language_table(names: Sequence[str], results: Sequence[Result]) -> str:
     [
       name,
       *_size_cells(_first(results, name)),
-      cell(spread(results, name, 'validation_loss'), '.4f'),
+      text_of(spread(results, name, 'validation_loss'), '.4f'),
       _change(results, None if name == base else base, name, 'validation_loss'),
-      cell(spread(results, name, 'bits_per_byte'), '.4f'),
-      cell(spread(results, name, 'training_loss'), '.4f'),
+      text_of(spread(results, name, 'bits_per_byte'), '.4f'),
+      text_of(spread(results, name, 'training_loss'), '.4f'),
       _speed(results, name),
     ]
     for name in names
@@ -182,7 +182,7 @@ def _needles_table(names: Sequence[str], results: Sequence[Result]) -> str:
   rows = [
     [
       name,
-      cell(spread(results, name, 'needles_found'), '.1%'),
+      text_of(spread(results, name, 'needles_found'), '.1%'),
       _ratio(
         spread(results, name, 'needles_found'),
         spread(results, base, 'needles_found'),
@@ -205,7 +205,7 @@ def _walk_table(
       [
         name,
         *_size_cells(_first(results, name)),
-        cell(spread(results, name, 'validation_loss'), '.4f'),
+        text_of(spread(results, name, 'validation_loss'), '.4f'),
         _change(results, before, name, 'training_loss'),
         _change(results, before, name, 'validation_loss'),
         '-' if published is None else f'{published[0]:+.3f}',
@@ -230,8 +230,8 @@ def _change(
     for one in (before, name)
   )
   changes = tuple(new[seed] - old[seed] for seed in sorted(old.keys() & new))
-  return cell(Spread(changes) if changes else None, '+.4f')
+  return text_of(Spread(changes) if changes else None, '+.4f')
 
 
 def _speed(results: Sequence[Result], name: str) -> str:
-  return cell(spread(results, name, 'tokens_per_second'), ',.0f')
+  return text_of(spread(results, name, 'tokens_per_second'), ',.0f')

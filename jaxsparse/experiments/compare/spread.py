@@ -39,7 +39,7 @@ class Spread:
     return f'{self.mean:{form}} ({low} to {high}; ± {std})'
 
 
-def cell(figure: Spread | None, form: str) -> str:
+def text_of(figure: Spread | None, form: str) -> str:
   return '-' if figure is None else figure.text(form)
 
 
