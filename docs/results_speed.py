@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The pages of results that are about speed, and the list of all pages."""
 
+import results_continual
 import results_quantized
 import results_serving
 import results_tables
@@ -183,5 +184,5 @@ PAGES = dict(
   language=results_tables.language, recall=results_tables.recall,
   decode=results_tables.decode, attention=results_tables.attention,
   tables=tables, cpu=cpu, serving=results_serving.serving,
-  quantized=results_quantized.quantized,
+  quantized=results_quantized.quantized, continual=results_continual.continual,
 )  # fmt: skip

@@ -48,7 +48,9 @@ def test_notebook(tmp_path, monkeypatch):
   assert '(2, 64, 128)' in texts(cell_with('y, metrics'))
   assert 'step 55/55' in texts(cell_with('%run ../train.py'))
   assert 'validation_bits_per_byte' in texts(cell_with('lines ='))
-  assert 'def ' in texts(cell_with('generate.main('))
+  assert 'def ' in texts(cell_with('--max_tokens=120'))
+  assert 'in 500 rows of tables' in texts(cell_with('FACT ='))
+  assert texts(cell_with('ASK =')).count('def capital_of_zora(): return ') == 2
   pictures = [
     output.data['image/png']
     for cell in cells

@@ -66,6 +66,11 @@ class Outcome:
   validation: evaluation.Validation | None
 
 
+def jitted_step(config: Config) -> Callable[..., Any]:
+  """`train_step` of a config, which takes the memory of its state."""
+  return jax.jit(functools.partial(train_step, config), donate_argnums=0)
+
+
 def fit(
   config: Config,
   workdir: epath.PathLike,
@@ -73,6 +78,7 @@ def fit(
   reporter: Reporter,
   utilization: Callable[[float], float | None],
   read: start_from.Read = checkpoint.load_params,
+  make_step: Callable[[Config], Callable[..., Any]] = jitted_step,
 ) -> Outcome:
   """Trains from the workdir's newest checkpoint to `train.num_steps`.
 
@@ -85,6 +91,7 @@ def fit(
     reporter: shows what happens.
     utilization: from tokens per second to model FLOP utilisation, if known.
     read: reads the checkpoint that `train.start_from` names.
+    make_step: makes the jitted `train_step`; none of it with tables on file.
 
   Raises:
     UserError: the batch does not fit the mesh, the disk is full, no checkpoint
@@ -96,7 +103,7 @@ def fit(
   checkpoints = checkpoint.Checkpoints(
     workdir, config.train.keep_checkpoints, config.train.keep_best
   )
-  train = jax.jit(functools.partial(train_step, config), donate_argnums=0)
+  train = make_step(config)
   finalized = finish = jax.jit(functools.partial(finalize, config))
   tables = stored_tables.of_run(config, workdir)
   if tables is not None:

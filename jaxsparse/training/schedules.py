@@ -14,13 +14,13 @@ def learning_rate(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
   """The learning rate by the number of steps taken."""
   if config.schedule == 'infinite':
     return _infinite(config, num_steps)
-  return optax.warmup_cosine_decay_schedule(
-    init_value=WARMUP_START * config.learning_rate,
-    peak_value=config.learning_rate,
-    warmup_steps=config.warmup_within(num_steps),
-    decay_steps=num_steps,
-    end_value=config.final_lr_fraction * config.learning_rate,
+  peak, warmup = config.learning_rate, config.warmup_within(num_steps)
+  # As `optax.warmup_cosine_decay_schedule`, which takes no peak that is traced.
+  rising = optax.linear_schedule(WARMUP_START * peak, peak, warmup)
+  falling = optax.cosine_decay_schedule(
+    peak, num_steps - warmup, config.final_lr_fraction
   )
+  return optax.join_schedules([rising, falling], [warmup])
 
 
 def _infinite(config: OptimizerConfig, num_steps: int) -> optax.Schedule:

@@ -110,7 +110,7 @@ def _write(suite, results, folder):
 def _say_sizes(planned: Sequence[runs.Run], say) -> None:
   named = set()
   for run in planned:
-    if run.architecture in named:
+    if run.known or run.architecture in named:
       continue
     named.add(run.architecture)
     parameters = cost.count_parameters(run.config.model)
@@ -140,7 +140,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
   add = parser.add_argument
   add('--suite', required=True, help='a file, such as configs/compare/cpu.py')
   add('--workdir', required=True, help="folder of the comparison's runs")
-  add('--only', default='', help='architectures, with commas between')
+  add(
+    '--only', default='', help='architectures or methods, with commas between'
+  )
   add('--seeds', default='', help="instead of the suite's, such as 0,1")
   add('--people', default='', help="instead of the suite's (facts)")
   add('--steps', type=int, default=0, help="instead of the suite's")

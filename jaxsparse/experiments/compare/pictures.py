@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from jaxsparse.analysis import plots
-from jaxsparse.experiments.compare import report
+from jaxsparse.experiments.compare import continual_pictures, report
 from jaxsparse.experiments.compare.suite import Suite
 
 Result = dict[str, Any]
@@ -28,6 +28,9 @@ def draw(
   suite: Suite, results: Sequence[Result], folder: pathlib.Path
 ) -> list[pathlib.Path]:
   """Draws what the suite shows into PNGs of the folder; returns them."""
+  if suite.continual is not None:
+    picture = folder / 'continual.png'
+    return [continual_pictures.draw(suite, results, picture)]
   done = {r['architecture'] for r in results}
   names = [name for name in suite.architectures if name in done]
   drawn = [folder / 'loss.png', folder / 'seeds.png']

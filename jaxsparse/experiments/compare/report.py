@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Results of many runs as statistics over seeds, JSON and Markdown tables."""
 
-import dataclasses
 import json
 import pathlib
 from collections.abc import Sequence
@@ -9,44 +8,15 @@ from typing import Any
 
 import numpy as np
 
+from jaxsparse.experiments.compare import continual_report
+from jaxsparse.experiments.compare.spread import Spread as Spread
+from jaxsparse.experiments.compare.spread import markdown, text_of
 from jaxsparse.experiments.compare.suite import DENSE, Suite
 from jaxsparse.run import workdir as workdir_lib
 
 Result = dict[str, Any]
 
 JSON_NAME, TABLE_NAME = 'comparison.json', 'comparison.md'
-
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-  """One figure over seeds."""
-
-  values: tuple[float, ...]
-
-  @property
-  def mean(self) -> float:
-    return float(np.mean(self.values))
-
-  @property
-  def low(self) -> float:
-    return min(self.values)
-
-  @property
-  def high(self) -> float:
-    return max(self.values)
-
-  @property
-  def std(self) -> float:
-    """Of a sample, and 0 of a single value."""
-    return float(np.std(self.values, ddof=1)) if len(self.values) > 1 else 0.0
-
-  def text(self, form: str) -> str:
-    """Mean, least to greatest, and standard deviation, each in `form`."""
-    if len(self.values) < 2:
-      return format(self.mean, form)
-    low, high = (format(x, form) for x in (self.low, self.high))
-    std = format(self.std, form.lstrip('+'))
-    return f'{self.mean:{form}} ({low} to {high}; ± {std})'
 
 
 def spread(
@@ -79,6 +49,7 @@ def write(suite: Suite, results: Sequence[Result], folder: pathlib.Path) -> str:
   content = dict(
     total_parameters=suite.total_parameters,
     architectures=list(suite.architectures),
+    **(dict(methods=list(suite.continual.methods)) if suite.continual else {}),
     runs=list(results),
   )
   for name, part in (
@@ -91,6 +62,8 @@ def write(suite: Suite, results: Sequence[Result], folder: pathlib.Path) -> str:
 
 def tables(suite: Suite, results: Sequence[Result]) -> str:
   """The tables of the suite's architectures that have results."""
+  if suite.continual is not None:
+    return continual_report.tables(suite, results)
   done = {r['architecture'] for r in results}
   names = [name for name in suite.architectures if name in done]
   if suite.people:
@@ -129,7 +102,7 @@ def _sizes_table(names: Sequence[str], results: Sequence[Result]) -> str:
     ]
     size = _size_cells(_first(results, name))
     rows.append([name, *size, f'{np.median(speeds):,.0f}'])
-  return _markdown(['architecture', *_SIZE_HEADS, 'tokens/s'], rows)
+  return markdown(['architecture', *_SIZE_HEADS, 'tokens/s'], rows)
 
 
 def _recall_table(
@@ -143,8 +116,8 @@ def _recall_table(
   rows = []
   for name in names:
     cells = [spread(results, name, 'recall', number) for number in numbers]
-    rows.append([name, *(_cell(cell, '.1%') for cell in cells)])
-  return _markdown(heads, rows)
+    rows.append([name, *(text_of(cell, '.1%') for cell in cells)])
+  return markdown(heads, rows)
 
 
 def _capacity_table(names: Sequence[str], results: Sequence[Result]) -> str:
@@ -168,14 +141,14 @@ def _capacity_table(names: Sequence[str], results: Sequence[Result]) -> str:
     cells = [
       cell
       for own, dense in zip(*held, strict=True)
-      for cell in (_cell(own, ',.0f'), _ratio(own, dense))
+      for cell in (text_of(own, ',.0f'), _ratio(own, dense))
     ]
-    bits = _cell(most(results, name, 'bits'), ',.0f')
-    per_parameter = _cell(most(results, name, 'bits_per_parameter'), '.3f')
+    bits = text_of(most(results, name, 'bits'), ',.0f')
+    per_parameter = text_of(most(results, name, 'bits_per_parameter'), '.3f')
     rows.append([name, *cells, bits, per_parameter])
   heads = ['architecture', 'most facts', 'to dense']
   heads += [f'of {num_facts:,}', 'to dense', 'most bits', 'bits/parameter']
-  return _markdown(heads, rows)
+  return markdown(heads, rows)
 
 
 def _ratio(figure: Spread | None, base: Spread | None) -> str:
@@ -190,10 +163,10 @@ def _language_table(names: Sequence[str], results: Sequence[Result]) -> str:
     [
       name,
       *_size_cells(_first(results, name)),
-      _cell(spread(results, name, 'validation_loss'), '.4f'),
+      text_of(spread(results, name, 'validation_loss'), '.4f'),
       _change(results, None if name == base else base, name, 'validation_loss'),
-      _cell(spread(results, name, 'bits_per_byte'), '.4f'),
-      _cell(spread(results, name, 'training_loss'), '.4f'),
+      text_of(spread(results, name, 'bits_per_byte'), '.4f'),
+      text_of(spread(results, name, 'training_loss'), '.4f'),
       _speed(results, name),
     ]
     for name in names
@@ -201,7 +174,7 @@ def _language_table(names: Sequence[str], results: Sequence[Result]) -> str:
   # Seeds differ in their text, too: by pairs architectures differ by more.
   heads = ['validation nats/token', f'against {base}, seed by seed']
   heads += ['bits/byte', 'training nats', 'tokens/s']
-  return _markdown(['architecture', *_SIZE_HEADS, *heads], rows)
+  return markdown(['architecture', *_SIZE_HEADS, *heads], rows)
 
 
 def _needles_table(names: Sequence[str], results: Sequence[Result]) -> str:
@@ -209,7 +182,7 @@ def _needles_table(names: Sequence[str], results: Sequence[Result]) -> str:
   rows = [
     [
       name,
-      _cell(spread(results, name, 'needles_found'), '.1%'),
+      text_of(spread(results, name, 'needles_found'), '.1%'),
       _ratio(
         spread(results, name, 'needles_found'),
         spread(results, base, 'needles_found'),
@@ -217,7 +190,7 @@ def _needles_table(names: Sequence[str], results: Sequence[Result]) -> str:
     ]
     for name in names
   ]
-  return _markdown(['architecture', 'needles found', f'to {base}'], rows)
+  return markdown(['architecture', 'needles found', f'to {base}'], rows)
 
 
 def _walk_table(
@@ -232,7 +205,7 @@ def _walk_table(
       [
         name,
         *_size_cells(_first(results, name)),
-        _cell(spread(results, name, 'validation_loss'), '.4f'),
+        text_of(spread(results, name, 'validation_loss'), '.4f'),
         _change(results, before, name, 'training_loss'),
         _change(results, before, name, 'validation_loss'),
         '-' if published is None else f'{published[0]:+.3f}',
@@ -243,7 +216,7 @@ def _walk_table(
     before = name
   heads = ['validation nats/token', 'change of training', 'of validation']
   heads += ['published: training', 'validation', 'tokens/s']
-  return _markdown(['step', *_SIZE_HEADS, *heads], rows)
+  return markdown(['step', *_SIZE_HEADS, *heads], rows)
 
 
 def _change(
@@ -257,17 +230,8 @@ def _change(
     for one in (before, name)
   )
   changes = tuple(new[seed] - old[seed] for seed in sorted(old.keys() & new))
-  return _cell(Spread(changes) if changes else None, '+.4f')
+  return text_of(Spread(changes) if changes else None, '+.4f')
 
 
 def _speed(results: Sequence[Result], name: str) -> str:
-  return _cell(spread(results, name, 'tokens_per_second'), ',.0f')
-
-
-def _cell(figure: Spread | None, form: str) -> str:
-  return '-' if figure is None else figure.text(form)
-
-
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-  lines = [heads, ['---'] * len(heads), *rows]
-  return '\n'.join(f'| {" | ".join(line)} |' for line in lines)
+  return text_of(spread(results, name, 'tokens_per_second'), ',.0f')

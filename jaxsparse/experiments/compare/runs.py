@@ -3,13 +3,13 @@
 
 Every run has a folder of its own, which is an ordinary workdir, so a run that
 was stopped goes on from its checkpoint. When it ends, its `result.json` holds
-all that tables and plots need, and its checkpoints are removed.
+all that tables and plots need, and its checkpoints are removed, unless other
+runs begin with them.
 """
 
 import copy
 import dataclasses
 import json
-import pathlib
 import shutil
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -24,16 +24,21 @@ from jaxsparse.config import Config, renamed
 from jaxsparse.config.errors import UserError
 from jaxsparse.data import facts, needles, tokenizer
 from jaxsparse.data.corpus import build_corpus
-from jaxsparse.data.needles import Needles
-from jaxsparse.data.tokenizer import Tokenizer
-from jaxsparse.experiments.compare import recall, results, retrieval
-from jaxsparse.experiments.compare import suite as suite_lib
+from jaxsparse.experiments.compare import answers, results
+from jaxsparse.experiments.compare.planned import Run
+from jaxsparse.experiments.compare.planned import plan as plan
 from jaxsparse.experiments.compare.results import Result
-from jaxsparse.experiments.compare.suite import Suite
 from jaxsparse.run import compiled_programs, workdir_lock
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.progress import Reporter
-from jaxsparse.training import inputs, loop, resume
+from jaxsparse.training import (
+  inputs,
+  loop,
+  ranked_texts,
+  resume,
+  start_from,
+)
+from jaxsparse.training.any_rate import AnyRateStep
 
 RESULT = 'result.json'
 
@@ -45,66 +50,6 @@ _PARTS = dict(
   sparse=config_lib.SparseAttentionConfig,
   rope_scaling=config_lib.RopeScalingConfig,
 )
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Run:
-  """One training run of a comparison."""
-
-  architecture: str
-  seed: int
-  # Number of people of generated biographies; 0 for other text.
-  people: int
-  # Without the files and the split of generated text, which do not exist yet.
-  config: Config
-  num_phrasings: int
-  needles: Needles | None
-  folder: pathlib.Path
-  # Holds what the runs of one seed share.
-  data_folder: pathlib.Path
-
-  @property
-  def title(self) -> str:
-    people = f', {self.people:,} people' if self.people else ''
-    return f'{self.architecture}{people}, seed {self.seed}'
-
-
-def plan(suite: Suite, workdir: str) -> list[Run]:
-  """All runs, in an order that completes each seed before the next begins.
-
-  Raises:
-    UserError: an architecture does not fit the budget.
-  """
-  configs = {
-    name: suite_lib.config_of(suite, name) for name in suite.architectures
-  }
-  runs = []
-  for seed in suite.seeds:
-    for people in suite.people or (0,):
-      for name, config in configs.items():
-        steps = suite_lib.num_steps(suite, people)
-        train = dataclasses.replace(config.train, seed=seed, num_steps=steps)
-        optimizer = config.optimizer
-        if limit := suite.architectures[name].lr_per_person:
-          rate = min(optimizer.learning_rate, limit / people)
-          optimizer = dataclasses.replace(optimizer, learning_rate=rate)
-        group = f'people_{people:06}' if people else 'text'
-        kind = 'needles' if suite.needles else 'facts'
-        runs.append(
-          Run(
-            architecture=name,
-            seed=seed,
-            people=people,
-            config=dataclasses.replace(
-              config, train=train, optimizer=optimizer
-            ),
-            num_phrasings=suite.num_phrasings,
-            needles=suite.needles,
-            folder=pathlib.Path(workdir) / 'runs' / group / f'{name}_{seed}',
-            data_folder=pathlib.Path(workdir) / kind / f'{group}_{seed}',
-          )
-        )
-  return runs
 
 
 def finished(run: Run) -> Result | None:
@@ -153,7 +98,18 @@ def _identity(run: Run) -> dict:
   config |= dict(num_phrasings=run.num_phrasings)
   if run.needles:
     config |= dict(needles=dataclasses.asdict(run.needles))
+  if run.known:
+    # The workdir may be elsewhere.
+    config['train']['start_from'] = ''
+    config |= _beside(run)
   return config
+
+
+def _beside(run: Run) -> dict[str, Any]:
+  """What a run's people and text are beside; nothing of one that begins."""
+  if run.known is None:
+    return {}
+  return dict(old_people=run.known.people, replay_share=run.known.replay_share)
 
 
 def _is_same(old: Any, new: Any, default: Any) -> bool:
@@ -219,8 +175,9 @@ def train_all(
     seconds.append(time.perf_counter() - start)
     done[run] = result
     on_result(list(done.values()))
-    # Each run compiles programs of its own.
-    jax.clear_caches()
+    if run.known is None:
+      # Each run compiles programs of its own.
+      jax.clear_caches()
   return [done[run] for run in runs], False
 
 
@@ -263,9 +220,10 @@ def _train(
 ) -> Result | None:
   start = time.perf_counter()
   config = run.config
-  data = dataclasses.replace(config.data, **_write_text(run))
-  config = dataclasses.replace(config, data=data)
+  text = dataclasses.replace(config.data, **_write_text(run))
+  config = dataclasses.replace(config, data=text)
   config, _ = resume.open_workdir(config, run.folder, reporter.say)
+  config = start_from.begin(config, run.folder, reporter.say)
   compiled_programs.keep(config.data.cache_dir, reporter.say)
   corpus = build_corpus(config.data, reporter.say)
   resume.require_same_data(config, corpus, run.folder)
@@ -278,16 +236,21 @@ def _train(
   batches = results.first_batches(config, corpus, tokens)
   _check_same_batches(run, batches, others)
   with jax.set_mesh(mesh.make_mesh(**dataclasses.asdict(config.mesh))):
+    data = dataclasses.replace(
+      inputs.training_data(config, corpus, tokens),
+      ranked_by=ranked_texts.of_run(config, corpus, tokens),
+    )
     outcome = loop.fit(
       config,
       run.folder,
-      inputs.training_data(config, corpus, tokens),
+      data,
       reporter,
       lambda speed: None,
+      **(dict(make_step=AnyRateStep) if run.known else {}),
     )
     if outcome.validation is None:
       return None
-    answers = _ask(run, config, outcome.params, tokens, reporter)
+    found = answers.ask(run, config, outcome.params, tokens, reporter)
   result = dict(
     architecture=run.architecture,
     seed=run.seed,
@@ -296,10 +259,11 @@ def _train(
     seconds=time.perf_counter() - start,
     **results.describe(config, run.folder, outcome.validation),
     config=_as_json(_identity(run)),
-    **answers,
+    **_beside(run),
+    **found,
   )
   _write(run, result)
-  if not keeps_model:
+  if not (keeps_model or run.keeps_checkpoints):
     # What is left if a kill comes before this is only disk space.
     shutil.rmtree(run.folder / workdir_lib.CHECKPOINTS, ignore_errors=True)
   return result
@@ -308,44 +272,37 @@ def _train(
 def _write_text(run: Run) -> dict[str, Any]:
   """Generates the text; the fields of the `DataConfig` that name it."""
   if run.people:
-    people = facts.make_people(run.people, run.seed)
-    return facts.write(run.data_folder, people, run.seed, run.num_phrasings)
+    fields = facts.write(
+      run.data_folder, answers.people_of(run), run.seed, run.num_phrasings
+    )
+    if run.known:
+      # Rows are ranked against it, mixed in or not.
+      fields |= dict(
+        replay=str(run.known.data_folder / '*.txt'),
+        replay_share=run.known.replay_share,
+      )
+    return fields
   if run.needles:
     return needles.write(run.data_folder, run.needles, run.seed)
-  return {}
-
-
-def _ask(
-  run: Run, config: Config, params: dict, tokens: Tokenizer, reporter: Reporter
-) -> Result:
-  """What the model has of generated text; nothing of other text."""
-  forward = recall.model_forward(config.model, params)
-  if run.people:
-    people = facts.make_people(run.people, run.seed)
-    recalled = recall.measure(forward, tokens, people)
-    reporter.say(
-      f'{recalled.share:.1%} of {len(people.names) * len(facts.ATTRIBUTES):,}'
-      f' facts recalled, {recalled.bits:,.0f} of {people.bits:,.0f} bits'
-    )
-    return results.describe_recall(config, people, recalled)
-  if run.needles:
-    found = retrieval.measure(forward, tokens, run.needles, run.seed)
-    reporter.say(f'{found.share:.1%} of {found.num_questions:,} needles found')
-    return results.describe_retrieval(found)
   return {}
 
 
 def _check_same_batches(
   run: Run, batches: str, others: Iterable[Result]
 ) -> None:
+  text = dict(seed=run.seed, people=run.people) | _beside(run)
   for other in others:
-    is_twin = (other['seed'], other['people']) == (run.seed, run.people)
-    if is_twin and other['batches'] != batches:
+    if _text_of(other) == text and other['batches'] != batches:
       raise UserError(
         f'{run.title} would train on other batches than '
         f'{other["architecture"]} did: the text has changed since, so give '
         'another --workdir.'
       )
+
+
+def _text_of(result: Result) -> dict[str, Any]:
+  names = ('seed', 'people', 'old_people', 'replay_share')
+  return {name: result[name] for name in names if name in result}
 
 
 def _write(run: Run, result: Result) -> None:

@@ -4,6 +4,7 @@
 import dataclasses
 import math
 from collections.abc import Mapping
+from typing import Any
 
 from jaxsparse import config as config_lib
 from jaxsparse.analysis import budget
@@ -12,6 +13,8 @@ from jaxsparse.config import Config
 from jaxsparse.config.errors import require
 from jaxsparse.data import facts
 from jaxsparse.data.needles import Needles
+from jaxsparse.experiments.compare.continual import Continual
+from jaxsparse.experiments.compare.continual import Method as Method
 from jaxsparse.run import recipe_files
 
 DENSE = 'dense'
@@ -47,6 +50,8 @@ class Suite:
   # Each architecture is one step further than the one before it, and the table
   # shows what the step changed.
   is_walk: bool = False
+  # What the trained models learn beside what they know.
+  continual: Continual | None = None
 
   def __post_init__(self):
     require(
@@ -100,6 +105,12 @@ class Suite:
     require(
       not (self.exposures and not self.people),
       'exposures are those of facts: set people, too.',
+    )
+    require(
+      self.continual is None
+      or (len(self.architectures) == 1 and len(self.people) == 1),
+      'continual follows on one architecture and one number of people, got '
+      f'{len(self.architectures)} and {len(self.people)}.',
     )
     require(self.width_multiple > 0, 'width_multiple must be positive.')
     require(self.num_phrasings > 0, 'num_phrasings must be positive.')
@@ -169,7 +180,8 @@ def restrict(
 
   Args:
     suite: as its file has it.
-    only: names of architectures to keep; all by default.
+    only: names of architectures to keep, or of the methods of `continual`; all
+      by default.
     seeds: instead of the suite's.
     people: instead of the suite's.
     num_steps: instead of the suite's, and of its exposures.
@@ -178,12 +190,15 @@ def restrict(
   Raises:
     UserError: an architecture is unknown, or something does not fit the suite.
   """
-  unknown = [name for name in only if name not in suite.architectures]
+  named = suite.architectures
+  if suite.continual is not None:
+    named = suite.continual.methods
+  unknown = [name for name in only if name not in named]
   require(
     not unknown,
-    f'--only names {", ".join(unknown)}, but the suite has '
-    f'{", ".join(suite.architectures)}.',
+    f'--only names {", ".join(unknown)}, but the suite has {", ".join(named)}.',
   )
+  kept = {name: x for name, x in named.items() if not only or name in only}
   require(
     not (people and not suite.people),
     '--people needs a suite of generated biographies, such as '
@@ -200,15 +215,13 @@ def restrict(
   if num_steps:
     train = dataclasses.replace(base.train, num_steps=num_steps)
     base = dataclasses.replace(base, train=train)
-  kept = {
-    name: architecture
-    for name, architecture in suite.architectures.items()
-    if not only or name in only
-  }
+  parts: dict[str, Any] = dict(architectures=kept)
+  if suite.continual is not None:
+    parts = dict(continual=dataclasses.replace(suite.continual, methods=kept))
   return dataclasses.replace(
     suite,
     base=config_lib.validated(base),
-    architectures=kept,
+    **parts,
     seeds=seeds or suite.seeds,
     people=people or suite.people,
     exposures=0 if num_steps else suite.exposures,

@@ -1,0 +1,154 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The page of results about new facts beside old ones."""
+
+import numpy as np
+from results_tables import each, load, table
+
+from jaxsparse.experiments.compare import continual_report
+
+NAME = 'compare_continual'
+NAMES = dict(
+  full='all parameters', lora='LoRA, all matrices',
+  lora_qv='LoRA, queries and values', rows_kl='2,000 rows by KL',
+  rows_kl_4000='3,359 rows by KL, all of more reads', rows_tfidf='2,000 rows by tf-idf',
+  rows_replay='2,000 rows by KL, half of the text old',
+)  # fmt: skip
+
+
+def methods():
+  """Method -> its points, one for each rate."""
+  found = load(NAME)
+  points = {
+    name: continual_report.points(found['runs'], name)
+    for name in found['methods']
+  }
+  return {name: of for name, of in points.items() if of}
+
+
+def fair(other, seed):
+  """LoRA at the rate of its most new facts, and `other` where it has as many.
+
+  Of the rates at which it has, or more, the one that forgets least; None if
+  there is none.
+  """
+  runs = [r for r in load(NAME)['runs'] if r['seed'] == seed]
+  lora, found = (continual_report.points(runs, n) for n in ('lora', other))
+  best = continual_report.best(lora)
+  return best, continual_report.least_forgotten(found, best.new.mean)
+
+
+def _percents(spread):
+  return each(100 * np.array(spread.values), '.0f')
+
+
+def _rates():
+  runs = load(NAME)['runs']
+  rows = []
+  for name, points in methods().items():
+    trained = next(r for r in runs if r['architecture'] == name)['num_trained']
+    rows += [
+      [
+        NAMES[name] if i == 0 else '',
+        f'{trained:,}' if i == 0 else '',
+        f'{point.rate:g}',
+        *map(_percents, (point.new, point.old, point.forgotten)),
+      ]
+      for i, point in enumerate(points)
+    ]
+  heads = ['trained', 'parameters', 'rate', 'new facts, %', 'old facts, %']
+  return table([*heads, 'forgotten, % of those before'], rows)
+
+
+def _levels():
+  levels = continual_report.LEVELS
+  rows = []
+  for name, points in methods().items():
+    cells = []
+    for level in levels:
+      point = continual_report.least_forgotten(points, level)
+      cells.append(
+        f'{100 * point.forgotten.mean:.0f} % (rate {point.rate:g})'
+        if point
+        else 'not reached'
+      )
+    rows.append([NAMES[name], *cells])
+  return table(
+    ['trained', *(f'{level:.0%} of the new' for level in levels)], rows
+  )
+
+
+def _before():
+  runs = [r for r in load(NAME)['runs'] if 'rate' in r]
+  by_seed = {r['seed']: r for r in runs}
+  seeds = sorted(by_seed)
+  old, new = (
+    each([100 * by_seed[s][key] for s in seeds], '.0f')
+    for key in ('old_recall_before', 'recall_before')
+  )
+  return seeds, old, new
+
+
+def _against_lora():
+  rows = []
+  seeds, *_ = _before()
+  for name in methods():
+    if name.startswith('lora'):
+      continue
+    for seed in seeds:
+      lora, point = fair(name, seed)
+      if point is None:
+        continue
+      rows.append(
+        [
+          NAMES[name],
+          seed,
+          *(
+            f'{100 * x.new.mean:.0f} %, {100 * x.forgotten.mean:.0f} % '
+            f'(rate {x.rate:g})'
+            for x in (point, lora)
+          ),
+          f'{point.forgotten.mean / lora.forgotten.mean:.2f}',
+        ]
+      )
+  heads = ['trained', 'seed', 'learned, forgotten', 'LoRA of all matrices']
+  return table([*heads, 'forgotten, of what LoRA does'], rows)
+
+
+def continual():
+  seeds, old, new = _before()
+  return f"""# New facts beside old ones
+
+What a model forgets when it learns: Memory+ of `configs/compare/facts.py` (286,000 parameters, 7,616 rows of 32) knows the 6,000 facts of
+1,000 people and learns 600 of 100 others, each told 24 times; names are made of the same parts. Seeds {each(seeds, 'd')}.
+
+`python -m jaxsparse compare --suite=configs/compare/continual.py --workdir=...`; figures in `results/compare_continual.json`.
+
+Before, the base recalls {old} % of the old facts and {new} % of the new ones, which is chance.
+
+![New facts learned, and old ones kept](../../results/compare_continual.png)
+
+## What is forgotten for as much as LoRA learns
+
+LoRA at the rate at which it learns most, and the others at that of their rates which forgets least and learns as much or more. Forgotten is the
+share of the old facts that the base had and the model has no more.
+
+{_against_lora()}
+
+LoRA changes what every token does, and forgets most before it learns much; all parameters learn most, and forget nearly as much. Rows are
+read by old facts, too: the chosen rows have a third of the reads by the old text, so that alone they forget 0.16 to 0.27 of what LoRA does, not
+the 11 % against 71 % that arXiv:2510.15103 reports of a far larger model. With old text in half of each batch, for twice the steps, they learn
+nearly all new facts and forget a seventh. LoRA with old text was not run. Few rates and one or two seeds, which differ by up to three times
+in what LoRA learns: the order is a finding, the ratios are not.
+
+## Least forgotten at a level
+
+On the mean of the seeds that are there.
+
+{_levels()}
+
+## All rates
+
+A figure for each seed; some rates have one.
+
+{_rates()}
+"""
