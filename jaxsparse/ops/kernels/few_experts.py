@@ -22,6 +22,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import triton
 from jaxtyping import Array, Float, Int
 
+from jaxsparse.ops.adapted_matrix import AdaptedMatrix
 from jaxsparse.ops.kernels import probe
 from jaxsparse.ops.kernels.tile_product import dot
 from jaxsparse.ops.quantized_matrix import QuantizedMatrix
@@ -36,7 +37,7 @@ _COLUMNS, _DEPTH, _LEAST = 64, 64, 16
 # Positions are 32 bits wide.
 _MOST_ELEMENTS = 2**31 - 1
 
-Matrices = Mapping[str, jax.Array | QuantizedMatrix]
+Matrices = Mapping[str, jax.Array | QuantizedMatrix | AdaptedMatrix]
 
 
 def unsupported_reason(
@@ -63,6 +64,8 @@ def _unserved(
   for name, matrix in matrices.items():
     if isinstance(matrix, QuantizedMatrix):
       return f'{name} is quantized'
+    if isinstance(matrix, AdaptedMatrix):
+      return f'{name} has an adapter'
     if matrix.size > _MOST_ELEMENTS:
       return f'{matrix.size} elements of {name} are not below 2^31'
     for size in matrix.shape[1:]:
