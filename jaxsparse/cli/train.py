@@ -62,7 +62,7 @@ SAMPLING = sampling.Sampling(temperature=0.8)
 def main(argv: Sequence[str]) -> None:
   config, workdir = command_line.parse_recipe(__doc__, argv)
   optimizer.require_known(config.optimizer)
-  quantize.parse(config.adapter.quantize)
+  quantize.parse(config.adapter.quantize, 'adapter.quantize')
   same_start.require_same_program(config, workdir)
   reporter = Reporter(is_silent=not hosts.is_process_zero())
   with workdir_lock.held(workdir, reporter.say):

@@ -56,9 +56,10 @@ def require_positive(config: Any, *names: str) -> None:
 
 def require_choice(config: Any, name: str, choices: tuple[str, ...]) -> None:
   value = getattr(config, name)
+  listed = ', '.join(choice or "'' (none)" for choice in choices)
   require(
     value in choices,
-    f'{name} must be one of {", ".join(choices)}; got {shown(value)}.',
+    f'{name} must be one of {listed}; got {shown(value)}.',
   )
 
 

@@ -134,6 +134,9 @@ def _message(message: Any, where: str) -> tuple[str, str]:
     content = ''.join(parts) if len(parts) == len(content) else content
   if not isinstance(content, str):
     raise _bad(where, f'has the content {shown(content)}, no text')
+  # None is what a parquet file has where a message has no weight.
+  if (weight := message.get('weight')) not in (None, 0, 1):
+    raise _bad(where, f'has the weight {shown(weight)}, which is not 0 or 1')
   try:
     content.encode()
   except UnicodeEncodeError as error:

@@ -85,8 +85,12 @@ class Quantization:
     return bool(self.weights or self.tables)
 
 
-def parse(text: str) -> Quantization:
+def parse(text: str, name: str = '--quantize') -> Quantization:
   """What `--quantize=weights=int8,tables=int4` says.
+
+  Args:
+    text: behind the flag.
+    name: of the flag or field that has it.
 
   Raises:
     UserError: a name is unknown, or what it is to be.
@@ -94,14 +98,14 @@ def parse(text: str) -> Quantization:
   names = [field.name for field in dataclasses.fields(Quantization)]
   found: dict[str, Any] = {}
   for entry in filter(None, text.split(',')):
-    name, _, value = entry.partition('=')
-    if name not in names:
+    part, _, value = entry.partition('=')
+    if part not in names:
       raise UserError(
-        f'--quantize has no {shown(name)}{did_you_mean(name, names)}; it is '
+        f'{name} has no {shown(part)}{did_you_mean(part, names)}; it is '
         'written as weights=int8,tables=int4 with group=64 or clip_search=true '
         'besides.'
       )
-    found[name] = value
+    found[part] = value
   if 'group' in found:
     group = found['group']
     found['group'] = int(group) if group.isdecimal() else group

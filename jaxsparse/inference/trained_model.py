@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A trained model for notebooks and for programs of others."""
 
+import os
 from collections.abc import Sequence
 from typing import Any, Literal
 
@@ -20,7 +21,7 @@ def load(
   workdir: epath.PathLike,
   step: int | Literal['best'] | None = None,
   axes: mesh.Axes = mesh.DEFAULT_AXES,
-  adapters: Sequence[epath.PathLike] = (),
+  adapters: epath.PathLike | Sequence[epath.PathLike] = (),
 ) -> tuple[LanguageModel, dict[str, Any]]:
   """The model of a workdir and its parameters; nothing is written.
 
@@ -34,7 +35,8 @@ def load(
     step: which checkpoint, or 'best', the one of the lowest validation loss;
       None takes the newest that is whole.
     axes: names of your own mesh's axes, if one is in use (`jax.set_mesh`).
-    adapters: folders of those to be added, such as RUN/adapters/NAME.
+    adapters: the folder of one to be added, such as RUN/adapters/NAME, or those
+      of several.
 
   Returns:
     The module and its parameters, laid on the mesh in use as the module wants
@@ -49,6 +51,8 @@ def load(
   at, params = adapters_lib.load_params(
     workdir, trained.step_of(workdir, step), abstract=_abstract(module)
   )
+  if isinstance(adapters, str | os.PathLike):
+    adapters = [adapters]
   if adapters:
     base = stored.params_fingerprint(workdir, at)
     params = adapters_lib.applied(config.model, params, adapters, base)

@@ -185,6 +185,10 @@ def test_forms_of_files(tmp_path, name, wrap):
     ('[{"role": "user", "content": "\\ud800"}]', 'half a character'),
     ('[{"role": "user", "content": "hi"}]', 'has no answer to learn'),
     (
+      '[{"role": "assistant", "content": "a", "weight": 0.5}]',
+      'has the weight 0.5, which is not 0 or 1',
+    ),
+    (
       '[{"role": "assistant", "content": "", "tool_calls": [1]}]',
       'has tool_calls',
     ),

@@ -78,8 +78,9 @@ def test_it_is_merged_where_the_model_is_of_floats(base, adapter):
   _, found = weights.load(base, MODEL, adapters=[adapter])
   np.testing.assert_allclose(query(found), expected, rtol=1e-5, atol=1e-5)
   assert jax.tree.structure(found) == jax.tree.structure(plain)
-  _, loaded = jaxsparse.load(base, adapters=[adapter])
-  np.testing.assert_array_equal(query(loaded), query(found))
+  for of_one in ([adapter], adapter, str(adapter)):
+    _, loaded = jaxsparse.load(base, adapters=of_one)
+    np.testing.assert_array_equal(query(loaded), query(found))
   narrow = dataclasses.replace(MODEL, dtype='bfloat16')
   _, cast = weights.load(base, narrow, adapters=[adapter])
   exact = query(found).astype(jnp.bfloat16)

@@ -203,6 +203,11 @@ def test_a_wrong_flag_is_one_sentence(text, message):
     quantize_lib.parse(text)
 
 
+def test_a_wrong_field_is_named():
+  with pytest.raises(UserError, match=r'adapter\.quantize has no'):
+    quantize_lib.parse('weight=nf4', 'adapter.quantize')
+
+
 def test_a_quantized_model_is_not_quantized_again():
   params = quantize(MODELS['small'], params_of('small'), TABLES)
   with pytest.raises(UserError, match='value_table is quantized already'):

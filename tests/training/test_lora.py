@@ -319,7 +319,7 @@ def test_targets_that_can_have_no_adapter_are_refused(fields, message):
     (dict(kind='lora', dropout=1.0), 'dropout must be at least 0 and below 1'),
     (dict(kind='lora', targets='('), 'targets must be a regular expression'),
     (dict(kind='lora', name='../x'), 'name must be a plain name of a folder'),
-    (dict(kind='qlora'), 'kind must be one of'),
+    (dict(kind='qlora'), r"kind must be one of '' \(none\), lora, rows; got"),
     (dict(rank=8), "rank = 8 does nothing with kind = ''"),
   ],
 )
