@@ -81,6 +81,10 @@ def quantized():
     ]
     for (task, name), r in times().items()
   ]
+  bags = {
+    r['contender']: r['seconds'] for r in load('quantized_bag_cpu')['results']
+  }
+  quiet = {name: seconds / bags['f32'] for name, seconds in bags.items()}
   rounds = load('quantized_cpu')['arguments']['rounds']
   return f"""# In 8 and 4 bits
 
@@ -111,6 +115,8 @@ The fastest of {rounds} calls in turns in one process, on two cores that other p
 262,144 x 256. A matrix is turned into numbers within each product. A decode step is one token of B sequences by an UltraMem model of 3 blocks.
 
 {table(['task', 'stored as', 'bytes', 'time', 'to f32', 'temporaries'], time_rows)}
+
+With nothing else running, bags alone (`--batches= --decode_batches=`, `results/quantized_bag_cpu.json`): int8 {quiet['int8']:.2f}x, int4 {quiet['int4']:.2f}x.
 
 On a CPU rows of int8 and int4 save bytes and time; rows of bf16 and float8, and all matrices, save bytes alone.
 """

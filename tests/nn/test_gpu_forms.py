@@ -8,6 +8,7 @@ import pytest
 
 from jaxsparse.nn.memory import retrieval
 from jaxsparse.ops.memory import tucker, value_bag
+from jaxsparse.ops.top_k import top_m
 
 T, P, Q, WIDTH, RANKS = 7, 2, 5, 4, 3
 
@@ -45,8 +46,10 @@ def test_candidates_of_both_axes_at_once(num_quadrants):
 
   @jax.jit
   def both(axes):
-    together = tucker._candidates_together(axes, 4, num_quadrants)
-    return together, [tucker._candidates(x, 4, num_quadrants) for x in axes]
+    together = tucker._candidates_together(axes, top_m, 4, num_quadrants)
+    return together, [
+      tucker._candidates(x, top_m, 4, num_quadrants) for x in axes
+    ]
 
   for found, apart in zip(*both(axes), strict=True):
     np.testing.assert_array_equal(found, apart)
