@@ -3,7 +3,6 @@
 
 import argparse
 import dataclasses
-import pathlib
 from typing import Any
 
 import jax
@@ -52,12 +51,7 @@ def main(arguments: list[str]) -> None:
   adapters.add_flags(parser)
   options = parser.parse_args(arguments)
   workdir = workdir_lib.expanded(options.workdir)
-  folder = pathlib.Path(workdir_lib.expanded(options.folder))
-  require(
-    not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
-    f'{str(folder)!r} must be new or an empty folder, but holds something: '
-    'name another, or move it away.',
-  )
+  folder = workdir_lib.empty_folder(options.folder)
   reporter = Reporter()
   config = run_config.read(workdir, reporter.say)
   tokenizer = _tokenizer(workdir, config.model.vocab_size)

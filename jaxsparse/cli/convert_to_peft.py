@@ -2,7 +2,6 @@
 """Adapters out: `jaxsparse convert to-peft --workdir=W FOLDER`."""
 
 import argparse
-import pathlib
 
 from jaxsparse.config import AdapterConfig, Config
 from jaxsparse.config.errors import require
@@ -37,12 +36,7 @@ def main(arguments: list[str]) -> None:
   )
   options = parser.parse_args(arguments)
   workdir = workdir_lib.expanded(options.workdir)
-  folder = pathlib.Path(workdir_lib.expanded(options.folder))
-  require(
-    not folder.exists() or (folder.is_dir() and not any(folder.iterdir())),
-    f'{str(folder)!r} must be new or an empty folder, but holds something: '
-    'name another, or move it away.',
-  )
+  folder = workdir_lib.empty_folder(options.folder)
   config = run_config.read(workdir)
   source = workdir_lib.expanded(options.adapter)
   if not source:

@@ -312,6 +312,11 @@ class ModelConfig:
     """The memory layers with this model's width where they name none."""
     return self.memory.for_width(self.model_dim) if self.memory else None
 
+  @property
+  def has_tables_on_file(self) -> bool:
+    """Whether its value tables lie elsewhere than on the devices."""
+    return self.memory is not None and self.memory.table.store != 'device'
+
   def with_vocabulary(self, num_tokens: int) -> 'ModelConfig':
     """The model with the tokenizer's number of tokens, if it names none."""
     size = self.vocab_size or num_tokens

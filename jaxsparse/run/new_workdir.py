@@ -38,8 +38,7 @@ def require_new(workdir: epath.PathLike, flag: str = '--workdir') -> None:
     if (path / _UNFINISHED).exists() and not is_whole:
       with workdir_lock.held(workdir):
         _empty(path)
-    is_used = path.exists() and (not path.is_dir() or any(path.iterdir()))
-    if is_used:
+    if workdir_lib.holds_something(path):
       raise UserError(
         f'{flag}={workdir} must be new or an empty folder, but holds '
         'something: name another, or move it away.'

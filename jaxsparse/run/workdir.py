@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from etils import epath
 
 from jaxsparse.config import Config, saved_config
-from jaxsparse.config.errors import UserError
+from jaxsparse.config.errors import UserError, require
 
 CONFIG = 'config.json'
 # One of them: of the tokenizers library, or of SentencePiece.
@@ -54,6 +54,26 @@ def read_config(workdir: epath.PathLike) -> Config:
 
 def has_tokenizer(workdir: epath.PathLike) -> bool:
   return any((epath.Path(workdir) / name).exists() for name in TOKENIZERS)
+
+
+def holds_something(path: epath.Path) -> bool:
+  """Whether a folder to be made holds what could be lost, or is a file."""
+  return path.exists() and (not path.is_dir() or any(path.iterdir()))
+
+
+def empty_folder(name: str) -> pathlib.Path:
+  """A folder that a command is to make, of the name that it was given.
+
+  Raises:
+    UserError: it holds something.
+  """
+  folder = pathlib.Path(expanded(name))
+  require(
+    not holds_something(epath.Path(folder)),
+    f'{str(folder)!r} must be new or an empty folder, but holds something: '
+    'name another, or move it away.',
+  )
+  return folder
 
 
 def is_remote(path: epath.PathLike) -> bool:

@@ -39,8 +39,7 @@ def since_start(
   _, tables = table_leaves.split(trained)
   # An adapter's table is none of the run's own.
   tables = {p: x for p, x in tables.items() if isinstance(x, jax.Array)}
-  memory = config.model.memory
-  is_on_file = memory is not None and memory.table.store != 'device'
+  is_on_file = config.model.has_tables_on_file
   if begun_from is None or not tables or is_on_file or config.adapter.kind:
     return {}
   try:

@@ -71,7 +71,7 @@ def begin(
 def _require_trainable(config: Config, found: start.Start) -> None:
   memory = config.model.memory
   require(
-    not (memory and config.adapter.kind) or memory.table.store == 'device',
+    not (config.adapter.kind and config.model.has_tables_on_file),
     "model.memory.table.store must be 'device' with adapter.kind, got "
     f'{memory and memory.table.store!r}.',
   )
@@ -188,8 +188,7 @@ def load_params(
     UserError: the checkpoint is gone, damaged, or another than the run settled
       on.
   """
-  used, memory = jax.sharding.get_mesh(), config.model.memory
-  is_on_file = memory is not None and memory.table.store != 'device'
+  used, is_on_file = jax.sharding.get_mesh(), config.model.has_tables_on_file
 
   def laid(model: ModelConfig) -> dict:
     params = mesh.abstract(

@@ -395,6 +395,5 @@ class StoredTables:
 
 def of_run(config: Config, workdir: epath.PathLike) -> StoredTables | None:
   """The tables of a run that has them on file; None for others."""
-  memory = config.model.memory
-  is_stored = memory is not None and memory.table.store != 'device'
+  is_stored = config.model.has_tables_on_file
   return StoredTables(config, workdir) if is_stored else None
