@@ -20,6 +20,9 @@ os.environ['XLA_FLAGS'] = ' '.join(
     else '',
   ]
 )
+# XLA carries the source lines of each operation from pass to pass, a tenth of
+# compiling; the processes that tests start inherit this, too.
+os.environ['JAX_TRACEBACK_IN_LOCATIONS_LIMIT'] = '0'
 
 import jax
 import jaxtyping
@@ -27,10 +30,6 @@ import jaxtyping
 jax.config.update('jax_num_cpu_devices', 8)
 jax.config.update('jax_platforms', 'cpu')
 jax.config.update('jax_numpy_rank_promotion', 'raise')
-
-# XLA carries the source lines of each operation from pass to pass, a tenth of
-# compiling.
-jax.config.update('jax_traceback_in_locations_limit', 0)
 
 _jaxtyped = jaxtyping.jaxtyped
 
