@@ -76,9 +76,10 @@ MAX_MILLIONS = {
 LARGER = (':680m', ':1b', ':1b6', ':834m', ':1b4', ':2b8', ':6b9')
 LARGER += (':405m', ':227m', ':227m_release', 'pkm:151m', 'moe:151m')
 # Of whose kind another, with more to it, is there: 'dense:151m',
-# 'ultramem:151m' and 'olmoe:tiny'; the last joins parts that are all there, and
-# is traced on one device.
-LESS = ('dense:tiny', 'ultramem:tiny', 'moe:tiny', 'joined:tiny')
+# 'ultramem:151m', 'olmoe:tiny', 'peer:tiny' and 'ultramem_v2:tiny'; the last
+# joins parts that are all there, and is traced on one device.
+LESS = ('dense:tiny', 'ultramem:tiny', 'moe:tiny', 'pkm:tiny')
+LESS += ('memory_plus:tiny', 'joined:tiny')
 # With the model of another.
 LESS += ('continued:rewarmed', 'continued:infinite', 'continued:annealed')
 TRACED = [

@@ -278,7 +278,8 @@ def test_a_context_has_the_leading_dimensions_too():
 
 @pytest.mark.parametrize(
   'name',
-  few(['memory', 'mlp', 'attention'], ['memory', 'moe', 'mlp', 'attention']),
+  # Memory has inputs of any rank on a guest's mesh.
+  few(['mlp', 'attention'], ['memory', 'moe', 'mlp', 'attention']),
 )
 def test_on_a_mesh(name):
   """[B, G, T, D] keeps its sharding; one sequence all devices compute."""

@@ -154,7 +154,7 @@ def test_of_several_models_means_are_told(workdir, text):
     workdir=f'{workdir},{workdir}',
     text=str(text),
     forms='tables int4',
-    people=2,
+    people=1,
   )
   of_two = list(quantized_loss.measure(bench))
   bench.workdir = str(workdir)
@@ -168,7 +168,7 @@ def test_of_several_models_means_are_told(workdir, text):
 
 
 def test_facts_are_recalled_by_a_cache_as_well(params):
-  people = facts.make_people(2, 0)
+  people = facts.make_people(1, 0)
   by_model, by_cache = (
     recall.measure(
       functools.partial(logits, MODEL, params), ByteTokenizer(), people

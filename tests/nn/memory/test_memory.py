@@ -470,12 +470,14 @@ def test_aux_loss_is_weighted():
 # Meshes.
 
 
+# In the default lane it is so of a family's layers, and of guests' columns.
+@pytest.mark.slow
 @pytest.mark.parametrize(
   ('sizes', 'scheme', 'variant'),
   [
-    pytest.param((8, 1, 1), 'grid', {}, marks=pytest.mark.slow),
+    ((8, 1, 1), 'grid', {}),
     ((2, 2, 2), 'columns', dict(query_conv_taps=3, tucker_rank=3)),
-    pytest.param((1, 4, 2), 'rows', {}, marks=pytest.mark.slow),
+    ((1, 4, 2), 'rows', {}),
   ],
 )
 def test_sharded_equals_unsharded(sizes, scheme, variant):
