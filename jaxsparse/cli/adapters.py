@@ -93,10 +93,9 @@ def merge(argv: Sequence[str]) -> None:
   parser.add_argument('--out', required=True, help='folder of the new one')
   arguments = parser.parse_args(argv)
   out = workdir_lib.expanded(arguments.out)
-  read = [
-    adapters_in_workdirs.read_rows(workdir_lib.expanded(folder))
-    for folder in arguments.adapters
-  ]
+  folders = [workdir_lib.expanded(folder) for folder in arguments.adapters]
+  adapter_files.require_distinct(folders)
+  read = [adapters_in_workdirs.read_rows(folder) for folder in folders]
   bases = {meta['base'] for _, meta in read}
   require(
     len(bases) == 1,

@@ -176,9 +176,10 @@ def applied(
     say: gets a sentence where several change the same rows.
 
   Raises:
-    UserError: there is no such adapter, it is damaged, or of another base or
-      model.
+    UserError: there is no such adapter, it is damaged, given twice, or of
+      another base or model.
   """
+  adapter_files.require_distinct(folders)
   of_rows = []
   for folder in folders:
     meta = adapter_files.read_meta(folder)

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deltas of rows are listed, merged, added to a workdir and removed again."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -109,6 +111,24 @@ def test_merged_deltas_do_what_both_do(base, adapters, tmp_path):
   assert run('add', base, merged, f'--out={one}') == 0
   assert run('add', base, *folders, f'--out={other}') == 0
   equal(params_of(one), params_of(other))
+
+
+def test_one_is_added_once(base, adapters, tmp_path, capsys):
+  """Whatever its copy is called."""
+  facts, copy = adapters['facts'], tmp_path / 'copy'
+  shutil.copytree(facts, copy)
+  out = f'--out={tmp_path / "out"}'
+  for again in (facts, copy):
+    assert run('merge', facts, adapters['names'], again, out) == 2
+    said = capsys.readouterr().err
+    assert f'in {str(again)!r} is that in {facts!r}' in said
+    assert 'name it once' in said
+    assert run('add', base, facts, again, out) == 2
+    assert "in the tables already, as 'facts'" in capsys.readouterr().err
+  assert run('add', base, facts, out) == 0
+  more = f'--out={tmp_path / "more"}'
+  assert run('add', tmp_path / 'out', copy, more) == 2
+  assert "in the tables already, as 'facts'" in capsys.readouterr().err
 
 
 def test_others_are_refused(base, adapters, tmp_path, capsys):

@@ -157,17 +157,22 @@ def test_several_adapters_are_added_and_overlaps_are_said(base, tmp_path, fit):
   folder = adapter_files.folder_of(workdir, 'adapter')
   tensors, meta = adapter_files.read(folder)
   path = 'block_00/memory/value_table'
+  other = tensors | {f'{path}/values': 3 * tensors[f'{path}/values']}
+  adapter_files.write(tmp_path / 'other', other, meta)
   before = np.array(row_deltas.tables(checkpoint.load_params(base)[1])[path])
   _, params = loaded_adapters.load_params(base)
+  folders = [folder, tmp_path / 'other']
   params = loaded_adapters.applied(
-    MODEL, params, [folder, folder], meta['base'], say=said.append
+    MODEL, params, folders, meta['base'], say=said.append
   )
-  before[tensors[f'{path}/rows']] += 2 * tensors[f'{path}/values']
+  before[tensors[f'{path}/rows']] += 4 * tensors[f'{path}/values']
   found = row_deltas.tables(params)[path]
   np.testing.assert_allclose(found, before, rtol=1e-6)
   assert any(f'5 rows of {path} are changed by several' in x for x in said)
   with pytest.raises(UserError, match='was trained beside other parameters'):
     loaded_adapters.applied(MODEL, params, [folder], 'another')
+  with pytest.raises(UserError, match='differences would be added twice'):
+    loaded_adapters.applied(MODEL, params, [folder, folder], meta['base'])
 
 
 def test_what_ranks_no_row_is_refused(base, tmp_path, fit):
