@@ -16,7 +16,7 @@ from etils import epath
 
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError, require
-from jaxsparse.run import hosts, stored, trained
+from jaxsparse.run import checkpoint, hosts, stored, trained
 from jaxsparse.run import workdir as workdir_lib
 
 FILE = 'start.json'
@@ -111,6 +111,29 @@ def recorded(workdir: epath.PathLike, record: dict) -> Start:
   with contextlib.suppress(OSError, ValueError, TypeError):
     return Start(**json.loads((epath.Path(workdir) / FILE).read_text()))
   return Start(**record['start'])
+
+
+def fingerprints(config: Config, workdir: epath.PathLike) -> list[str]:
+  """Of the parameters that a workdir's adapters may stand beside.
+
+  They are those of its checkpoints, the newest one last, and behind them the
+  base of a run of an adapter.
+
+  Args:
+    config: of the workdir.
+    workdir: of a run or a model.
+
+  Raises:
+    UserError: a checkpoint can't be read.
+  """
+  found = [
+    stored.params_fingerprint(workdir, step)
+    for step in stored.steps_in(workdir)
+  ]
+  if config.adapter.kind:
+    record = checkpoint.read_record(workdir) or {}
+    found.append(recorded(workdir, record).fingerprint)
+  return found
 
 
 def settle(config: Config, workdir: epath.PathLike) -> Start:

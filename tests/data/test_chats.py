@@ -7,8 +7,10 @@ import itertools
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from chat_tokenizer import CHATML, STOP, published
+from pyarrow import parquet as pq
 
 from jaxsparse.config import DataConfig
 from jaxsparse.config.errors import UserError
@@ -175,7 +177,7 @@ def test_forms_of_files(tmp_path, name, wrap):
 @pytest.mark.parametrize(
   ('line', 'words'),
   [
-    ('{', 'is no JSON'),
+    ('{', r'is no JSON .*, or leave it out of data\.messages\.$'),
     ('3', 'holds 3 where a list of messages belongs'),
     ('{"message": []}', r"no field 'messages' \(did you mean message\?\)"),
     ('{"messages": []}', r'holds \[\] where a list'),
@@ -189,6 +191,10 @@ def test_forms_of_files(tmp_path, name, wrap):
       'has the weight 0.5, which is not 0 or 1',
     ),
     (
+      '[{"role": "assistant", "content": "a", "weight": 0}]',
+      'no answer to learn, as all of its answers have the weight 0: give one',
+    ),
+    (
       '[{"role": "assistant", "content": "", "tool_calls": [1]}]',
       'has tool_calls',
     ),
@@ -200,6 +206,15 @@ def test_a_bad_line_is_named(tmp_path, line, words):
     build_corpus(config)
   assert f'line 3 of {config.messages!r}' in str(caught.value)
   assert '\n' not in str(caught.value)
+
+
+def test_a_column_of_another_name_is_named(tmp_path):
+  path = tmp_path / 'chats.parquet'
+  pq.write_table(pa.table({'turns': ['x']}), path)
+  config = DataConfig(messages=str(path), cache_dir=str(tmp_path))
+  message = r"no field 'messages': rename one of its own \(turns\)\.$"
+  with pytest.raises(UserError, match=message):
+    build_corpus(config)
 
 
 def test_what_a_template_refuses_is_named(tmp_path):
