@@ -314,12 +314,17 @@ def added(
     path: _rows_of(known[path], rows) for path, (rows, _) in deltas.items()
   }
 
-  def sums(path: str) -> np.ndarray:
-    values = np.asarray(deltas[path][1], np.float32)
-    return (np.asarray(old[path], np.float32) + values).astype(old[path].dtype)
-
-  new = {path: (rows, sums(path)) for path, (rows, _) in deltas.items()}
+  new = {
+    path: (rows, changed(old[path], values))
+    for path, (rows, values) in deltas.items()
+  }
   return _written(params, new, donates), old
+
+
+def changed(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+  """Rows with their differences, rounded to their type: [t, W]."""
+  new = np.asarray(rows, np.float32) + np.asarray(values, np.float32)
+  return new.astype(rows.dtype)
 
 
 def restored(params: Any, old: Deltas) -> Any:

@@ -14,12 +14,13 @@ from inference.small_run import save_untrained
 from small_model import Batches, make_batch, make_mesh
 
 from jaxsparse import config as c
+from jaxsparse.config import saved_config
 from jaxsparse.config.errors import UserError
 from jaxsparse.data.pieces import Corpus, Piece
 from jaxsparse.data.tokenizer import ByteTokenizer
 from jaxsparse.inference import adapters as loaded_adapters
 from jaxsparse.nn import row_deltas
-from jaxsparse.run import adapter_files, checkpoint
+from jaxsparse.run import adapter_files, checkpoint, mapped_tables, start
 from jaxsparse.run.progress import Reporter
 from jaxsparse.training import (
   evaluation,
@@ -106,6 +107,23 @@ def rows_of(workdir):
   return tensors
 
 
+def begun_with(workdir):
+  """What reads the tables of a run that begins there."""
+  return start_from.given_tables(start.checkpoint_of(str(workdir))).rows
+
+
+def lora_beside(base, folder):
+  """`begun_with` of a run of LoRA, whose base's tables are as they were."""
+  config = of(base)
+  config.adapter = c.AdapterConfig(kind='lora')
+  begun_from = dataclasses.asdict(start.checkpoint_of(str(base)))
+  record = dict(config=saved_config.to_json(config), start=begun_from)
+  (folder / 'lora').mkdir()
+  arrays = {'block_00': {'attention': {'query': {'a': np.zeros(2)}}}}
+  checkpoint.save_params(folder / 'lora', arrays, record)
+  return begun_with(folder / 'lora')
+
+
 def test_it_ranks_once_and_goes_on_exactly(base, tmp_path, fit, capsys):
   workdir, config = tmp_path / 'new', of(base)
   fit(config, workdir, texts())
@@ -130,6 +148,14 @@ def test_it_ranks_once_and_goes_on_exactly(base, tmp_path, fit, capsys):
   _, mapped = loaded_adapters.load_params(workdir, tables='file')
   table = row_deltas.tables(mapped)[path]
   assert np.array_equal(table.rows, whole[f'{path}/rows'])
+  # So does a run that has its tables on file.
+  for read, table in (
+    (begun_with(workdir), expected),
+    (lora_beside(base, tmp_path), before),
+  ):
+    assert np.array_equal(read[path](), table)
+  _, rest = loaded_adapters.load_params(workdir, tables=mapped_tables.NONE)
+  assert 'block_00' in rest
   # Without what was ranked it is ranked anew, by another text otherwise.
   shutil.rmtree(workdir / 'checkpoints' / '4')
   shutil.rmtree(workdir / trained_rows.FOLDER)
