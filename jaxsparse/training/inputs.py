@@ -37,6 +37,8 @@ def training_data(
     process_index=jax.process_index(), process_count=jax.process_count()
   )
   before = corpus.before
+  if before is not None and not before.validation_bytes:
+    before = None
   return TrainingData(
     batches=pipeline.train_iterator(
       config.data, corpus, tokens, config.train.seed, **process
