@@ -254,6 +254,45 @@ def test_long_chats_end_behind_an_answer_or_are_left_out_and_said(tmp_path):
     corpus_of(config_of(tmp_path, lines, seq_len=4))
 
 
+def test_they_are_made_once(tmp_path, monkeypatch):
+  """By a tokenizer, a template and a length; another makes its own."""
+  lines = [*lines_of(9), json.dumps(said('q', 'x' * 60))]
+  config = config_of(tmp_path, lines, validation_fraction=0.3)
+  raw, heard, made = build_corpus(config), [], []
+  answers = ChatTemplate.answers
+  monkeypatch.setattr(
+    ChatTemplate, 'answers', lambda *args: made.append(args) or answers(*args)
+  )
+
+  def encoded(digest='one', template=TEMPLATE, seq_len=48):
+    made.clear()
+    args = raw, BYTES, template, seq_len, heard.append, digest
+    return chats.encoded(*args), len(made)
+
+  first, number = encoded()
+  assert number == 10
+  again, number = encoded()
+  assert number == 0
+  assert heard[-2] == heard[-1]
+  assert 'left out, as none fits: 1' in heard[-1]
+  for name in ('train', 'validation'):
+    for a, b in zip(getattr(first, name), getattr(again, name), strict=True):
+      np.testing.assert_array_equal(a.tokens, b.tokens)
+      np.testing.assert_array_equal(a.is_learned, b.is_learned)
+      assert (a.text, a.tokens.dtype) == (b.text, b.tokens.dtype)
+  assert again.validation_bytes == first.validation_bytes
+  assert again.test is None
+  assert encoded('two')[1] == 10
+  assert encoded(template=ChatTemplate(' ' + PLAIN))[1] == 10
+  assert encoded(seq_len=47)[1] == 10
+  assert encoded('')[1] == 10
+  # A damaged file is made again.
+  for file in raw.directory.glob('answers_*'):
+    file.write_bytes(file.read_bytes()[:-30])
+  assert encoded()[1] == 10
+  assert encoded()[1] == 0
+
+
 def test_rows_hold_whole_chats_and_weigh_answers_alone(tmp_path):
   config = config_of(tmp_path, lines_of(70))
   corpus = corpus_of(config)
