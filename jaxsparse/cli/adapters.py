@@ -10,6 +10,7 @@ from jaxsparse.analysis.free_memory import words
 from jaxsparse.cli import adapters_in_workdirs
 from jaxsparse.config.errors import UserError, did_you_mean, require, shown
 from jaxsparse.nn import row_deltas
+from jaxsparse.ops.tables import row_delta
 from jaxsparse.run import adapter_files, new_workdir
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.command_line import Parser
@@ -85,12 +86,20 @@ def _tables(tensors: adapter_files.Tensors) -> list[str]:
 
 
 def merge(argv: Sequence[str]) -> None:
-  """Several deltas of rows as one."""
+  """Several deltas of rows as one, or one of them in fewer bits."""
   parser = _parser(
-    'merge', 'Make one delta of rows of several, of the same base.'
+    'merge',
+    'Make one delta of rows of several, of the same base, or of one with '
+    'values of another type.',
   )
   parser.add_argument('adapters', nargs='+', help='RUN/adapters/NAME')
   parser.add_argument('--out', required=True, help='folder of the new one')
+  parser.add_argument(
+    '--values',
+    default='',
+    choices=('float32', 'bfloat16', 'int8'),
+    help='type of the differences in the file; by default the widest of them',
+  )
   arguments = parser.parse_args(argv)
   out = workdir_lib.expanded(arguments.out)
   folders = [workdir_lib.expanded(folder) for folder in arguments.adapters]
@@ -113,7 +122,10 @@ def merge(argv: Sequence[str]) -> None:
     types = [d[path][1].dtype for d in deltas if path in d]
     widest = max(types, key=lambda dtype: dtype.itemsize)
     tensors[f'{path}/rows'] = rows
-    tensors[f'{path}/values'] = values.astype(widest)
+    kept = dict(values=values.astype(arguments.values or widest))
+    if arguments.values == 'int8':
+      kept = row_delta.in_int8(values)
+    tensors |= {f'{path}/{name}': x for name, x in kept.items()}
   meta = dict(kind='rows', base=bases.pop(), merged=list(arguments.adapters))
   adapter_files.write(out, tensors, meta)
   print(_line(out, epath.Path(out)))

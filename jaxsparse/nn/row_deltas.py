@@ -54,11 +54,21 @@ def _replaced(params: Any, values: Mapping[str, Any], prefix: str = '') -> Any:
 def unchecked(tensors: Tensors) -> Deltas:
   """The deltas of a file whose model is not at hand."""
   return {
-    path: (rows, tensors[f'{path}/values'])
+    path: (rows, _values(tensors, path))
     for name, rows in tensors.items()
     if name.endswith('/rows')
     and f'{(path := name.removesuffix("/rows"))}/values' in tensors
   }
+
+
+def _values(tensors: Tensors, path: str) -> np.ndarray | None:
+  """Differences of a table's rows; in int8 each row has its scale beside it."""
+  values, scale = (tensors.get(f'{path}/{x}') for x in ('values', 'scale'))
+  if values is None or values.dtype != np.int8:
+    return values
+  if scale is None or scale.shape != values.shape[:1]:
+    return None
+  return values * scale[:, None]
 
 
 def from_tensors(tensors: Tensors, params: Any, where: str) -> Deltas:
@@ -79,10 +89,11 @@ def from_tensors(tensors: Tensors, params: Any, where: str) -> Deltas:
       f'{where!r} has {path!r}, which is no table of this model: give the '
       'model that it was trained beside.',
     )
-    rows, values = (tensors.get(f'{path}/{x}') for x in ('rows', 'values'))
+    rows, values = tensors.get(f'{path}/rows'), _values(tensors, path)
     if rows is None or values is None:
       raise UserError(
-        f"{path} in {where!r} must have 'rows' and 'values', and lacks one."
+        f"{path} in {where!r} must have 'rows' and 'values', and of int8 a "
+        "'scale' of each row; it lacks one."
       )
     _check(f'{path} in {where!r}', rows, values, known[path].shape)
     found[path] = rows, values
@@ -374,7 +385,7 @@ def changed_share(tensors: Tensors, of_norm: float = 0.01) -> float:
   changed = total = 0
   for name, norm in tensors.items():
     if name.endswith('/old_norm'):
-      values = tensors[name.removesuffix('old_norm') + 'values']
+      values = _values(tensors, name.removesuffix('/old_norm'))
       change = np.linalg.norm(np.asarray(values, np.float32), axis=1)
       changed += int((change > of_norm * norm).sum())
       total += len(norm)

@@ -175,10 +175,12 @@ def require_distinct(folders: Iterable[epath.PathLike]) -> None:
   seen: dict[str, str] = {}
   for folder in map(str, folders):
     digest = digest_of(folder, read_meta(folder))
+    other = seen.get(digest, '')
+    same = 'is named twice' if other == folder else f'is that in {other!r}'
     require(
-      digest not in seen,
-      f'the adapter in {folder!r} is that in {seen.get(digest, "")!r}, and its '
-      'differences would be added twice: name it once.',
+      not other,
+      f'the adapter in {folder!r} {same}, and its differences would be added '
+      'twice: name it once.',
     )
     seen[digest] = folder
 
