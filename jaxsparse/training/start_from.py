@@ -62,7 +62,7 @@ def begin(
   old = run_config.read(found.workdir, say)
   model = config.model.with_vocabulary(old.model.vocab_size)
   config = dataclasses.replace(config, model=model)
-  _require_trainable(config, old, found)
+  _require_trainable(config, found)
   told = differences(old.model, model, found.workdir, bool(config.adapter.kind))
   merged = ', its adapter merged into its base' if old.adapter.kind else ''
   say(f'Beginning with step {found.step} of {found.workdir!r}{merged}{told}.')
@@ -78,7 +78,7 @@ def begin(
   return config
 
 
-def _require_trainable(config: Config, old: Config, found: start.Start) -> None:
+def _require_trainable(config: Config, found: start.Start) -> None:
   memory = config.model.memory
   require(
     not (config.adapter.kind and config.model.has_tables_on_file),
@@ -92,12 +92,21 @@ def _require_trainable(config: Config, old: Config, found: start.Start) -> None:
     'begins with but that of an adapter: name the workdir that it was made of.',
   )
   require(
-    not old.adapter.quantize,
+    QUANTIZED in record or not _is_beside_quantized(found.workdir),
     f'train.start_from = {found.workdir!r} is an adapter beside a base in '
-    f'fewer bits (adapter.quantize = {old.adapter.quantize!r}), which no '
-    'training begins with: name its base, or make a model of both by convert '
-    'to-hf and convert from-hf.',
+    'fewer bits, which no training begins with: name its base, or make a model '
+    'of both by convert to-hf and convert from-hf.',
   )
+
+
+def _is_beside_quantized(workdir: str) -> bool:
+  """Whether a workdir holds a quantized model, or an adapter beside one."""
+  record = checkpoint.read_record(workdir) or {}
+  config = start.adapted(record)
+  if config is None:
+    return QUANTIZED in record
+  base = start.base_of(workdir, record)
+  return bool(config.adapter.quantize) or _is_beside_quantized(base.workdir)
 
 
 def _bring_tokenizer(

@@ -23,6 +23,7 @@ from jaxsparse.run import (
   new_workdir,
   run_config,
   start,
+  stored,
 )
 from jaxsparse.training import resume, start_from
 
@@ -258,8 +259,29 @@ def test_the_adapter_of_the_other_run_is_told_or_left_out(old, tmp_path):
   assert 'a new adapter is trained beside both' in said[-1]
   begin(parsed('--config.adapter.kind='), tmp_path / 'all', said.append)
   assert 'its adapter merged into its base' in said[-1]
-  # No training begins with a base in fewer bits.
-  config.adapter.quantize = 'weights=nf4'
-  (old / 'config.json').write_text(saved_config.to_json(config))
-  with pytest.raises(UserError, match='beside a base in fewer bits'):
-    begin(parsed('--config.adapter.kind='), tmp_path / 'quantized')
+
+
+@pytest.mark.parametrize('is_stored', [True, False])
+def test_no_training_begins_beside_a_base_in_fewer_bits(
+  old, tmp_path, is_stored
+):
+  """Whether the base is stored so, or was made so for the adapter."""
+  base = old
+  if is_stored:
+    base = tmp_path / 'quantized'
+    base.mkdir()
+    record = {stored.QUANTIZED: {'x': {}}}
+    checkpoint.save_params(base, {'x': np.zeros(2)}, record)
+  config = dataclasses.replace(of(base), adapter=c.AdapterConfig(kind='lora'))
+  if not is_stored:
+    config.adapter.quantize = 'weights=nf4'
+  begun_from = dataclasses.asdict(start.source(config))
+  record = dict(config=saved_config.to_json(config), start=begun_from)
+  run = tmp_path / 'run'
+  run.mkdir()
+  checkpoint.save_params(run, {'a': np.zeros(2)}, record)
+  (run / 'config.json').write_text(saved_config.to_json(config))
+  for kind in ('', 'lora'):
+    new = dataclasses.replace(of(run), adapter=c.AdapterConfig(kind=kind))
+    with pytest.raises(UserError, match='beside a base in fewer bits'):
+      begin(new, tmp_path / f'new{kind}')
