@@ -4,6 +4,7 @@
 import argparse
 from collections.abc import Sequence
 
+import numpy as np
 from etils import epath
 
 from jaxsparse.analysis.free_memory import words
@@ -81,8 +82,10 @@ def _tables(tensors: adapter_files.Tensors) -> list[str]:
     for name, rows in tensors.items()
     if name.endswith('/rows') and len(rows)
   ]
-  share = row_deltas.changed_share(tensors)
-  return [*lines, f'  {share:.1%} of the rows changed by over 1% of their norm']
+  if any(name.endswith('/old_norm') for name in tensors):
+    share = row_deltas.changed_share(tensors)
+    lines.append(f'  {share:.1%} of the rows changed by over 1% of their norm')
+  return lines
 
 
 def merge(argv: Sequence[str]) -> None:
@@ -125,10 +128,25 @@ def merge(argv: Sequence[str]) -> None:
     kept = dict(values=values.astype(arguments.values or widest))
     if arguments.values == 'int8':
       kept = row_delta.in_int8(values)
+    norms = _old_norms([own for own, _ in read], path, rows)
+    if norms is not None:
+      kept['old_norm'] = norms
     tensors |= {f'{path}/{name}': x for name, x in kept.items()}
   meta = dict(kind='rows', base=bases.pop(), merged=list(arguments.adapters))
   adapter_files.write(out, tensors, meta)
   print(_line(out, epath.Path(out)))
+
+
+def _old_norms(
+  files: Sequence[adapter_files.Tensors], path: str, rows: np.ndarray
+) -> np.ndarray | None:
+  """Those of rows before, of files of one base; None if one is unknown."""
+  norms = np.full(len(rows), np.nan, np.float32)
+  for tensors in files:
+    if f'{path}/old_norm' in tensors:
+      places = np.searchsorted(rows, tensors[f'{path}/rows'])
+      norms[places] = tensors[f'{path}/old_norm']
+  return None if np.isnan(norms).any() else norms
 
 
 # Each with what it does.

@@ -53,12 +53,13 @@ def _replaced(params: Any, values: Mapping[str, Any], prefix: str = '') -> Any:
 
 def unchecked(tensors: Tensors) -> Deltas:
   """The deltas of a file whose model is not at hand."""
-  return {
-    path: (rows, _values(tensors, path))
-    for name, rows in tensors.items()
-    if name.endswith('/rows')
-    and f'{(path := name.removesuffix("/rows"))}/values' in tensors
-  }
+  found: Deltas = {}
+  for name, rows in tensors.items():
+    path, _, array = name.rpartition('/')
+    values = _values(tensors, path)
+    if array == 'rows' and values is not None:
+      found[path] = rows, values
+  return found
 
 
 def _values(tensors: Tensors, path: str) -> np.ndarray | None:
@@ -383,9 +384,9 @@ def merged(table: DeltaTable) -> jax.Array:
 def changed_share(tensors: Tensors, of_norm: float = 0.01) -> float:
   """Share of a file's rows whose change is above a share of their norm."""
   changed = total = 0
-  for name, norm in tensors.items():
-    if name.endswith('/old_norm'):
-      values = _values(tensors, name.removesuffix('/old_norm'))
+  for path, (_, values) in unchecked(tensors).items():
+    norm = tensors.get(f'{path}/old_norm')
+    if norm is not None:
       change = np.linalg.norm(np.asarray(values, np.float32), axis=1)
       changed += int((change > of_norm * norm).sum())
       total += len(norm)

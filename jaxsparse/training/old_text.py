@@ -85,9 +85,8 @@ def _measured(
   if total <= most_bytes:
     return before
   number = min(len(pieces), math.ceil(len(pieces) * most_bytes / total))
-  chosen = [
-    pieces[i] for i in np.arange(number) * len(pieces) // max(number, 1)
-  ]
+  places = np.arange(number) * len(pieces) // max(number, 1)
+  chosen = [pieces[i] for i in places.tolist()]
   num_bytes = sum(len(piece.text) for piece in chosen)
   if chosen:
     say(

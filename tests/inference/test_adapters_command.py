@@ -104,10 +104,14 @@ def test_what_is_added_is_removed_to_the_bit(base, adapters, tmp_path, capsys):
   assert run('list', none) == 2
 
 
-def test_merged_deltas_do_what_both_do(base, adapters, tmp_path):
+def test_merged_deltas_do_what_both_do(base, adapters, tmp_path, capsys):
   merged, one, other = (tmp_path / x for x in ('merged', 'one', 'other'))
   folders = adapters['facts'], adapters['names']
   assert run('merge', *folders, f'--out={merged}') == 0
+  capsys.readouterr()
+  assert run('inspect', merged) == 0
+  said = capsys.readouterr().out
+  assert '100.0% of the rows changed by over 1% of their norm' in said
   assert run('add', base, merged, f'--out={one}') == 0
   assert run('add', base, *folders, f'--out={other}') == 0
   equal(params_of(one), params_of(other))
@@ -137,7 +141,7 @@ def test_a_delta_in_int8_is_a_quarter_and_nearly_the_same(
   assert run('merge', small, f'--out={again}') == 0
   found, _ = adapter_files.read(again)
   assert found[f'{PATHS[0]}/values'].dtype == np.float32
-  del tensors[f'{PATHS[0]}/scale']
+  del tensors[f'{PATHS[0]}/scale'], tensors[f'{PATHS[0]}/old_norm']
   adapter_files.write(small, tensors, meta)
   assert run('add', base, small, f'--out={tmp_path / "x"}') == 2
   assert "of int8 a 'scale' of each row" in capsys.readouterr().err
