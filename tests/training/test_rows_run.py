@@ -175,6 +175,15 @@ def test_a_run_of_all_parameters_begins_with_its_base_and_rows(
   said = capsys.readouterr().out
   assert 'rows of tables moved is not known' not in said
   assert 'block_00/memory/rows_moved' in said
+  # On several devices it begins with the same.
+  read = functools.partial(loaded_adapters.load_base, after)
+  args = after, start.source(after), print, read
+  one, several = (make_mesh(shape) for shape in ((1, 1, 1), (2, 2, 1)))
+  with jax.set_mesh(one):
+    expected = start_from.load_params(*args)
+  with jax.set_mesh(several):
+    found = start_from.load_params(*args)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_several_adapters_are_added_and_overlaps_are_said(base, tmp_path, fit):
