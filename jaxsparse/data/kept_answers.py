@@ -41,7 +41,8 @@ def file_of(directory: pathlib.Path, *identity: Any) -> pathlib.Path:
 
 def write(file: pathlib.Path, splits: Splits, facts: dict[str, int]) -> None:
   """Keeps them, where the folder can be written."""
-  arrays = {'facts': np.frombuffer(json.dumps(facts).encode(), np.uint8)}
+  arrays: dict[str, Any] = {}
+  arrays['facts'] = np.frombuffer(json.dumps(facts).encode(), np.uint8)
   for name, of in splits.items():
     texts = [np.frombuffer(x.text, np.uint8) for x in of]
     arrays[f'{name}/lengths'] = np.array([len(x.tokens) for x in of], np.int64)
