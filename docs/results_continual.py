@@ -160,9 +160,11 @@ share of the old facts that the base had and the model has no more.
 
 {_against('lora')}
 
-LoRA changes what every token does, and forgets most before it learns much; all parameters learn most, and forget nearly as much. Rows are
-read by old facts, too: the chosen rows have a third of the reads by the old text, so that alone they forget 0.16 to 0.27 of what LoRA does, not
-the 11 % against 71 % that arXiv:2510.15103 reports of a far larger model.
+LoRA changes what every token does, and forgets most before it learns much; of queries and values alone it learns nothing and forgets as
+much. All parameters learn most, and forget nearly as much. Rows at a rate at which they learn just more than LoRA forget at most a fifth of what it
+does if all rows are trained that the new text reads more than the old one. They are read by old facts, too: of the reads by the new text and by the old one 2,000 rows
+by KL have 45 and 34 %, and the first 250 of them still 12 and 8 %, as the names of both are made of the same parts. So rows forget more the more they learn, and
+not the 11 % against 71 % that arXiv:2510.15103 reports of a far larger model.
 
 The same with old text in half of each batch, for twice the steps:
 
