@@ -51,13 +51,9 @@ def get_suite() -> suite_lib.Suite:
         rates=(5e-4, 1.5e-3, 5e-3, 1.5e-2, 4.5e-2),
         adapter=AdapterConfig(kind='lora', targets=MATRICES),
       ),
-      rows_kl=Method(
-        rates=(3e-3, 4e-3, 6e-3, 8e-3, 1e-2, 3e-2), adapter=rows(2000)
-      ),
-      rows_kl_4000=Method(
-        rates=(2e-3, 3e-3, 4.5e-3, 5e-3, 6e-3, 1e-2), adapter=rows(4000)
-      ),
-      full=Method(rates=(5e-4, 1e-3, 2e-3, 4e-3)),
+      rows_kl=Method(rates=(3e-3, 4e-3, 6e-3, 1e-2, 3e-2), adapter=rows(2000)),
+      rows_kl_4000=Method(rates=(4.5e-3, 5e-3, 6e-3), adapter=rows(4000)),
+      full=Method(rates=(5e-4, 2e-3)),
       lora_replay=Method(
         rates=(1.5e-3, 5e-3, 1.5e-2),
         adapter=AdapterConfig(kind='lora', targets=MATRICES),
