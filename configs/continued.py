@@ -25,7 +25,8 @@ infinite
   arXiv:2503.02844: warm-up, cool-down to half of the peak, and a constant rate
   at which the next text can be taken up. More train.num_steps go on exactly.
   Hardware: two CPU cores, minutes.
-  Result: none measured.
+  Result: 120 steps of the same text, of which the cool-down takes 100: new text
+  4.402 to 3.239, old text 1.951 to 2.483.
 
 annealed
   Reproduces: the last phase of that schedule (arXiv:2403.08763), to publish
