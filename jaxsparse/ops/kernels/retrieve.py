@@ -62,6 +62,7 @@ def retrieve(
   *,
   num_slots: int,
   salt: int = 0,
+  factor: Float[Array, 'T 2'] | None = None,
   interpret: bool = False,
 ) -> Cells:
   """`retrieve_reference` on a GPU, cells in any order.
@@ -76,6 +77,8 @@ def retrieve(
     num_selected: likewise, k.
     num_slots: rows that the addresses are split over.
     salt: picks the bijection of addresses, see `addressing`.
+    factor: a positive factor of all scores of a token's row and column keys, as
+      of a query's norm; none by default.
     interpret: run in Pallas interpret mode (tests).
 
   Returns:
@@ -84,7 +87,7 @@ def retrieve(
   options = tuple(
     dict(num_selected=num_selected, num_slots=num_slots, salt=salt).items()
   )
-  return _retrieve(options, interpret, scores, cores, directions)
+  return _retrieve(options, interpret, scores, cores, directions, factor)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -94,15 +97,17 @@ def _retrieve(
   scores: Float[Array, 'P 2 T parts_r Q'],
   cores: Float[Array, 'c P r r'],
   directions: Directions,
+  factor: Float[Array, 'T 2'] | None,
 ):
   return _by_kernel(
-    scores, cores, directions, interpret=interpret, **dict(options)
+    scores, cores, directions, factor, interpret=interpret, **dict(options)
   )
 
 
 def _forward(options: Options, interpret: bool, *arrays: Any):
   def reference(*arrays: Any):
-    found, *slots = retrieve_reference(*arrays, **dict(options))
+    *arrays, factor = arrays
+    found, *slots = retrieve_reference(*arrays, factor=factor, **dict(options))
     return found, slots
 
   found, pull, slots = jax.vjp(reference, *arrays, has_aux=True)
@@ -122,6 +127,7 @@ def _by_kernel(
   scores: Float[Array, 'P 2 T parts_r Q'],
   cores: Float[Array, 'c P r r'],
   directions: Directions,
+  factor: Float[Array, 'T 2'] | None,
   num_selected: int,
   num_slots: int,
   salt: int,
@@ -137,6 +143,7 @@ def _by_kernel(
     core_ref: jax.Ref,
     left_ref: jax.Ref,
     right_ref: jax.Ref,
+    factor_ref: jax.Ref | None,
     found: jax.Ref,
     found_slot: jax.Ref,
     found_block: jax.Ref,
@@ -156,12 +163,13 @@ def _by_kernel(
       mask: Bool[Array, 'n'] | None = None,
     ):
       other = None if mask is None else 0
-      return sum(
+      total = sum(
         triton.load(
           scores_ref.at[p, axis, t, part + rank, at], mask=mask, other=other
         )
         for part in range(0, parts_by_rank, num_ranks)
       )
+      return total if factor_ref is None else total * factor_ref[t, axis]
 
     def best(order: jax.Array, scratch: jax.Ref, *where: jax.Array | int):
       """Positions of the largest, in their order; through memory."""
@@ -248,7 +256,7 @@ def _by_kernel(
     compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
     interpret=interpret,
     name='retrieve',
-  )(scores, cores, *directions)
+  )(scores, cores, *directions, factor)
   return found, slot, block
 
 
@@ -260,6 +268,7 @@ def retrieve_reference(
   *,
   num_slots: int,
   salt: int = 0,
+  factor: Float[Array, 'T 2'] | None = None,
 ) -> Cells:
   """The same by `tucker_top_m`, best cells first."""
   num_heads, _, num_tokens, _, num_keys = scores.shape
@@ -267,6 +276,11 @@ def retrieve_reference(
     num_heads, 2, num_tokens, -1, cores.shape[-1], num_keys
   )
   row, column = by_part.sum(3).transpose(1, 2, 0, 4, 3)
+  if factor is not None:
+    row, column = (
+      x * factor[:, axis, None, None, None]
+      for axis, x in enumerate((row, column))
+    )
   found, address = tucker_top_m(
     row, column, cores, num_selected, directions=directions, is_stable=True
   )

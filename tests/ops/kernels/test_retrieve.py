@@ -32,8 +32,8 @@ def make_inputs(num_ranks, num_cores, num_parts):
 
 
 @functools.partial(jax.jit, static_argnames=('num_slots', 'salt'))
-def both(scores, cores, directions, num_slots, salt):
-  options = dict(num_slots=num_slots, salt=salt)
+def both(scores, cores, directions, factor, num_slots, salt):
+  options = dict(num_slots=num_slots, salt=salt, factor=factor)
   args = scores, cores, directions, K
   return (
     kernel.retrieve(*args, **options, interpret=True),
@@ -57,7 +57,8 @@ def by_slot(cells):
   'sizes', few([((2, 1, 2),)], [((2, 1, 2),), ((3, 2, 1),)])
 )
 def test_it_keeps_the_same_cells(sizes):
-  got, expected = both(*make_inputs(*sizes), Q**2 // 4, 7)
+  factor = jnp.asarray([[1, 2], [0.5, 1]])
+  got, expected = both(*make_inputs(*sizes), factor, Q**2 // 4, 7)
   assert len(np.unique(expected[2])) == 4
   for a, b in zip(by_slot(got), by_slot(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
