@@ -16,6 +16,7 @@ from jaxsparse.data.tokenizer import load_from_workdir
 from jaxsparse.inference import row_cache, served_adapters, weights
 from jaxsparse.inference.capacity import slots_that_fit
 from jaxsparse.inference.engine import Engine
+from jaxsparse.inference.fold import fold_for_decode
 from jaxsparse.inference.long_input import with_bounded_history
 from jaxsparse.inference.quantize import Quantization
 from jaxsparse.inference.slot_programs import Programs
@@ -137,6 +138,8 @@ class Model:
       self._say,
       sizes.quantization,
       sizes.tables,
+      # Adapters are of the model's own matrices.
+      is_folded=not sizes.adapters,
     )
     params = row_cache.begun(params, sizes.cached_rows, '--row-cache')
     held_bytes = _bytes(params)
@@ -152,6 +155,7 @@ class Model:
       params, places = served_adapters.with_places(
         params, given, self.config.dtype
       )
+      params = fold_for_decode(self.config, params)
     programs = Programs.compile(
       self.config,
       params,

@@ -9,6 +9,8 @@ import functools
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from jaxsparse import mesh
@@ -36,6 +38,7 @@ class Attention(nn.Module):
   with biases also `query_bias` and so on; with QK-norm also `query_norm` and
   `key_norm`, one gain [H] for all heads or one of each, [N, H] and [K, H]; with
   composition those of `DCMHA`, in a sparse block those of `SparseAttention`.
+  Folded, `heads` [D, N + 2 K, H] is the first three, see `inference.fold`.
 
   Attributes:
     config: of the model.
@@ -196,9 +199,17 @@ class Attention(nn.Module):
       b = bias(self, f'{name}_bias', dims[1:], shape[1:], heads.ndim)
       return heads + b.astype(heads.dtype)
 
-    query = project('query', 'DNH', config.num_heads)
-    key = project('key', 'DKH', config.num_kv_heads)
-    value = project('value', 'DKH', config.num_kv_heads)
+    counts = config.num_heads, config.num_kv_heads, config.num_kv_heads
+    if self.has_variable('params', 'heads'):
+      heads = project('heads', 'D.H', sum(counts))
+      query, key, value = jnp.split(heads, np.cumsum(counts[:2]), axis=2)
+    else:
+      query, key, value = (
+        project(name, dims, num_heads)
+        for name, dims, num_heads in zip(
+          ('query', 'key', 'value'), ('DNH', 'DKH', 'DKH'), counts, strict=True
+        )
+      )
     if config.qk_norm != 'none':
       epsilon = config.qk_norm_epsilon or config.norm_epsilon
       of_query, of_key = (
