@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.model import block_name
+from jaxsparse.nn.memory import key_scores
 
 # All that reads a norm's output within a block, with the dimension of each that
 # is the model's width. Depth-wise convolutions commute with a gain.
@@ -79,6 +80,8 @@ def fold_for_decode(config: ModelConfig, params: dict) -> dict:
     for place, parts, whole, axis in _MERGED:
       if layer := _at(block, place):
         _merge(layer, parts, whole, axis)
+    if 'memory' in block:
+      _fold_keys(config, block['memory'])
     folded[name] = block
   if config.norm == 'rms' and _is_array(folded.get('output')):
     folded['output'] = _with_gain(
@@ -157,3 +160,18 @@ def _merge(layer: dict, parts: Sequence[str], whole: str, axis: int) -> None:
 @functools.partial(jax.jit, static_argnums=1)
 def _side_by_side(arrays: list[jax.Array], axis: int) -> jax.Array:
   return jnp.concatenate(arrays, axis)
+
+
+def _fold_keys(config: ModelConfig, layer: dict) -> None:
+  assert config.memory is not None
+  memory = config.memory.for_width(config.model_dim)
+  gains = [layer.get(name) for name in ('key_scale', 'query_scale')]
+  layer['keys'] = _folded_keys(
+    layer['keys'], *gains, layer.get('cores'), memory
+  )
+  layer |= {
+    name: None for name in ('key_scale', 'query_scale') if name in layer
+  }
+
+
+_folded_keys = jax.jit(key_scores.folded, static_argnums=4)

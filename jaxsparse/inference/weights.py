@@ -21,6 +21,7 @@ from jaxsparse.inference.quantize import Quantization, quantize
 from jaxsparse.nn.parameter import is_quantized
 from jaxsparse.nn.transformer import init_params
 from jaxsparse.ops.adapted_matrix import AdaptedMatrix
+from jaxsparse.ops.memory.folded_keys import FoldedKeys
 from jaxsparse.ops.tables.quantized_table import QuantizedTable
 from jaxsparse.ops.tables.row_delta import DeltaTable
 from jaxsparse.run import stored, table_leaves
@@ -128,7 +129,7 @@ def cast(config: ModelConfig, params: dict) -> dict:
   leaves, structure = jax.tree_util.tree_flatten_with_path(
     params,
     is_leaf=lambda x: (
-      is_quantized(x) or isinstance(x, AdaptedMatrix | DeltaTable)
+      is_quantized(x) or isinstance(x, AdaptedMatrix | DeltaTable | FoldedKeys)
     ),
   )
   chosen = [

@@ -212,12 +212,16 @@ class MLP(nn.Module):
       self.deviations, model_dim, width, self.num_layers
     )
 
-    def project(name: str, width: int = width) -> jax.Array:
-      matrix = weight(self, name, 'DF', (model_dim, width), reading, x.dtype)
-      return self._biased(token_product('d,df->f', x, matrix), name, 'F')
+    def project(name: str, width: int = width, dim: str = 'F') -> jax.Array:
+      shape = (model_dim, width)
+      matrix = weight(self, name, f'D{dim}', shape, reading, x.dtype)
+      return self._biased(token_product('d,df->f', x, matrix), name, dim)
 
     if self.has_variable('params', 'gate_up'):  # See `inference.fold`.
-      gate, up = jnp.split(project('gate_up', 2 * width), 2, axis=-1)
+      gate, up = (
+        mesh.reshard(half, mesh.act('BTF'))
+        for half in jnp.split(project('gate_up', 2 * width, '.'), 2, axis=-1)
+      )
       hidden = nn.silu(gate) * up
     elif self.kind == 'swiglu':
       hidden = nn.silu(project('gate')) * project('up')

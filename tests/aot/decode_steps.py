@@ -12,7 +12,7 @@ import targets
 
 from jaxsparse.config import ModelConfig
 from jaxsparse.experiments.bench import decode, decode_models, decode_program
-from jaxsparse.inference.fuse_norms import fuse_key_norms
+from jaxsparse.inference.fold import fold_for_decode
 from jaxsparse.nn.transformer import init_cache
 
 CONTEXT, STEPS = 2048, 32
@@ -47,11 +47,9 @@ def compile_step(
   """The loop over all steps, its cache donated; see `targets.compile_for`."""
   config = model(name, num_layers)
   with jax.set_mesh(targets.make_mesh('h100', (1, 1, 1))):
-    params = jax.eval_shape(lambda: decode_models.draw_params(config))
-    if config.memory and config.memory.key_norm != 'none':
-      params = jax.eval_shape(lambda p: fuse_key_norms(config, p)[1], params)
-      memory = dataclasses.replace(config.memory, key_norm='none')
-      config = dataclasses.replace(config, memory=memory)
+    params = jax.eval_shape(
+      lambda: fold_for_decode(config, decode_models.draw_params(config))
+    )
     cache = jax.eval_shape(
       lambda: decode_program.split(
         init_cache(config, batch_size, CONTEXT + STEPS)

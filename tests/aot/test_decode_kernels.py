@@ -37,14 +37,18 @@ def compiled(function, *args, folder, donate=()):
 
 
 def test_retrieval_is_one_kernel(tmp_path):
-  def run(scores, cores, left, right):
-    return retrieve(scores, cores, (left, right), 42, num_slots=1632**2, salt=1)
+  def run(scores, cores, left, right, factor):
+    directions = left, right
+    return retrieve(
+      scores, cores, directions, factor, 42, num_slots=1632**2, salt=1
+    )
 
   program, kernels = compiled(
     run,
-    SHAPE((2, 2, B, 4, 3264), F32),
+    SHAPE((2, 2, B, 2, 3264), F32),
     SHAPE((2, 2, 2, 2), F32),
     *[SHAPE((2, 2), F32)] * 2,
+    SHAPE((B, 2), F32),
     folder=tmp_path,
   )
   assert len(kernels) == 1

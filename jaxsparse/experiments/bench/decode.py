@@ -66,7 +66,7 @@ from jaxsparse.config.errors import UserError, require, require_choice
 from jaxsparse.config.tables import TABLE_TYPES
 from jaxsparse.experiments.bench import decode_models
 from jaxsparse.experiments.bench.decode_cell import Cell
-from jaxsparse.inference.fuse_norms import fuse_key_norms
+from jaxsparse.inference.fold import fold_for_decode
 from jaxsparse.nn.transformer import init_cache
 from jaxsparse.ops import top_k
 
@@ -138,7 +138,7 @@ def _measure_all(options):
     models = decode_models.make_models(options, group)
     params = {n: decode_models.draw_params(m) for n, m in models.items()}
     for name, model in models.items():
-      models[name], params[name] = fuse_key_norms(model, params[name])
+      params[name] = fold_for_decode(model, params[name])
       print(f'KV /{group} {name}: {_describe(model, options)}', flush=True)
     for batch_size in _numbers(options, 'batches'):
       task = f'KV /{group}, batch {batch_size}'

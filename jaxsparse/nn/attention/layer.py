@@ -202,7 +202,12 @@ class Attention(nn.Module):
     counts = config.num_heads, config.num_kv_heads, config.num_kv_heads
     if self.has_variable('params', 'heads'):
       heads = project('heads', 'D.H', sum(counts))
-      query, key, value = jnp.split(heads, np.cumsum(counts[:2]), axis=2)
+      query, key, value = (
+        mesh.reshard(part, mesh.act(f'BT{dim}H'))
+        for part, dim in zip(
+          jnp.split(heads, np.cumsum(counts[:2]), axis=2), 'NKK', strict=True
+        )
+      )
     else:
       query, key, value = (
         project(name, dims, num_heads)

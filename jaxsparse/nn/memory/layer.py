@@ -43,6 +43,7 @@ from jaxsparse.nn.memory.tables import (
   table_scheme,
 )
 from jaxsparse.nn.parameter import Parameter, gathered, parameter
+from jaxsparse.ops.memory.folded_keys import FoldedKeys
 from jaxsparse.ops.memory.sharded_bag import (
   ask_for_rows,
   sharded_gathered_dot,
@@ -291,7 +292,9 @@ def memory_forward(
   """
   config = config.for_width(x.shape[-1])
   weights = {
-    name: gathered(value, _COMPUTE_DIMS.get(name) or '.' * value.ndim)
+    name: value
+    if value is None or isinstance(value, FoldedKeys)
+    else gathered(value, _COMPUTE_DIMS.get(name) or '.' * value.ndim)
     for name, value in params.items()
     if not name.endswith('_table')
   }
