@@ -29,19 +29,21 @@ _LEAST = 16
 # Scores of rows that are not seen: finite, as differences of them are taken.
 _NEVER = -1e30
 
+# An array, or what it is to be.
+Shape = Array | jax.ShapeDtypeStruct
+
 Result = tuple[
   Float[Array, 'B NH'], Float[Array, 'B K S H'], Float[Array, 'B K S H']
 ]
 
 
 def unsupported_reason(
-  qkv: Float[Array, 'B NH_2KH'],
-  cos: Float[Array, 'B h'],
-  sin: Float[Array, 'B h'],
-  key: Float[Array, 'B K S H'],
-  value: Float[Array, 'B K S H'],
-  index: Int[Array, 'B'],
-  start: Int[Array, 'B'],
+  qkv: Float[Shape, 'B NH_2KH'],
+  turns: Float[Shape, 'B H'],
+  key: Float[Shape, 'B K S H'],
+  value: Float[Shape, 'B K S H'],
+  index: Int[Shape, 'one_or_B'],
+  position: Int[Shape, 'B'],
   num_heads: int,
 ) -> str | None:
   """What keeps the kernel from serving such a call here, in words."""
@@ -51,18 +53,17 @@ def unsupported_reason(
     return f'it has rows of {key.dtype} for {qkv.dtype}'
   if key.shape[3] % 2:
     return f'heads of {key.shape[3]} have no halves to rotate'
-  arrays = qkv, cos, sin, key, value, index, start
+  arrays = qkv, turns, key, value, index, position
   return probe.unsupported_reason(attend, *arrays, num_heads=num_heads)
 
 
 def attend(
   qkv: Float[Array, 'B NH_2KH'],
-  cos: Float[Array, 'B h'],
-  sin: Float[Array, 'B h'],
+  turns: Float[Array, 'B H'],
   key: Float[Array, 'B K S H'],
   value: Float[Array, 'B K S H'],
-  index: Int[Array, 'B'],
-  start: Int[Array, 'B'],
+  index: Int[Array, 'one_or_B'],
+  position: Int[Array, 'B'],
   num_heads: int,
   *,
   interpret: bool = False,
@@ -71,13 +72,14 @@ def attend(
 
   Args:
     qkv: queries of all heads, keys and values, as products leave them.
-    cos: of the angles of each sequence's position, see `rope`; h = H / 2.
-    sin: likewise.
+    turns: cosines, then sines of the angles of each sequence's position, see
+      `rope.angles`.
     key: rotated rows of the cache, a head's next to each other. The new ones
       are written to the same memory where the caller donates it.
     value: as `key`.
-    index: row of each sequence's new token.
-    start: first row that a sequence sees.
+    index: row of each sequence's new token, or that of all; from beyond the
+      last one the last is taken.
+    position: how many rows before that a sequence sees.
     num_heads: of queries, N.
     interpret: run in Pallas interpret mode (tests).
 
@@ -96,12 +98,11 @@ def attend(
 
   def kernel(
     qkv_ref: jax.Ref,
-    cos_ref: jax.Ref,
-    sin_ref: jax.Ref,
+    turns_ref: jax.Ref,
     keys: jax.Ref,
     values: jax.Ref,
     index_ref: jax.Ref,
-    start_ref: jax.Ref,
+    position_ref: jax.Ref,
     out: jax.Ref,
     maximum_ref: jax.Ref,
     total_ref: jax.Ref,
@@ -109,14 +110,15 @@ def attend(
     new_values: jax.Ref,
   ):
     b, head, part = (pl.program_id(i) for i in range(3))
-    row, first = index_ref[b], start_ref[b]
+    row = jnp.minimum(index_ref[b if len(index) > 1 else 0], num_rows - 1)
+    first = jnp.maximum(row - position_ref[b], 0)
     query = jnp.arange(num_queries)[:, None]
     in_group = query < group
     half_lane, lane = jnp.arange(padded_half), jnp.arange(padded)
     in_half, in_width = half_lane < half, lane < width
     cos, sin = (
-      triton.load(ref.at[b, half_lane], mask=in_half, other=0)[None]
-      for ref in (cos_ref, sin_ref)
+      triton.load(turns_ref.at[b, begin + half_lane], mask=in_half, other=0)
+      for begin in (0, half)
     )
 
     def rotated(begin: Int[Array, 'n 1'], mask: Bool[Array, 'n 1'] | bool):
@@ -129,7 +131,10 @@ def attend(
         ).astype(jnp.float32)
         for offset in (0, half)
       )
-      halves = left * cos - right * sin, right * cos + left * sin
+      halves = (
+        left * cos[None] - right * sin[None],
+        right * cos[None] + left * sin[None],
+      )
       return [x.astype(qkv.dtype) for x in halves]
 
     q = rotated((head * group + query) * width, in_group)
@@ -213,11 +218,11 @@ def attend(
       of_shape(key.shape, key.dtype),
       of_shape(value.shape, value.dtype),
     ],
-    input_output_aliases={3: 3, 4: 4},
+    input_output_aliases={2: 3, 3: 4},
     compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
     interpret=interpret,
     name='attend',
-  )(qkv, cos, sin, key, value, index, start)
+  )(qkv, turns, key, value, index, position)
   if num_parts > 1:
     scale = jnp.exp(maximum - maximum.max(2, keepdims=True))
     total = (scale * total).sum(2)[..., None]
@@ -227,12 +232,11 @@ def attend(
 
 def attend_reference(
   qkv: Float[Array, 'B NH_2KH'],
-  cos: Float[Array, 'B h'],
-  sin: Float[Array, 'B h'],
+  turns: Float[Array, 'B H'],
   key: Float[Array, 'B K S H'],
   value: Float[Array, 'B K S H'],
-  index: Int[Array, 'B'],
-  start: Int[Array, 'B'],
+  index: Int[Array, 'one_or_B'],
+  position: Int[Array, 'B'],
   num_heads: int,
 ) -> Result:
   """The same step by step."""
@@ -244,10 +248,12 @@ def attend_reference(
 
   def rotated(x: Float[Array, 'B 1 n H']):
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    c, s = cos[:, None, None], sin[:, None, None]
+    c, s = jnp.split(turns[:, None, None], 2, axis=-1)
     halves = left * c - right * s, right * c + left * s
     return jnp.concatenate(halves, axis=-1).astype(x.dtype)
 
+  index = jnp.broadcast_to(jnp.minimum(index, num_rows - 1), (batch,))
+  start = jnp.maximum(index - position, 0)
   row = jnp.arange(num_rows, dtype=jnp.int32)[None]
   is_new = (row == index[:, None])[:, None, :, None]
   key = jnp.where(is_new, rotated(new_key).swapaxes(1, 2), key)

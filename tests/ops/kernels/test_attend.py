@@ -29,17 +29,16 @@ def make_inputs():
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
   angle = draw(B, H // 2)
-  # A long sequence, one that begins behind padding, and a first token.
-  index = jnp.asarray([149, 100, 0], jnp.int32)
-  start = jnp.asarray([0, 70, 0], jnp.int32)
+  # A full sequence, one that begins behind padding, and a first token.
+  index = jnp.asarray([150, 100, 0], jnp.int32)
+  position = jnp.asarray([150, 30, 0], jnp.int32)
   return dict(
     qkv=draw(B, (N + 2 * K) * H),
-    cos=jnp.cos(angle),
-    sin=jnp.sin(angle),
+    turns=jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=1),
     key=draw(B, K, S, H),
     value=draw(B, K, S, H),
     index=index,
-    start=start,
+    position=position,
   )
 
 
@@ -52,6 +51,12 @@ def test_it_is_step_by_step(num_programs, monkeypatch):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
+def test_all_may_be_at_one_row():
+  inputs = make_inputs() | dict(index=jnp.asarray([120], jnp.int32))
+  for got, expected in zip(*both(N, *inputs.values()), strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
+
+
 def test_what_it_does_not_serve():
   inputs = make_inputs()
 
@@ -60,7 +65,7 @@ def test_what_it_does_not_serve():
 
   assert 'this is cpu' in why()
   assert 'rows of bfloat16' in why(key=inputs['key'].astype(jnp.bfloat16))
-  odd = inputs['key'][..., :15]
-  assert 'no halves' in why(key=odd, value=odd)
+  odd, turns = inputs['key'][..., :15], inputs['turns'][:, :15]
+  assert 'no halves' in why(key=odd, value=odd, turns=turns)
   tiny = inputs['qkv'].astype(jnp.float8_e4m3fn)
   assert '16 or 32 bits' in why(qkv=tiny)
