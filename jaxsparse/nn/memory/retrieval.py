@@ -19,6 +19,7 @@ from jaxtyping import Array, Float, Int
 from jaxsparse import mesh
 from jaxsparse.config import MemoryConfig
 from jaxsparse.nn.memory import key_scores
+from jaxsparse.nn.memory.context import Context, convolve
 from jaxsparse.nn.memory.key_scores import norm
 from jaxsparse.nn.parameter import Parameter
 from jaxsparse.ops.kernels import retrieve as kernel
@@ -28,9 +29,6 @@ from jaxsparse.ops.memory.product_key import product_key_top_m
 from jaxsparse.ops.memory.tucker import Directions, tucker_top_m
 from jaxsparse.ops.shard_map_vma import match_vma
 from jaxsparse.ops.token_product import token_product
-
-# The inputs before the first position, and their segment ids.
-Context = tuple[Float[Array, '*C S D'], Int[Array, '*C S']]
 
 # Arrays by name; None for 'pools' if there is only one.
 Read = dict[str, Any]
@@ -73,9 +71,7 @@ def retrieve(
   """
   h = x
   if 'query_conv' in weights:
-    h = _convolve(
-      x, weights['query_conv'].astype(x.dtype), segment_ids, context
-    )
+    h = convolve(x, weights['query_conv'].astype(x.dtype), segment_ids, context)
   # [D, 2, q] with heads or ranks before the width where they have their own.
   matrix = weights['query'].astype(x.dtype)
   dims = 'xyz'[: matrix.ndim - 1]
@@ -241,30 +237,3 @@ def _activate(scores, activation):
   if activation == 'sigmoid':
     return jax.nn.sigmoid(scores)
   return jax.nn.relu(scores) if activation == 'relu' else scores
-
-
-def _convolve(x, kernel, segment_ids, context):
-  """Causal depth-wise convolution over time, within a document.
-
-  kernel[i] weighs the input i positions back. Inputs of other documents count
-  as zero.
-  """
-  num_taps, num_positions = kernel.shape[0], x.shape[1]
-  past = num_taps - 1
-  if context is None:
-    inputs = jnp.pad(x, ((0, 0), (past, 0), (0, 0)))
-    if segment_ids is not None:
-      segments = jnp.pad(segment_ids, ((0, 0), (past, 0)))
-  else:
-    inputs = jnp.concatenate([context[0].astype(x.dtype), x], axis=1)
-    if segment_ids is not None:
-      segments = jnp.concatenate([context[1], segment_ids], axis=1)
-  y = jnp.zeros_like(x)
-  for i in range(num_taps):
-    window = slice(past - i, past - i + num_positions)
-    earlier = inputs[:, window]
-    if segment_ids is not None:
-      is_same = segments[:, window] == segment_ids
-      earlier = jnp.where(is_same[..., None], earlier, 0)
-    y += kernel[i][None, None] * earlier
-  return y
