@@ -56,9 +56,11 @@ def folded(
     # The same for all ranks, or a slice for each.
     gain = query_gain.reshape(-1, keys.shape[3]).T
     numbers *= gain[None, None, None]
-  matrix = numbers.transpose(1, 4, 3, 0, 2).astype(keys.dtype)
+  is_by_head = config.query == 'per_head'
+  order = (1, 4, 0, 3, 2) if is_by_head else (1, 4, 3, 0, 2)
+  matrix = numbers.transpose(order).astype(keys.dtype)
   directions = None if cores is None else leading_directions(cores.sum(0))
-  return FoldedKeys(matrix, directions)
+  return FoldedKeys(matrix, directions, is_by_head)
 
 
 def rms_factor(query: Float[Array, 'T 2 q']) -> Float[Array, 'T 2']:
@@ -115,9 +117,9 @@ def by_folded(
   query = _by_rank(query, config)
   per_rank = 'r' if config.split_key_dim or config.query == 'per_rank' else ''
   per_head = 'p' if config.query == 'per_head' else ''
-  matrix, of_keys = keys.matrix, 'srwpq'
+  matrix, of_keys = keys.matrix, 'srpwq' if keys.is_by_head else 'srwpq'
   if config.share_keys:
-    matrix, of_keys = matrix[:, :, :, 0], 'srwq'
+    matrix, of_keys = matrix[:, :, 0], 'srwq'
   wide = jnp.promote_types(query.dtype, jnp.float32)
   if mesh.platform() == 'gpu':
     parts = _parts(query, matrix.dtype)
