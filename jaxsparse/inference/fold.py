@@ -48,6 +48,8 @@ _READERS: dict[str, dict[tuple[str, ...], int]] = dict(
     ('memory', 'pre_value_map'): 0,
   },
 )
+# All that attention has beside its own matrices.
+_KNOWN_PARTS = {'dcmha', 'sparse', 'query_norm', 'key_norm'}
 # Matrices that read the same, with the name of the one that they become and the
 # dimension along which they stand side by side; of biases it is one less.
 _MERGED = (
@@ -119,7 +121,7 @@ def _fold_gains(config: ModelConfig, block: dict) -> None:
       for place, axis in readers.items()
       if _at(block, place) is not None
     }
-    if norm == 'mlp_norm' and _is_read_otherwise(config, block):
+    if _is_read_otherwise(config, block, norm):
       continue
     if not all(_is_array(_at(block, place)) for place in found):
       continue
@@ -129,8 +131,12 @@ def _fold_gains(config: ModelConfig, block: dict) -> None:
     block[norm] = dict(scale=None)
 
 
-def _is_read_otherwise(config: ModelConfig, block: dict) -> bool:
-  """Whether layers read an MLP's input by more than their matrices."""
+def _is_read_otherwise(config: ModelConfig, block: dict, norm: str) -> bool:
+  """Whether layers read a norm's output by more than known matrices."""
+  if norm == 'attention_norm':
+    # A kind of attention of somebody's own has parameters by its name.
+    parts = {n for n, x in block['attention'].items() if isinstance(x, dict)}
+    return bool(parts - _KNOWN_PARTS)
   memory = config.memory
   meets_rows = memory and memory.pre_value_dim and not memory.pre_value_map
   return ('memory' in block and bool(meets_rows)) or any(

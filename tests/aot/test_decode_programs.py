@@ -2,8 +2,8 @@
 """What a decode step of the 680M family is on an H100: kernels and graphs.
 
 Run with `pytest -m aot`, extra `aot`. At a small batch a step takes as long as
-its launches, so the bounds here are what it launches, by parameters that are folded
-as a server has them: they are to fall.
+its launches, so the bounds here are what it launches, with parameters folded as
+a server has them: they are to fall.
 """
 
 import functools

@@ -13,6 +13,7 @@ import pytest
 from lanes import few
 from slot_models import BASE, MODELS, V, make_params, tolerance
 
+from jaxsparse.config import ModelConfig
 from jaxsparse.inference import weights
 from jaxsparse.inference.fold import fold_for_decode
 from jaxsparse.inference.quantize import Quantization, quantize
@@ -103,6 +104,23 @@ def test_in_bf16_they_differ_by_rounding(name):
   error = np.abs(got - expected).max(-1) / np.abs(expected).max()
   is_selective = config.moe or config.memory
   assert np.quantile(error, 0.5 if is_selective else 1) < 0.06
+
+
+def test_what_others_read_keeps_its_gain(monkeypatch):
+  """A kind of attention or a layer that is not known here."""
+  params = copied(make_params(BASE)['params'])
+  others = property(lambda config: dict(own=None))
+  monkeypatch.setattr(ModelConfig, 'beside_mlp', others)
+  params['block_00']['attention']['own'] = dict(gate=np.ones(3))
+  params['block_01']['own'] = dict(gate=np.ones(3))
+  folded = fold_for_decode(BASE, params)
+  first, second = (folded[name] for name in ('block_00', 'block_01'))
+  assert first['attention_norm']['scale'] is not None
+  assert first['mlp_norm']['scale'] is None
+  assert second['attention_norm']['scale'] is None
+  assert second['mlp_norm']['scale'] is not None
+  assert 'heads' in first['attention']
+  assert 'gate_up' in second['mlp']
 
 
 def num_bytes(params):
