@@ -14,6 +14,7 @@ from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.data.tokenizer import load_from_workdir
 from jaxsparse.inference import row_cache, served_adapters, weights
+from jaxsparse.inference.batch_rows import padded
 from jaxsparse.inference.capacity import slots_that_fit
 from jaxsparse.inference.engine import Engine
 from jaxsparse.inference.fold import fold_for_decode
@@ -224,6 +225,7 @@ class Model:
       _temporary_bytes(self.config, sizes.chunk, self.length),
       sizes.prefix_bytes,
       -(-one // sizes.devices),
+      least=padded(1),
     )
     if (sizes.slots or 1) > most:
       raise UserError(
