@@ -28,8 +28,10 @@ from jaxsparse.ops.shard_map_vma import argsort
 # and in less time than another launch takes.
 _COMPARED_PAIRS = 2**20
 
-# A bench turns it off, to see what it brings.
 CAN_BE_UNSTABLE = 'is_stable' in inspect.signature(jax.lax.top_k).parameters
+
+# A bench turns it off, to see what it brings.
+KEEPS_GRAPHS = True
 
 
 def top_m(
@@ -47,7 +49,9 @@ def top_m(
   """
   scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
   *batch, num_candidates = scores.shape
-  options = {'is_stable': is_stable} if CAN_BE_UNSTABLE else {}
+  options = {}
+  if CAN_BE_UNSTABLE:
+    options['is_stable'] = is_stable and KEEPS_GRAPHS
   # Only the flat form is sure to reach the specialised kernels.
   rows = scores.reshape(-1, num_candidates)
 
@@ -57,7 +61,7 @@ def top_m(
   forms = {}
   if cpu.counts_faster(rows, num_selected):
     forms['cpu'] = functools.partial(cpu.count_top_k, num_selected=num_selected)
-  if len(rows) * num_candidates**2 <= _COMPARED_PAIRS:
+  if KEEPS_GRAPHS and len(rows) * num_candidates**2 <= _COMPARED_PAIRS:
     forms['cuda'] = functools.partial(compare_top_k, num_selected=num_selected)
   if forms:
     values, indices = jax.lax.platform_dependent(rows, **forms, default=best)
