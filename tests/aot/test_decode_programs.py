@@ -106,6 +106,18 @@ def test_a_step_keeps_its_cache_and_little_else(name, most):
   assert program.temp_bytes < most
 
 
+@pytest.mark.parametrize('name', ['dense', 'moe', 'ultramem'])
+def test_one_text_has_no_weight_written_anew(name):
+  """By generate and the server: no copy, transpose or product of that size."""
+  program = decode_steps.compile_answer(name, 4, 1)
+  config = decode_steps.model(name, 4)
+  rows = decode_steps.CONTEXT + decode_steps.STEPS
+  cache = 2, config.num_kv_heads, rows, config.head_dim
+  found = launches.kernels(program.text)
+  assert not launches.written(found, 10**6, cache)
+  assert program.temp_bytes < 2e6
+
+
 def test_two_rows_take_no_weights_in_another_layout():
   """As one row does: all of them, before the loop."""
   rest = launches.written_before_loops(step('dense', 2).text)

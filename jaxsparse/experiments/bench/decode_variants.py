@@ -30,6 +30,8 @@ import pathlib
 import time
 from collections.abc import Iterator, Sequence
 
+import jax
+
 from jaxsparse.config.errors import require
 from jaxsparse.experiments.bench import (
   decode,
@@ -114,7 +116,11 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
   for group in decode.numbers(options, 'kv_groups'):
     models = decode_models.make_models(options, group)
     plain = {n: decode_models.draw_params(m) for n, m in models.items()}
-    folded = {n: fold_for_decode(m, plain[n]) for n, m in models.items()}
+    folded = {
+      # Of dicts of its own: parameters are taken out of what is given.
+      name: fold_for_decode(model, jax.tree.map(lambda x: x, plain[name]))
+      for name, model in models.items()
+    }
     for batch_size in decode.numbers(options, 'batches'):
       task = f'KV /{group}, batch {batch_size}'
       if not decode.fits(models, folded, options, batch_size):
@@ -178,7 +184,7 @@ def _variant(
       | dict(
         variant=which,
         beside=name,
-        to_as_it_is=record['seconds'] / seconds['as_it_is', model],
+        to_as_it_is=seconds[which, model] / seconds['as_it_is', model],
       )
       for model, record in zip(models, one.records(task, own), strict=True)
     ]

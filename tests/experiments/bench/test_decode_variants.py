@@ -55,7 +55,10 @@ class FakeCell:
     return dict.fromkeys(self.models)
 
   def records(self, task, seconds):
-    return [dict(task=task, contender=n, seconds=seconds[n]) for n in seconds]
+    # Of a step, where a call has two.
+    return [
+      dict(task=task, contender=n, seconds=seconds[n] / 2) for n in seconds
+    ]
 
 
 @pytest.fixture
@@ -65,11 +68,15 @@ def made(monkeypatch):
   models = dict(dense='dense', ultramem='ultramem')
   fakes = {
     decode_models: dict(
-      make_models=lambda *_: models, draw_params=lambda model: f'plain {model}'
+      make_models=lambda *_: models,
+      draw_params=lambda model: dict(of=f'plain {model}'),
     ),
     decode_variants: dict(
       Cell=FakeCell,
-      fold_for_decode=lambda model, params: params.replace('plain', 'folded'),
+      # It takes parameters out of what it is given.
+      fold_for_decode=lambda model, params: dict(
+        of=params.pop('of').replace('plain', 'folded')
+      ),
     ),
     decode_variants.decode: dict(fits=lambda *_: True),
     decode_variants.measuring: dict(
@@ -88,13 +95,14 @@ def made(monkeypatch):
 def test_every_variant_changes_what_it_says(made):
   rows = list(decode_variants.measure(options(autotune='')))
   base, *changed = made
-  assert base['params']['dense'] == 'folded dense'
+  assert base['params']['dense'] == dict(of='folded dense')
   assert base['keeps_graphs']
   assert not base['is_off']
   of = dict(zip(VARIANTS, changed, strict=True))
   for name, variant in VARIANTS.items():
     cell = of[name]
-    assert cell['params']['dense'].startswith('plain') != variant.is_folded
+    kind = 'folded' if variant.is_folded else 'plain'
+    assert cell['params']['dense'] == dict(of=f'{kind} dense')
     assert cell['keeps_graphs'] != variant.cuts_graphs
     assert cell['is_off'] == list(variant.without)
     # Compiled anew, and not traced.
