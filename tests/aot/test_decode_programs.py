@@ -123,3 +123,13 @@ def test_two_rows_take_no_weights_in_another_layout():
   rest = launches.written_before_loops(step('dense', 2).text)
   assert rest < 2**20
   assert launches.written_before_loops(step('dense', 1).text) > 10 * rest
+
+
+def test_the_largest_file_of_an_autotuner_is_read(tmp_path):
+  folder = tmp_path / 'autotune_h100'
+  assert targets.tuned_file('h100', tmp_path) is None
+  folder.mkdir()
+  for name, text in (('dense_64', 'version: 3'), ('moe_64', 'version: 3\n\n')):
+    (folder / f'{name}.txt').write_text(text)
+  assert targets.tuned_file('h100', tmp_path) == folder / 'moe_64.txt'
+  assert targets.tuned_file('t4', tmp_path) is None
