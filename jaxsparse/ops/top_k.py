@@ -7,7 +7,8 @@ Four habits decide the speed (letters: Q candidates, k selected):
   * a stable order of ties costs a full sort on GPU for k > 16, and a bag does
     not care for the order, so it is given up where JAX lets us (0.11 on);
   * XLA's CPU sorts through a comparator, and counting is faster for many rows
-    of few candidates (`cpu.count_top_k`);
+    of few candidates (`cpu.count_top_k`), or of many that groups leave out
+    (`cpu.bisect_top_k`);
   * a GPU's kernel for an order of its own choice ends a CUDA graph, which a
     decode step should be one of (JAX 0.11), or takes 32 MiB of scratch (0.12):
     few rows of few candidates, as of a router, are ranked by comparison there,
@@ -61,6 +62,10 @@ def top_m(
   forms = {}
   if cpu.counts_faster(rows, num_selected):
     forms['cpu'] = functools.partial(cpu.count_top_k, num_selected=num_selected)
+  elif cpu.bisects_faster(rows, num_selected):
+    forms['cpu'] = functools.partial(
+      cpu.bisect_top_k, num_selected=num_selected
+    )
   if KEEPS_GRAPHS and len(rows) * num_candidates**2 <= _COMPARED_PAIRS:
     forms['cuda'] = functools.partial(compare_top_k, num_selected=num_selected)
   if forms:
