@@ -271,6 +271,13 @@ A family of our own (width 512, six blocks), float32, on one core; `python -m ja
 """
 
 
+def _least_ratio(of, batch):
+  ours, dense = (
+    min(of[batch, name]['new_rounds']) for name in ('ultramem', 'dense')
+  )
+  return ours / dense
+
+
 def _old_beside_new():
   found = load('decode_old_new_cpu')
   of = {(c['batch_size'], c['contender']): c for c in found['results']}
@@ -295,13 +302,22 @@ def _old_beside_new():
     + [f'{NAMES[n]}: new / old' for n in ('dense', 'ultramem', 'pkm', 'moe')],
     rows,
   )
-  return f"""### Folded parameters
-Commit {found['old']} beside {found['new']}, KV /{found['kv_group']}, in turns on one core ({machine('decode_old_new_cpu')}); {found['how']};
-figures in `results/decode_old_new_cpu.json`.
+  return f"""### Folded parameters, and selection by groups
+Commit {found['old']} beside what there is now, KV /{found['kv_group']}, on one core ({machine('decode_old_new_cpu')}): {found['how']};
+figures in `results/decode_old_new_cpu.json`. Batches 1 and 16, whose rows are too few for selection by groups, were run before it. Rounds of
+one program differ by up to a quarter and medians of two such runs by 10 %.
 
 {shown}
 
-The aims were UltraMem at most 1.1x of dense up to batch 64 and 1.15x at 256. {found['finding']}"""
+The aims were UltraMem at most 1.1x of dense up to batch 64 and 1.15x at 256: **both are missed**, at 256
+also by least times ({_least_ratio(of, 256):.2f}x). What is left of a memory layer at 256 beyond
+its products is its selection (two thirds of what it was; top m of both axes and of the grid took 1.1 dense MLPs) and its bag (0.6 of an
+MLP, half of it the reading of rows).
+
+What did not help: two rows instead of one at batch 1 (1.4 to 1.9 times the time, also with 2,048 tokens of context), the best of groups by
+XLA's own top-k twice (1.15x of once), and bits of all candidates by sums over the last axis (14x). On a TPU v5e, compiled ahead of
+time, top-k is one sort or one custom call and bisection 79 to 85 fusions; and for one row no weight is laid out anew (98 operations of two
+blocks, 99 for two rows), so both stay as they were."""
 
 
 def attention():
