@@ -121,10 +121,10 @@ def _bag(options, table, batch_size):
 
 def _attend(options, batch_size):
   """All calls in one cache, each after the one before."""
-  dtype, half = jnp.dtype(options.dtype), options.head_dim // 2
+  dtype = jnp.dtype(options.dtype)
   heads = options.query_heads, options.kv_heads
   shape = (batch_size, heads[1], options.context + 32, options.head_dim)
-  angle = noise((batch_size, half), jnp.float32, 0, 1.0)
+  turns = noise((batch_size, options.head_dim), jnp.float32, 0, 1.0)
   index = jnp.full(batch_size, options.context, jnp.int32)
   width = (heads[0] + 2 * heads[1]) * options.head_dim
   inputs = [
@@ -136,9 +136,8 @@ def _attend(options, batch_size):
       sums = []
       for qkv in inputs:
         out, *cache = function(
-          qkv, jnp.cos(angle), jnp.sin(angle), *cache, index, 0 * index,
-          heads[0], **more,
-        )  # fmt: skip
+          qkv, turns, *cache, index, index, heads[0], **more
+        )
         sums.append(out)
       return tuple(cache), sums
 
