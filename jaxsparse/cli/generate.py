@@ -203,6 +203,7 @@ def main(argv: list[str]) -> None:
     tables=arguments.tables,
     adapters=arguments.adapter,
     is_forced=arguments.force,
+    is_folded=True,
   )
   params = row_cache.begun(params, cached, '--row_cache')
   # Refuses what memory has no room for before a prompt is written.

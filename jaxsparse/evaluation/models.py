@@ -92,7 +92,7 @@ def load(
   how = options.quantization
   step, params = weights.load(
     workdir, model, step, devices, say, how, options.tables, options.adapters,
-    options.is_forced,
+    options.is_forced, is_folded=True,
   )  # fmt: skip
   settings = store.model_settings(workdir, step) | dict(
     max_len=max_length, dtype=model.dtype

@@ -14,6 +14,7 @@ def slots_that_fit(
   temporary_bytes: int,
   prefix_bytes: int,
   slot_bytes: int,
+  least: int = 1,
 ) -> int:
   """Slots for which there is room beside all else; all bytes are of a device.
 
@@ -25,9 +26,10 @@ def slots_that_fit(
       by its `memory_analysis`.
     prefix_bytes: of what is kept of prompts.
     slot_bytes: of one slot's caches.
+    least: slots that there must be, see `batch_rows`.
 
   Raises:
-    UserError: not one fits, or the fraction is none.
+    UserError: not so many fit, or the fraction is none.
   """
   require(
     0 < fraction <= 1,
@@ -35,12 +37,13 @@ def slots_that_fit(
   )
   usable = math.floor(memory_bytes * fraction)
   left = usable - weight_bytes - temporary_bytes - prefix_bytes
-  if left < slot_bytes:
+  if left < least * slot_bytes:
     raise UserError(
       f'{words(usable)} of memory ({fraction:.0%} of {words(memory_bytes)}) '
       f'have no room for weights of {words(weight_bytes)}, temporaries of '
       f'{words(temporary_bytes)}, a prefix store of {words(prefix_bytes)} and '
-      f'one slot of {words(slot_bytes)}: shorten the slots or the store, or '
+      f'{"one slot" if least == 1 else f"{least} slots"} of '
+      f'{words(slot_bytes)}: shorten the slots or the store, or '
       'take a smaller model.'
     )
   return left // slot_bytes

@@ -11,7 +11,7 @@ import numpy as np
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import UserError, require
-from jaxsparse.inference import room
+from jaxsparse.inference import batch_rows, room
 from jaxsparse.inference.long_input import (
   Reading,
   chunk_size,
@@ -135,11 +135,15 @@ def generate_tokens(
       'prompts of a batch must be equally long where the history is bounded, '
       f'got lengths {" and ".join(map(str, lengths))}: give one at a time.',
     )
-  inputs = left_pad(prompt_ids)
-  check_room(model_config, params, *inputs[0].shape, max_tokens, sampling)
-  return _generate(
+  num_prompts, longest = len(prompt_ids), left_pad(prompt_ids)[0].shape[1]
+  check_room(model_config, params, num_prompts, longest, max_tokens, sampling)
+  # What fills the batch up repeats a prompt, so as to read no other expert.
+  num_more = batch_rows.padded(num_prompts) - num_prompts
+  inputs = left_pad([*prompt_ids, *[prompt_ids[0]] * num_more])
+  tokens = _generate(
     model_config, params, inputs, max_tokens, sampling, seed, on_reading
   )
+  return (token[:num_prompts] for token in tokens)
 
 
 def check_room(
@@ -158,8 +162,9 @@ def check_room(
 
   def held(cache: Cache) -> int:
     of_model = params() if callable(params) else params
+    num_rows = batch_rows.padded(batch_size)
     return _temporary_bytes(
-      model_config, sampling, of_model, batch_size, num_prompt, cache
+      model_config, sampling, of_model, num_rows, num_prompt, cache
     )
 
   room.check(model_config, batch_size, num_prompt, max_tokens, held, name)

@@ -12,6 +12,7 @@ from jaxsparse import mesh
 from jaxsparse.analysis import free_memory
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import UserError, require
+from jaxsparse.inference.batch_rows import padded
 from jaxsparse.inference.long_input import CHUNK, can_forget
 from jaxsparse.nn.transformer import Cache, init_cache
 from jaxsparse.run import hosts
@@ -106,13 +107,13 @@ def _score_bytes(
     'sparse' in config.attention_kinds and not sparse.history_blocks
   )
   pairs = min(CHUNK, num_prompt) * (num_prompt + max_tokens)
-  return 4 * batch_size * config.num_heads * pairs * sees_all
+  return 4 * padded(batch_size) * config.num_heads * pairs * sees_all
 
 
 def _abstract_cache(config: ModelConfig, batch_size: int, length: int) -> Cache:
   def init():
     # The last token is drawn, never fed.
-    return init_cache(config, batch_size, length - 1)
+    return init_cache(config, padded(batch_size), length - 1)
 
   devices = jax.sharding.get_mesh()
   if devices.empty:

@@ -17,6 +17,7 @@ import numpy as np
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import require
 from jaxsparse.inference import slot_executables, slot_sampling, slots
+from jaxsparse.inference.batch_rows import padded
 from jaxsparse.inference.jobs import Form, JobSampling
 from jaxsparse.inference.long_input import with_bounded_history
 from jaxsparse.inference.row_cache import RowCaches, is_used
@@ -106,6 +107,8 @@ class Programs:
       longest, *sorted({n for n in chunks if n < longest}, reverse=True)
     )  # fmt: skip
     self.config, self.num_slots = config, num_slots
+    # With slots that nobody has, where that takes less time.
+    self._batch_size = padded(num_slots)
     self.vocab_size, self.stop_ids = config.vocab_size, stop_ids
     self._bounded_rows = slots.rows_of_bounded(config)
     self.length = _ENDLESS if self._bounded_rows else length
@@ -121,8 +124,8 @@ class Programs:
 
   def _compile(self, progress, is_lazy):
     self._run = slot_executables.of(
-      self.config, self._params, self.num_slots, self._num_rows, self.chunks,
-      self.stop_ids,
+      self.config, self._params, self._batch_size, self._num_rows,
+      self.chunks, self.stop_ids,
     )  # fmt: skip
     names = () if is_lazy else self._run.names
     for i, name in enumerate(names):
@@ -133,7 +136,7 @@ class Programs:
     # On the device for good, for steps without a grammar.
     size = slot_executables.words(self.vocab_size)
     everything = [
-      np.full((n, size), 2**32 - 1, np.uint32) for n in (self.num_slots, 1)
+      np.full((n, size), 2**32 - 1, np.uint32) for n in (self._batch_size, 1)
     ]
     self._all_tokens, self._all_of_one = map(self._run.placed, everything)
 
@@ -264,15 +267,22 @@ class Programs:
     # Also for those that stay: what is written for them goes to their next row.
     self.forget(due)
     is_live = np.asarray(is_live, np.bool_)
-    inputs = (self._state, self._params, is_live)
+    inputs = (self._state, self._params, self._with_spare(is_live))
     if form != 'plain':
       inputs += (
-        self._all_tokens if mask is None else np.asarray(mask, np.uint32),
+        self._all_tokens
+        if mask is None
+        else self._with_spare(np.asarray(mask, np.uint32)),
       )
     token, best = self._called(form, *inputs)
     self._lengths += is_live
     self._has_room &= ~is_live
-    return Pending(token, best)
+    return Pending(token, best, place=(None, self.num_slots))
+
+  def _with_spare(self, x):
+    """`x` [B, ...] of all slots, with zeros for those that nobody has."""
+    num_spare = self._batch_size - self.num_slots
+    return np.pad(x, ((0, num_spare),) + ((0, 0),) * (x.ndim - 1))
 
   def _called(self, name: str, *inputs: Any) -> tuple:
     """What a program of the model gives beside the state."""

@@ -34,7 +34,7 @@ class Pending:
     tokens: jax.Array,
     best: tuple | None = None,
     of_prompt: tuple[tuple, int] | None = None,
-    place: tuple[int, int] | None = None,
+    place: tuple[int | None, int] | None = None,
   ):
     """Starts to fetch it.
 
@@ -42,7 +42,8 @@ class Pending:
       tokens: of all slots, or of one.
       best: their log-probabilities.
       of_prompt: those of a chunk's rows, and how many of them count.
-      place: the slot and the number of slots where `tokens` are of one.
+      place: the slot, or None where `tokens` are of all and perhaps of more,
+        and the number of slots.
     """
     scores, self._num_scores = of_prompt or (None, 0)
     self._arrays = (tokens, best, scores)
@@ -64,6 +65,8 @@ class Pending:
     if self._place is None or x is None:
       return x
     slot, num_slots = self._place
+    if slot is None:
+      return x[:num_slots]
     out = np.zeros((num_slots, *x.shape[1:]), x.dtype)
     out[slot] = x[0]
     return out

@@ -16,10 +16,12 @@ from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import require
 from jaxsparse.inference import adapters as adapters_lib
+from jaxsparse.inference.fold import fold_for_decode
 from jaxsparse.inference.quantize import Quantization, quantize
 from jaxsparse.nn.parameter import is_quantized
 from jaxsparse.nn.transformer import init_params
 from jaxsparse.ops.adapted_matrix import AdaptedMatrix
+from jaxsparse.ops.memory.folded_keys import FoldedKeys
 from jaxsparse.ops.tables.quantized_table import QuantizedTable
 from jaxsparse.ops.tables.row_delta import DeltaTable
 from jaxsparse.run import stored, table_leaves
@@ -29,11 +31,11 @@ from jaxsparse.run import stored, table_leaves
 # values have a type of their own.
 _CAST = dict(
   embed={'table'},
-  attention={'query', 'key', 'value', 'output'},
+  attention={'query', 'key', 'value', 'output', 'heads'},
   dcmha={'hidden', 'low_rank', 'gate'},
   sparse={'router_query', 'router_weight', 'router_key'},
-  mlp={'gate', 'up', 'down'},
-  shared={'gate', 'up', 'down'},
+  mlp={'gate', 'up', 'down', 'gate_up'},
+  shared={'gate', 'up', 'down', 'gate_up'},
   moe={'gate', 'up', 'down'},
   memory={
     'query', 'query_bias', 'query_conv', 'output', 'gate', 'pre_value_map',
@@ -51,6 +53,7 @@ def load(
   tables: str = '',
   adapters: Sequence[epath.PathLike] = (),
   is_forced: bool = False,
+  is_folded: bool = False,
 ) -> tuple[int, dict]:
   """The parameters of a checkpoint, to be used by `config` as it is.
 
@@ -68,6 +71,7 @@ def load(
       `checkpoint.load_params`.
     adapters: folders of those to be added, see `inference.adapters`.
     is_forced: add those of another base, too.
+    is_folded: for decoding, see `fold`; several devices get them as they are.
 
   Returns:
     The step and the parameters.
@@ -99,6 +103,8 @@ def load(
       params = adapters_lib.applied(
         config, params, adapters, base, is_forced, tables, say or print
       )
+    if is_folded and devices is None:
+      params = fold_for_decode(config, params)
     return step, cast(config, params)
 
 
@@ -123,7 +129,7 @@ def cast(config: ModelConfig, params: dict) -> dict:
   leaves, structure = jax.tree_util.tree_flatten_with_path(
     params,
     is_leaf=lambda x: (
-      is_quantized(x) or isinstance(x, AdaptedMatrix | DeltaTable)
+      is_quantized(x) or isinstance(x, AdaptedMatrix | DeltaTable | FoldedKeys)
     ),
   )
   chosen = [

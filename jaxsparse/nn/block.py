@@ -21,6 +21,7 @@ from jaxsparse.nn.attention.layer import Attention
 from jaxsparse.nn.experts import MoE
 from jaxsparse.nn.layers import LOSSES, MLP, NORMS, Metrics, dropout
 from jaxsparse.nn.leading import Leading
+from jaxsparse.nn.memory.context import look_back
 from jaxsparse.nn.memory.layer import Awaited, MemoryLayer
 from jaxsparse.nn.memory.tables import Tables
 from jaxsparse.ops.attention import slot_rows
@@ -88,6 +89,7 @@ class Block(nn.Module):
     """`__call__` of sequences [B, T, D]."""
     config = self.config
     cache = {} if cache is None else cache
+    index = cache['attention']['index'] if cache else None
     norm = functools.partial(
       NORMS[config.norm], epsilon=config.norm_epsilon, dtype=config.dtype
     )
@@ -120,7 +122,7 @@ class Block(nn.Module):
     write = dict(placements(config)).get(self.index)
     if write is not None:
       memory_y, cache, memory_metrics = self._memory(
-        h, segment_ids, cache, tables
+        h, index, positions, segment_ids, cache, tables
       )
       if not isinstance(memory_y, Awaited):
         memory_y = self._drop(memory_y)
@@ -164,7 +166,8 @@ class Block(nn.Module):
     )(*inputs)
     return [y], prefixed(name, metrics)
 
-  def _memory(self, h, segment_ids, cache, tables):
+  def _memory(self, h, index, positions, segment_ids, cache, tables):
+    """What is read at inputs from the index on."""
     config = self.config
     reads = [read for read, _ in placements(config)]
     stride = config.memory.shared_rows // len(reads)
@@ -185,21 +188,9 @@ class Block(nn.Module):
     if cache is None or 'memory' not in cache:
       y, metrics = memory(h, segment_ids)
       return y, cache, metrics
-    context = (cache['memory']['inputs'], cache['memory']['segment_ids'])
+    context, ring = look_back(cache['memory'], h, index, positions, segment_ids)
     y, metrics = memory(h, segment_ids, context)
-    both = [
-      jnp.concatenate([old, new], axis=1)
-      for old, new in zip(context, (h, segment_ids), strict=True)
-    ]
-    num_kept = context[1].shape[1]
-    if slot_rows.has_slots(cache['attention']):
-      last = functools.partial(slot_rows.rows_from, length=num_kept)
-      count = slot_rows.num_tokens(segment_ids)
-      inputs, segments = (mesh.over_tokens(last)(x, count) for x in both)
-    else:
-      inputs, segments = (x[:, -num_kept:] for x in both)
-    context = dict(inputs=inputs, segment_ids=segments)
-    return y, cache | dict(memory=context), metrics
+    return y, cache | dict(memory=ring), metrics
 
   @property
   def _is_partial(self) -> bool:

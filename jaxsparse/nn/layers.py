@@ -80,7 +80,8 @@ class RMSNorm(nn.Module):
   Over the last dimension, or the last ones, statistics and gain in float32; the
   output is of type `dtype`, by default that of the input. `dims` are the
   letters of these dimensions: the gain has them all, and is stored as other
-  parameters with these letters.
+  parameters with these letters; a gain of None is in the matrices that follow,
+  see `inference.fold`.
   """
 
   epsilon: float = 1e-5
@@ -93,13 +94,15 @@ class RMSNorm(nn.Module):
     axes = tuple(range(-len(self.dims), 0))
     init = mesh.sharded(nn.initializers.ones, mesh.param(self.dims))
     scale = self.param('scale', init, x.shape[axes[0] :])
-    scale = mesh.gather(scale, self.dims)
     dtype = x.dtype if self.dtype is None else self.dtype
     x = x.astype(jnp.float32)
     # Over dimensions that the mesh splits, too: the mean is of all devices.
     mean_square = jnp.square(x).mean(axis=axes, keepdims=True)
-    scale = scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
-    return (x * jax.lax.rsqrt(mean_square + self.epsilon) * scale).astype(dtype)
+    x = x * jax.lax.rsqrt(mean_square + self.epsilon)
+    if scale is not None:
+      scale = mesh.gather(scale, self.dims)
+      x *= scale.reshape((1,) * (x.ndim - scale.ndim) + scale.shape)
+    return x.astype(dtype)
 
 
 class LayerNorm(nn.Module):
@@ -209,11 +212,18 @@ class MLP(nn.Module):
       self.deviations, model_dim, width, self.num_layers
     )
 
-    def project(name: str) -> jax.Array:
-      matrix = weight(self, name, 'DF', (model_dim, width), reading, x.dtype)
-      return self._biased(token_product('d,df->f', x, matrix), name, 'F')
+    def project(name: str, width: int = width, dim: str = 'F') -> jax.Array:
+      shape = (model_dim, width)
+      matrix = weight(self, name, f'D{dim}', shape, reading, x.dtype)
+      return self._biased(token_product('d,df->f', x, matrix), name, dim)
 
-    if self.kind == 'swiglu':
+    if self.has_variable('params', 'gate_up'):  # See `inference.fold`.
+      gate, up = (
+        mesh.reshard(half, mesh.act('BTF'))
+        for half in jnp.split(project('gate_up', 2 * width, '.'), 2, axis=-1)
+      )
+      hidden = nn.silu(gate) * up
+    elif self.kind == 'swiglu':
       hidden = nn.silu(project('gate')) * project('up')
     else:
       hidden = nn.gelu(project('up'), approximate=self.kind == 'gelu')

@@ -16,14 +16,15 @@ import jax.numpy as jnp
 
 from jaxsparse import mesh
 from jaxsparse.ops.adapted_matrix import AdaptedMatrix
+from jaxsparse.ops.memory.folded_keys import FoldedKeys
 from jaxsparse.ops.quantized_matrix import QuantizedMatrix
 from jaxsparse.ops.tables.host_table import HostTable
 from jaxsparse.ops.tables.quantized_table import QuantizedTable
 from jaxsparse.ops.tables.row_delta import DeltaTable
 
-# An array, a `QuantizedMatrix`, an `AdaptedMatrix`, a `QuantizedTable`, a
-# `HostTable` or a `DeltaTable`. Which may be in an array's place follows from
-# its name, which types do not know.
+# An array, a `QuantizedMatrix`, an `AdaptedMatrix`, `FoldedKeys`, a
+# `QuantizedTable`, a `HostTable` or a `DeltaTable`. Which may be in an array's
+# place follows from its name, which types do not know.
 Parameter = Any
 
 
@@ -40,7 +41,7 @@ def parameter(
   if module.has_variable('params', name):
     value = module.get_variable('params', name)
     if is_quantized(value) or isinstance(
-      value, AdaptedMatrix | HostTable | DeltaTable
+      value, AdaptedMatrix | FoldedKeys | HostTable | DeltaTable
     ):
       if value.shape != tuple(shape):
         path = '/'.join(module.path)

@@ -31,6 +31,7 @@ from jaxsparse.nn.layers import (
   weight,
 )
 from jaxsparse.nn.leading import Leading
+from jaxsparse.nn.memory.context import init_ring
 from jaxsparse.nn.memory.tables import SharedTables
 
 
@@ -60,24 +61,14 @@ def init_cache(
   }
   for read, _ in placements(config):
     if config.memory and config.memory.query_conv_taps > 1:
-      num_inputs = config.memory.query_conv_taps - 1
-      context = _init_context(config, batch_size, num_inputs)
-      blocks[block_name(read)]['memory'] = context
+      blocks[block_name(read)]['memory'] = init_ring(
+        batch_size,
+        config.memory.query_conv_taps,
+        config.model_dim,
+        config.dtype,
+      )
   shared = attention_cache.init_shared(config, batch_size, length, has_slots)
   return dict(shared=shared, blocks=blocks)
-
-
-def _init_context(
-  config: ModelConfig, batch_size: int, num_inputs: int
-) -> Cache:
-  """The inputs that a memory layer's query convolution still looks back to."""
-  shape = (batch_size, num_inputs, config.model_dim)
-  inputs = jnp.zeros(shape, config.dtype)
-  segment_ids = jnp.zeros(shape[:2], jnp.int32)
-  return dict(
-    inputs=mesh.reshard(inputs, mesh.act('BTD')),
-    segment_ids=mesh.reshard(segment_ids, mesh.act('BT')),
-  )
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> Any:

@@ -19,6 +19,11 @@ from jaxsparse.ops.shard_map_vma import match_vma
 # rows that are counted at once: their positions should stay in a core's cache.
 _COUNTED_ROWS, _COUNTED_CANDIDATES, _TILE_ROWS = 512, 96, 256
 
+# Of `bisect_top_k`: rows from which it pays, the candidates from which it does,
+# for each that is selected at least so many, rows at once, and a group's size.
+_BISECTED_ROWS, _BISECTED_CANDIDATES, _BISECTED_SHARE = 128, 512, 16
+_BISECTED_TILE, _GROUP = 64, 8
+
 
 def row_sums(x: Float[Array, '*B S'], letters: str = '...s,s->...') -> Array:
   """Sums over the last axis of what was just computed, [*B].
@@ -156,3 +161,88 @@ def _counted_tile(rows: Float[Array, 't Q'], num_selected: int):
   positions = over_candidates(count, len(columns))
   # NaNs beat no score: several of them have position 0.
   return jnp.minimum(over_candidates(put, num_selected).T, len(columns) - 1)
+
+
+def bisects_faster(rows: Float[Array, 'T Q'], num_selected: int) -> bool:
+  """Whether `bisect_top_k` is the faster form: of many rows, few of many."""
+  least = max(_BISECTED_CANDIDATES, _BISECTED_SHARE * num_selected)
+  is_wide = rows.shape[1] >= least
+  return rows.dtype == jnp.float32 and len(rows) >= _BISECTED_ROWS and is_wide
+
+
+def bisect_top_k(
+  rows: Float[Array, 'T Q'], num_selected: int
+) -> tuple[Float[Array, 'T k'], Int[Array, 'T k']]:
+  """`lax.top_k`, with its stable order: first of groups, then of their members.
+
+  The best k are in the k groups with the largest maxima, of which the earlier
+  ones count first. Either stage finds the k-th largest bit by bit, by counting.
+  XLA's CPU sorts row by row: this takes 0.65 of its time for 32 of 1,106
+  candidates (JAX 0.10.2).
+  """
+
+  def best(carry: None, tile: Float[Array, 't Q']):
+    return carry, _bisected_tile(tile, num_selected)
+
+  _, indices = chunking.scan_tokens(
+    best, None, jax.lax.stop_gradient(rows), _BISECTED_TILE
+  )
+  return jnp.take_along_axis(rows, indices, axis=-1), indices
+
+
+def _bisected_tile(rows: Float[Array, 't Q'], num_selected: int):
+  num_rows, num_candidates = rows.shape
+  num_groups = -(-num_candidates // _GROUP)
+  # None of what fills the last group up is before a candidate.
+  groups = jnp.pad(
+    rows,
+    ((0, 0), (0, num_groups * _GROUP - num_candidates)),
+    constant_values=-jnp.inf,
+  ).reshape(num_rows, num_groups, _GROUP)
+  group = _best_places(groups.max(-1).T, num_selected).T
+  members = jax.vmap(lambda x, i: x.at[i].get(mode='promise_in_bounds'))(
+    groups, group
+  ).reshape(num_rows, -1)
+  place = _best_places(members.T, num_selected).T
+
+  def take(x: Array, i: Int[Array, 't k']):
+    return jnp.take_along_axis(x, i, axis=1, mode='promise_in_bounds')
+
+  index = take(group, place // _GROUP) * _GROUP + place % _GROUP
+  return take(index, _counted_tile(take(members, place), num_selected))
+
+
+def _best_places(columns: Float[Array, 'Q t'], num_selected: int):
+  """Positions of each column's largest numbers [k, t], in ascending order."""
+  bits = jax.lax.bitcast_convert_type(columns, jnp.int32)
+  # In the order of the numbers.
+  order = bits ^ ((bits >> 31) & jnp.int32(2**31 - 1))
+  zeros = chunking.zeros((columns.shape[1],), jnp.int32, columns)
+
+  def add_bit(i: Int[Array, ''], least: Int[Array, 't']):
+    # The first of them makes the lowest number 0.
+    higher = least + jax.lax.shift_left(jnp.int32(1), 31 - i)
+    count = (order >= higher[None]).astype(jnp.int32).sum(0)
+    return jnp.where(count >= num_selected, higher, least)
+
+  least = jax.lax.fori_loop(0, 32, add_bit, zeros + jnp.int32(-(2**31)))
+  # Of those that equal the last one, the first.
+  num_equal = num_selected - (order > least[None]).astype(jnp.int32).sum(0)
+  wanted = jnp.arange(num_selected, dtype=jnp.int32)[:, None]
+
+  def put(i: Int[Array, ''], state: tuple[jax.Array, ...]):
+    found, num_found, num_seen = state
+    row = jax.lax.dynamic_index_in_dim(order, i, keepdims=False)
+    is_equal = row == least
+    is_one = (row > least) | (is_equal & (num_seen < num_equal))
+    at = jnp.where(is_one, num_found, -1)
+    return (
+      jnp.where(at[None] == wanted, i, found).astype(jnp.int32),
+      num_found + is_one.astype(jnp.int32),
+      num_seen + is_equal.astype(jnp.int32),
+    )
+
+  found = chunking.zeros((num_selected, columns.shape[1]), jnp.int32, columns)
+  return jax.lax.fori_loop(0, len(order), put, (found, zeros, zeros), unroll=4)[
+    0
+  ]

@@ -7,7 +7,8 @@ Four habits decide the speed (letters: Q candidates, k selected):
   * a stable order of ties costs a full sort on GPU for k > 16, and a bag does
     not care for the order, so it is given up where JAX lets us (0.11 on);
   * XLA's CPU sorts through a comparator, and counting is faster for many rows
-    of few candidates (`cpu.count_top_k`);
+    of few candidates (`cpu.count_top_k`), or of many that groups leave out
+    (`cpu.bisect_top_k`);
   * a GPU's kernel for an order of its own choice ends a CUDA graph, which a
     decode step should be one of (JAX 0.11), or takes 32 MiB of scratch (0.12):
     few rows of few candidates, as of a router, are ranked by comparison there,
@@ -28,8 +29,10 @@ from jaxsparse.ops.shard_map_vma import argsort
 # and in less time than another launch takes.
 _COMPARED_PAIRS = 2**20
 
-# A bench turns it off, to see what it brings.
 CAN_BE_UNSTABLE = 'is_stable' in inspect.signature(jax.lax.top_k).parameters
+
+# A bench turns it off, to see what it brings.
+KEEPS_GRAPHS = True
 
 
 def top_m(
@@ -47,7 +50,9 @@ def top_m(
   """
   scores = scores.astype(jnp.promote_types(scores.dtype, jnp.float32))
   *batch, num_candidates = scores.shape
-  options = {'is_stable': is_stable} if CAN_BE_UNSTABLE else {}
+  options = {}
+  if CAN_BE_UNSTABLE:
+    options['is_stable'] = is_stable and KEEPS_GRAPHS
   # Only the flat form is sure to reach the specialised kernels.
   rows = scores.reshape(-1, num_candidates)
 
@@ -57,7 +62,11 @@ def top_m(
   forms = {}
   if cpu.counts_faster(rows, num_selected):
     forms['cpu'] = functools.partial(cpu.count_top_k, num_selected=num_selected)
-  if len(rows) * num_candidates**2 <= _COMPARED_PAIRS:
+  elif cpu.bisects_faster(rows, num_selected):
+    forms['cpu'] = functools.partial(
+      cpu.bisect_top_k, num_selected=num_selected
+    )
+  if KEEPS_GRAPHS and len(rows) * num_candidates**2 <= _COMPARED_PAIRS:
     forms['cuda'] = functools.partial(compare_top_k, num_selected=num_selected)
   if forms:
     values, indices = jax.lax.platform_dependent(rows, **forms, default=best)

@@ -14,8 +14,10 @@ from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.data.tokenizer import load_from_workdir
 from jaxsparse.inference import row_cache, served_adapters, weights
+from jaxsparse.inference.batch_rows import padded
 from jaxsparse.inference.capacity import slots_that_fit
 from jaxsparse.inference.engine import Engine
+from jaxsparse.inference.fold import fold_for_decode
 from jaxsparse.inference.long_input import with_bounded_history
 from jaxsparse.inference.quantize import Quantization
 from jaxsparse.inference.slot_programs import Programs
@@ -137,6 +139,8 @@ class Model:
       self._say,
       sizes.quantization,
       sizes.tables,
+      # Adapters are of the model's own matrices.
+      is_folded=not sizes.adapters,
     )
     params = row_cache.begun(params, sizes.cached_rows, '--row-cache')
     held_bytes = _bytes(params)
@@ -152,6 +156,7 @@ class Model:
       params, places = served_adapters.with_places(
         params, given, self.config.dtype
       )
+      params = fold_for_decode(self.config, params)
     programs = Programs.compile(
       self.config,
       params,
@@ -220,6 +225,7 @@ class Model:
       _temporary_bytes(self.config, sizes.chunk, self.length),
       sizes.prefix_bytes,
       -(-one // sizes.devices),
+      least=padded(1),
     )
     if (sizes.slots or 1) > most:
       raise UserError(

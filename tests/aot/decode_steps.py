@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The decode bench's programs, of fewer blocks, compiled for an H100."""
+"""Decode programs of the bench's models, of fewer blocks, for an H100."""
 
 import argparse
 import dataclasses
@@ -12,7 +12,8 @@ import targets
 
 from jaxsparse.config import ModelConfig
 from jaxsparse.experiments.bench import decode, decode_models, decode_program
-from jaxsparse.inference.fuse_norms import fuse_key_norms
+from jaxsparse.inference import batch_rows, slot_functions
+from jaxsparse.inference.fold import fold_for_decode
 from jaxsparse.nn.transformer import init_cache
 
 CONTEXT, STEPS = 2048, 32
@@ -47,11 +48,9 @@ def compile_step(
   """The loop over all steps, its cache donated; see `targets.compile_for`."""
   config = model(name, num_layers)
   with jax.set_mesh(targets.make_mesh('h100', (1, 1, 1))):
-    params = jax.eval_shape(lambda: decode_models.draw_params(config))
-    if config.memory and config.memory.key_norm != 'none':
-      params = jax.eval_shape(lambda p: fuse_key_norms(config, p)[1], params)
-      memory = dataclasses.replace(config.memory, key_norm='none')
-      config = dataclasses.replace(config, memory=memory)
+    params = jax.eval_shape(
+      lambda: fold_for_decode(config, decode_models.draw_params(config))
+    )
     cache = jax.eval_shape(
       lambda: decode_program.split(
         init_cache(config, batch_size, CONTEXT + STEPS)
@@ -66,4 +65,24 @@ def compile_step(
     tokens,
     donate=(1,),
     dump=dump,
+  )
+
+
+def compile_answer(name: str, num_layers: int, num_texts: int):
+  """A step of `generate` and of the server with room for so many texts."""
+  config = model(name, num_layers)
+  with jax.set_mesh(targets.make_mesh('h100', (1, 1, 1))):
+    num_rows = batch_rows.padded(num_texts)
+    params = jax.eval_shape(
+      lambda: fold_for_decode(config, decode_models.draw_params(config))
+    )
+    state = jax.eval_shape(
+      lambda: slot_functions.init(config, num_rows, CONTEXT + STEPS)
+    )
+  decode = functools.partial(
+    slot_functions.decode, config=config, stop_ids=(), form='plain'
+  )
+  is_live = jax.ShapeDtypeStruct((num_rows,), jnp.bool_)
+  return targets.compile_for(
+    'h100', decode, state, params, is_live, donate=(0,)
   )

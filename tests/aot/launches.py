@@ -70,6 +70,26 @@ def written_before_loops(hlo: str) -> int:
   return sum(x.nbytes for x in kernels(hlo) if not x.is_repeated)
 
 
+def written(
+  found: Sequence[Instruction], least_bytes: int, *kept: tuple[int, ...]
+) -> list[str]:
+  """What kernels write of so many bytes or more, but for arrays in place.
+
+  Args:
+    found: the kernels.
+    least_bytes: such as those of a weight.
+    kept: shapes of arrays of which a kernel writes a part, such as a cache.
+  """
+  shapes = {','.join(map(str, shape)) for shape in kept}
+  large = []
+  for x in found:
+    for kind, dims in _TYPE.findall(x.shape):
+      one = dataclasses.replace(x, shape=f'{kind}[{dims}]')
+      if one.nbytes >= least_bytes and dims not in shapes:
+        large.append(f'{x.opcode} {one.shape} of {x.scope}')
+  return large
+
+
 def within(found: Sequence[Instruction], part: str) -> list[Instruction]:
   """Those whose scope has this part."""
   return [x for x in found if part in f'/{x.scope}/']

@@ -85,6 +85,8 @@ device_description_str: "Tesla T4"
 
 _GPUS = dict(h100=_H100, t4=_T4)
 
+_RESULTS = pathlib.Path(__file__).parents[2] / 'results'
+
 
 @dataclasses.dataclass(frozen=True)
 class Program:
@@ -148,6 +150,20 @@ def compile_for(
   )
 
 
+def tuned_file(
+  name: str, results: pathlib.Path = _RESULTS
+) -> pathlib.Path | None:
+  """What a device's autotuner has chosen, if there is such a file.
+
+  `bench gpu decode --autotune=results/autotune_NAME` leaves a file for each
+  program, each with all that its process has found so far. XLA reads one in a
+  process, and looks a product up by its shapes and by the device's clock, cores
+  and memory, which have to be those of the target.
+  """
+  files = results.glob(f'autotune_{name}/*.txt')
+  return max(files, key=lambda path: path.stat().st_size, default=None)
+
+
 def _dumped(dump: pathlib.Path | None, pattern: str) -> str:
   return '\n'.join(p.read_text() for p in dump.glob(pattern)) if dump else ''
 
@@ -185,6 +201,8 @@ def _options(name: str, dump: pathlib.Path | None) -> dict:
     return {}
   # The suite's XLA_FLAGS turn optimization off.
   options = {'xla_backend_optimization_level': 3}
+  if tuned := tuned_file(name):
+    options['xla_gpu_load_autotune_results_from'] = str(tuned)
   if dump is not None:
     options['xla_dump_to'] = str(dump)
     if jax.__version_info__ >= (0, 11):

@@ -11,6 +11,7 @@ import ptx
 import pytest
 import targets
 
+from jaxsparse.ops.kernels.attend import attend
 from jaxsparse.ops.kernels.bag import bag
 from jaxsparse.ops.kernels.few_experts import expert_mlp
 from jaxsparse.ops.kernels.retrieve import retrieve
@@ -24,24 +25,30 @@ SHAPE = jax.ShapeDtypeStruct
 B = 64
 
 
-def compiled(function, *args, folder):
+def compiled(function, *args, folder, donate=()):
   """The program and its kernels, none of which lacks registers."""
   dump = folder / 'dump'
   dump.mkdir()
-  program = targets.compile_for('h100', function, *args, dump=dump)
+  program = targets.compile_for(
+    'h100', function, *args, donate=donate, dump=dump
+  )
   assert ptx.spilled_bytes(program.ptx, folder) == 0
   return program, launches.kernels(program.text)
 
 
 def test_retrieval_is_one_kernel(tmp_path):
-  def run(scores, cores, left, right):
-    return retrieve(scores, cores, (left, right), 42, num_slots=1632**2, salt=1)
+  def run(scores, cores, left, right, factor):
+    directions = left, right
+    return retrieve(
+      scores, cores, directions, factor, 42, num_slots=1632**2, salt=1
+    )
 
   program, kernels = compiled(
     run,
-    SHAPE((2, 2, B, 4, 3264), F32),
+    SHAPE((2, 2, B, 2, 3264), F32),
     SHAPE((2, 2, 2, 2), F32),
     *[SHAPE((2, 2), F32)] * 2,
+    SHAPE((B, 2), F32),
     folder=tmp_path,
   )
   assert len(kernels) == 1
@@ -91,4 +98,24 @@ def test_experts_are_two_kernels_and_a_sum(num_tokens, tmp_path):
   assert program.temp_bytes < 1.1 * rows
   assert 'mma.sync' in program.ptx
   # Matrices come by copies of 16 bytes.
+  assert ', 0x10' in program.ptx
+
+
+@pytest.mark.parametrize(('batch_size', 'most'), [(2, 4), (64, 2), (256, 1)])
+def test_attention_is_one_kernel_and_what_merges_its_parts(
+  batch_size, most, tmp_path
+):
+  turns, row = SHAPE((batch_size, 96), F32), SHAPE((batch_size,), INT)
+  cache = SHAPE((batch_size, 2, 2080, 96), BF16)
+  program, kernels = compiled(
+    lambda *args: attend(*args, 16),
+    SHAPE((batch_size, (16 + 2 * 2) * 96), BF16),
+    turns, cache, cache, row, row,
+    folder=tmp_path,
+    donate=(2, 3),
+  )  # fmt: skip
+  assert len(kernels) <= most
+  # The cache is where it was.
+  assert program.alias_bytes == 2 * 2 * batch_size * 2 * 2080 * 96
+  assert 'mma.sync' in program.ptx
   assert ', 0x10' in program.ptx

@@ -12,7 +12,7 @@ import pytest
 import targets
 
 from jaxsparse import mesh
-from jaxsparse.nn.memory import retrieval
+from jaxsparse.nn.memory import key_scores
 from jaxsparse.ops.experts import expert_mlp, grouped_matmul_libraries
 from jaxsparse.ops.kernels import grouped_matmul as grouped
 from jaxsparse.ops.kernels.decode_attention import decode_attention
@@ -131,7 +131,7 @@ def test_scoring_casts_no_keys_of_a_memory():
   num_keys, width = 4096, 128
 
   def best(query, keys):
-    row, column = retrieval._by_one_product(query, keys)
+    row, column = key_scores.by_one_product(query, keys)
     return (row.sum(-1) + column.sum(-1)).max(-1)
 
   program = targets.compile_for(

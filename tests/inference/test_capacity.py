@@ -31,6 +31,12 @@ def test_without_room_all_that_takes_it_is_named():
     assert part in str(info.value)
 
 
+def test_there_may_have_to_be_room_for_two():
+  assert slots_that_fit(100, 1.0, 20, 10, 5, 32, least=2) == 2
+  with pytest.raises(UserError, match=r'room for .* and 2 slots of 0\.0 KiB'):
+    slots_that_fit(100, 1.0, 20, 10, 5, 33, least=2)
+
+
 @pytest.mark.parametrize('fraction', [0.0, 1.1, -1.0, float('nan')])
 def test_fractions(fraction):
   with pytest.raises(UserError, match='memory_fraction must be above 0'):

@@ -19,7 +19,7 @@ from jaxsparse.config import (
   TableConfig,
 )
 from jaxsparse.config.errors import UserError
-from jaxsparse.inference import long_input
+from jaxsparse.inference import batch_rows, long_input
 from jaxsparse.inference.decoding import (
   decode_step,
   generate_tokens,
@@ -226,6 +226,20 @@ def test_the_cache_is_written_in_place(params):
     leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(cache)
   )
   assert compiled.memory_analysis().alias_size_in_bytes == num_bytes
+
+
+@pytest.mark.parametrize('sampling', [GREEDY, Sampling()])
+def test_one_prompt_in_a_program_of_two_rows_is_as_in_any(
+  params, sampling, monkeypatch
+):
+  expected = generate(params, sampling=sampling)[:1]
+  monkeypatch.setitem(batch_rows._LEAST, 'cpu', 2)
+  before = decode_step._cache_size()
+  drawn = generate(params, PROMPTS[:1], sampling=sampling)
+  np.testing.assert_array_equal(drawn, expected)
+  assert drawn.shape == (1, 6)
+  # The programs are those of two prompts.
+  assert decode_step._cache_size() == before
 
 
 def test_left_padding():

@@ -16,6 +16,7 @@ from jaxsparse.config.errors import UserError
 from jaxsparse.data.tokenizer import ByteTokenizer
 from jaxsparse.inference import served_adapters, weights
 from jaxsparse.inference.engine import Engine
+from jaxsparse.inference.fold import fold_for_decode
 from jaxsparse.inference.jobs import Job, JobSampling
 from jaxsparse.inference.served_adapters import NoPlace, parse
 from jaxsparse.inference.slot_programs import Programs
@@ -67,7 +68,9 @@ def programs_of(params, places=None):
 def with_places(base, folders, how=None):
   _, params = weights.load(base, MODEL, how=how)
   given = [read(base, folders, name) for name in folders]
-  return served_adapters.with_places(params, given, MODEL.dtype)
+  params, places = served_adapters.with_places(params, given, MODEL.dtype)
+  # As the server does: what has no adapter is folded.
+  return fold_for_decode(MODEL, params), places
 
 
 @pytest.fixture(scope='module')

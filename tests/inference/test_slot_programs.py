@@ -18,6 +18,7 @@ from told import Told
 
 from jaxsparse import mesh
 from jaxsparse.config.errors import UserError
+from jaxsparse.inference import batch_rows
 from jaxsparse.inference.engine import Engine
 from jaxsparse.inference.jobs import Job, JobSampling
 from jaxsparse.inference.sampling import Sampling, sample
@@ -154,6 +155,23 @@ def test_a_request_gets_what_it_gets_alone(name):
   for seed in range(2, 6):
     # Bit for bit.
     assert served(run, rng.permutation(jobs), seed, 'logprobs') == expected
+
+
+def test_slots_that_nobody_has_change_nothing(monkeypatch):
+  """As a GPU has one beside a single slot."""
+  monkeypatch.setitem(batch_rows._LEAST, 'cpu', NUM_SLOTS)
+  whole = programs('small')
+  run = Programs.compile(
+    whole.config, whole._params, 1, LENGTH, chunks=(C,), stop_ids=(0,)
+  )
+  assert run._run is whole._run
+  monkeypatch.setitem(globals(), 'NUM_SLOTS', 1)
+  assert served(run, range(len(PROMPTS)), 0)[0] == alone('small')
+  mask = np.zeros((1, -(-V // 32)), np.uint32)
+  mask[0, 0] = 1 << 9
+  drawn = run.decode(np.ones(1, bool), mask=mask).result()
+  np.testing.assert_array_equal(drawn.tokens, [9])
+  assert len(run.lengths()) == 1
 
 
 def read(run, slot, tokens, **kwargs):

@@ -14,6 +14,7 @@ from small_run import draw_params, save_untrained
 from jaxsparse import mesh
 from jaxsparse.config.errors import UserError
 from jaxsparse.inference import weights
+from jaxsparse.inference.fold import fold_for_decode
 from jaxsparse.nn.transformer import Transformer
 from jaxsparse.run import stored
 
@@ -48,6 +49,22 @@ def test_parameters_are_read_to_where_they_belong(tmp_path):
   other = dataclasses.replace(model, mlp_dim=32)
   with pytest.raises(UserError, match='arrays where this run has'):
     weights.load(tmp_path, other, devices=devices)
+
+
+def test_they_are_folded_before_they_are_cast(tmp_path):
+  """Each number is rounded once; several devices have them as they are."""
+  model = dataclasses.replace(MODELS['small'], vocab_size=257)
+  save_untrained(tmp_path, model)
+  bf16 = dataclasses.replace(model, dtype='bfloat16')
+  _, found = weights.load(tmp_path, bf16, is_folded=True)
+  assert found['block_00']['attention']['heads'].dtype == jnp.bfloat16
+  assert found['block_00']['mlp']['gate_up'].dtype == jnp.bfloat16
+  wide = weights.load(tmp_path, model)[1]
+  expected = weights.cast(bf16, fold_for_decode(model, wide))
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
+  devices = mesh.make_mesh(1, 1, 2, devices=jax.devices()[:2])
+  _, split = weights.load(tmp_path, bf16, devices=devices, is_folded=True)
+  assert 'query' in split['block_00']['attention']
 
 
 def test_a_changed_bit_is_found_on_a_mesh_too(tmp_path, monkeypatch):

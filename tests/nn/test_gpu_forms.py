@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxsparse.nn.memory import retrieval
+from jaxsparse.nn.memory import key_scores
 from jaxsparse.ops.memory import tucker, value_bag
 from jaxsparse.ops.top_k import top_m
 
@@ -22,7 +22,7 @@ def test_one_product_scores_all_ranks(num_queries):
   query = draw(T, 2, num_queries, WIDTH)
   keys = draw(P, 2, Q, WIDTH, RANKS, seed=1)
   every = np.broadcast_to(query, (T, 2, RANKS, WIDTH))
-  sides = jax.jit(retrieval._by_one_product)(query, keys)
+  sides = jax.jit(key_scores.by_one_product)(query, keys)
   for s, scores in enumerate(sides):
     expected = np.einsum('trk,pqkr->tpqr', every[:, s], keys[:, s])
     np.testing.assert_allclose(scores, expected, atol=1e-5)
@@ -34,7 +34,7 @@ def test_narrow_keys_meet_the_whole_query(dtype):
   query, keys = draw(T, 2, RANKS, 64), draw(P, 2, Q, 64, RANKS, seed=1)
   keys = keys.astype(dtype)
   wide = np.asarray(keys.astype(jnp.float32))
-  for s, scores in enumerate(jax.jit(retrieval._by_one_product)(query, keys)):
+  for s, scores in enumerate(jax.jit(key_scores.by_one_product)(query, keys)):
     expected = np.einsum('trk,pqkr->tpqr', query[:, s], wide[:, s])
     scale = np.abs(expected).max()
     np.testing.assert_allclose(scores, expected, atol=2e-5 * scale)

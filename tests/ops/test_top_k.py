@@ -64,11 +64,41 @@ def test_gradients_of_many_rows_reach_what_was_kept():
   np.testing.assert_array_equal(got, expected)
 
 
+# So many rows of so many candidates are bisected on a CPU.
+@pytest.mark.parametrize('kind', ['any', 'ties', 'low'])
+def test_groups_of_many_candidates_equal_the_reference_with_ties_in_order(kind):
+  scores = draw(130, 517)
+  if kind == 'ties':
+    scores = np.round(scores * 2) / 2
+    scores[0] = -np.inf
+    scores[1, :30], scores[1, 30:] = np.inf, -np.inf
+  elif kind == 'low':
+    scores -= 9
+  assert cpu.bisects_faster(jnp.asarray(scores), 32)
+  values, indices = top_m(scores, 32, is_stable=True)
+  expected_values, expected_indices = top_m_reference(scores, 32)
+  np.testing.assert_array_equal(values, expected_values)
+  np.testing.assert_array_equal(indices, expected_indices)
+
+
 def test_many_rows_with_nans_keep_indices_in_range():
   _, indices = top_m(np.full((512, 20), np.nan, np.float32), 3)
   indices = np.asarray(indices)
   assert indices.min() >= 0
   assert indices.max() < 20
+
+
+@pytest.mark.parametrize(
+  ('shape', 'num_selected', 'expected'),
+  [((128, 512), 32, True), ((127, 512), 32, False), ((128, 512), 33, False)],
+)
+def test_bisection_is_for_few_of_many_in_many_rows(
+  shape, num_selected, expected
+):
+  rows = jnp.zeros(shape)
+  assert cpu.bisects_faster(rows, num_selected) == expected
+  # Numbers of 32 bits alone have the order of their bits.
+  assert not cpu.bisects_faster(rows.astype(jnp.bfloat16), num_selected)
 
 
 @pytest.mark.parametrize(

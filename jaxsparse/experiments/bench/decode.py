@@ -56,19 +56,18 @@ ms and dense from 2.17 to 2.12, but at batch 1 they may have cost the MoE 0.2.
 
 import argparse
 import os
-from collections.abc import Iterator, Sequence
-from unittest import mock
+from collections.abc import Iterator, Mapping, Sequence
 
 import jax
 
 from jaxsparse.analysis import budget, cost
+from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import UserError, require, require_choice
 from jaxsparse.config.tables import TABLE_TYPES
 from jaxsparse.experiments.bench import decode_models
-from jaxsparse.experiments.bench.decode_cell import Cell
-from jaxsparse.inference.fuse_norms import fuse_key_norms
+from jaxsparse.experiments.bench.decode_cell import Cell, compiler_options
+from jaxsparse.inference.fold import fold_for_decode
 from jaxsparse.nn.transformer import init_cache
-from jaxsparse.ops import top_k
 
 OPTIONS = dict(
   family='own',
@@ -88,13 +87,13 @@ OPTIONS = dict(
   dtype='float32',
   # Of value tables; that of all else by default.
   table_dtype='',
-  # 'stable' keeps the order of equal scores; 'fast' leaves it to the backend.
-  top_k='fast',
-  # Rows of a step at least: a batch of fewer is repeated, where 2 rows take
-  # less time than 1. Bytes and tokens are counted without repeats.
-  least_rows=1,
+  # Rows of a step at least: a batch of fewer is repeated. 0 for what generate
+  # and the server have. Bytes and tokens are counted without repeats.
+  least_rows=0,
   # Of XLA, as in 'xla_gpu_enable_pdl=true', with commas between.
   compiler_options='',
+  # Folder for what a GPU's autotuner has found, a file for each program.
+  autotune='',
   # Sizes of the family 'own': of the dense model; parameters of a sparse one in
   # those of the dense one; experts and slots of a head that a token uses.
   model_dim=512,
@@ -116,17 +115,7 @@ def measure(options: argparse.Namespace) -> Iterator[dict]:
   Raises:
     UserError: an option has no sense, or a ratio passes its physical limit.
   """
-  _check(options)
-  is_stable = options.top_k == 'stable'
-  # Programs that were traced otherwise are not to be taken for these.
-  jax.clear_caches()
-  with mock.patch.object(
-    top_k, 'CAN_BE_UNSTABLE', top_k.CAN_BE_UNSTABLE and not is_stable
-  ):
-    yield from _measure_all(options)
-
-
-def _measure_all(options):
+  check(options)
   if jax.default_backend() == 'cpu' and _num_cores() > 1:
     print(
       'Only one core is fair to the MoE, see `--help`: this has '
@@ -134,15 +123,15 @@ def _measure_all(options):
       flush=True,
     )
   refused = None
-  for group in _numbers(options, 'kv_groups'):
+  for group in numbers(options, 'kv_groups'):
     models = decode_models.make_models(options, group)
     params = {n: decode_models.draw_params(m) for n, m in models.items()}
     for name, model in models.items():
-      models[name], params[name] = fuse_key_norms(model, params[name])
+      params[name] = fold_for_decode(model, params[name])
       print(f'KV /{group} {name}: {_describe(model, options)}', flush=True)
-    for batch_size in _numbers(options, 'batches'):
+    for batch_size in numbers(options, 'batches'):
       task = f'KV /{group}, batch {batch_size}'
-      if not _fits(models, params, options, batch_size):
+      if not fits(models, params, options, batch_size):
         print(f'{task}: left out, it does not fit on the device.', flush=True)
         continue
       cell = Cell(models, params, options, batch_size)
@@ -223,7 +212,12 @@ def _describe(model, options):
   )
 
 
-def _fits(models, params, options, batch_size):
+def fits(
+  models: Mapping[str, ModelConfig],
+  params: Mapping[str, dict],
+  options: argparse.Namespace,
+  batch_size: int,
+) -> bool:
   """Whether parameters and cache leave a tenth of the device's memory free."""
   limit = (jax.devices()[0].memory_stats() or {}).get('bytes_limit')
   if limit is None:
@@ -241,7 +235,12 @@ def _num_cores():
   return os.cpu_count() or 1
 
 
-def _numbers(options, name):
+def numbers(options: argparse.Namespace, name: str) -> list[int]:
+  """Those of an option.
+
+  Raises:
+    UserError: one is none, or not positive.
+  """
   text = getattr(options, name)
   parts = text.split(',')
   require(
@@ -251,20 +250,28 @@ def _numbers(options, name):
   return [int(part) for part in parts]
 
 
-def _check(options):
-  for name in ('context', 'steps', 'rounds', 'least_rows'):
+def check(options: argparse.Namespace) -> None:
+  """Refuses options that have no sense.
+
+  Raises:
+    UserError: there is one.
+  """
+  for name in ('context', 'steps', 'rounds'):
     value = getattr(options, name)
     require(value > 0, f'{name} must be positive, got {value}.')
+  require(
+    options.least_rows >= 0,
+    f'least_rows must be at least 0, got {options.least_rows}.',
+  )
   for kind in options.routing.split(','):
     require_choice(
       argparse.Namespace(routing=kind), 'routing', ('uniform', 'zipf')
     )
-  _numbers(options, 'batches')
-  require_choice(options, 'top_k', ('fast', 'stable'))
+  numbers(options, 'batches')
   require_choice(options, 'table_dtype', ('', *TABLE_TYPES))
-  given = filter(None, options.compiler_options.split(','))
+  given = compiler_options(options.compiler_options)
   require(
-    all('=' in pair for pair in given),
+    all(given),
     'compiler_options must be like NAME=VALUE, with commas between, got '
     f'{options.compiler_options!r}.',
   )

@@ -3,7 +3,8 @@
 
 import argparse
 import dataclasses
-import functools
+import pathlib
+import re
 from collections.abc import Mapping, Sequence
 
 import jax
@@ -19,6 +20,7 @@ from jaxsparse.experiments.bench.decode_program import (
   fill_cache,
   lower_decode,
 )
+from jaxsparse.inference.batch_rows import padded
 
 
 class Cell:
@@ -33,28 +35,46 @@ class Cell:
     params: Mapping[str, dict],
     options: argparse.Namespace,
     batch_size: int,
+    lowered: Mapping[str, jax.stages.Lowered] | None = None,
   ):
+    """Compiles the programs.
+
+    Args:
+      models: by name.
+      params: of each, as its program takes them.
+      options: of the bench, see `decode.OPTIONS`.
+      batch_size: sequences.
+      lowered: programs of another cell that differs in `compiler_options` only.
+    """
     self._models, self._params, self._options = models, params, options
     self._batch_size = batch_size
-    self._rows = max(batch_size, options.least_rows)
+    self._rows = max(batch_size, options.least_rows or padded(batch_size))
     self._keys, self._contexts, self._picks = None, {}, {}
     self._vocab_size = next(iter(models.values())).vocab_size
     self._tokens = self._draw('uniform')
-    lowered = {}
-    for name, model in models.items():
+    self.lowered = dict(lowered or {})
+    for i, (name, model) in enumerate(models.items()):
       self._keys, self._contexts[name] = fill_cache(
         model, self._rows, options.context + options.steps, self._keys
       )
-      if self._rows > batch_size and not lowered:
+      if self._rows > batch_size and i == 0:
         self._keys = _repeated(self._keys, batch_size)
+      if name in self.lowered:
+        continue
       cache = (self._keys, self._contexts[name])
-      lowered[name] = lower_decode(
+      self.lowered[name] = lower_decode(
         model, params[name], cache, self._tokens, options.context
       )
-    compile_it = functools.partial(
-      compile_decode, compiler_options=_compiler_options(options)
+    self._programs = measuring.in_threads(
+      self._compile, dict(zip(self.lowered, self.lowered, strict=True))
     )
-    self._programs = measuring.in_threads(compile_it, lowered)
+
+  def _compile(self, name):
+    given = compiler_options(self._options.compiler_options)
+    if folder := self._options.autotune:
+      path = pathlib.Path(folder, f'{name}_{self._rows}.txt')
+      given['xla_gpu_dump_autotune_results_to'] = str(path)
+    return compile_decode(self.lowered[name], given)
 
   def _draw(self, routing):
     tokens = draw_tokens(
@@ -64,14 +84,19 @@ class Cell:
 
   def take_turns(self, routing: str, least: bool = False) -> dict[str, float]:
     """Median or least seconds of all steps with tokens so drawn, by model."""
+    return measuring.take_turns(
+      self.contenders(routing), self._options.rounds, least
+    )
+
+  def contenders(self, routing: str) -> dict[str, measuring.Contender]:
+    """All steps with tokens so drawn, by model."""
     self._tokens = self._draw(routing)
-    contenders = {
+    return {
       name: measuring.Contender(
         lambda name=name: self._run(name, self._params[name])
       )
       for name in self._models
     }
-    return measuring.take_turns(contenders, self._options.rounds, least)
 
   def _run(self, name, params):
     cache = (self._keys, self._contexts[name])
@@ -98,6 +123,7 @@ class Cell:
         task=task,
         contender=name,
         batch_size=self._batch_size,
+        rows=self._rows,
         num_kv_heads=model.num_kv_heads,
         seconds=time,
         least_bytes=least.total,
@@ -170,9 +196,17 @@ def _repeated(cache, batch_size):
   return jax.tree.map(repeat, cache)
 
 
-def _compiler_options(options):
-  pairs = filter(None, options.compiler_options.split(','))
-  options = dict(pair.split('=', 1) for pair in pairs)
+def compiler_options(text: str) -> dict[str, str | bool]:
+  """Options of XLA by name, from NAME=VALUE with commas between.
+
+  What is before the first '=' is a name; a value may be several words with
+  commas between.
+  """
+  pairs = re.split(r',(?=\w+=)', text) if text else []
+  parts = [pair.partition('=') for pair in pairs]
   # XLA takes no truth values in letters.
   truth = dict(true=True, false=False)
-  return {name: truth.get(value, value) for name, value in options.items()}
+  return {
+    name if equals else '': truth.get(value, value)
+    for name, equals, value in parts
+  }

@@ -13,9 +13,11 @@ language, 8 minutes
   UltraMemV2 if minutes are left: equal FLOPs, 62.9M bytes each, the same
   batches and validation. --text=PATH is its text, plain or .gz; by default the
   sources of Python, which are read five times.
-decode, 7 minutes
-  A step of the 680M family at batch 1 and 64: as it is, with a stable
-  top-k, one sequence as two rows, and with XLA's `xla_gpu_enable_pdl`.
+decode, 9 minutes
+  Its kernels alone; a step of the 680M family as it was, as it is and with
+  XLA's `xla_gpu_enable_pdl` at batch 64, 1, 16 and 256; then each other change
+  alone at 64 and 1, as far as minutes go, see `bench decode_variants --help`.
+  --autotune=FOLDER keeps what the autotuner found.
 rows, 6 minutes
   The bag, and a decode step of the 680M UltraMem, by the type of its table.
 attention, 6 minutes
@@ -37,6 +39,8 @@ from jaxsparse.experiments.bench import (
   all_benches,
   attention,
   decode,
+  decode_kernels,
+  decode_variants,
   grouped_matmul,
   language,
   long_input,
@@ -57,6 +61,8 @@ OPTIONS = dict(
   # Of 'language'.
   text='',
   models=language.OPTIONS['models'],
+  # Of 'decode'.
+  autotune='',
   # 'gpu', or 'toy' to rehearse on a CPU.
   sizes='gpu',
 )
@@ -80,6 +86,13 @@ _ATTENTION = dict(
   heads=16, chunk=1024, dtype='bfloat16', train_length=0, rounds=3
 )
 
+_TOY_STEP = dict(
+  family='own', batches='1', kv_groups='2', context=8, steps=2, rounds=1,
+  model_dim=32, layers=3, heads=2, mlp_dim=128, vocab=64, growth=4,
+  selected=4, width_multiple=1, routing='uniform', models='dense,ultramem',
+  dtype='float32',
+)  # fmt: skip
+
 # Instead of the sizes of an item, by bench.
 _TOY = {
   attention: dict(
@@ -87,12 +100,12 @@ _TOY = {
     block=8, tile=8, window_blocks=1, kept_blocks=2, chunk=16, model_dim=16,
     train_chunk=8, dtype='float32', rounds=1,
   ),
-  decode: dict(
-    family='own', batches='1', kv_groups='2', context=8, steps=2, rounds=1,
-    model_dim=32, layers=3, heads=2, mlp_dim=128, vocab=64, growth=4,
-    selected=4, width_multiple=1, routing='uniform', models='dense,ultramem',
-    dtype='float32',
+  decode: _TOY_STEP,
+  decode_kernels: dict(
+    batches='2', rounds=1, calls=2, dtype='float32', keys=24, selected=4,
+    rows=64, width=64, query_heads=4, head_dim=16, context=32,
   ),
+  decode_variants: _TOY_STEP,
   grouped_matmul: dict(experts=2, depth=8, width=8, rows=4, rounds=1),
   language: dict(suite='cpu', steps=2),
   long_input: dict(tokens=1100, stretch=512),
@@ -139,18 +152,27 @@ def _language(options):
 
 
 def _decode(options):
+  steps = _DECODE | dict(minutes=options['minutes'])
+  first = ['as_it_was', 'pdl']
+  others = [name for name in decode_variants.VARIANTS if name not in first]
   return [
-    ('as it is', decode, [_DECODE]),
-    ('stable top-k', decode, [_DECODE | dict(top_k='stable')]),
+    ('kernels alone', decode_kernels, [{}]),
     (
-      'one sequence as two rows',
-      decode,
-      [_DECODE | dict(batches='1', least_rows=2)],
+      'steps',
+      decode_variants,
+      [
+        steps
+        | dict(
+          batches='64,1,16,256',
+          variants=','.join(first),
+          autotune=options['autotune'],
+        )
+      ],
     ),
     (
-      'xla_gpu_enable_pdl',
-      decode,
-      [_DECODE | dict(compiler_options='xla_gpu_enable_pdl=true')],
+      'changes alone',
+      decode_variants,
+      [steps | dict(batches='64,1', variants=','.join(others))],
     ),
   ]
 

@@ -25,7 +25,7 @@ import numpy as np
 from jaxsparse.config.errors import require
 from jaxsparse.experiments.bench import decode, decode_models, measuring
 from jaxsparse.experiments.bench.decode_cell import Cell
-from jaxsparse.inference.fuse_norms import fuse_key_norms
+from jaxsparse.inference.fold import fold_for_decode
 from jaxsparse.inference.quantize import bytes_by_part, parse, quantize
 from jaxsparse.ops import quantized_matrix
 from jaxsparse.ops.memory.value_bag import value_bag
@@ -152,9 +152,10 @@ def _decoding(options, batches):
   own |= dict(models='ultramem', steps=1, rounds=options.rounds)
   own = argparse.Namespace(**decode.OPTIONS | own)
   (model,) = decode_models.make_models(own, 1).values()
-  model, params = fuse_key_norms(model, decode_models.draw_params(model))
+  params = decode_models.draw_params(model)
   forms = {n: quantize(model, params, parse(how)) for n, how in MODELS.items()}
   sizes = {n: sum(bytes_by_part(x).values()) for n, x in forms.items()}
+  forms = {n: fold_for_decode(model, x) for n, x in forms.items()}
   for batch in batches:
     cell = Cell(dict.fromkeys(forms, model), forms, own, batch)
     seconds = cell.take_turns('uniform', least=True)

@@ -33,7 +33,7 @@ class Offline:
     self._config = run_config.read(workdir, lambda text: None).model
     self._stop_ids = load_from_workdir(workdir).stop_ids
     self.num_slots, self._length, self._chunk = num_slots, length, chunk
-    _, self._params = weights.load(workdir, self._config)
+    _, self._params = weights.load(workdir, self._config, is_folded=True)
     self._programs: Programs | None = None
 
   def batches(self, questions: Sequence[Question]) -> float:

@@ -20,7 +20,6 @@ reads them then needs no transpose, which would take a CPU ten times as long.
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from jaxsparse import mesh
@@ -154,7 +153,7 @@ def append(cache: Cache, new: Cache, has_ring: bool) -> tuple[Cache, Cache]:
         old, rows, index, new['segment_ids'], name, has_ring
       )
     elif has_ring and num_new > 1:
-      seen, old = _roll_ring(old, rows, index, axis)
+      seen, old = slot_rows.roll_all(old, rows, index, axis)
     else:
       # One entry of a ring holds what has just left the window.
       at = index % old.shape[axis] if has_ring else index
@@ -186,13 +185,3 @@ def _append_to_slots(old, rows, index, segment_ids, name, has_ring):
   )
   (old,) = write(old, rows, index)
   return old, old
-
-
-def _roll_ring(ring, rows, index, axis):
-  """All rows in the order of time, and the ring with the last of them."""
-  num_entries = ring.shape[axis]
-  seen = jnp.concatenate(
-    [jnp.roll(ring, -(index % num_entries), axis), rows], axis
-  )
-  last = jax.lax.slice_in_dim(seen, -num_entries, None, axis=axis)
-  return seen, jnp.roll(last, (index + rows.shape[axis]) % num_entries, axis)

@@ -9,16 +9,18 @@ import functools
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Num
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.nn.attention import cache as attention_cache
-from jaxsparse.nn.attention import rotation
+from jaxsparse.nn.attention import decode, rotation
 from jaxsparse.nn.attention.cache import Cache
 from jaxsparse.nn.attention.dcmha import DCMHA, cached_factors, head_mix
 from jaxsparse.nn.attention.kinds import KINDS
-from jaxsparse.nn.attention.maps import probed, show
+from jaxsparse.nn.attention.maps import is_asked_for, probed, show
 from jaxsparse.nn.attention.sparse import SparseAttention
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.layers import Metrics, RMSNorm, bias, init_variances, weight
@@ -36,6 +38,7 @@ class Attention(nn.Module):
   with biases also `query_bias` and so on; with QK-norm also `query_norm` and
   `key_norm`, one gain [H] for all heads or one of each, [N, H] and [K, H]; with
   composition those of `DCMHA`, in a sparse block those of `SparseAttention`.
+  Folded, `heads` [D, N + 2 K, H] is the first three, see `inference.fold`.
 
   Attributes:
     config: of the model.
@@ -88,11 +91,39 @@ class Attention(nn.Module):
     """`__call__` of sequences [B, T, D]."""
     config, model_dim = self.config, x.shape[-1]
     x = x.astype(config.dtype)
+    heads, metrics = self._heads(x), {}
+    at_once = None
+    if len(heads) == 1 and not is_asked_for(self):
+      at_once = decode.attended(
+        config, self.layer, *heads, positions, segment_ids, cache
+      )
+    if at_once:
+      encoded, cache = at_once
+    else:
+      encoded, cache, metrics = self._mix(
+        x, heads, positions, segment_ids, cache
+      )
+    encoded = probed(self, encoded)
+    shape = (config.num_heads, config.head_dim, model_dim)
+    _, writing = self._variances(model_dim)
+    output = weight(self, 'output', 'NHD', shape, writing, config.dtype)
+    # G for the heads: einsum contracts letters by the alphabet, and with H
+    # before N it would transpose the matrix, in decoding at every step.
+    y = token_product(
+      'gh,ghd->d', encoded, output, out_sharding=mesh.act('BTD')
+    )
+    if config.bias == 'all':
+      b = bias(self, 'output_bias', 'D', (model_dim,), y.ndim)
+      y += b.astype(y.dtype)
+    return y, cache, metrics
+
+  def _mix(self, x, heads, positions, segment_ids, cache):
+    """What heads read of projected ones, by all kinds of attention."""
+    config, metrics = self.config, {}
     name = config.attention_kinds[self.layer]
     kind = KINDS.get(name)
     reads_unrotated = kind and kind.reads_unrotated(config, cache is not None)
-    heads = self._project(x, positions, is_rotated=not reads_unrotated)
-    metrics = {}
+    heads = self._rotated(heads, positions, is_rotated=not reads_unrotated)
     sparse = functools.partial(SparseAttention, config, name='sparse')
     if kind:
       module = kind.module(config, name=name)
@@ -108,19 +139,7 @@ class Attention(nn.Module):
         sparse()(x, *heads, segment_ids)
       elif is_warming_up and cache is None and config.sparse.router_width:
         _, _, metrics = sparse(keeps_all=True)(x, *heads, segment_ids)
-    encoded = probed(self, encoded)
-    shape = (config.num_heads, config.head_dim, model_dim)
-    _, writing = self._variances(model_dim)
-    output = weight(self, 'output', 'NHD', shape, writing, config.dtype)
-    # G for the heads: einsum contracts letters by the alphabet, and with H
-    # before N it would transpose the matrix, in decoding at every step.
-    y = token_product(
-      'gh,ghd->d', encoded, output, out_sharding=mesh.act('BTD')
-    )
-    if config.bias == 'all':
-      b = bias(self, 'output_bias', 'D', (model_dim,), y.ndim)
-      y += b.astype(y.dtype)
-    return y, cache, metrics
+    return encoded, cache, metrics
 
   def _read(self, x, query, key, value, positions, segment_ids, cache):
     """Reads everything before, or a window, with composed heads or without."""
@@ -183,7 +202,8 @@ class Attention(nn.Module):
       config.init_deviations, model_dim, inner, config.num_layers
     )
 
-  def _project(self, x, positions, is_rotated):
+  def _heads(self, x):
+    """Queries, keys and values; one array of all where they are folded."""
     config, model_dim = self.config, x.shape[-1]
     reading, _ = self._variances(model_dim)
 
@@ -196,9 +216,27 @@ class Attention(nn.Module):
       b = bias(self, f'{name}_bias', dims[1:], shape[1:], heads.ndim)
       return heads + b.astype(heads.dtype)
 
-    query = project('query', 'DNH', config.num_heads)
-    key = project('key', 'DKH', config.num_kv_heads)
-    value = project('value', 'DKH', config.num_kv_heads)
+    num_queries, num_kv = config.num_heads, config.num_kv_heads
+    if self.has_variable('params', 'heads'):
+      return (project('heads', 'D.H', num_queries + 2 * num_kv),)
+    return (
+      project('query', 'DNH', num_queries),
+      project('key', 'DKH', num_kv),
+      project('value', 'DKH', num_kv),
+    )
+
+  def _rotated(self, heads, positions, is_rotated):
+    """Queries, keys and values as they meet each other."""
+    config = self.config
+    if len(heads) == 1:
+      ends = np.cumsum([config.num_heads, config.num_kv_heads])
+      heads = (
+        mesh.reshard(part, mesh.act(f'BT{dim}H'))
+        for part, dim in zip(
+          jnp.split(*heads, ends, axis=2), 'NKK', strict=True
+        )
+      )
+    query, key, value = heads
     if config.qk_norm != 'none':
       epsilon = config.qk_norm_epsilon or config.norm_epsilon
       of_query, of_key = (

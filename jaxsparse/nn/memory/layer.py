@@ -32,9 +32,10 @@ from jaxsparse import mesh
 from jaxsparse.config import MemoryConfig
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.leading import Leading
+from jaxsparse.nn.memory.context import Context, Ring
 from jaxsparse.nn.memory.init import parameters
 from jaxsparse.nn.memory.metrics import Metrics, memory_metrics
-from jaxsparse.nn.memory.retrieval import Context, Read, retrieve
+from jaxsparse.nn.memory.retrieval import Read, retrieve
 from jaxsparse.nn.memory.tables import (
   ENTRIES,
   PROBES,
@@ -43,6 +44,7 @@ from jaxsparse.nn.memory.tables import (
   table_scheme,
 )
 from jaxsparse.nn.parameter import Parameter, gathered, parameter
+from jaxsparse.ops.memory.folded_keys import FoldedKeys
 from jaxsparse.ops.memory.sharded_bag import (
   ask_for_rows,
   sharded_gathered_dot,
@@ -142,7 +144,8 @@ class MemoryLayer(nn.Module):
         look, and 0 for padding, which no metric counts; by default all
         positions are of one document.
       context: the taps - 1 inputs before `x`, for the query convolution while
-        decoding; by default there is nothing before.
+        decoding; by default there is nothing before. Of a single position it
+        may be a `Ring`.
       tables: what `SharedTables` holds; by default the layer has its own.
       directions: pre-filter vectors of an imported checkpoint.
       permutation: table of virtual addresses of an imported checkpoint.
@@ -172,8 +175,10 @@ class MemoryLayer(nn.Module):
       before = Leading(context[1].shape)
       # Without taps there is nothing to look back to.
       is_none = lead.is_empty or before.is_empty
-      inputs, ids = map(before.flat, context)
-      context = None if is_none else (inputs, ids)
+      flat = map(before.flat, context)
+      is_ring = isinstance(context, Ring)
+      context = Ring(*flat) if is_ring else tuple(flat)
+      context = None if is_none else context
     config = self.config.for_width(x.shape[-1])
     dtype = x.dtype if self.dtype is None else self.dtype
     scheme = table_scheme(config, dtype)
@@ -291,7 +296,9 @@ def memory_forward(
   """
   config = config.for_width(x.shape[-1])
   weights = {
-    name: gathered(value, _COMPUTE_DIMS.get(name) or '.' * value.ndim)
+    name: value
+    if value is None or isinstance(value, FoldedKeys)
+    else gathered(value, _COMPUTE_DIMS.get(name) or '.' * value.ndim)
     for name, value in params.items()
     if not name.endswith('_table')
   }

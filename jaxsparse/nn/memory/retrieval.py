@@ -18,26 +18,20 @@ from jaxtyping import Array, Float, Int
 
 from jaxsparse import mesh
 from jaxsparse.config import MemoryConfig
+from jaxsparse.nn.memory import key_scores
+from jaxsparse.nn.memory.context import Context, convolve
+from jaxsparse.nn.memory.key_scores import norm
 from jaxsparse.nn.parameter import Parameter
-from jaxsparse.ops import cpu
 from jaxsparse.ops.kernels import retrieve as kernel
 from jaxsparse.ops.memory import addressing, usage
+from jaxsparse.ops.memory.folded_keys import FoldedKeys
 from jaxsparse.ops.memory.product_key import product_key_top_m
-from jaxsparse.ops.memory.tucker import (
-  Directions,
-  leading_directions,
-  tucker_top_m,
-)
+from jaxsparse.ops.memory.tucker import Directions, tucker_top_m
 from jaxsparse.ops.shard_map_vma import match_vma
 from jaxsparse.ops.token_product import token_product
 
-# The inputs before the first position, and their segment ids.
-Context = tuple[Float[Array, '*C S D'], Int[Array, '*C S']]
-
 # Arrays by name; None for 'pools' if there is only one.
 Read = dict[str, Any]
-
-_NORM_EPSILON = 1e-5
 
 
 def retrieve(
@@ -77,27 +71,24 @@ def retrieve(
   """
   h = x
   if 'query_conv' in weights:
-    h = _convolve(
-      x, weights['query_conv'].astype(x.dtype), segment_ids, context
-    )
+    h = convolve(x, weights['query_conv'].astype(x.dtype), segment_ids, context)
   # [D, 2, q] with heads or ranks before the width where they have their own.
   matrix = weights['query'].astype(x.dtype)
   dims = 'xyz'[: matrix.ndim - 1]
   query = token_product(f'd,d{dims}->{dims}', h, matrix)
   if 'query_bias' in weights:
     query += weights['query_bias'].astype(x.dtype)[None, None]
-  query = norm(query, weights.get('query_scale'), -1, config.query_norm)
-  keys = norm(weights['keys'], weights.get('key_scale'), -2, config.key_norm)
+  keys = weights['keys']
+  if not isinstance(keys, FoldedKeys):
+    keys = norm(keys, weights.get('key_scale'), -2, config.key_norm)
 
   is_token = None if segment_ids is None else segment_ids > 0
   # The counts of several devices are added up slot by slot.
   is_alone = mesh.num_token_shards() == 1 and not mesh.inside()
   is_large = config.num_slots > usage.MOST_COUNTED and is_alone
 
-  def on_device(is_token, query, keys, cores, directions, permutation):
-    *found, slot = _best_slots(
-      query, keys, cores, directions, permutation, config, salt, first_row
-    )
+  def on_device(is_token, query, *arrays):
+    *found, slot = _best_slots(query, *arrays, config, salt, first_row)
     if is_token is not None:
       is_token = jnp.broadcast_to(is_token[..., None], slot.shape)
     if is_large:
@@ -107,20 +98,28 @@ def retrieve(
     return *found, slot, counts[None]
 
   names = ('scores', 'weights', 'rows', 'pools', 'slots', 'counts')
-  found = mesh.over_tokens(on_device, (2, 3, 4, 5))(
-    is_token, query, keys, weights.get('cores'), directions, permutation
+  found = mesh.over_tokens(on_device, (2, 3, 4, 5, 6))(
+    is_token,
+    query,
+    weights.get('query_scale'),
+    keys,
+    weights.get('cores'),
+    directions,
+    permutation,
   )
   read = dict(zip(names, found, strict=True))
   return read | dict(counts=mesh.total(read['counts'].sum(0)))
 
 
 def _best_slots(
-  query, keys, cores, directions, permutation, config, salt, first_row
+  query, scale, keys, cores, directions, permutation, config, salt, first_row
 ):
   """One device's tokens: query [B, T, 2, ..., q]."""
   batch = query.shape[:2]
   query = query.reshape(-1, *query.shape[2:])
-  arrays = query, keys, cores, directions, permutation
+  if directions is None and isinstance(keys, FoldedKeys):
+    directions = keys.directions
+  arrays = query, scale, keys, cores, directions, permutation
   # One position of each sequence: a decode step.
   is_decoding = batch[1] == 1
   found = _by_kernel(*arrays, config, salt) if is_decoding else None
@@ -140,10 +139,11 @@ def _best_slots(
 
 
 def _by_steps(
-  query, keys, cores, directions, permutation, config, salt, is_stable
+  query, scale, keys, cores, directions, permutation, config, salt, is_stable
 ):
   """Scores [T, P, k, c] of the kept cells, their slots and virtual blocks."""
-  row, column = _rank_scores(query, keys, config)
+  query = norm(query, scale, -1, config.query_norm)
+  row, column = key_scores.of_ranks(query, keys, config)
   if config.grid == 'additive':
     scores, address = product_key_top_m(
       row[..., 0],
@@ -172,8 +172,13 @@ def _by_steps(
   return scores, slot, block
 
 
-def _by_kernel(query, keys, cores, directions, permutation, config, salt):
-  """As `_by_steps` in one kernel of a GPU, or None where there is none."""
+def _by_kernel(
+  query, scale, keys, cores, directions, permutation, config, salt
+):
+  """As `_by_steps` in one kernel of a GPU, or None where there is none.
+
+  A query's RMS is a factor of all of its scores, which need not wait for it.
+  """
   is_served = config.grid == 'tucker' and not (
     config.cores_per_pairing
     or config.use_two_quadrants
@@ -181,18 +186,24 @@ def _by_kernel(query, keys, cores, directions, permutation, config, salt):
     or config.query == 'per_head'
     or permutation is not None
   )
-  if not is_served or mesh.platform() != 'gpu':
+  is_folded = isinstance(keys, FoldedKeys)
+  if not (is_served and is_folded) or mesh.platform() != 'gpu':
     return None
-  if directions is None:
-    directions = leading_directions(cores.sum(0))
-  scores = _rank_products(_by_rank(query, config), keys)
-  arrays = match_vma(scores, cores, directions)
+  factor = None
+  if config.query_norm == 'rms' and config.query == 'shared':
+    factor = key_scores.rms_factor(query)
+  else:
+    query = norm(query, scale, -1, config.query_norm)
+  scores = key_scores.by_folded(query, keys, config)
+  scores, cores, directions, factor = match_vma(
+    scores, cores, directions, factor
+  )
   options = dict(
     num_selected=config.num_selected, num_slots=config.num_slots, salt=salt
   )
-  if kernel.unsupported_reason(*arrays, **options):
+  if kernel.unsupported_reason(scores, cores, directions, factor, **options):
     return None
-  return kernel.retrieve(*arrays, **options)
+  return kernel.retrieve(scores, cores, directions, factor, **options)
 
 
 def _in_window(slot, first_row, num_rows):
@@ -200,83 +211,6 @@ def _in_window(slot, first_row, num_rows):
   # Not a sum and a remainder: the sum of two int32 rows may not fit.
   is_beyond = slot >= num_rows - first_row
   return jnp.where(is_beyond, slot - (num_rows - first_row), slot + first_row)
-
-
-def _rank_scores(
-  query: Float[Array, 'T 2 ...'],
-  keys: Float[Array, 'key_heads 2 Q w r'],
-  config: MemoryConfig,
-) -> tuple[Float[Array, 'T P Q r'], ...]:
-  """Inner products with all row keys, and with all column keys."""
-  query = _by_rank(query, config)
-  per_rank = 'r' if config.split_key_dim or config.query == 'per_rank' else ''
-  per_head = 'p' if config.query == 'per_head' else ''
-  shared = 'qkr' if config.share_keys else 'pqkr'
-  dims = f't{per_head}{per_rank}k,{shared}->tpqr'
-
-  def one_by_one(query, keys):
-    keys = _wide(keys)
-    sides = keys[0] if config.share_keys else jnp.moveaxis(keys, 1, 0)
-    return tuple(cpu.product(dims, query[:, s], sides[s]) for s in (0, 1))
-
-  if per_head or config.share_keys:
-    return one_by_one(query, keys)
-  return jax.lax.platform_dependent(
-    query,
-    keys,
-    cuda=_by_one_product,
-    default=one_by_one,
-  )
-
-
-def _by_rank(query, config):
-  """[T, 2, ..., q] with ranks before q, where they have their own queries."""
-  query = _wide(query)
-  if config.split_key_dim:
-    # Narrow keys meet slices of the query.
-    query = query.reshape(*query.shape[:-1], config.num_ranks, -1)
-  return query
-
-
-def _by_one_product(
-  query: Float[Array, 'T 2 ... q'], keys: Float[Array, 'P 2 Q q r']
-) -> tuple[Float[Array, 'T P Q r'], ...]:
-  """Scores of row keys and of column keys, see `_rank_products`."""
-  scores, num_ranks = _rank_products(query, keys), keys.shape[-1]
-  if scores.shape[3] > num_ranks:
-    scores = scores[..., :num_ranks, :] + scores[..., num_ranks:, :]
-  return tuple(scores[:, s].transpose(1, 0, 3, 2) for s in range(2))
-
-
-def _rank_products(
-  query: Float[Array, 'T 2 ... q'], keys: Float[Array, 'P 2 Q q r']
-) -> Float[Array, 'P 2 T parts_r Q']:
-  """Each rank's query, zero at the other ranks, times the keys as they lie.
-
-  That is r times the FLOPs of a product for each rank, for which a GPU would
-  first cast all keys and sort them by rank, in decoding at every step. Keys of
-  16 bits meet queries in two parts, whose scores are yet to be added up.
-  """
-  num_heads, _, num_keys, width, num_ranks = keys.shape
-  if query.ndim == 3:
-    query = query[:, :, None]
-  is_own = jnp.eye(num_ranks, dtype=query.dtype)[None, None, :, None]
-  own = (query[..., None] * is_own).reshape(len(query), 2, num_ranks, -1)
-  is_narrow = keys.dtype.itemsize < 4
-  if is_narrow:
-    # Together they are as exact as the keys allow.
-    bits = jnp.finfo(keys.dtype)
-    upper = jax.lax.reduce_precision(own, bits.nexp, bits.nmant)
-    own = jnp.concatenate([upper, own - upper], axis=2).astype(keys.dtype)
-  return jnp.einsum(
-    'psqk,pstrk->pstrq',
-    keys.reshape(num_heads, 2, num_keys, width * num_ranks),
-    jnp.broadcast_to(
-      own.transpose(1, 0, 2, 3)[None],
-      (num_heads, 2, len(query), *own.shape[2:]),
-    ),
-    preferred_element_type=query.dtype,
-  )
 
 
 def _by_key_set(
@@ -303,56 +237,3 @@ def _activate(scores, activation):
   if activation == 'sigmoid':
     return jax.nn.sigmoid(scores)
   return jax.nn.relu(scores) if activation == 'relu' else scores
-
-
-def norm(
-  x: Float[Array, '*S'], scale: Float[Array, 'q'] | None, axis: int, kind: str
-) -> Float[Array, '*S']:
-  """RMSNorm or LayerNorm without a bias along `axis`, in f32 at least.
-
-  Args:
-    x: queries or keys.
-    scale: gain; None with 'none'.
-    axis: that of the width.
-    kind: 'rms', 'layer', or 'none' for `x` as it is.
-  """
-  if kind == 'none':
-    return x
-  x = _wide(x)
-  if kind == 'layer':
-    x -= jnp.mean(x, axis=axis, keepdims=True)
-  shape = [1] * x.ndim
-  shape[axis] = -1
-  square = jnp.mean(x * x, axis=axis, keepdims=True)
-  return x * jax.lax.rsqrt(square + _NORM_EPSILON) * scale.reshape(shape)
-
-
-def _wide(x):
-  return x.astype(jnp.promote_types(x.dtype, jnp.float32))
-
-
-def _convolve(x, kernel, segment_ids, context):
-  """Causal depth-wise convolution over time, within a document.
-
-  kernel[i] weighs the input i positions back. Inputs of other documents count
-  as zero.
-  """
-  num_taps, num_positions = kernel.shape[0], x.shape[1]
-  past = num_taps - 1
-  if context is None:
-    inputs = jnp.pad(x, ((0, 0), (past, 0), (0, 0)))
-    if segment_ids is not None:
-      segments = jnp.pad(segment_ids, ((0, 0), (past, 0)))
-  else:
-    inputs = jnp.concatenate([context[0].astype(x.dtype), x], axis=1)
-    if segment_ids is not None:
-      segments = jnp.concatenate([context[1], segment_ids], axis=1)
-  y = jnp.zeros_like(x)
-  for i in range(num_taps):
-    window = slice(past - i, past - i + num_positions)
-    earlier = inputs[:, window]
-    if segment_ids is not None:
-      is_same = segments[:, window] == segment_ids
-      earlier = jnp.where(is_same[..., None], earlier, 0)
-    y += kernel[i][None, None] * earlier
-  return y

@@ -89,17 +89,27 @@ def rotate(
   if 0 < width < x.shape[-1]:
     first = rotate(x[..., :width], positions, max_wavelength, 0, scaling)
     return jnp.concatenate([first, x[..., width:]], axis=-1)
-  half = x.shape[-1] // 2
-  exponent = jnp.arange(half, dtype=jnp.float32) / half
-  frequency = max_wavelength**-exponent
-  if scaling is not None:
-    frequency = scaling(frequency)
-  frequency = frequency.reshape((1,) * (x.ndim - 1) + (half,))
-  angle = positions[..., None].astype(jnp.float32) * frequency
+  angle = angles(positions, x.shape[-1], max_wavelength, scaling)
   cos, sin = computed_once(jnp.cos(angle)), computed_once(jnp.sin(angle))
   left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = (left * cos - right * sin, right * cos + left * sin)
   return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def angles(
+  positions: Real[Array, '*shape'],
+  width: int,
+  max_wavelength: float = 10_000.0,
+  scaling: Scaling | None = None,
+) -> Float[Array, '*shape h']:
+  """By which each pair of a head of that width turns, in radians."""
+  half = width // 2
+  exponent = jnp.arange(half, dtype=jnp.float32) / half
+  frequency = max_wavelength**-exponent
+  if scaling is not None:
+    frequency = scaling(frequency)
+  frequency = frequency.reshape((1,) * positions.ndim + (half,))
+  return positions[..., None].astype(jnp.float32) * frequency
 
 
 def apply_rope_reference(

@@ -107,6 +107,21 @@ def rows_from(
   return jax.vmap(cut)(x, index)
 
 
+def roll_all(
+  rings: Shaped[Array, '*S'],
+  rows: Shaped[Array, '*T'],
+  index: Int[Array, ''],
+  axis: int,
+) -> tuple[Shaped[Array, '*R'], Shaped[Array, '*S']]:
+  """`roll_rings` of sequences at one index, whose rows all stay."""
+  num_entries = rings.shape[axis]
+  seen = jnp.concatenate(
+    [jnp.roll(rings, -(index % num_entries), axis), rows], axis
+  )
+  last = jax.lax.slice_in_dim(seen, -num_entries, None, axis=axis)
+  return seen, jnp.roll(last, (index + rows.shape[axis]) % num_entries, axis)
+
+
 def roll_rings(
   rings: Shaped[Array, '*S'],
   rows: Shaped[Array, '*T'],

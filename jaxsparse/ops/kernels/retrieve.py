@@ -36,9 +36,10 @@ Options = tuple[tuple[str, int], ...]
 
 
 def unsupported_reason(
-  scores: Float[Array, 'P 2 T parts_r Q'],
+  scores: Float[Array, '2 r_parts T P Q'],
   cores: Float[Array, 'c P r r'],
   directions: Directions,
+  factor: Float[Array, 'T 2'] | None,
   num_selected: int,
   **options: int,
 ) -> str | None:
@@ -49,15 +50,17 @@ def unsupported_reason(
   for name, number in (('keys', scores.shape[-1]), ('cells', cells)):
     if number > _MOST_CANDIDATES:
       return f'{number} {name} are more than {_MOST_CANDIDATES}'
+  arrays = scores, cores, directions, factor
   return probe.unsupported_reason(
-    retrieve, scores, cores, directions, num_selected=num_selected, **options
+    retrieve, *arrays, num_selected=num_selected, **options
   )
 
 
 def retrieve(
-  scores: Float[Array, 'P 2 T parts_r Q'],
+  scores: Float[Array, '2 r_parts T P Q'],
   cores: Float[Array, 'c P r r'],
   directions: Directions,
+  factor: Float[Array, 'T 2'] | None,
   num_selected: int,
   *,
   num_slots: int,
@@ -69,10 +72,12 @@ def retrieve(
   A gradient is that of the reference, which then runs in its place.
 
   Args:
-    scores: f32 rank scores of all row keys and all column keys; several parts,
-      one after the other, are added up.
+    scores: f32 rank scores of all row keys and all column keys; several parts
+      of a rank, one after the other, are added up.
     cores: see `tucker_top_m`.
     directions: likewise.
+    factor: a positive factor of all scores of a token's row and column keys, as
+      of a query's norm; None for none.
     num_selected: likewise, k.
     num_slots: rows that the addresses are split over.
     salt: picks the bijection of addresses, see `addressing`.
@@ -84,19 +89,20 @@ def retrieve(
   options = tuple(
     dict(num_selected=num_selected, num_slots=num_slots, salt=salt).items()
   )
-  return _retrieve(options, interpret, scores, cores, directions)
+  return _retrieve(options, interpret, scores, cores, directions, factor)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _retrieve(
   options: Options,
   interpret: bool,
-  scores: Float[Array, 'P 2 T parts_r Q'],
+  scores: Float[Array, '2 r_parts T P Q'],
   cores: Float[Array, 'c P r r'],
   directions: Directions,
+  factor: Float[Array, 'T 2'] | None,
 ):
   return _by_kernel(
-    scores, cores, directions, interpret=interpret, **dict(options)
+    scores, cores, directions, factor, interpret=interpret, **dict(options)
   )
 
 
@@ -119,16 +125,18 @@ _retrieve.defvjp(_forward, _backward)
 
 
 def _by_kernel(
-  scores: Float[Array, 'P 2 T parts_r Q'],
+  scores: Float[Array, '2 r_parts T P Q'],
   cores: Float[Array, 'c P r r'],
   directions: Directions,
+  factor: Float[Array, 'T 2'] | None,
   num_selected: int,
   num_slots: int,
   salt: int,
   interpret: bool,
 ):
-  num_heads, _, num_tokens, parts_by_rank, num_keys = scores.shape
+  _, ranks_by_part, num_tokens, num_heads, num_keys = scores.shape
   num_cores, _, num_ranks, _ = cores.shape
+  num_parts = ranks_by_part // num_ranks
   side = pl.next_power_of_2(num_selected)
   padded = pl.next_power_of_2(num_keys)
 
@@ -137,6 +145,7 @@ def _by_kernel(
     core_ref: jax.Ref,
     left_ref: jax.Ref,
     right_ref: jax.Ref,
+    factor_ref: jax.Ref | None,
     found: jax.Ref,
     found_slot: jax.Ref,
     found_block: jax.Ref,
@@ -156,12 +165,15 @@ def _by_kernel(
       mask: Bool[Array, 'n'] | None = None,
     ):
       other = None if mask is None else 0
-      return sum(
+      total = sum(
         triton.load(
-          scores_ref.at[p, axis, t, part + rank, at], mask=mask, other=other
+          scores_ref.at[axis, rank * num_parts + part, t, p, at],
+          mask=mask,
+          other=other,
         )
-        for part in range(0, parts_by_rank, num_ranks)
+        for part in range(num_parts)
       )
+      return total if factor_ref is None else total * factor_ref[t, axis]
 
     def best(order: jax.Array, scratch: jax.Ref, *where: jax.Array | int):
       """Positions of the largest, in their order; through memory."""
@@ -248,25 +260,31 @@ def _by_kernel(
     compiler_params=triton.CompilerParams(num_warps=_WARPS, num_stages=1),
     interpret=interpret,
     name='retrieve',
-  )(scores, cores, *directions)
+  )(scores, cores, *directions, factor)
   return found, slot, block
 
 
 def retrieve_reference(
-  scores: Float[Array, 'P 2 T parts_r Q'],
+  scores: Float[Array, '2 r_parts T P Q'],
   cores: Float[Array, 'c P r r'],
   directions: Directions,
+  factor: Float[Array, 'T 2'] | None,
   num_selected: int,
   *,
   num_slots: int,
   salt: int = 0,
 ) -> Cells:
   """The same by `tucker_top_m`, best cells first."""
-  num_heads, _, num_tokens, _, num_keys = scores.shape
+  num_tokens, num_heads, num_keys = scores.shape[2:]
   by_part = scores.reshape(
-    num_heads, 2, num_tokens, -1, cores.shape[-1], num_keys
+    2, cores.shape[-1], -1, num_tokens, num_heads, num_keys
   )
-  row, column = by_part.sum(3).transpose(1, 2, 0, 4, 3)
+  row, column = jnp.moveaxis(by_part.sum(2), 1, -1)
+  if factor is not None:
+    row, column = (
+      x * factor[:, axis, None, None, None]
+      for axis, x in enumerate((row, column))
+    )
   found, address = tucker_top_m(
     row, column, cores, num_selected, directions=directions, is_stable=True
   )

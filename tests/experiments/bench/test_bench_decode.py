@@ -21,7 +21,6 @@ from jaxsparse.experiments.bench import (
   decode_models,
   decode_program,
 )
-from jaxsparse.inference.fuse_norms import fuse_key_norms
 from jaxsparse.nn.transformer import Transformer
 
 TINY = dict(
@@ -155,25 +154,6 @@ def test_steps_are_those_of_the_model():
   np.testing.assert_array_equal(drawn, np.stack(expected))
   layers = len(model.memory.placements)
   assert picks.shape == (options.steps, layers, 2, 2 * options.selected)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize('name', ['pkm', 'ultramem'])
-def test_fused_keys_leave_the_model_as_it_was(name):
-  model = decode_models.make_models(_options(models=name), 1)[name]
-  params = decode_models.draw_params(model)
-  fused, fused_params = fuse_key_norms(model, params)
-  tokens = jnp.arange(6).reshape(2, 3)
-
-  def run(model, params):
-    apply = jax.jit(lambda *args: Transformer(model).apply(*args)[0])
-    return apply({'params': params}, tokens, 0 * tokens, tokens**0)
-
-  if name == 'pkm':
-    assert fused is model
-    return
-  expected, actual = run(model, params), run(fused, fused_params)
-  np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize('batch_size', few([8], [1, 8]))

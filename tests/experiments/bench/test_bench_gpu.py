@@ -24,7 +24,6 @@ from jaxsparse.experiments.bench import (
   measuring,
 )
 from jaxsparse.experiments.bench.report import Report
-from jaxsparse.ops import top_k
 
 # Packages for data that a lent machine does not have.
 HIDDEN = ('grain', 'tensorflow_datasets', 'ml_collections', 'array_record')
@@ -181,7 +180,7 @@ def test_what_fails_leaves_out_itself_alone(tmp_path, capsys):
 
 def test_one_sequence_as_two_rows_is_repeated(monkeypatch):
   monkeypatch.setattr(
-    decode_cell, 'compile_decode', lambda lowered, **options: None
+    decode_cell, 'compile_decode', lambda lowered, options: None
   )
   toy = decode.OPTIONS | gpu._TOY[decode]
   options = argparse.Namespace(**toy | dict(models='dense', least_rows=2))
@@ -195,28 +194,6 @@ def test_one_sequence_as_two_rows_is_repeated(monkeypatch):
       np.testing.assert_array_equal(x[0], x[1])
   key = cell._keys['blocks']['block_00']['attention']['key']
   assert len(np.unique(key[0])) > key[0].size / 2
-
-
-def test_options_of_the_compiler_are_those_it_takes():
-  options = argparse.Namespace(
-    compiler_options='xla_gpu_enable_pdl=true,xla_gpu_autotune_level=2'
-  )
-  found = decode_cell._compiler_options(options)
-  assert found == dict(xla_gpu_enable_pdl=True, xla_gpu_autotune_level='2')
-  # A CPU's compiler knows their names, too.
-  jax.jit(lambda: 0).lower().compile(compiler_options=found)
-
-
-@pytest.mark.parametrize('kind', ['fast', 'stable'])
-def test_a_stable_top_k_is_that_of_all_programs(kind, monkeypatch):
-  monkeypatch.setattr(top_k, 'CAN_BE_UNSTABLE', True)
-  monkeypatch.setattr(jax, 'clear_caches', lambda: None)
-  monkeypatch.setattr(
-    decode, '_measure_all', lambda options: [top_k.CAN_BE_UNSTABLE]
-  )
-  options = argparse.Namespace(**decode.OPTIONS | dict(top_k=kind))
-  assert list(decode.measure(options)) == [kind == 'fast']
-  assert top_k.CAN_BE_UNSTABLE
 
 
 def test_sizes_that_there_are_not_are_refused():

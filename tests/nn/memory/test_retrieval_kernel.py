@@ -10,7 +10,7 @@ import pytest
 
 from jaxsparse import mesh
 from jaxsparse.config import MemoryConfig
-from jaxsparse.nn.memory import retrieval
+from jaxsparse.nn.memory import key_scores, retrieval
 from jaxsparse.nn.memory.init import parameters
 from jaxsparse.ops.kernels import probe
 from jaxsparse.ops.kernels import retrieve as kernel
@@ -45,7 +45,13 @@ def arguments(config, keys_dtype, num_positions):
     for name, (_, _, size) in parameters(config, D, 1).items()
     if not name.endswith('_table')
   }
-  weights['keys'] = weights['keys'].astype(keys_dtype)
+  weights['keys'] = key_scores.folded(
+    weights['keys'].astype(keys_dtype),
+    weights.pop('key_scale', None),
+    weights.pop('query_scale', None),
+    weights['cores'],
+    config,
+  )
   x = rng.normal(size=(B, num_positions, D))
   return weights, jnp.asarray(x, jnp.float32)
 

@@ -25,16 +25,16 @@ def make_inputs(num_ranks, num_cores, num_parts):
   def draw(scale, *shape):
     return jnp.asarray(np.round(rng.normal(size=shape) * scale) / scale, 'f4')
 
-  scores = draw(64, P, 2, T, num_parts * num_ranks, Q)
+  scores = draw(64, 2, num_ranks * num_parts, T, P, Q)
   cores = draw(16, num_cores, P, num_ranks, num_ranks)
   directions = draw(16, P, num_ranks), draw(16, P, num_ranks)
   return scores, cores, directions
 
 
 @functools.partial(jax.jit, static_argnames=('num_slots', 'salt'))
-def both(scores, cores, directions, num_slots, salt):
+def both(scores, cores, directions, factor, num_slots, salt):
   options = dict(num_slots=num_slots, salt=salt)
-  args = scores, cores, directions, K
+  args = scores, cores, directions, factor, K
   return (
     kernel.retrieve(*args, **options, interpret=True),
     kernel.retrieve_reference(*args, **options),
@@ -57,7 +57,8 @@ def by_slot(cells):
   'sizes', few([((2, 1, 2),)], [((2, 1, 2),), ((3, 2, 1),)])
 )
 def test_it_keeps_the_same_cells(sizes):
-  got, expected = both(*make_inputs(*sizes), Q**2 // 4, 7)
+  factor = jnp.asarray([[1, 2], [0.5, 1]])
+  got, expected = both(*make_inputs(*sizes), factor, Q**2 // 4, 7)
   assert len(np.unique(expected[2])) == 4
   for a, b in zip(by_slot(got), by_slot(expected), strict=True):
     np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6)
@@ -89,7 +90,7 @@ def test_a_gradient_is_that_of_the_reference():
 
   def gradient(function, **options):
     def loss(scores, cores):
-      args = scores, cores, directions, K
+      args = scores, cores, directions, None, K
       return (function(*args, num_slots=Q, **options)[0] ** 2).sum()
 
     return jax.jit(jax.grad(loss, (0, 1)))(scores, cores)
@@ -108,7 +109,7 @@ def test_what_it_does_not_serve():
     wide = jnp.zeros((*scores.shape[:-1], num_keys))
     return str(
       kernel.unsupported_reason(
-        wide, cores, directions, num_selected, num_slots=Q
+        wide, cores, directions, None, num_selected, num_slots=Q
       )
     )
 
