@@ -181,6 +181,19 @@ class MultiModalConfig:
       f'frames_read must be at most num_frames = {self.num_frames}, got '
       f'{self.frames_read}.',
     )
+    is_routed = self.num_frames > 1 and self.frame_choice == 'routed'
+    require(
+      not is_routed or self.fusion_type in ('co_attention', 'late'),
+      "frame_choice = 'routed' learns by what is read of each frame apart, as "
+      "fusion_type = 'co_attention' and 'late' do; got "
+      f"{self.fusion_type!r}: set frame_choice to 'uniform' or 'change'.",
+    )
+    require(
+      not (is_routed and self.caption_weight),
+      "frame_choice must be 'uniform' or 'change' with caption_weight, as "
+      "'routed' would look at the caption that is to be predicted; got "
+      "'routed'.",
+    )
     unset = functools.partial(require_unset, self)
     unset(
       not self.has_fusion_layers,

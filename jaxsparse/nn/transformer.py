@@ -170,9 +170,11 @@ class Transformer(nn.Module):
       lead.flat(is_input, 'is_input'),
       lead.flat(span_ids, 'span_ids'),
     )
-    logits = self._logits(embed, x, None if lead.is_empty else at)
     if logits_at is not None:
+      if not lead.is_empty:
+        x = mesh.over_tokens(_rows_at)(x, at)
       lead = lead.of_one()
+    logits = self._head(embed, self._final_norm(x))
     cache = cache if lead.is_empty else new_cache
     return lead.restored(logits), cache, lead.metrics(metrics)
 
@@ -208,11 +210,8 @@ class Transformer(nn.Module):
     norm = NORMS[config.norm]
     return norm(config.norm_epsilon, dtype=config.dtype, name='final_norm')(x)
 
-  def _logits(self, embed, x, logits_at=None):
+  def _head(self, embed, x):
     config = self.config
-    if logits_at is not None:
-      x = mesh.over_tokens(_rows_at)(x, logits_at)
-    x = self._final_norm(x)
     if config.tie_embeddings:
       return embed.logits(x)
     width = config.model_dim

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from jaxsparse import mesh
+
 
 def reach_of_spans(
   span_ids: Int[Array, 'B T'],
@@ -23,21 +25,26 @@ def reach_of_spans(
 
   Args:
     span_ids: neighbours of one document with the same number above 0 are a
-      span; 0 is causal.
-    positions: of each in its document, one more from row to row of a span.
-    segment_ids: documents.
+      span, whatever padding stands between; 0 is causal.
+    positions: of each in its document, in which they rise.
+    segment_ids: documents; 0 for padding.
   """
+  return mesh.over_tokens(_reach_of_spans)(span_ids, positions, segment_ids)
+
+
+def _reach_of_spans(span_ids, positions, segment_ids):
   length = span_ids.shape[1]
   row = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), span_ids.shape)
-
-  def next_of(x: Int[Array, 'B T']):
-    return jnp.pad(x[:, 1:], ((0, 0), (0, 1)))
-
-  goes_on = (span_ids > 0) & (span_ids == next_of(span_ids))
-  goes_on &= segment_ids == next_of(segment_ids)
+  next_span, next_segment = (
+    jnp.pad(x[:, 1:], ((0, 0), (0, 1))) for x in (span_ids, segment_ids)
+  )
+  goes_on = (span_ids > 0) & (span_ids == next_span)
+  goes_on &= (segment_ids == next_segment) | (segment_ids * next_segment == 0)
   # Of each row the next one at which a span ends, or its own.
   end = jax.lax.cummin(jnp.where(goes_on, length, row), axis=1, reverse=True)
-  return positions + end - row
+  token = jax.lax.cummax(jnp.where(segment_ids > 0, row, 0), axis=1)
+  last = jnp.take_along_axis(token, end, axis=1)
+  return jnp.take_along_axis(positions, last, axis=1)
 
 
 def reach_reference(
@@ -45,20 +52,19 @@ def reach_reference(
   positions: Int[Array, 'B T'],
   segment_ids: Int[Array, 'B T'],
 ) -> list[list[int]]:
-  """The same, row by row; tests only."""
+  """The same, row by row, 0 for padding; tests only."""
   found = []
   for spans, places, documents in zip(
     span_ids.tolist(), positions.tolist(), segment_ids.tolist(), strict=True
   ):
     reach = []
     for i, span in enumerate(spans):
-      last = i
-      while (
-        span
-        and last + 1 < len(spans)
-        and (spans[last + 1], documents[last + 1]) == (span, documents[i])
-      ):
-        last += 1
-      reach.append(places[i] + last - i)
+      last = at = i
+      while span and at + 1 < len(spans) and spans[at + 1] == span:
+        at += 1
+        if documents[at] not in (0, documents[i]):
+          break
+        last = at if documents[at] else last
+      reach.append(places[last] if documents[i] else 0)
     found.append(reach)
   return found

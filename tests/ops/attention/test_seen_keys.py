@@ -73,12 +73,16 @@ def by_hand(query, key, value, mask):
 
 
 def test_spans_by_hand():
-  arguments = SPANS, POSITIONS, SEGMENTS
-  got = jax.jit(reach_of_spans)(*arguments)
-  expected = reach_reference(*on_device(*arguments))
+  segments, spans = SEGMENTS.copy(), SPANS.copy()
+  # Padding in a span, such as patches that are not there, and at its end.
+  segments[1, [1, 5]] = 0
+  positions = np.array([[*range(6), *range(5), 0], [0, 0, *range(1, 11)]])
+  arguments = on_device(spans, positions.astype(np.int32), segments)
+  got = np.where(segments > 0, jax.jit(reach_of_spans)(*arguments), 0)
+  expected = reach_reference(*arguments)
   np.testing.assert_array_equal(got, expected)
   assert expected[0] == [2, 2, 2, 3, 4, 5, 0, 2, 2, 3, 4, 0]
-  assert expected[1] == [3, 3, 3, 3, 5, 5, *range(6, 12)]
+  assert expected[1] == [2, 0, 2, 2, 3, 0, *range(5, 11)]
 
 
 @pytest.mark.parametrize(
