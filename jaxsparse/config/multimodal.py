@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 from jaxsparse.config import fields
 from jaxsparse.config.errors import (
@@ -32,6 +33,21 @@ def encoder_stream(width: int, num_layers: int) -> ModelConfig:
     norm='layer',
     bias='all',
     is_causal=False,
+  )
+
+
+def fusion_stream(config: ModelConfig, num_layers: int) -> ModelConfig:
+  """The stream in which another is met: dense blocks that see all."""
+  nothing: dict[str, Any] = dict.fromkeys(config.beside_mlp)
+  return dataclasses.replace(
+    config,
+    num_layers=num_layers,
+    attention_pattern=('global',),
+    window=256,
+    sparse=None,
+    memory=None,
+    moe=None,
+    **nothing,
   )
 
 

@@ -1,9 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Two streams that read each other (ViLBERT, arXiv:1908.02265)."""
 
-import dataclasses
-from typing import Any
-
 import flax.linen as nn
 from jaxtyping import Array, Float, Int
 
@@ -12,21 +9,6 @@ from jaxsparse.config import ModelConfig
 from jaxsparse.nn.block import Block
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.multimodal.cross_attention import CrossAttention, mlp, norm
-
-
-def fusion_stream(config: ModelConfig, num_layers: int) -> ModelConfig:
-  """The stream in which another is met: dense blocks that see all."""
-  nothing: dict[str, Any] = dict.fromkeys(config.beside_mlp)
-  return dataclasses.replace(
-    config,
-    num_layers=num_layers,
-    attention_pattern=('global',),
-    window=256,
-    sparse=None,
-    memory=None,
-    moe=None,
-    **nothing,
-  )
 
 
 class CoAttention(nn.Module):
@@ -38,7 +20,7 @@ class CoAttention(nn.Module):
   (CoCa, arXiv:2205.01917).
 
   Attributes:
-    text, image: streams, see `fusion_stream`.
+    text, image: streams, see `config.multimodal.fusion_stream`.
     axes: names of the mesh axes of a program of your own, see `mesh.Axes`.
   """
 

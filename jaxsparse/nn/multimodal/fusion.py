@@ -7,9 +7,10 @@ from jaxtyping import Array, Float, Int
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
+from jaxsparse.config.multimodal import fusion_stream
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.layers import weight
-from jaxsparse.nn.multimodal.co_attention import CoAttention, fusion_stream
+from jaxsparse.nn.multimodal.co_attention import CoAttention
 from jaxsparse.nn.multimodal.cross_attention import norm
 from jaxsparse.nn.stream import run_blocks
 from jaxsparse.ops.token_product import token_product
