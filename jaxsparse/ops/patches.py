@@ -4,10 +4,12 @@
 Rows of patches come first, then columns; in a patch row, column, channel.
 """
 
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
+from jaxsparse import mesh
 from jaxsparse.config.errors import require
 
 
@@ -26,9 +28,9 @@ def patchify(
     f'{height} x {width} pixels.',
   )
   rows, columns = height // size, width // size
-  x = images.reshape(*batch, rows, size, columns, size, channels)
+  x = reshaped(images, len(batch), (rows, size, columns, size, channels))
   x = jnp.swapaxes(x, -4, -3)
-  return x.reshape(*batch, rows * columns, size * size * channels)
+  return reshaped(x, len(batch), (rows * columns, size * size * channels))
 
 
 def unpatchify(
@@ -43,9 +45,19 @@ def unpatchify(
   """
   *batch, length, numbers = patches.shape
   rows, channels = length // num_columns, numbers // size**2
-  x = patches.reshape(*batch, rows, num_columns, size, size, channels)
-  x = jnp.swapaxes(x, -4, -3)
-  return x.reshape(*batch, rows * size, num_columns * size, channels)
+  shape = (rows, num_columns, size, size, channels)
+  x = jnp.swapaxes(reshaped(patches, len(batch), shape), -4, -3)
+  return reshaped(x, len(batch), (rows * size, num_columns * size, channels))
+
+
+def reshaped(
+  x: Shaped[Array, '...'], num_kept: int, shape: tuple[int, ...]
+) -> Shaped[Array, '...']:
+  """`x` with other dimensions behind its first ones, which lie as they lie."""
+  spec = mesh.spec_of(x)
+  if spec is not None:
+    spec = jax.P(*list(spec)[:num_kept], *[None] * len(shape))
+  return x.reshape(*x.shape[:num_kept], *shape, out_sharding=spec)
 
 
 def places(num_rows: int, num_columns: int) -> Int[Array, 'L 2']:
@@ -67,7 +79,7 @@ def sines_2d(
   frequency = (max_wavelength**-exponent).reshape((1,) * at.ndim + (quarter,))
   angle = at[..., None].astype(jnp.float32) * frequency
   parts = jnp.concatenate([jnp.sin(angle), jnp.cos(angle)], axis=-1)
-  return parts.reshape(*at.shape[:-1], width)
+  return reshaped(parts, at.ndim - 1, (width,))
 
 
 def mean_of_segments(

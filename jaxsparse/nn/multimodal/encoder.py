@@ -24,7 +24,7 @@ from jaxsparse.nn.multimodal.fusion import (
 from jaxsparse.nn.multimodal.masks import Mask, segments_of
 from jaxsparse.nn.multimodal.patch_encoder import PatchEncoder
 from jaxsparse.nn.multimodal.text_tower import TextTower
-from jaxsparse.ops.patches import patchify
+from jaxsparse.ops.patches import patchify, reshaped
 
 # Of an encoder that is made of two widths alone.
 _LAYERS, _VOCABULARY = 4, 32_000
@@ -310,9 +310,10 @@ class MultiModalEncoder(nn.Module):
     segments = segments_of(mask, patches, shape)
     states, metrics = self.image(patches, at, segments, deterministic)
     length = math.prod(shape[1:])
+    seen = (segments > 0).astype(jnp.int32)
     return (
-      states.reshape(shape[0], length, -1),
-      (segments > 0).astype(jnp.int32).reshape(shape[0], length),
+      reshaped(states, 1, (length, states.shape[-1])),
+      reshaped(seen, 1, (length,)),
       metrics,
     )
 
@@ -323,7 +324,7 @@ class MultiModalEncoder(nn.Module):
     shape = (batch, length)
     if mask is not None and mask.shape[1:] != (length,) and num_frames > 1:
       shape = (batch, num_frames, length // num_frames)
-    return segments_of(mask, image, shape).reshape(batch, length)
+    return reshaped(segments_of(mask, image, shape), 1, (length,))
 
   def _fuse(self, text, image, text_segments, seen, deterministic=True):
     """What both are fused to, states of the text, metrics and shares."""

@@ -6,6 +6,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from jaxsparse.config.errors import require
+from jaxsparse.ops.patches import reshaped
 
 Mask = Bool[Array, 'B ...'] | Int[Array, 'B ...']
 
@@ -35,5 +36,5 @@ def segments_of(
     f'them, got {list(mask.shape)}.',
   )
   mask = mask.astype(jnp.int32)
-  mask = mask.reshape(*mask.shape, *[1] * (len(shape) - num_dims))
+  mask = reshaped(mask, num_dims, (1,) * (len(shape) - num_dims))
   return jnp.broadcast_to(mask, shape)
