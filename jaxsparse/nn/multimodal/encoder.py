@@ -62,7 +62,7 @@ class MultiModalEncoder(nn.Module):
   model: ModelConfig | None = None
   axes: mesh.Axes = mesh.DEFAULT_AXES
 
-  def setup(self):
+  def setup(self) -> None:
     settings, model = self.settings, self.text_model
     check_streams(model, settings)
     axes, vision = self.axes, settings.vision
