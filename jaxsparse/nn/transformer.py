@@ -189,7 +189,7 @@ class Transformer(nn.Module):
       for array in (tokens, positions, segment_ids)
     )
     x = embed(tokens)
-    if inputs is not None:
+    if inputs is not None and is_input is not None:
       inputs = mesh.reshard(inputs.astype(x.dtype), mesh.act('BTD'))
       x = jnp.where(is_input[..., None], inputs, x)
     reach = None
