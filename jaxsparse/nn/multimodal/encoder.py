@@ -23,7 +23,7 @@ from jaxsparse.nn.multimodal.fusion import (
 )
 from jaxsparse.nn.multimodal.masks import Mask, segments_of
 from jaxsparse.nn.multimodal.patch_encoder import PatchEncoder
-from jaxsparse.nn.multimodal.text_tower import TextTower
+from jaxsparse.nn.multimodal.text_tower import TextTower, behind_prefix
 from jaxsparse.ops.patches import patchify, reshaped
 
 # Of an encoder that is made of two widths alone.
@@ -372,31 +372,8 @@ class MultiModalEncoder(nn.Module):
   def _behind_prefix(self, text, image, text_segments, seen, deterministic):
     """States of the text, read by the language model behind the picture."""
     (inputs,) = self.connector(image)
-    of_image, of_text = seen * 0, text_segments * 0
-    if jnp.issubdtype(text.dtype, jnp.integer):
-      tokens, is_input = text, of_text
-      inputs = jnp.pad(inputs, [(0, 0), (0, text.shape[1]), (0, 0)])
-    else:
-      tokens, is_input = of_text, of_text + 1
-      inputs = jnp.concatenate([inputs, text.astype(inputs.dtype)], axis=1)
-    tokens, segments, is_input, spans = (
-      jnp.concatenate(parts, axis=1)
-      for parts in (
-        (of_image, tokens),
-        (seen, text_segments),
-        (of_image + 1, is_input),
-        (of_image + 1, of_text),
-      )
-    )
-    states, _, metrics = self.text(
-      tokens,
-      jnp.maximum(jnp.cumsum(segments, axis=1) - 1, 0),
-      segments,
-      deterministic,
-      inputs,
-      is_input > 0,
-      spans,
-    )
+    rows = behind_prefix(text, inputs, text_segments, seen)
+    states, _, metrics = self.text(**rows, deterministic=deterministic)
     return states[:, image.shape[1] :], metrics
 
   def _logits(self, tokens, segments, states):

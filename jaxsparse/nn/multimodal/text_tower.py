@@ -2,6 +2,8 @@
 """A language model's states beside its logits."""
 
 import flax.linen as nn
+import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxsparse.config.errors import require
@@ -76,3 +78,46 @@ class TextTower(Transformer):
       x = lead.flat(states, 'states')
     logits = lead.restored(self._head(embed, x)) if has_logits else None
     return lead.restored(x), logits, lead.metrics(metrics)
+
+
+def behind_prefix(
+  text: Num[Array, 'B T ...'],
+  inputs: Float[Array, 'B L D'],
+  text_segment_ids: Int[Array, 'B T'],
+  input_segment_ids: Int[Array, 'B L'],
+) -> dict[str, jax.Array]:
+  """What a `TextTower` reads of a text behind inputs that all see each other.
+
+  Args:
+    text: tokens, or what stands in place of their embeddings [B, T, D].
+    inputs: such as a picture's patches.
+    text_segment_ids: 0 for padding.
+    input_segment_ids: likewise.
+
+  Returns:
+    Its arguments by name, for L + T rows, whose positions leave out padding.
+  """
+  of_inputs, of_text = input_segment_ids * 0, text_segment_ids * 0
+  if jnp.issubdtype(text.dtype, jnp.integer):
+    tokens, is_input = text, of_text
+    inputs = jnp.pad(inputs, [(0, 0), (0, text.shape[1]), (0, 0)])
+  else:
+    tokens, is_input = of_text, of_text + 1
+    inputs = jnp.concatenate([inputs, text.astype(inputs.dtype)], axis=1)
+  tokens, segment_ids, is_input, span_ids = (
+    jnp.concatenate(parts, axis=1)
+    for parts in (
+      (of_inputs, tokens),
+      (input_segment_ids, text_segment_ids),
+      (of_inputs + 1, is_input),
+      (of_inputs + 1, of_text),
+    )
+  )
+  return dict(
+    tokens=tokens,
+    positions=jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0),
+    segment_ids=segment_ids,
+    inputs=inputs,
+    is_input=is_input > 0,
+    span_ids=span_ids,
+  )

@@ -11,20 +11,10 @@ import pytest
 from lanes import few
 from parameters import draw, place
 
-from jaxsparse import MultiModalEncoder as Exported
 from jaxsparse import mesh as mesh_lib
-from jaxsparse.analysis.multimodal_cost import (
-  co_attention_flops,
-  multimodal_parameters,
-  vision_flops,
-)
-from jaxsparse.config import MemoryConfig, ModelConfig, MoEConfig
-from jaxsparse.config.errors import UserError
-from jaxsparse.nn.multimodal import MultiModalEncoder
-from jaxsparse.nn.transformer import Transformer, init_cache
 
 from encoders import (  # isort: skip
-  B, ENCODERS, IMAGES, NUM_PATCHES, P, SEEN, SEGMENTS, SIDE, T, TOKENS,
+  B, ENCODERS, IMAGES, NUM_PATCHES, P, SEEN, SEGMENTS, T, TOKENS,
   VOCABULARY, compiled, encoder, images_of, params_of, run,
 )  # fmt: skip
 
@@ -162,69 +152,6 @@ def test_the_order_of_patches_is_of_no_matter_for_fusion(name):
     np.testing.assert_allclose(got, want, atol=1e-5)
 
 
-@pytest.mark.parametrize('name', ['prefix', 'captions'])
-def test_a_caption_is_causal_and_sees_the_picture(name):
-  want = run(name)['logits']
-  tokens = TOKENS.copy()
-  tokens[:, 3] = (tokens[:, 3] + 1) % VOCABULARY
-  got = run(name, tokens)['logits']
-  np.testing.assert_allclose(got[:, :3], want[:, :3], atol=1e-5)
-  assert (np.abs(got - want)[0, 3:] > 1e-5).any(-1).all()
-  images = IMAGES.copy()
-  images[0, P:, P:] += 1  # The last patch.
-  got = run(name, images=images)['logits']
-  assert (np.abs(got - want)[0] > 1e-5).any(-1).all()
-  np.testing.assert_allclose(got[1], want[1], atol=1e-5)
-
-
-def test_the_language_model_continues_a_picture():
-  """By its ordinary cache, with the parameters of the text tower."""
-  module, params = ENCODERS['prefix'], params_of('prefix')
-  model = Transformer(module.text_model)
-
-  @jax.jit
-  def decode(params, tokens, images):
-    image = module.apply(params, images, method='encode_image')
-    inputs = module.apply(params, image, method='image_inputs')
-    of = functools.partial(model.apply, dict(params=params['params']['text']))
-    width = NUM_PATCHES + 1
-    first = jnp.pad(tokens[:, :1], ((0, 0), (NUM_PATCHES, 0)))
-    is_input = jnp.arange(width)[None].repeat(B, 0) < NUM_PATCHES
-    y, cache, _ = of(
-      first,
-      inputs=jnp.pad(inputs, ((0, 0), (0, 1), (0, 0))),
-      is_input=is_input,
-      span_ids=is_input.astype(jnp.int32),
-      cache=init_cache(module.text_model, B, NUM_PATCHES + T),
-    )
-    at = jnp.full((B, 1), width, jnp.int32) + jnp.arange(T - 1)[None]
-    rest, _, _ = of(tokens[:, 1:], at, cache=cache)
-    return jnp.concatenate([y[:, -1:], rest], axis=1)
-
-  got = np.asarray(decode(params, TOKENS, IMAGES))
-  want = run('prefix', segments=SEGMENTS * 0 + 1, seen=SEEN * 0 + 1)['logits']
-  np.testing.assert_allclose(got, want, atol=2e-5)
-
-
-@pytest.mark.parametrize('name', ['captions'])
-def test_a_language_models_parameters_are_a_text_towers(name):
-  """Its states give that language model's logits."""
-  module = ENCODERS[name]
-  model = Transformer(module.text_model)
-  shapes = jax.eval_shape(model.init, jax.random.key(0), TOKENS)
-  of_text = dict(params=params_of(name)['params']['text'])
-  assert jax.tree.structure(shapes) == jax.tree.structure(of_text)
-
-  @jax.jit
-  def both(params, tokens):
-    logits, _, _ = model.apply(dict(params=params['params']['text']), tokens)
-    states = module.apply(params, tokens, method='encode_text')
-    return logits, states @ params['params']['text']['embed']['table'].T
-
-  want, got = both(params_of(name), TOKENS)
-  np.testing.assert_allclose(got, want, atol=1e-5)
-
-
 @pytest.mark.parametrize('name', few(['co_attention'], KINDS))
 def test_methods_are_what_a_call_gives(name):
   module, want = ENCODERS[name], run(name)
@@ -317,84 +244,6 @@ def test_a_guests_mesh_gives_the_same(name, kind):
     assert_close(jax.device_get(got), jax.device_get(want))
 
 
-def test_memory_layers_and_experts_in_both_streams():
-  memory = MemoryConfig(num_keys=4, key_dim=4, num_selected=2, value_dim=4)
-  memory = dataclasses.replace(memory, placements=((0, 0),))
-  moe = MoEConfig(num_experts=4, num_experts_per_token=2, expert_dim=4)
-  mixers = dict(memory=memory, moe=moe, bias='qkv')
-  plain = encoder('co_attention')
-  vision = dataclasses.replace(plain.config.vision.stream, **mixers)
-  module = encoder('co_attention', vision=dict(stream=vision), model=mixers)
-  shapes = jax.eval_shape(module.init, jax.random.key(0), TOKENS, IMAGES)
-  for tower in ('text', 'image'):
-    block = shapes['params'][tower]['block_00']
-    assert {'memory', 'moe'} <= block.keys()
-  assert 'moe' not in str(shapes['params']['fusion'].keys())
-  found = jax.eval_shape(module.apply, shapes, TOKENS, IMAGES, SEGMENTS, SEEN)
-  metrics = found['metrics'].keys()
-  assert 'image/block_00/memory/usage_kl' in metrics
-  assert 'text/block_00/memory/usage_kl' in metrics
-  counted = multimodal_parameters(module.settings, module.text_model).total
-  assert counted == sum(x.size for x in jax.tree.leaves(shapes))
-
-
-@pytest.mark.parametrize('name', KINDS)
-def test_parameters_in_closed_form(name):
-  module = ENCODERS[name]
-  counted = multimodal_parameters(module.settings, module.text_model).total
-  assert counted == sum(x.size for x in jax.tree.leaves(params_of(name)))
-
-
-def test_flops_by_hand():
-  module = ENCODERS['co_attention']
-  vision = module.settings.vision
-  per_patch = 12 * 2 * 2 * 4 + 12 * 2 * 1 * 4 + 2 * 12 * 8
-  scores = 4 * NUM_PATCHES * 2 * 4
-  want = NUM_PATCHES * (2 * per_patch + scores + 2 * 3 * P * P * 12)
-  assert vision_flops(vision) == want
-
-  def one(queries, keys, width, other):
-    heads = 2 * 4
-    cross = 4 * queries * width * heads + 4 * keys * other * 4
-    cross += 4 * queries * keys * heads
-    mlp = 2 * queries * 2 * width * 8
-    own = 2 * queries * (2 * width * heads + 2 * width * 4)
-    return cross + 2 * mlp + own + 4 * queries * queries * heads
-
-  want = one(T, NUM_PATCHES, 8, 12) + one(NUM_PATCHES, T, 12, 8)
-  assert co_attention_flops(module.settings, module.text_model, T) == want
-
-
-def test_bare_arguments():
-  """The widths and the fusion alone say enough."""
-  assert Exported is MultiModalEncoder
-  module = MultiModalEncoder(
-    text_dim=1024, image_dim=768, fusion_type='co_attention'
-  )
-  images = jax.ShapeDtypeStruct((B, 224, 224, 3), jnp.float32)
-  shapes = jax.eval_shape(module.init, jax.random.key(0), TOKENS, images)
-  text = jax.eval_shape(
-    lambda v, x: module.apply(v, x, method='encode_text'), shapes, TOKENS
-  )
-  image = jax.eval_shape(
-    lambda v, x: module.apply(v, x, method='encode_image'), shapes, images
-  )
-  fused = jax.eval_shape(
-    lambda v, *x: module.apply(v, *x, method='fuse'), shapes, text, image
-  )
-  assert text.shape == (B, T, 1024)
-  assert image.shape == (B, 196, 768)
-  assert fused.shape == (B, 512)
-
-
-@pytest.mark.parametrize('fusion_type', few(['prefix'], ['concat', 'prefix']))
-def test_bare_arguments_of_every_kind(fusion_type):
-  module = MultiModalEncoder(8, 12, fusion_type)
-  images = jax.ShapeDtypeStruct((B, 224, 224, 3), jnp.float32)
-  shapes = jax.eval_shape(module.init, jax.random.key(0), TOKENS, images)
-  assert 'fused_map' in shapes['params']
-
-
 def test_bfloat16():
   narrow = dict(dtype='bfloat16')
   plain = ENCODERS['co_attention']
@@ -411,70 +260,3 @@ def test_bfloat16():
   want = run('co_attention')
   for key in ('text_embedding', 'image_embedding'):
     np.testing.assert_allclose(got[key], want[key], atol=0.05)
-
-
-@pytest.mark.parametrize(
-  ('fields', 'sentence'),
-  [
-    (dict(fusion_type='early'), 'fusion_type must be one of co_attention'),
-    (dict(fusion_type='prefix'), 'model.is_causal must be True for captions'),
-    (
-      dict(fusion_type='concat', is_causal=True),
-      "must be False with fusion_type = 'concat'",
-    ),
-    (
-      dict(fusion_type='late', caption_weight=1.0),
-      'caption_weight is of a text that reads the picture',
-    ),
-    (dict(fusion_type='late', matching_weight=1.0), 'and fuses nothing'),
-    (
-      dict(fusion_type='late', contrastive_weight=0.0),
-      'or nothing is learned; got 0, 0 and 0',
-    ),
-    (
-      dict(fusion_type='late', num_fusion_layers=3),
-      "num_fusion_layers = 3 does nothing with fusion_type = 'late'",
-    ),
-    (
-      dict(fusion_type='late', num_frames=2, frames_read=3),
-      'frames_read must be at most num_frames = 2, got 3',
-    ),
-    (
-      dict(fusion_type='concat', num_frames=2),
-      "frame_choice = 'routed' learns by what is read",
-    ),
-    (
-      dict(
-        fusion_type='co_attention', is_causal=True, num_frames=2,
-        caption_weight=1.0,
-      ),
-      'would look at the caption that is to be predicted',
-    ),
-  ],
-)  # fmt: skip
-def test_settings_that_cannot_be(fields, sentence):
-  with pytest.raises(UserError, match=sentence):
-    jax.eval_shape(encoder(**fields).init, jax.random.key(0), TOKENS, IMAGES)
-
-
-def test_inputs_that_cannot_be():
-  module = ENCODERS['co_attention']
-
-  def call(images, mask=None):
-    with pytest.raises(UserError) as error:
-      jax.eval_shape(
-        module.apply, params_of('co_attention'), TOKENS, images, SEGMENTS, mask
-      )
-    return str(error.value)
-
-  assert 'need `at`' in call(np.zeros((B, NUM_PATCHES, 27), np.float32))
-  assert 'got [2, 6]' in call(np.zeros((B, SIDE), np.float32))
-  assert 'multiples of patch_size = 3, got 4 x 4' in call(IMAGES[:, :4, :4])
-  assert 'image_size = 6 pixels a side' in call(IMAGES[:, :3, :3])
-  assert 'a mask must have the dimensions [2, 4]' in call(IMAGES, SEEN[:, 1:])
-
-
-def test_a_model_without_a_vocabulary():
-  module = MultiModalEncoder(model=ModelConfig(is_causal=False))
-  with pytest.raises(UserError, match='vocab_size of the text must be set'):
-    jax.eval_shape(module.init, jax.random.key(0), TOKENS, IMAGES)
