@@ -43,22 +43,15 @@ def test_bare_arguments():
     text_dim=1024, image_dim=768, fusion_type='co_attention'
   )
   images = jax.ShapeDtypeStruct((B, 224, 224, 3), jnp.float32)
-  shapes = jax.eval_shape(module.init, jax.random.key(0), TOKENS, images)
-  text = jax.eval_shape(
-    lambda v, x: module.apply(v, x, method='encode_text'), shapes, TOKENS
+  found, _ = jax.eval_shape(
+    module.init_with_output, jax.random.key(0), TOKENS, images
   )
-  image = jax.eval_shape(
-    lambda v, x: module.apply(v, x, method='encode_image'), shapes, images
-  )
-  fused = jax.eval_shape(
-    lambda v, *x: module.apply(v, *x, method='fuse'), shapes, text, image
-  )
-  assert text.shape == (B, T, 1024)
-  assert image.shape == (B, 196, 768)
-  assert fused.shape == (B, 512)
+  assert found['text'].shape == (B, T, 1024)
+  assert found['image'].shape == (B, 196, 768)
+  assert found['fused'].shape == (B, 512)
 
 
-@pytest.mark.parametrize('fusion_type', few(['prefix'], ['concat', 'prefix']))
+@pytest.mark.parametrize('fusion_type', few([], ['concat', 'prefix']))
 def test_bare_arguments_of_every_kind(fusion_type):
   module = MultiModalEncoder(8, 12, fusion_type)
   images = jax.ShapeDtypeStruct((B, 224, 224, 3), jnp.float32)
@@ -74,12 +67,13 @@ def test_memory_layers_and_experts_in_both_streams():
   plain = encoder('co_attention')
   vision = dataclasses.replace(plain.config.vision.stream, **mixers)
   module = encoder('co_attention', vision=dict(stream=vision), model=mixers)
-  shapes = jax.eval_shape(module.init, jax.random.key(0), TOKENS, IMAGES)
+  found, shapes = jax.eval_shape(
+    module.init_with_output, jax.random.key(0), TOKENS, IMAGES
+  )
   for tower in ('text', 'image'):
     block = shapes['params'][tower]['block_00']
     assert {'memory', 'moe'} <= block.keys()
   assert 'moe' not in str(shapes['params']['fusion'].keys())
-  found = jax.eval_shape(module.apply, shapes, TOKENS, IMAGES, SEGMENTS, SEEN)
   metrics = found['metrics'].keys()
   assert 'image/block_00/memory/usage_kl' in metrics
   assert 'text/block_00/memory/usage_kl' in metrics
