@@ -50,7 +50,10 @@ ENCODERS = dict(
   co_attention=encoder('co_attention', matching_weight=1.0),
   concat=encoder('concat', vision=dict(pooling='attention')),
   late=encoder('late', contrastive='infonce'),
-  prefix=encoder('prefix', is_causal=True, caption_weight=1.0),
+  # What patches see of each other reaches the text in the second block.
+  prefix=encoder(
+    'prefix', is_causal=True, caption_weight=1.0, model=dict(num_layers=2)
+  ),
   captions=encoder('co_attention', is_causal=True, caption_weight=2.0),
   frames=encoder('co_attention', num_frames=4, frames_read=2),
 )
