@@ -87,7 +87,10 @@ def api() -> str:
     elif name.endswith('Config'):
       groups['Settings'].append(settings(name, value))
     elif issubclass(value, nn.Module):
-      groups['Modules'].append(f'autoclass:: {home(value)}\n:members: __call__')
+      members = ', '.join(['__call__', *methods(value)])
+      groups['Modules'].append(
+        f'autoclass:: {home(value)}\n:members: {members}'
+      )
     else:
       groups['Functions and types'].append(f'autoclass:: {home(value)}')
   text = (
@@ -105,6 +108,15 @@ def api() -> str:
       indented = directive.replace('\n', '\n   ')
       text += f'\n```{{eval-rst}}\n.. {indented}\n```\n'
   return text
+
+
+def methods(module: type) -> list[str]:
+  """What a caller of a module may call besides itself."""
+  return [
+    name
+    for name, member in vars(module).items()
+    if inspect.isfunction(member) and name[0] != '_' and name != 'setup'
+  ]
 
 
 def settings(name: str, cls: type) -> str:

@@ -25,6 +25,7 @@ from jaxsparse.config.errors import (
   require_unset,
 )
 from jaxsparse.config.model import ModelConfig
+from jaxsparse.config.multimodal import MultiModalConfig, check_streams
 from jaxsparse.config.tables import check_store
 
 # What a process can take as a request, and a scheduler may send as one.
@@ -279,6 +280,8 @@ class Config:
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  # Pictures or frames beside the text of `model`; None for text alone.
+  multimodal: MultiModalConfig | None = None
 
   def __post_init__(self):
     require(
@@ -298,6 +301,13 @@ class Config:
       f'anneal_steps must be at most {num_steps - warmup:,}, the steps behind '
       f'the {warmup:,} of warm-up, else the peak is never reached; got '
       f'{annealed:,}: take fewer, or warmup_steps = 0.',
+    )
+    if self.multimodal:
+      check_streams(self.model, self.multimodal)
+    require(
+      bool(self.multimodal) or self.model.is_causal,
+      'model.is_causal must be True for a language model, or a position would '
+      'see the token that it is to predict; got False: set it, or multimodal.',
     )
     self._check_values()
     check_base(self.adapter, self.train, self.optimizer)
