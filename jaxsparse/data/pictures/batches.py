@@ -136,22 +136,20 @@ def text_row(
   have no weight in the loss. What does not fit into a row is cut off; see
   `tell_of_long_captions`.
   """
-  given = tokenizer.encode(prompt)
-  ends = [tokenizer.boundary_id]
-  sequence = np.concatenate(
-    [[tokenizer.begin_id], given, tokenizer.encode(caption), ends]
-  ).astype(np.int32)[: config.seq_len + 1]
+  given = tokenizer.encode(prompt).tolist() if prompt else []
+  said = tokenizer.encode(caption).tolist()
+  sequence = [tokenizer.begin_id, *given, *said, tokenizer.boundary_id]
+  sequence = sequence[: config.seq_len + 1]
   length = len(sequence) - 1
-  place = np.arange(config.seq_len)
-  is_token = place < length
-  fill = (0, config.seq_len - length)
-  return dict(
-    tokens=np.pad(sequence[:-1], fill),
-    targets=np.pad(sequence[1:], fill),
-    positions=np.where(is_token, place, 0).astype(np.int32),
-    segment_ids=is_token.astype(np.int32),
-    loss_weight=(is_token & (place >= len(given))).astype(np.float32),
-  )
+  names = ('tokens', 'targets', 'positions', 'segment_ids')
+  row = {name: np.zeros(config.seq_len, np.int32) for name in names}
+  row['tokens'][:length] = sequence[:-1]
+  row['targets'][:length] = sequence[1:]
+  row['positions'][:length] = np.arange(length)
+  row['segment_ids'][:length] = 1
+  weight = np.zeros(config.seq_len, np.float32)
+  weight[len(given) : length] = 1
+  return dict(row, loss_weight=weight)
 
 
 def tell_of_long_captions(
