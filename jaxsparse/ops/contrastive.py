@@ -79,7 +79,8 @@ def contrastive_loss(
   """
   single, spread = _FORMS[name]
   scalars = (log_temperature,) + (() if bias is None else (bias,))
-  if mesh.num_token_shards() == 1:
+  # On a mesh of one device rows count as split, too.
+  if mesh.axis_sizes() is None:
     return single(image, text, *scalars, item=item)
   if item is None:
     item = jnp.arange(image.shape[0], dtype=jnp.int32)

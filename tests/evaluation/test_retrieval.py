@@ -114,6 +114,14 @@ def test_lines_say_bounds_and_chance():
   assert found.scalars()['pictures_recall_at_5'] == 1
 
 
+def test_choices_that_are_equal_share():
+  found = retrieval.of_choices(
+    [np.array(x) for x in ([3.0, 1, 2], [1.0, 3, 2], [2.0, 2, 1, 0])]
+  )
+  assert found.value == 0.5
+  assert found.chance == pytest.approx((1 / 3 + 1 / 3 + 1 / 4) / 3)
+
+
 def test_what_cant_be_ranked_is_refused():
   item = np.arange(2)
   with pytest.raises(ValueError, match='not finite'):

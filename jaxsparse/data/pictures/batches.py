@@ -152,6 +152,18 @@ def text_row(
   return dict(row, loss_weight=weight)
 
 
+def choices(
+  config: DataConfig, tokenizer: Tokenizer, pair: Pair
+) -> dict[str, np.ndarray]:
+  """The text arrays of a pair's first caption and its distractors, [C, T]."""
+  return packing.stack(
+    [
+      text_row(config, tokenizer, caption, pair.prompt)
+      for caption in (pair.captions[0], *pair.distractors)
+    ]
+  )
+
+
 def tell_of_long_captions(
   config: DataConfig,
   corpus: Corpus,

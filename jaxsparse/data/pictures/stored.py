@@ -7,7 +7,6 @@ start and kept beside the corpus, unless they would fill the disk.
 """
 
 import contextlib
-import os
 import pathlib
 from collections.abc import Callable
 
@@ -55,7 +54,9 @@ def reader(
     for row, pair in enumerate(sorted(pairs, key=lambda pair: pair.number))
   }
   shape = (len(pairs), *first.shape)
-  with builder.user_errors(corpus.directory):
+  # Of several processes one decodes.
+  lock = path.with_suffix('.lock')
+  with builder.user_errors(corpus.directory), builder.locked(lock):
     kept = _kept(path, shape)
     if kept is None:
       _decode(path, shape, rows, decoded, say)
@@ -68,7 +69,7 @@ def _kept(path: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray | None:
   with contextlib.suppress(OSError, ValueError, EOFError):
     kept = np.load(path, mmap_mode='r')
     if kept.shape == shape and kept.dtype == np.uint8:
-      return kept
+      return np.asarray(kept)
   return None
 
 
@@ -80,8 +81,8 @@ def _decode(
   say: Callable[[str], None],
 ) -> None:
   percent = Percent('Decoding the pictures', len(rows), say)
-  # Whole or not there: others may write it at the same time.
-  partial = path.with_suffix(f'.{os.getpid()}')
+  # Whole or not there: a kill may come at any time.
+  partial = path.with_suffix('.partial')
   try:
     made = np.lib.format.open_memmap(partial, 'w+', np.uint8, shape)
     for number, row in rows.items():

@@ -13,6 +13,7 @@ from jaxsparse.config.errors import UserError
 from jaxsparse.data import pipeline
 from jaxsparse.data.corpus import build_corpus
 from jaxsparse.data.pictures import batches, stored
+from jaxsparse.data.pictures.pair import Pair
 from jaxsparse.data.tokenizer import ByteTokenizer, make_tokenizer
 
 S, T = 8, 24
@@ -225,6 +226,18 @@ def test_prompts_are_read_and_not_learned(folder):
   assert learned.tolist() == [*b'red', TOKENIZER.boundary_id]
 
 
+def test_choices_are_the_caption_and_its_distractors(folder):
+  pair = Pair(
+    name='a', number=0, captions=('red', 'rosy'), prompt='it is ',
+    distractors=('blue', 'green'),
+  )  # fmt: skip
+  rows = batches.choices(_config(folder), TOKENIZER, pair)
+  assert rows['tokens'].shape == (3, T)
+  assert [_text(rows, i) for i in range(3)] == [
+    'it is red', 'it is blue', 'it is green'
+  ]  # fmt: skip
+
+
 def test_long_captions_are_cut_and_counted(folder, corpus):
   row = batches.text_row(_config(folder), TOKENIZER, 'x' * 99)
   assert (row['loss_weight'] == 1).all()
@@ -294,7 +307,7 @@ def test_pictures_are_decoded_once_and_a_broken_one_is_named(tmp_path):
   corpus = build_corpus(_config(broken), lambda _: None)
   with pytest.raises(UserError, match=r"003.png' is broken"):
     stored.reader(corpus, S)
-  assert not list(corpus.directory.iterdir())
+  assert {path.suffix for path in corpus.directory.iterdir()} == {'.lock'}
 
 
 def test_too_many_pictures_are_decoded_as_they_are_read(
