@@ -31,7 +31,7 @@ def _config(folder, **fields):
         batch_size=8,
         num_lanes=4,
         prefetch=2,
-        validation_fraction=0.25,
+        validation_fraction=0.35,
         augment=AUGMENT,
       ),
       **fields,
@@ -128,21 +128,18 @@ def test_an_epoch_has_every_pair_once(folder, corpus, read):
 
 def test_pictures_change_from_epoch_to_epoch_alone(folder, corpus, read):
   """By seed, pair and epoch: lanes and processes have no part in it."""
-  found = {}
+  found = []
+  number = 2 * len(corpus.train) // 8
   for lanes in (1, 4):
     seen = {}
-    for batch in _take(_train(folder, corpus, read, num_lanes=lanes), 6):
+    for batch in _take(_train(folder, corpus, read, num_lanes=lanes), number):
       for item, picture in zip(batch['item'], batch['images'], strict=True):
-        seen.setdefault(int(item), []).append(picture)
-    found[lanes] = seen
-    assert all(
-      (a != b).any()
-      for some in seen.values()
-      for a, b in itertools.pairwise(some)
-    )
-  for item, pictures in found[1].items():
-    for a, b in zip(pictures, found[4].get(item, []), strict=False):
-      np.testing.assert_array_equal(a, b)
+        seen.setdefault(int(item), set()).add(picture.tobytes())
+    # Two epochs of each.
+    assert sum(map(len, seen.values())) == 8 * number
+    assert {len(pictures) for pictures in seen.values()} == {2}
+    found.append(seen)
+  assert found[0] == found[1]
   other = next(_train(folder, corpus, read, seed=1))
   assert (
     other['item'].tolist()
@@ -203,7 +200,7 @@ def test_validation_is_one_pass_in_order_unchanged(folder, corpus, read, count):
   ]
   whole = {name: np.concatenate([x[name] for x in rows]) for name in rows[0]}
   number = len(corpus.validation)
-  assert len(whole['item']) % 8 == 0
+  assert len(whole['item']) % 8 == 0 != number % 8
   assert whole['item'][:number].tolist() == [
     pair.item for pair in corpus.validation
   ]
