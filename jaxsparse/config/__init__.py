@@ -7,6 +7,7 @@ from jaxsparse.config.attention import RopeScalingConfig as RopeScalingConfig
 from jaxsparse.config.attention import (
   SparseAttentionConfig as SparseAttentionConfig,
 )
+from jaxsparse.config.augment import AugmentConfig as AugmentConfig
 from jaxsparse.config.data import DataConfig as DataConfig
 from jaxsparse.config.memory import MemoryConfig as MemoryConfig
 from jaxsparse.config.model import ModelConfig as ModelConfig
