@@ -9,11 +9,9 @@ at chance.
 """
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 
 import numpy as np
-
-from jaxsparse.evaluation.metrics import Metric
 
 RANKS = (1, 5, 10)
 
@@ -190,20 +188,6 @@ def direction(
       for k in RANKS
     },
   )
-
-
-def of_choices(scores: Sequence[np.ndarray]) -> Metric:
-  """How often the right caption has the highest score of its choices.
-
-  Args:
-    scores: of each question [C], the right one first; equal scores share.
-  """
-  right = []
-  for some in scores:
-    is_best = some == np.max(some)
-    right.append(float(is_best[0] / is_best.sum()))
-  chance = float(np.mean([1 / len(some) for some in scores]))
-  return Metric.mean(right, chance=chance)
 
 
 def _found(

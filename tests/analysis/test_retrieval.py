@@ -6,8 +6,8 @@ import itertools
 import numpy as np
 import pytest
 
+from jaxsparse.analysis import retrieval, retrieval_baselines
 from jaxsparse.data.pictures.shapes import Shapes
-from jaxsparse.evaluation import retrieval, retrieval_baselines
 
 
 def _by_hand(scores, right, k):
@@ -112,14 +112,6 @@ def test_lines_say_bounds_and_chance():
   )
   assert line.endswith('median rank 1 (1 to 1)')
   assert found.scalars()['pictures_recall_at_5'] == 1
-
-
-def test_choices_that_are_equal_share():
-  found = retrieval.of_choices(
-    [np.array(x) for x in ([3.0, 1, 2], [1.0, 3, 2], [2.0, 2, 1, 0])]
-  )
-  assert found.value == 0.5
-  assert found.chance == pytest.approx((1 / 3 + 1 / 3 + 1 / 4) / 3)
 
 
 def test_what_cant_be_ranked_is_refused():

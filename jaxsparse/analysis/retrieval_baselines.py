@@ -12,8 +12,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from jaxsparse.evaluation import retrieval
-from jaxsparse.evaluation.retrieval import Retrieval
+from jaxsparse.analysis import retrieval
+from jaxsparse.analysis.retrieval import Retrieval
 
 _WORD = re.compile(r'\w+')
 # Pixels along each side that the map of pixels gets.
