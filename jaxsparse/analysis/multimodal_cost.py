@@ -74,6 +74,34 @@ def multimodal_parameters(
   )
 
 
+def pair_flops(
+  config: MultiModalConfig, model: ModelConfig, num_tokens: int
+) -> int:
+  """Forward FLOPs of a text and a picture, or frames: towers, fusion, logits.
+
+  As `cost.forward_flops` counts; a stream over both has the text's width.
+
+  Args:
+    config: of the picture.
+    model: of the text.
+    num_tokens: of the text.
+  """
+  streams = dataclasses.replace(model, vocab_size=0)
+  flops = num_tokens * cost.forward_flops(streams, num_tokens)
+  flops += config.num_frames * vision_flops(config.vision)
+  joined = num_tokens + config.most_frames_read * config.vision.num_patches
+  if config.fusion_type == 'co_attention':
+    flops += co_attention_flops(config, model, num_tokens)
+  elif config.fusion_type == 'concat':
+    layers = fusion_stream(streams, config.num_fusion_layers)
+    flops += joined * cost.forward_flops(layers, joined)
+  elif config.fusion_type == 'prefix':
+    flops += joined * cost.forward_flops(streams, joined)
+  if config.caption_weight:
+    flops += 2 * num_tokens * model.model_dim * model.vocab_size
+  return flops
+
+
 def co_attention_layer(
   config: MultiModalConfig, model: ModelConfig
 ) -> Parameters:

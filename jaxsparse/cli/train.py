@@ -19,7 +19,12 @@ import jax
 import numpy as np
 
 from jaxsparse import mesh
-from jaxsparse.analysis import cost, hardware, run_pictures
+from jaxsparse.analysis import (
+  cost,
+  hardware,
+  multimodal_cost,
+  run_pictures,
+)
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError
 from jaxsparse.data import compression, tokenizer
@@ -92,7 +97,7 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
   same_start.require_same_data(corpus, tokens, workdir)
   describe_run(config, corpus, say)
 
-  flops = cost.training_flops(config.model, config.data.seq_len)
+  flops = training_flops(config)
   # Before the loop: a CPU's peak is measured, and needs the cores to itself.
   hardware.peak_flops()
   with jax.set_mesh(mesh.make_mesh(**dataclasses.asdict(config.mesh))):
@@ -103,7 +108,7 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
     if config.train.sample_tokens:
       check_sample(config, len(prompt))
     data = dataclasses.replace(
-      training_data(config, corpus, tokens),
+      training_data(config, corpus, tokens, say),
       ranked_by=ranked_texts.of_run(config, corpus, tokens),
     )
     outcome = loop.fit(
@@ -126,7 +131,8 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
         say(f'The sample is missing: {error}')
   if not hosts.is_process_zero():
     return
-  compressed = compression.bits_per_byte(corpus)
+  of_text = config.multimodal is None
+  compressed = compression.bits_per_byte(corpus) if of_text else {}
   for name, bits in compressed.items():
     say(f'{name} -9 on the same text: {bits:.4f} bits/byte')
   try:
@@ -136,19 +142,38 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
     say(f'No pictures: {error}')
 
 
+def training_flops(config: Config) -> float:
+  """Of a token of text, or of a pair's share of it; forward and backward."""
+  length = config.data.seq_len
+  if config.multimodal is None:
+    return cost.training_flops(config.model, length)
+  of_pair = multimodal_cost.pair_flops(config.multimodal, config.model, length)
+  return 3 * of_pair / length
+
+
 def describe_run(config: Config, corpus: Corpus, say) -> None:
-  parameters = cost.count_parameters(config.model)
-  flops = cost.forward_flops(config.model, config.data.seq_len)
-  batch = config.data.batch_size * config.data.seq_len
-  device = jax.devices()[0]
+  settings, model, length = config.multimodal, config.model, config.data.seq_len
+  device, unit = jax.devices()[0], 'token'
+  batch = config.data.batch_size
+  if settings:
+    parameters = multimodal_cost.multimodal_parameters(settings, model)
+    flops = multimodal_cost.pair_flops(settings, model, length)
+    unit = 'pair'
+  else:
+    parameters = cost.count_parameters(model)
+    flops = cost.forward_flops(model, length)
+    batch *= length
   say(
     f'{parameters.total / 1e6:.2f}M parameters, of which '
     f'{parameters.values / 1e6:.2f}M are values of memory layers; '
-    f'{flops / 1e6:.2f} MFLOPs a token forward; {batch:,} tokens a step.'
+    f'{flops / 1e6:.2f} MFLOPs a {unit} forward; {batch:,} {unit}s a step.'
   )
+  held_out = f'validation text {corpus.validation_bytes / 1e6:.2f} MB'
+  if settings:
+    held_out = f'{len(corpus.validation):,} pairs to validate'
   say(
     f'{jax.device_count()} x {device.device_kind}, JAX {jax.__version__}; '
-    f'validation text {corpus.validation_bytes / 1e6:.2f} MB.'
+    f'{held_out}.'
   )
 
 

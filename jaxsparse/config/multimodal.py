@@ -229,6 +229,13 @@ class MultiModalConfig:
     return self.fusion_type in ('co_attention', 'concat')
 
   @property
+  def image_shape(self) -> tuple[int, ...]:
+    """Of one item: [S, S, 3], or with frames [F, S, S, 3]."""
+    side = self.vision.image_size
+    frames = () if self.num_frames == 1 else (self.num_frames,)
+    return (*frames, side, side, 3)
+
+  @property
   def most_frames_read(self) -> int:
     return self.frames_read or self.num_frames
 

@@ -22,11 +22,15 @@ def train(corpus: Corpus, boundary: str) -> tokenizers.Tokenizer:
   tokenizer = tokenizers.Tokenizer(
     tokenizers.models.WordLevel(unk_token=unknown)
   )
-  # Letters and digits, or one sign.
+  # Letters and digits with the space before them, or one sign.
   tokenizer.normalizer = tokenizers.normalizers.Sequence(
     [tokenizers.normalizers.NFC(), tokenizers.normalizers.Lowercase()]
   )
-  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  pieces = tokenizers.pre_tokenizers
+  tokenizer.pre_tokenizer = pieces.Sequence(
+    [pieces.WhitespaceSplit(), pieces.Metaspace(), pieces.Punctuation()]
+  )
+  tokenizer.decoder = tokenizers.decoders.Metaspace()
   trainer = tokenizers.trainers.WordLevelTrainer(
     vocab_size=MOST_WORDS,
     special_tokens=[boundary, unknown],

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from jaxsparse import mesh
 from jaxsparse.config import Config
+from jaxsparse.training.evaluation import rows_sharding
 from jaxsparse.training.micro_batches import Batch
 
 
@@ -44,12 +44,15 @@ def compiling_beside(program: Callable, *args) -> Iterator[None]:
 
 def abstract_batch(config: Config) -> Batch:
   """Shapes, types and shardings of a global batch."""
-  sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), mesh.act('BT'))
   types = dict.fromkeys(
     ('tokens', 'targets', 'positions', 'segment_ids'), np.int32
   ) | dict(loss_weight=np.float32)
-  shape = (config.data.batch_size, config.data.seq_len)
+  rows, length = config.data.batch_size, config.data.seq_len
+  shapes = {name: ((rows, length), dtype) for name, dtype in types.items()}
+  if config.multimodal:
+    shapes['images'] = ((rows, *config.multimodal.image_shape), np.float32)
+    shapes['item'] = ((rows,), np.int32)
   return {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-    for name, dtype in types.items()
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows_sharding(len(shape)))
+    for name, (shape, dtype) in shapes.items()
   }

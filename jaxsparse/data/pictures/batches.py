@@ -8,7 +8,7 @@ epoch, and on nothing else.
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import grain
@@ -127,6 +127,38 @@ def validation_batches(
     yield packing.stack(rows)
 
 
+def candidate_batches(
+  config: DataConfig,
+  pairs: Sequence[Pair],
+  tokenizer: Tokenizer,
+  read: stored.Read,
+  process_index: int = 0,
+  process_count: int = 1,
+) -> Iterator[list[Batch]]:
+  """Pairs that have distractors, each batch once with each of its captions.
+
+  The first has the right captions. Where a pair has fewer distractors than
+  others, its row is padding. Arguments as those of `validation_batches`.
+  """
+  pairs = [pair for pair in pairs if pair.distractors]
+  owned = pipeline.owned_rows(config, process_count)
+  most = max((len(pair.distractors) for pair in pairs), default=0)
+  for batch in range(math.ceil(len(pairs) / config.batch_size)):
+    first = batch * config.batch_size + process_index * owned
+    own = pairs[first : first + owned]
+    padding = _padding(config, pairs[0], tokenizer, read)
+    pictures = [scaled(read(pair.number)) for pair in own]
+    candidates = []
+    for place in range(most + 1):
+      rows = [padding] * owned
+      for i, (pair, picture) in enumerate(zip(own, pictures, strict=True)):
+        captions = (pair.captions[0], *pair.distractors)
+        if place < len(captions):
+          rows[i] = _row(config, tokenizer, pair, captions[place], picture)
+      candidates.append(packing.stack(rows))
+    yield candidates
+
+
 def text_row(
   config: DataConfig, tokenizer: Tokenizer, caption: str, prompt: str = ''
 ) -> dict[str, np.ndarray]:
@@ -150,18 +182,6 @@ def text_row(
   weight = np.zeros(config.seq_len, np.float32)
   weight[len(given) : length] = 1
   return dict(row, loss_weight=weight)
-
-
-def choices(
-  config: DataConfig, tokenizer: Tokenizer, pair: Pair
-) -> dict[str, np.ndarray]:
-  """The text arrays of a pair's first caption and its distractors, [C, T]."""
-  return packing.stack(
-    [
-      text_row(config, tokenizer, caption, pair.prompt)
-      for caption in (pair.captions[0], *pair.distractors)
-    ]
-  )
 
 
 def tell_of_long_captions(

@@ -223,16 +223,24 @@ def test_prompts_are_read_and_not_learned(folder):
   assert learned.tolist() == [*b'red', TOKENIZER.boundary_id]
 
 
-def test_choices_are_the_caption_and_its_distractors(folder):
-  pair = Pair(
-    name='a', number=0, captions=('red', 'rosy'), prompt='it is ',
-    distractors=('blue', 'green'),
-  )  # fmt: skip
-  rows = batches.choices(_config(folder), TOKENIZER, pair)
-  assert rows['tokens'].shape == (3, T)
-  assert [_text(rows, i) for i in range(3)] == [
-    'it is red', 'it is blue', 'it is green'
-  ]  # fmt: skip
+def test_candidates_are_the_caption_and_its_distractors(folder, read):
+  fields = dict(prompt='it is ', captions=('red', 'rosy'))
+  some = [
+    Pair(name='a', number=0, distractors=('blue', 'green'), **fields),
+    Pair(name='b', number=1, **fields),
+    Pair(name='c', number=2, distractors=('grey',), item=7, **fields),
+  ]
+  args = _config(folder), some, TOKENIZER, read
+  (candidates,) = batches.candidate_batches(*args)
+  said = [[_text(batch, row) for row in range(2)] for batch in candidates]
+  assert said[:2] == [['it is red', 'it is red'], ['it is blue', 'it is grey']]
+  # Of which the second pair has no more.
+  assert said[2][0] == 'it is green'
+  assert candidates[2]['item'][1] == batches.PADDING
+  assert candidates[1]['item'][1] == 7
+  for batch in candidates[1:]:
+    same = np.array_equal(batch['images'][0], candidates[0]['images'][0])
+    assert same
 
 
 def test_long_captions_are_cut_and_counted(folder, corpus):
@@ -275,7 +283,8 @@ def test_words_of_captions_make_a_small_vocabulary(folder, corpus, tmp_path):
   # The boundary and what stands for unknown words.
   assert tokens.vocab_size == len(words) + 2
   ids = tokens.encode('Picture RED unheard')
-  assert tokens.decode(ids) == 'picture red <unk>'
+  # A space belongs to the word behind it.
+  assert tokens.decode(ids) == 'picture red<unk>'
   again = make_tokenizer(config, corpus, tmp_path)
   assert again.encode('picture red').tolist() == ids.tolist()[:2]
 
