@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.nn.attention import heads
+from jaxsparse.nn.attention.maps import show
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.layers import MLP, NORMS, weight
 from jaxsparse.ops.attention.dense import attention
@@ -53,18 +54,22 @@ class CrossAttention(nn.Module):
     query, key = heads.normed(config, query, key)
     if gate is not None:
       value *= gate[..., None, None].astype(value.dtype)
-    read = attention(
-      query,
-      key,
-      value,
-      jnp.zeros_like(segment_ids),
-      jnp.zeros_like(other_segment_ids),
-      segment_ids,
-      other_segment_ids,
-      is_causal=False,
-      chunk=config.query_chunk,
-    )
-    return heads.write(self, config, read, x.shape[-1])
+
+    def read(value):
+      return attention(
+        query,
+        key,
+        value,
+        jnp.zeros_like(segment_ids),
+        jnp.zeros_like(other_segment_ids),
+        segment_ids,
+        other_segment_ids,
+        is_causal=False,
+        chunk=config.query_chunk,
+      )
+
+    show(self, value, weights=read)
+    return heads.write(self, config, read(value), x.shape[-1])
 
 
 def norm(config: ModelConfig, name: str) -> nn.Module:
