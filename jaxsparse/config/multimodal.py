@@ -158,8 +158,9 @@ class MultiModalConfig:
   num_frames: int = 1
   # Of them, those that are fused with the text; 0 for all.
   frames_read: int = 0
-  # What chooses them: 'routed', the text by a router; 'uniform', every n-th;
-  # 'change', those that differ most from the one before.
+  # What chooses them: 'routed', the text by a router, of captions to be learned
+  # the prompt before them alone; 'uniform', every n-th; 'change', those that
+  # differ most from the one before.
   frame_choice: str = 'routed'
   # Of 'routed': share of the router's choice that is covered, with which fewer
   # than frames_read may be read; 1 reads as many.
@@ -203,12 +204,6 @@ class MultiModalConfig:
       "frame_choice = 'routed' learns by what is read of each frame apart, as "
       "fusion_type = 'co_attention' and 'late' do; got "
       f"{self.fusion_type!r}: set frame_choice to 'uniform' or 'change'.",
-    )
-    require(
-      not (is_routed and self.caption_weight),
-      "frame_choice must be 'uniform' or 'change' with caption_weight, as "
-      "'routed' would look at the caption that is to be predicted; got "
-      "'routed'.",
     )
     unset = functools.partial(require_unset, self)
     unset(

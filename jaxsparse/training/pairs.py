@@ -64,6 +64,7 @@ def loss(
     batch['images'],
     batch['segment_ids'],
     deterministic=config.model.dropout_rate == 0,
+    asking=_asking(settings, batch),
     rngs={'dropout': of_dropout},
     mutable=[ENTRIES],
   )
@@ -194,8 +195,21 @@ def score_step(
 
 def _applied(config, params, batch):
   return encoder(config).apply(
-    {'params': params}, batch['tokens'], batch['images'], batch['segment_ids']
+    {'params': params},
+    batch['tokens'],
+    batch['images'],
+    batch['segment_ids'],
+    asking=_asking(config.multimodal, batch),
   )
+
+
+def _asking(settings, batch):
+  """Tokens that choose frames: of captions to be learned those before them."""
+  if settings.num_frames == 1 or not settings.caption_weight:
+    return None
+  weight = batch['loss_weight']
+  learned_before = jnp.cumsum(weight, axis=1) - weight
+  return (learned_before == 0) & (batch['segment_ids'] > 0)
 
 
 def everywhere(x: jax.Array) -> jax.Array:

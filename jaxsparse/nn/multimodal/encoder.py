@@ -230,6 +230,7 @@ class MultiModalEncoder(nn.Module):
     segment_ids: Int[Array, 'B T'] | None = None,
     image_mask: Mask | None = None,
     deterministic: bool = True,
+    asking: Mask | None = None,
   ) -> dict[str, Any]:
     """All that objectives need, of B texts and their pictures.
 
@@ -239,6 +240,8 @@ class MultiModalEncoder(nn.Module):
       segment_ids: 0 for padding.
       image_mask: as `encode_image` takes it.
       deterministic: False for dropout, which needs the rng 'dropout'.
+      asking: tokens by which frames are chosen [B, T], by default all: of a
+        caption that is learned those before it.
 
     Returns:
       'text_embedding' and 'image_embedding' [B, fused_dim], of length 1, in
@@ -259,7 +262,7 @@ class MultiModalEncoder(nn.Module):
     metrics = merged(prefixed('text', of_text), prefixed('image', of_image))
     read = tokens if settings.fusion_type == 'prefix' else text
     fused, states, others = self._fuse(
-      read, image, segments, seen, deterministic
+      read, image, segments, seen, deterministic, asking
     )
     found = dict(
       text=text,
@@ -326,15 +329,22 @@ class MultiModalEncoder(nn.Module):
       shape = (batch, num_frames, length // num_frames)
     return reshaped(segments_of(mask, image, shape), 1, (length,))
 
-  def _fuse(self, text, image, text_segments, seen, deterministic=True):
+  def _fuse(
+    self, text, image, text_segments, seen, deterministic=True, asking=None
+  ):
     """What both are fused to, states of the text, metrics and shares."""
     settings, others, gate = self.settings, {}, None
     kind = settings.fusion_type
     text_segments = (text_segments > 0).astype(jnp.int32)
     if settings.num_frames > 1:
-      asks = settings.frame_choice == 'routed'
+      question = ()
+      if settings.frame_choice == 'routed':
+        asked = text_segments
+        if asking is not None:
+          asked *= segments_of(asking, asked)
+        question = text, asked
       image, seen, gate, shares, counts = self.frame_router(
-        image, seen, *((text, text_segments) if asks else ())
+        image, seen, *question
       )
       num_read, num_there = counts.sum(0)
       others = {

@@ -138,13 +138,6 @@ def test_flops_by_hand():
       dict(fusion_type='concat', num_frames=2),
       "frame_choice = 'routed' learns by what is read",
     ),
-    (
-      dict(
-        fusion_type='co_attention', is_causal=True, num_frames=2,
-        caption_weight=1.0,
-      ),
-      'would look at the caption that is to be predicted',
-    ),
   ],
 )  # fmt: skip
 def test_settings_that_cannot_be(fields, sentence):
