@@ -4,12 +4,14 @@
 import argparse
 from collections.abc import Sequence
 
+import numpy as np
 from etils import epath
 
 from jaxsparse.analysis.free_memory import words
 from jaxsparse.cli import adapters_in_workdirs
 from jaxsparse.config.errors import UserError, did_you_mean, require, shown
 from jaxsparse.nn import row_deltas
+from jaxsparse.ops.tables import row_delta
 from jaxsparse.run import adapter_files, new_workdir
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.command_line import Parser
@@ -80,23 +82,32 @@ def _tables(tensors: adapter_files.Tensors) -> list[str]:
     for name, rows in tensors.items()
     if name.endswith('/rows') and len(rows)
   ]
-  share = row_deltas.changed_share(tensors)
-  return [*lines, f'  {share:.1%} of the rows changed by over 1% of their norm']
+  if any(name.endswith('/old_norm') for name in tensors):
+    share = row_deltas.changed_share(tensors)
+    lines.append(f'  {share:.1%} of the rows changed by over 1% of their norm')
+  return lines
 
 
 def merge(argv: Sequence[str]) -> None:
-  """Several deltas of rows as one."""
+  """Several deltas of rows as one, or one of them in fewer bits."""
   parser = _parser(
-    'merge', 'Make one delta of rows of several, of the same base.'
+    'merge',
+    'Make one delta of rows of several, of the same base, or of one with '
+    'values of another type.',
   )
   parser.add_argument('adapters', nargs='+', help='RUN/adapters/NAME')
   parser.add_argument('--out', required=True, help='folder of the new one')
+  parser.add_argument(
+    '--values',
+    default='',
+    choices=('float32', 'bfloat16', 'int8'),
+    help='type of the differences in the file; by default the widest of them',
+  )
   arguments = parser.parse_args(argv)
   out = workdir_lib.expanded(arguments.out)
-  read = [
-    adapters_in_workdirs.read_rows(workdir_lib.expanded(folder))
-    for folder in arguments.adapters
-  ]
+  folders = [workdir_lib.expanded(folder) for folder in arguments.adapters]
+  adapter_files.require_distinct(folders)
+  read = [adapters_in_workdirs.read_rows(folder) for folder in folders]
   bases = {meta['base'] for _, meta in read}
   require(
     len(bases) == 1,
@@ -114,10 +125,28 @@ def merge(argv: Sequence[str]) -> None:
     types = [d[path][1].dtype for d in deltas if path in d]
     widest = max(types, key=lambda dtype: dtype.itemsize)
     tensors[f'{path}/rows'] = rows
-    tensors[f'{path}/values'] = values.astype(widest)
+    kept = dict(values=values.astype(arguments.values or widest))
+    if arguments.values == 'int8':
+      kept = row_delta.in_int8(values)
+    norms = _old_norms([own for own, _ in read], path, rows)
+    if norms is not None:
+      kept['old_norm'] = norms
+    tensors |= {f'{path}/{name}': x for name, x in kept.items()}
   meta = dict(kind='rows', base=bases.pop(), merged=list(arguments.adapters))
   adapter_files.write(out, tensors, meta)
   print(_line(out, epath.Path(out)))
+
+
+def _old_norms(
+  files: Sequence[adapter_files.Tensors], path: str, rows: np.ndarray
+) -> np.ndarray | None:
+  """Those of rows before, of files of one base; None if one is unknown."""
+  norms = np.full(len(rows), np.nan, np.float32)
+  for tensors in files:
+    if f'{path}/old_norm' in tensors:
+      places = np.searchsorted(rows, tensors[f'{path}/rows'])
+      norms[places] = tensors[f'{path}/old_norm']
+  return None if np.isnan(norms).any() else norms
 
 
 # Each with what it does.

@@ -74,17 +74,23 @@ def add(argv: Sequence[str]) -> None:
     if meta['base'] not in bases:
       adapter_files.require_base(folder, meta, base, arguments.force)
     name = epath.Path(folder).name
-    require(
-      name not in [meta['name'] for _, meta in before],
-      f'{name!r} is in the tables already: a delta is added once.',
-    )
+    digest = adapter_files.digest_of(folder, meta)
+    for _, other in before:
+      is_known = digest == other.get('delta') or name == other['name']
+      require(
+        not is_known,
+        f'{folder!r} is in the tables already, as {other["name"]!r}: a delta '
+        'is added once.',
+      )
     deltas = row_deltas.from_tensors(tensors, params, folder)
     for _, other in before:
       _tell_of_overlap(name, deltas, other['name'], before)
     params, old = row_deltas.added(params, deltas)
     kept = {f'{path}/rows': rows for path, (rows, _) in deltas.items()}
     kept |= {f'{path}/old': rows for path, rows in old.items()}
-    meta = dict(kind='rows', name=name, order=len(before), of=meta['base'])
+    meta = dict(
+      kind='rows', name=name, order=len(before), of=meta['base'], delta=digest
+    )
     before.append((kept, meta))
     print(f'{sum(len(r) for r, _ in deltas.values()):,} rows of {name} added.')
   _write(workdir, out, step, params, before, dict(added=arguments.adapters))

@@ -7,7 +7,7 @@ from jaxsparse.config import AdapterConfig, Config
 from jaxsparse.config.errors import require
 from jaxsparse.interop import exporting, peft
 from jaxsparse.interop.layout import Layout
-from jaxsparse.run import adapter_files, run_config
+from jaxsparse.run import adapter_files, run_config, start
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.command_line import Parser
 
@@ -34,6 +34,11 @@ def main(arguments: list[str]) -> None:
   parser.add_argument(
     '--adapter', default='', help='its folder; empty: that of the run'
   )
+  parser.add_argument(
+    '--force',
+    action='store_true',
+    help='write an adapter that was trained beside other parameters, too',
+  )
   options = parser.parse_args(arguments)
   workdir = workdir_lib.expanded(options.workdir)
   folder = workdir_lib.empty_folder(options.folder)
@@ -47,6 +52,13 @@ def main(arguments: list[str]) -> None:
     f'the adapter in {source!r} is of {meta["kind"]!r}, and peft has those of '
     "'lora' alone.",
   )
+  known = start.fingerprints(config, workdir)
+  require(
+    bool(known),
+    f'--workdir must hold a checkpoint of the base, and {workdir!r} has none.',
+  )
+  base = meta['base'] if meta['base'] in known else known[-1]
+  adapter_files.require_base(source, meta, base, options.force)
   settings = AdapterConfig.from_json(meta)
   peft.write(folder, settings, tensors, layout_of(config))
   print(

@@ -10,6 +10,7 @@ import numpy as np
 
 from jaxsparse.config import Config
 from jaxsparse.config.errors import require
+from jaxsparse.data import tokenizer_roles
 from jaxsparse.data.tokenizer import load_from_workdir
 from jaxsparse.evaluation.scorer import Scorer
 from jaxsparse.inference import adapters, quantized_leaves
@@ -21,7 +22,6 @@ from jaxsparse.inference.quantize import (
   quantize,
 )
 from jaxsparse.inference.text import read_file
-from jaxsparse.interop import tokenizers_in
 from jaxsparse.run import new_workdir, run_config, trained
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.command_line import Parser
@@ -95,7 +95,7 @@ def main(argv: list[str]) -> None:
     else:
       done = quantize(config.model, params, how)
     plain, kinds = quantized_leaves.plain(done)
-    tokenizers_in.write_tokenizer(arguments.workdir, arguments.out)
+    tokenizer_roles.copy_tokenizer(arguments.workdir, arguments.out)
     origin = dict(
       workdir=arguments.workdir, step=step, quantized=dataclasses.asdict(how)
     )
@@ -114,7 +114,7 @@ def _how(arguments: argparse.Namespace) -> Quantization:
   entries = [f'{name}={value}' for name, value in flags.items() if value]
   if arguments.clip_search:
     entries.append('clip_search=true')
-  how = parse(','.join(entries))
+  how = parse(','.join(entries), name='')
   require(
     bool(how), 'give --weights=, --tables= or both: else nothing is quantized.'
   )

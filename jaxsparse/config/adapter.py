@@ -65,8 +65,9 @@ class AdapterConfig:
   # (arXiv:2402.09353).
   use_dora: bool = False
   # Matrices whose path this regular expression finds get a difference:
-  # '(attention|mlp)/' is all of attention and MLPs, 'moe/' experts, 'memory/'
-  # maps of memory layers.
+  # '(attention|mlp)/(query|key|value|output|gate|up|down)$' are all of
+  # attention and MLPs, 'moe/(gate|up|down)$' experts,
+  # 'memory/(query|output|gate)$' maps of memory layers.
   targets: str = _TARGETS
   # How the base is stored in fewer bits while it is trained beside, such as
   # 'weights=nf4' (QLoRA, arXiv:2305.14314); as --quantize of generate. Empty:

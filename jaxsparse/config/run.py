@@ -207,6 +207,10 @@ class TrainConfig:
   keep_best: int = 0
   # A full validation pass every so many steps, and at the end; 0: at the end.
   eval_every: int = 0
+  # Bytes of the text that was learned before which such a pass reads besides,
+  # to measure what is forgotten: taken evenly from the whole of its validation
+  # part. 0: none.
+  old_text_bytes: int = 2**18
   # What asks to save and stop, as a cluster does before a job's time is over:
   # of SIGTERM, SIGINT, SIGHUP, SIGUSR1, SIGUSR2, SIGXCPU, SIGQUIT, SIGALRM.
   stop_signals: tuple[str, ...] = (
@@ -228,7 +232,7 @@ class TrainConfig:
     require_positive(self, 'num_steps', 'log_every', 'save_every')
     require_positive(self, 'keep_checkpoints')
     require_not_negative(
-      self, 'seed', 'keep_best', 'eval_every', 'sample_tokens'
+      self, 'seed', 'keep_best', 'eval_every', 'sample_tokens', 'old_text_bytes'
     )
     require(
       self.eval_every > 0 or self.keep_best == 0,

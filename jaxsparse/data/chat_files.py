@@ -14,7 +14,7 @@ import pathlib
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
-from jaxsparse.config.errors import UserError, did_you_mean, shown
+from jaxsparse.config.errors import UserError, did_you_mean, require, shown
 from jaxsparse.data import formats, records, text_files
 from jaxsparse.data.chat_template import ROLES
 
@@ -78,7 +78,7 @@ def _values(path: pathlib.PurePath) -> Iterator[tuple[str, Any]]:
     return
   with path.open('rb') as raw:
     if ending == '.parquet':
-      yield from records.parquet_rows(raw, path, _FIELD)
+      yield from records.parquet_rows(raw, path, _FIELD, setting='')
     else:
       yield from records.json_lines(raw, path)
 
@@ -108,13 +108,20 @@ def _chat(value: Any, place: str) -> Chat:
   if not isinstance(value, list) or not value:
     raise _bad(place, f'holds {shown(value)} where a list of messages belongs')
   messages, learned = [], []
+  has_answers = False
   for i, message in enumerate(value):
     role, content = _message(message, f'{place}: messages[{i}]')
     messages.append({'role': role, 'content': content})
+    has_answers |= role == 'assistant'
     if role == 'assistant' and message.get('weight') not in (0, 0.0):
       learned.append(i)
-  if not learned:
+  if not has_answers:
     raise _bad(place, 'has no answer to learn, no message of role assistant')
+  require(
+    bool(learned),
+    f'{place} has no answer to learn, as all of its answers have the weight 0: '
+    'give one the weight 1, or leave it out.',
+  )
   return Chat(tuple(messages), tuple(learned), place)
 
 

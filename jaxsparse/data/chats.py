@@ -15,7 +15,12 @@ from etils import epath
 
 from jaxsparse.config import DataConfig
 from jaxsparse.config.errors import UserError
-from jaxsparse.data import builder, chat_files, tokenizer_roles
+from jaxsparse.data import (
+  builder,
+  chat_files,
+  kept_answers,
+  tokenizer_roles,
+)
 from jaxsparse.data.chat_files import Chat
 from jaxsparse.data.chat_template import ChatTemplate, RefusedError
 from jaxsparse.data.percent import Percent
@@ -126,11 +131,14 @@ def encoded(
   template: ChatTemplate,
   seq_len: int,
   say: Say,
+  tokenizer_digest: str = '',
 ) -> Corpus:
   """The chats as tokens, as far as they fit into a row.
 
-  A chat that is longer than a row ends behind the last answer that ends within
-  it; one of which no answer does is left out. Of both, `say` gets the number.
+  They are made once, as thousands of them take minutes, and kept beside their
+  corpus. A chat that is longer than a row ends behind the last answer that ends
+  within it; one of which no answer does is left out. Of both, `say` gets the
+  number.
 
   Args:
     corpus: of `read`.
@@ -138,23 +146,21 @@ def encoded(
     template: writes the chats.
     seq_len: tokens of a row.
     say: gets a sentence if a chat is too long, and the progress.
+    tokenizer_digest: of `tokenizer_roles.digest`; '' keeps nothing.
 
   Raises:
     UserError: the template refuses a chat, or none fits.
   """
-  made, counts = {}, _Counts()
-  for name in ('train', 'validation', 'test'):
-    chats = getattr(corpus, name)
-    percent = Percent(f'Reading the chats of {name}', len(chats or ()), say)
-    made[name] = []
-    for i, chat in enumerate(chats or ()):
-      made[name] += _sequences(chat, tokenizer, template, seq_len, counts)
-      percent.reach(i + 1)
-    if chats and not made[name]:
-      raise UserError(
-        f'data.seq_len = {seq_len} is shorter than every chat of {name}, of '
-        f'which the longest has {counts.longest:,} tokens: raise it.'
-      )
+  file = kept_answers.file_of(
+    corpus.directory, tokenizer_digest, template.source, seq_len
+  )
+  kept = kept_answers.read(file) if tokenizer_digest else None
+  if kept is None:
+    made, counts = _made(corpus, tokenizer, template, seq_len, say)
+    if tokenizer_digest:
+      kept_answers.write(file, made, dataclasses.asdict(counts))
+  else:
+    made, counts = kept[0], _Counts(**kept[1])
   if counts.shortened or counts.left_out:
     say(
       f'Chats longer than data.seq_len = {seq_len} tokens: '
@@ -169,6 +175,29 @@ def encoded(
     test=made['test'] or None,
     validation_bytes=_num_bytes(made['validation']),
   )
+
+
+def _made(
+  corpus: Corpus,
+  tokenizer: Tokenizer,
+  template: ChatTemplate,
+  seq_len: int,
+  say: Say,
+) -> tuple[kept_answers.Splits, '_Counts']:
+  made, counts = {}, _Counts()
+  for name in ('train', 'validation', 'test'):
+    chats = getattr(corpus, name)
+    percent = Percent(f'Reading the chats of {name}', len(chats or ()), say)
+    made[name] = []
+    for i, chat in enumerate(chats or ()):
+      made[name] += _sequences(chat, tokenizer, template, seq_len, counts)
+      percent.reach(i + 1)
+    if chats and not made[name]:
+      raise UserError(
+        f'data.seq_len = {seq_len} is shorter than every chat of {name}, of '
+        f'which the longest has {counts.longest:,} tokens: raise it.'
+      )
+  return made, counts
 
 
 @dataclasses.dataclass

@@ -101,14 +101,23 @@ def _json_fields(
         f'{place} of {str(path)!r} is {_kind(record)}, no JSON object: give '
         f'one object a line, with its text in a field {field!r}.'
       )
-    _require_field(place, path, field, list(record))
+    _require_field(place, path, field, list(record), 'data.text_field')
     yield place, record[field]
 
 
 def parquet_rows(
-  raw: io.IOBase, path: pathlib.PurePath, field: str
+  raw: io.IOBase,
+  path: pathlib.PurePath,
+  field: str,
+  setting: str = 'data.text_field',
 ) -> Iterator[tuple[str, Any]]:
   """A column's value in each row, behind its place, such as 'row 3'.
+
+  Args:
+    raw: the file as it is.
+    path: for errors.
+    field: name of the column.
+    setting: that names it; '' if none does.
 
   Raises:
     UserError: the file is broken or has no such column.
@@ -119,7 +128,8 @@ def parquet_rows(
 
   try:
     file = parquet.ParquetFile(raw)
-    _require_field('the schema', path, field, file.schema_arrow.names)
+    columns = file.schema_arrow.names
+    _require_field('the schema', path, field, columns, setting)
     row = 0
     for batch in file.iter_batches(batch_size=_ROWS, columns=[field]):
       for text in batch.column(0):
@@ -133,12 +143,18 @@ def parquet_rows(
 
 
 def _require_field(
-  place: str, path: pathlib.PurePath, field: str, fields: list[str]
+  place: str,
+  path: pathlib.PurePath,
+  field: str,
+  fields: list[str],
+  setting: str,
 ) -> None:
   if field not in fields:
+    others = ', '.join(fields) or 'it has none'
+    advice = f'name one of its fields in {setting} ({others})'
     raise UserError(
-      f'{place} of {str(path)!r} has no field {field!r}: name one of its '
-      f'fields in data.text_field ({", ".join(fields) or "it has none"}).'
+      f'{place} of {str(path)!r} has no field {field!r}: '
+      + (f'{advice}.' if setting else f'rename one of its own ({others}).')
     )
 
 

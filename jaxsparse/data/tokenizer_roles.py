@@ -5,6 +5,7 @@ The files are those of Hugging Face's folders, under the same names.
 """
 
 import dataclasses
+import hashlib
 import json
 from typing import Any
 
@@ -30,6 +31,17 @@ def copy_tokenizer(source: epath.PathLike, workdir: epath.PathLike) -> None:
     path = epath.Path(source) / name
     if path.exists():
       workdir_lib.write_whole(epath.Path(workdir) / name, path.read_bytes())
+
+
+def digest(workdir: epath.PathLike) -> str:
+  """The same for the same tokenizer and roles of its tokens."""
+  found = hashlib.sha256()
+  for name in (*workdir_lib.TOKENIZERS, *FILES):
+    path = epath.Path(workdir) / name
+    if path.exists():
+      content = path.read_bytes()
+      found.update(f'{name} {len(content)} '.encode() + content)
+  return found.hexdigest()
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

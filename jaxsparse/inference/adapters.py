@@ -19,19 +19,14 @@ import jax.numpy as jnp
 from etils import epath
 from flax.traverse_util import unflatten_dict
 
-from jaxsparse.config import (
-  AdapterConfig,
-  Config,
-  ModelConfig,
-  saved_config,
-)
+from jaxsparse.config import AdapterConfig, Config, ModelConfig
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.inference import quantized_leaves
 from jaxsparse.inference.quantize import Quantization, parse, quantize
 from jaxsparse.nn import adapters, row_deltas
 from jaxsparse.ops.adapted_matrix import AdaptedMatrix
 from jaxsparse.ops.quantized_matrix import QuantizedMatrix
-from jaxsparse.run import adapter_files, checkpoint, start, stored
+from jaxsparse.run import adapter_files, checkpoint, mapped_tables, start
 from jaxsparse.run import workdir as workdir_lib
 
 
@@ -81,10 +76,8 @@ def load_params(
     UserError: as there, or the base of an adapter is gone or another.
   """
   record = checkpoint.read_record(workdir) or {}
-  saved = None
-  if 'start' in record and 'config' in record:
-    saved = saved_config.from_json(record['config'])
-  if saved is None or not saved.adapter.kind:
+  saved = start.adapted(record)
+  if saved is None:
     return quantized_leaves.load_params(
       workdir, step, say, abstract, tables, how
     )
@@ -94,8 +87,10 @@ def load_params(
     None if is_of_rows else abstract and _abstract(saved.adapter, abstract)
   )
   step, adapter = checkpoint.load_params(workdir, step, say, places)
-  base = _base_of(workdir, record)
+  base = start.base_of(workdir, record)
   _, params = load_params(base.workdir, base.step, say, abstract, tables)
+  if is_of_rows and tables == mapped_tables.NONE:
+    return step, params
   with _mesh_of(abstract):
     if how := parse(saved.adapter.quantize):
       params = quantize(saved.model, params, how)
@@ -137,24 +132,6 @@ def _abstract(config: AdapterConfig, params: Any) -> Any:
   return unflatten_dict(found)
 
 
-def _base_of(workdir: epath.PathLike, record: dict) -> start.Start:
-  found = start.recorded(workdir, record)
-  where = f'step {found.step} of {found.workdir!r}'
-  is_there = found.step in stored.steps_in(found.workdir)
-  require(
-    is_there,
-    f'workdir {str(workdir)!r} holds an adapter of {where}, which is not '
-    f'there: put it back, or name its new place in {start.FILE}.',
-  )
-  now = stored.params_fingerprint(found.workdir, found.step)
-  require(
-    now == found.fingerprint,
-    f'workdir {str(workdir)!r} holds an adapter of {where}, which has other '
-    'parameters by now: put those back.',
-  )
-  return found
-
-
 def applied(
   config: ModelConfig,
   params: dict,
@@ -176,9 +153,10 @@ def applied(
     say: gets a sentence where several change the same rows.
 
   Raises:
-    UserError: there is no such adapter, it is damaged, or of another base or
-      model.
+    UserError: there is no such adapter, it is damaged, given twice, or of
+      another base or model.
   """
+  adapter_files.require_distinct(folders)
   of_rows = []
   for folder in folders:
     meta = adapter_files.read_meta(folder)

@@ -90,7 +90,7 @@ def parse(text: str, name: str = '--quantize') -> Quantization:
 
   Args:
     text: behind the flag.
-    name: of the flag or field that has it.
+    name: of the flag or field that has it; '' where each part has its own.
 
   Raises:
     UserError: a name is unknown, or what it is to be.
@@ -106,6 +106,13 @@ def parse(text: str, name: str = '--quantize') -> Quantization:
         'besides.'
       )
     found[part] = value
+  try:
+    return _of_texts(found)
+  except UserError as error:
+    raise UserError(f'{name}: {error}' if name else str(error)) from error
+
+
+def _of_texts(found: dict[str, Any]) -> Quantization:
   if 'group' in found:
     group = found['group']
     found['group'] = int(group) if group.isdecimal() else group

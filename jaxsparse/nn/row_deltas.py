@@ -53,12 +53,23 @@ def _replaced(params: Any, values: Mapping[str, Any], prefix: str = '') -> Any:
 
 def unchecked(tensors: Tensors) -> Deltas:
   """The deltas of a file whose model is not at hand."""
-  return {
-    path: (rows, tensors[f'{path}/values'])
-    for name, rows in tensors.items()
-    if name.endswith('/rows')
-    and f'{(path := name.removesuffix("/rows"))}/values' in tensors
-  }
+  found: Deltas = {}
+  for name, rows in tensors.items():
+    path, _, array = name.rpartition('/')
+    values = _values(tensors, path)
+    if array == 'rows' and values is not None:
+      found[path] = rows, values
+  return found
+
+
+def _values(tensors: Tensors, path: str) -> np.ndarray | None:
+  """Differences of a table's rows; in int8 each row has its scale beside it."""
+  values, scale = (tensors.get(f'{path}/{x}') for x in ('values', 'scale'))
+  if values is None or values.dtype != np.int8:
+    return values
+  if scale is None or scale.shape != values.shape[:1]:
+    return None
+  return values * scale[:, None]
 
 
 def from_tensors(tensors: Tensors, params: Any, where: str) -> Deltas:
@@ -79,10 +90,11 @@ def from_tensors(tensors: Tensors, params: Any, where: str) -> Deltas:
       f'{where!r} has {path!r}, which is no table of this model: give the '
       'model that it was trained beside.',
     )
-    rows, values = (tensors.get(f'{path}/{x}') for x in ('rows', 'values'))
+    rows, values = tensors.get(f'{path}/rows'), _values(tensors, path)
     if rows is None or values is None:
       raise UserError(
-        f"{path} in {where!r} must have 'rows' and 'values', and lacks one."
+        f"{path} in {where!r} must have 'rows' and 'values', and of int8 a "
+        "'scale' of each row; it lacks one."
       )
     _check(f'{path} in {where!r}', rows, values, known[path].shape)
     found[path] = rows, values
@@ -314,12 +326,17 @@ def added(
     path: _rows_of(known[path], rows) for path, (rows, _) in deltas.items()
   }
 
-  def sums(path: str) -> np.ndarray:
-    values = np.asarray(deltas[path][1], np.float32)
-    return (np.asarray(old[path], np.float32) + values).astype(old[path].dtype)
-
-  new = {path: (rows, sums(path)) for path, (rows, _) in deltas.items()}
+  new = {
+    path: (rows, changed(old[path], values))
+    for path, (rows, values) in deltas.items()
+  }
   return _written(params, new, donates), old
+
+
+def changed(rows: np.ndarray, values: np.ndarray) -> np.ndarray:
+  """Rows with their differences, rounded to their type: [t, W]."""
+  new = np.asarray(rows, np.float32) + np.asarray(values, np.float32)
+  return new.astype(rows.dtype)
 
 
 def restored(params: Any, old: Deltas) -> Any:
@@ -367,9 +384,9 @@ def merged(table: DeltaTable) -> jax.Array:
 def changed_share(tensors: Tensors, of_norm: float = 0.01) -> float:
   """Share of a file's rows whose change is above a share of their norm."""
   changed = total = 0
-  for name, norm in tensors.items():
-    if name.endswith('/old_norm'):
-      values = tensors[name.removesuffix('old_norm') + 'values']
+  for path, (_, values) in unchecked(tensors).items():
+    norm = tensors.get(f'{path}/old_norm')
+    if norm is not None:
       change = np.linalg.norm(np.asarray(values, np.float32), axis=1)
       changed += int((change > of_norm * norm).sum())
       total += len(norm)

@@ -9,6 +9,7 @@ fingerprint of the base's parameters, and the settings of the kind.
 
 import hashlib
 import json
+from collections.abc import Iterable
 from typing import Any
 
 import jax.numpy as jnp
@@ -160,6 +161,38 @@ def require_base(
     f'the fingerprint {meta["base"][:12]}, and these have {base[:12]}): give '
     'the workdir that it was trained from, or --force.',
   )
+
+
+def require_distinct(folders: Iterable[epath.PathLike]) -> None:
+  """Refuses an adapter that is there twice: it would be added twice.
+
+  Args:
+    folders: of adapters that go together.
+
+  Raises:
+    UserError: two are of the same numbers, one folder or a copy of it.
+  """
+  seen: dict[str, str] = {}
+  for folder in map(str, folders):
+    digest = digest_of(folder, read_meta(folder))
+    other = seen.get(digest, '')
+    same = 'is named twice' if other == folder else f'is that in {other!r}'
+    require(
+      not other,
+      f'the adapter in {folder!r} {same}, and its differences would be added '
+      'twice: name it once.',
+    )
+    seen[digest] = folder
+
+
+def digest_of(folder: epath.PathLike, meta: Meta) -> str:
+  """The same for the same numbers, wherever they lie.
+
+  Args:
+    folder: of the adapter.
+    meta: what it says.
+  """
+  return meta.get('sha256') or str(epath.Path(folder))
 
 
 def _loaded(content: bytes) -> Tensors:

@@ -294,7 +294,7 @@ def load_params(
     say: gets a sentence about each checkpoint that could not be read; None
       writes it to stderr.
     abstract: the parameters' shapes, types and shardings; None places them
-      whole on the default device.
+      whole on every device of the mesh in use, or on the default device.
     tables: where those of memory layers are to lie: 'device', 'host', or
       'file', for which those of a checkpoint that has them as arrays are
       written to mapped files the first time; empty leaves them where they are.

@@ -14,7 +14,7 @@ import jax
 from etils import epath
 
 from jaxsparse import config as config_lib
-from jaxsparse.config import Config, DataConfig
+from jaxsparse.config import AdapterConfig, Config, DataConfig
 from jaxsparse.config.errors import UserError, did_you_mean, require, shown
 from jaxsparse.run import (
   field_meanings,
@@ -181,7 +181,8 @@ def _own_config(workdir: str) -> Config | Literal['']:
 def _start_config(argv: Sequence[str]) -> Config | Literal['']:
   """That of the run whose parameters a new one begins with.
 
-  What named its text is left out where the new run names its own.
+  What named its text is left out where the new run names its own, and so are
+  settings of its adapter.
   """
   named = dict(overrides.split(argv)[0])
   if not named.get('train.start_from'):
@@ -190,6 +191,8 @@ def _start_config(argv: Sequence[str]) -> Config | Literal['']:
   from jaxsparse.run import run_config, start
 
   config = run_config.read(start.parse(named['train.start_from'])[0], _say)
+  if 'adapter.kind' in named:
+    config = dataclasses.replace(config, adapter=AdapterConfig())
   if named.keys().isdisjoint(('data.text', 'data.tfds', 'data.messages')):
     return config
   plain = DataConfig()

@@ -136,6 +136,7 @@ MEANINGS = {
     ),
     ('train', _FREE, 'log_every save_every keep_checkpoints keep_best'),
     ('train', _FREE, 'eval_every'),
+    ('train', Meaning('what passes measure from here on'), 'old_text_bytes'),
     ('train', _FREE, 'sample_prompt sample_tokens wandb_project'),
     ('train', _FREE, 'stop_signals'),
     # What is learned beside a base.

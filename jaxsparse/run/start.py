@@ -14,9 +14,9 @@ from typing import Literal
 
 from etils import epath
 
-from jaxsparse.config import Config
+from jaxsparse.config import Config, saved_config
 from jaxsparse.config.errors import UserError, require
-from jaxsparse.run import hosts, stored, trained
+from jaxsparse.run import checkpoint, hosts, stored, trained
 from jaxsparse.run import workdir as workdir_lib
 
 FILE = 'start.json'
@@ -111,6 +111,67 @@ def recorded(workdir: epath.PathLike, record: dict) -> Start:
   with contextlib.suppress(OSError, ValueError, TypeError):
     return Start(**json.loads((epath.Path(workdir) / FILE).read_text()))
   return Start(**record['start'])
+
+
+def adapted(record: dict) -> Config | None:
+  """The config of a run that trained an adapter; None of any other.
+
+  Args:
+    record: of a checkpoint.
+  """
+  if 'start' not in record or 'config' not in record:
+    return None
+  config = saved_config.from_json(record['config'])
+  return config if config.adapter.kind else None
+
+
+def base_of(workdir: epath.PathLike, record: dict) -> Start:
+  """What the adapter of a run stands beside.
+
+  Args:
+    workdir: of the run.
+    record: of its newest checkpoint.
+
+  Raises:
+    UserError: it is gone, or another by now.
+  """
+  found = recorded(workdir, record)
+  where = f'step {found.step} of {found.workdir!r}'
+  require(
+    found.step in stored.steps_in(found.workdir),
+    f'workdir {str(workdir)!r} holds an adapter of {where}, which is not '
+    f'there: put it back, or name its new place in {FILE}.',
+  )
+  now = stored.params_fingerprint(found.workdir, found.step)
+  require(
+    now == found.fingerprint,
+    f'workdir {str(workdir)!r} holds an adapter of {where}, which has other '
+    'parameters by now: put those back.',
+  )
+  return found
+
+
+def fingerprints(config: Config, workdir: epath.PathLike) -> list[str]:
+  """Of the parameters that a workdir's adapters may stand beside.
+
+  They are those of its checkpoints, the newest one last, and behind them the
+  base of a run of an adapter.
+
+  Args:
+    config: of the workdir.
+    workdir: of a run or a model.
+
+  Raises:
+    UserError: a checkpoint can't be read.
+  """
+  found = [
+    stored.params_fingerprint(workdir, step)
+    for step in stored.steps_in(workdir)
+  ]
+  if config.adapter.kind:
+    record = checkpoint.read_record(workdir) or {}
+    found.append(recorded(workdir, record).fingerprint)
+  return found
 
 
 def settle(config: Config, workdir: epath.PathLike) -> Start:

@@ -104,9 +104,9 @@ def read(
     folder: of the checkpoints, in the workdir.
     step: of one of them.
     abstract: trees to restore to, by item, all of them or the parameters
-      alone; None stands for the latter, whole, on the default device. What has
-      no optimizer's state is restored without. Parameters alone may lack
-      tables that the checkpoint has.
+      alone; None stands for the latter, whole, on every device of the mesh in
+      use, or on the default device. What has no optimizer's state is restored
+      without. Parameters alone may lack tables that the checkpoint has.
     others: `abstract` as earlier versions or other types of activations have
       it; a checkpoint that has one of these is restored to it.
 
@@ -134,7 +134,7 @@ def read(
       rest, _ = table_leaves.split(abstract[PARAMS])
       abstract = abstract | {PARAMS: rest}
     if abstract is None:
-      abstract = {PARAMS: _on_one_device(found.metadata)}
+      abstract = {PARAMS: _whole(found.metadata)}
     else:
       if not _has_optimizer(expected):
         abstract, others = {PARAMS: abstract[PARAMS]}, ()
@@ -264,6 +264,18 @@ def _chosen(tree: dict, choose: Callable[[str], bool], place: str = '') -> dict:
     elif choose(place + name):
       found[name] = value
   return found
+
+
+def _whole(metadata: Any) -> Any:
+  """On every device of the mesh in use; of none, on the default device."""
+  used = jax.sharding.get_mesh()
+  if used.size <= 1:
+    return _on_one_device(metadata)
+  everywhere = jax.NamedSharding(used, jax.P())
+  return jax.tree.map(
+    lambda m: jax.ShapeDtypeStruct(m.shape, m.dtype, sharding=everywhere),
+    metadata,
+  )
 
 
 def _on_one_device(metadata: Any) -> Any:

@@ -130,9 +130,10 @@ def describe(config: Config, base: Any) -> str:
     )
   count = adapters.num_parameters(config.adapter, base)
   num = len(adapters.targets(config.adapter, base))
-  dense = of.dense + of.memory
+  dense = of.dense + of.memory + of.experts
+  ones = 'dense ones and experts' if of.experts else 'dense ones'
   return (
     f'{count:,} parameters are trained, in adapters of {num} matrices: '
-    f'{count / dense:.2%} of the {dense / 1e6:.2f}M dense ones, '
+    f'{count / dense:.2%} of the {dense / 1e6:.2f}M {ones}, '
     f'{count / of.total:.2%} of all {of.total / 1e6:.2f}M.'
   )

@@ -12,7 +12,7 @@ from etils import epath
 from jaxsparse import config as config_lib
 from jaxsparse.config import Config, DataConfig
 from jaxsparse.config.errors import UserError
-from jaxsparse.data import chats, packing, pipeline
+from jaxsparse.data import chats, packing, pipeline, tokenizer_roles
 from jaxsparse.data.chat_template import ChatTemplate
 from jaxsparse.data.pictures import batches, stored
 from jaxsparse.data.pieces import Corpus
@@ -50,6 +50,8 @@ def training_data(
   if config.multimodal:
     return _of_pairs(config, corpus, tokens, process, say)
   before = corpus.before
+  if before is not None and not before.validation_bytes:
+    before = None
   return TrainingData(
     batches=pipeline.train_iterator(
       config.data, corpus, tokens, config.train.seed, **process
@@ -118,7 +120,15 @@ def with_answers(
   template = chats.template_of(
     config, workdir, has_begun=record is not None and 'data' in record
   )
-  return chats.encoded(corpus, tokens, template, config.seq_len, say), template
+  corpus = chats.encoded(
+    corpus,
+    tokens,
+    template,
+    config.seq_len,
+    say,
+    tokenizer_roles.digest(workdir),
+  )
+  return corpus, template
 
 
 def bytes_per_target(corpus: Corpus, tokens: Tokenizer) -> float:

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import mesh
-from jaxsparse.config import Config
+from jaxsparse.config import Config, MultiModalConfig
 from jaxsparse.nn.memory.tables import ENTRIES
 from jaxsparse.nn.multimodal import MultiModalEncoder
 from jaxsparse.ops import contrastive
@@ -64,7 +64,7 @@ def loss(
     batch['images'],
     batch['segment_ids'],
     deterministic=config.model.dropout_rate == 0,
-    asking=_asking(settings, batch),
+    asking=asking(settings, batch),
     rngs={'dropout': of_dropout},
     mutable=[ENTRIES],
   )
@@ -199,12 +199,15 @@ def _applied(config, params, batch):
     batch['tokens'],
     batch['images'],
     batch['segment_ids'],
-    asking=_asking(config.multimodal, batch),
+    asking=asking(config.multimodal, batch),
   )
 
 
-def _asking(settings, batch):
-  """Tokens that choose frames: of captions to be learned those before them."""
+def asking(settings: MultiModalConfig, batch: Batch) -> jax.Array | None:
+  """Tokens [B, T] that choose frames: of captions to be learned those before.
+
+  None for all of them.
+  """
   if settings.num_frames == 1 or not settings.caption_weight:
     return None
   weight = batch['loss_weight']

@@ -7,17 +7,20 @@ no more.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
+from flax.traverse_util import flatten_dict
 
 from jaxsparse import mesh
 from jaxsparse.config import Config, ModelConfig, saved_config
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.data import tokenizer_roles
-from jaxsparse.nn import added_parts
+from jaxsparse.nn import added_parts, row_deltas
 from jaxsparse.nn.parameter import is_quantized
 from jaxsparse.nn.transformer import init_params
 from jaxsparse.run import (
@@ -61,7 +64,14 @@ def begin(
   config = dataclasses.replace(config, model=model)
   _require_trainable(config, found)
   told = differences(old.model, model, found.workdir, bool(config.adapter.kind))
-  say(f'Beginning with step {found.step} of {found.workdir!r}{told}.')
+  merged = ', its adapter merged into its base' if old.adapter.kind else ''
+  say(f'Beginning with step {found.step} of {found.workdir!r}{merged}{told}.')
+  if old.adapter.kind and config.adapter.kind:
+    say(
+      f'adapter.kind = {config.adapter.kind!r}: a new adapter is trained '
+      'beside both, which stay as they are; with --config.adapter.kind= all '
+      'parameters are trained.'
+    )
   if hosts.is_process_zero():
     _bring_tokenizer(config, old, found, workdir)
   start.settle(config, workdir)
@@ -81,6 +91,22 @@ def _require_trainable(config: Config, found: start.Start) -> None:
     f'train.start_from = {found.workdir!r} is quantized, which no training '
     'begins with but that of an adapter: name the workdir that it was made of.',
   )
+  require(
+    QUANTIZED in record or not _is_beside_quantized(found.workdir),
+    f'train.start_from = {found.workdir!r} is an adapter beside a base in '
+    'fewer bits, which no training begins with: name its base, or make a model '
+    'of both by convert to-hf and convert from-hf.',
+  )
+
+
+def _is_beside_quantized(workdir: str) -> bool:
+  """Whether a workdir holds a quantized model, or an adapter beside one."""
+  record = checkpoint.read_record(workdir) or {}
+  config = start.adapted(record)
+  if config is None:
+    return QUANTIZED in record
+  base = start.base_of(workdir, record)
+  return bool(config.adapter.quantize) or _is_beside_quantized(base.workdir)
 
 
 def _bring_tokenizer(
@@ -163,9 +189,39 @@ Read = Callable[..., tuple[int, Any]]
 
 
 def given_tables(found: start.Start) -> first_rows.Given:
-  """The tables that a run with tables on file begins with."""
-  rows = mapped_tables.readers(found.workdir, found.step)
-  return first_rows.Given(rows, is_extended=True)
+  """The tables that a run with tables on file begins with.
+
+  Raises:
+    UserError: the base of an adapter is gone, or another by now.
+  """
+  return first_rows.Given(_readers(found), is_extended=True)
+
+
+def _readers(found: start.Start) -> dict[str, Callable[[], np.ndarray]]:
+  """What reads the tables of a checkpoint; of an adapter's those of its base,
+  with the differences of rows in them.
+  """
+  record = checkpoint.read_record(found.workdir) or {}
+  config = start.adapted(record)
+  if config is None:
+    return mapped_tables.readers(found.workdir, found.step)
+  rows = _readers(start.base_of(found.workdir, record))
+  if config.adapter.kind != 'rows':
+    return rows
+  _, tree = checkpoint.load_params(found.workdir, found.step)
+  tensors = jax.device_get(flatten_dict(tree, sep='/'))
+  return rows | {
+    path: functools.partial(_with_differences, rows[path], *delta)
+    for path, delta in row_deltas.unchecked(tensors).items()
+  }
+
+
+def _with_differences(
+  read: Callable[[], np.ndarray], ids: np.ndarray, values: np.ndarray
+) -> np.ndarray:
+  table = np.array(read())
+  table[ids] = row_deltas.changed(table[ids], values)
+  return table
 
 
 def load_params(

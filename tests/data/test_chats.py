@@ -7,8 +7,10 @@ import itertools
 import json
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from chat_tokenizer import CHATML, STOP, published
+from pyarrow import parquet as pq
 
 from jaxsparse.config import DataConfig
 from jaxsparse.config.errors import UserError
@@ -175,7 +177,7 @@ def test_forms_of_files(tmp_path, name, wrap):
 @pytest.mark.parametrize(
   ('line', 'words'),
   [
-    ('{', 'is no JSON'),
+    ('{', r'is no JSON .*, or leave it out of data\.messages\.$'),
     ('3', 'holds 3 where a list of messages belongs'),
     ('{"message": []}', r"no field 'messages' \(did you mean message\?\)"),
     ('{"messages": []}', r'holds \[\] where a list'),
@@ -189,6 +191,10 @@ def test_forms_of_files(tmp_path, name, wrap):
       'has the weight 0.5, which is not 0 or 1',
     ),
     (
+      '[{"role": "assistant", "content": "a", "weight": 0}]',
+      'no answer to learn, as all of its answers have the weight 0: give one',
+    ),
+    (
       '[{"role": "assistant", "content": "", "tool_calls": [1]}]',
       'has tool_calls',
     ),
@@ -200,6 +206,15 @@ def test_a_bad_line_is_named(tmp_path, line, words):
     build_corpus(config)
   assert f'line 3 of {config.messages!r}' in str(caught.value)
   assert '\n' not in str(caught.value)
+
+
+def test_a_column_of_another_name_is_named(tmp_path):
+  path = tmp_path / 'chats.parquet'
+  pq.write_table(pa.table({'turns': ['x']}), path)
+  config = DataConfig(messages=str(path), cache_dir=str(tmp_path))
+  message = r"no field 'messages': rename one of its own \(turns\)\.$"
+  with pytest.raises(UserError, match=message):
+    build_corpus(config)
 
 
 def test_what_a_template_refuses_is_named(tmp_path):
@@ -237,6 +252,45 @@ def test_long_chats_end_behind_an_answer_or_are_left_out_and_said(tmp_path):
   )
   with pytest.raises(UserError, match='seq_len = 4 is shorter than every'):
     corpus_of(config_of(tmp_path, lines, seq_len=4))
+
+
+def test_they_are_made_once(tmp_path, monkeypatch):
+  """By a tokenizer, a template and a length; another makes its own."""
+  lines = [*lines_of(9), json.dumps(said('q', 'x' * 60))]
+  config = config_of(tmp_path, lines, validation_fraction=0.3)
+  raw, heard, made = build_corpus(config), [], []
+  answers = ChatTemplate.answers
+  monkeypatch.setattr(
+    ChatTemplate, 'answers', lambda *args: made.append(args) or answers(*args)
+  )
+
+  def encoded(digest='one', template=TEMPLATE, seq_len=48):
+    made.clear()
+    args = raw, BYTES, template, seq_len, heard.append, digest
+    return chats.encoded(*args), len(made)
+
+  first, number = encoded()
+  assert number == 10
+  again, number = encoded()
+  assert number == 0
+  assert heard[-2] == heard[-1]
+  assert 'left out, as none fits: 1' in heard[-1]
+  for name in ('train', 'validation'):
+    for a, b in zip(getattr(first, name), getattr(again, name), strict=True):
+      np.testing.assert_array_equal(a.tokens, b.tokens)
+      np.testing.assert_array_equal(a.is_learned, b.is_learned)
+      assert (a.text, a.tokens.dtype) == (b.text, b.tokens.dtype)
+  assert again.validation_bytes == first.validation_bytes
+  assert again.test is None
+  assert encoded('two')[1] == 10
+  assert encoded(template=ChatTemplate(' ' + PLAIN))[1] == 10
+  assert encoded(seq_len=47)[1] == 10
+  assert encoded('')[1] == 10
+  # A damaged file is made again.
+  for file in raw.directory.glob('answers_*'):
+    file.write_bytes(file.read_bytes()[:-30])
+  assert encoded()[1] == 10
+  assert encoded()[1] == 0
 
 
 def test_rows_hold_whole_chats_and_weigh_answers_alone(tmp_path):

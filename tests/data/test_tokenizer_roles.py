@@ -159,3 +159,16 @@ def test_a_damaged_file_is_told(tmp_path, content):
   (tmp_path / tokenizer_roles.CONFIG).write_text(content)
   with pytest.raises(UserError, match=r"tokenizer_config\.json' can't be read"):
     Roles.read(tmp_path)
+
+
+def test_the_digest_is_of_all_that_decides_its_tokens(tmp_path):
+  published(tmp_path, ['</s>'], config={'eos_token': '</s>'})
+  found = {tokenizer_roles.digest(tmp_path)}
+  for name in (
+    tokenizer_roles.CONFIG, tokenizer_roles.GENERATION, 'tokenizer.json'
+  ):  # fmt: skip
+    (tmp_path / name).write_text('{}')
+    found.add(tokenizer_roles.digest(tmp_path))
+  assert len(found) == 4
+  (tmp_path / 'metrics.jsonl').write_text('{}')
+  assert tokenizer_roles.digest(tmp_path) in found

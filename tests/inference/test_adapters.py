@@ -95,7 +95,7 @@ def test_several_are_added(base, adapter, tmp_path):
   np.testing.assert_allclose(query(found), expected, rtol=1e-4, atol=1e-4)
 
 
-def test_it_stays_beside_a_quantized_matrix(base, adapter):
+def test_it_stays_beside_a_quantized_matrix(base, adapter, tmp_path):
   how = Quantization(weights='int8')
   _, found = weights.load(base, MODEL, how=how, adapters=[adapter])
   matrix = found['block_00']['attention']['query']
@@ -107,8 +107,10 @@ def test_it_stays_beside_a_quantized_matrix(base, adapter):
   np.testing.assert_allclose(
     matrix.merged(), by_hand(params), rtol=1e-5, atol=1e-5
   )
+  fingerprint = stored.params_fingerprint(base, 3)
+  other = save(tmp_path, fingerprint, seed=2)
   with pytest.raises(UserError, match='is quantized and has an adapter'):
-    weights.load(base, MODEL, how=how, adapters=[adapter, adapter])
+    weights.load(base, MODEL, how=how, adapters=[adapter, other])
 
 
 def test_on_a_mesh_it_lies_as_its_matrix(base, adapter):

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Deltas of rows are listed, merged, added to a workdir and removed again."""
 
+import shutil
+
 import jax
 import numpy as np
 import pytest
@@ -102,13 +104,65 @@ def test_what_is_added_is_removed_to_the_bit(base, adapters, tmp_path, capsys):
   assert run('list', none) == 2
 
 
-def test_merged_deltas_do_what_both_do(base, adapters, tmp_path):
+def test_merged_deltas_do_what_both_do(base, adapters, tmp_path, capsys):
   merged, one, other = (tmp_path / x for x in ('merged', 'one', 'other'))
   folders = adapters['facts'], adapters['names']
   assert run('merge', *folders, f'--out={merged}') == 0
+  capsys.readouterr()
+  assert run('inspect', merged) == 0
+  said = capsys.readouterr().out
+  assert '100.0% of the rows changed by over 1% of their norm' in said
   assert run('add', base, merged, f'--out={one}') == 0
   assert run('add', base, *folders, f'--out={other}') == 0
   equal(params_of(one), params_of(other))
+
+
+def test_a_delta_in_int8_is_a_quarter_and_nearly_the_same(
+  base, adapters, tmp_path, capsys
+):
+  small, out = tmp_path / 'small', tmp_path / 'out'
+  assert run('merge', adapters['facts'], '--values=int8', f'--out={small}') == 0
+  assert run('inspect', small) == 0
+  assert f'{PATHS[0]}: 3 rows, 0 to 9, of int8' in capsys.readouterr().out
+  whole, _ = adapter_files.read(adapters['facts'])
+  tensors, meta = adapter_files.read(small)
+  assert run('add', base, small, f'--out={out}') == 0
+  for path in PATHS:
+    values = whole[f'{path}/values']
+    assert tensors[f'{path}/values'].nbytes == values.nbytes / 4
+    before, after = (
+      np.asarray(row_deltas.tables(params_of(x))[path]) for x in (base, out)
+    )
+    most = np.abs(values).max(axis=1, keepdims=True) / 254
+    error = np.abs(after - before)[ROWS['facts']] - np.abs(values)
+    assert (np.abs(error) < most + 1e-6).all()
+  # Back in floats it is what it has become.
+  again = tmp_path / 'again'
+  assert run('merge', small, f'--out={again}') == 0
+  found, _ = adapter_files.read(again)
+  assert found[f'{PATHS[0]}/values'].dtype == np.float32
+  del tensors[f'{PATHS[0]}/scale'], tensors[f'{PATHS[0]}/old_norm']
+  adapter_files.write(small, tensors, meta)
+  assert run('add', base, small, f'--out={tmp_path / "x"}') == 2
+  assert "of int8 a 'scale' of each row" in capsys.readouterr().err
+
+
+def test_one_is_added_once(base, adapters, tmp_path, capsys):
+  """Whatever its copy is called."""
+  facts, copy = adapters['facts'], tmp_path / 'copy'
+  shutil.copytree(facts, copy)
+  out = f'--out={tmp_path / "out"}'
+  for again, same in ((facts, 'named twice'), (copy, f'that in {facts!r}')):
+    assert run('merge', facts, adapters['names'], again, out) == 2
+    said = capsys.readouterr().err
+    assert f'in {str(again)!r} is {same}' in said
+    assert 'name it once' in said
+    assert run('add', base, facts, again, out) == 2
+    assert "in the tables already, as 'facts'" in capsys.readouterr().err
+  assert run('add', base, facts, out) == 0
+  more = f'--out={tmp_path / "more"}'
+  assert run('add', tmp_path / 'out', copy, more) == 2
+  assert "in the tables already, as 'facts'" in capsys.readouterr().err
 
 
 def test_others_are_refused(base, adapters, tmp_path, capsys):

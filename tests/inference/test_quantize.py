@@ -204,8 +204,14 @@ def test_a_wrong_flag_is_one_sentence(text, message):
 
 
 def test_a_wrong_field_is_named():
-  with pytest.raises(UserError, match=r'adapter\.quantize has no'):
-    quantize_lib.parse('weight=nf4', 'adapter.quantize')
+  for text, message in (
+    ('weight=nf4', r'^adapter\.quantize has no'),
+    ('weights=nf5', r'^adapter\.quantize: weights must be one of int8, int4'),
+    ('group=7', r'^adapter\.quantize: group must be 32 or 64, got 7'),
+    ('clip_search=1', r'^adapter\.quantize: clip_search must be true or'),
+  ):
+    with pytest.raises(UserError, match=message):
+      quantize_lib.parse(text, 'adapter.quantize')
 
 
 def test_a_quantized_model_is_not_quantized_again():

@@ -14,9 +14,11 @@ from small_run import save_untrained
 import jaxsparse
 from jaxsparse import mesh as mesh_lib
 from jaxsparse.config.errors import UserError
+from jaxsparse.data import tokenizer_roles
 from jaxsparse.inference import quantized_leaves, weights
 from jaxsparse.inference.quantize import Quantization, dequantized
 from jaxsparse.run import checkpoint, new_workdir
+from jaxsparse.run import workdir as workdir_lib
 
 MODEL = dataclasses.replace(MODELS['small'], vocab_size=257)
 HOW = Quantization(weights='int4', tables='int8')
@@ -46,6 +48,13 @@ def test_what_is_saved_is_what_quantizing_at_load_gives(old, new):
   equal(saved, at_load)
   _, module_params = jaxsparse.load(new)
   equal(module_params, at_load)
+
+
+def test_its_tokenizer_is_that_of_the_model(old, new):
+  for name in (*workdir_lib.TOKENIZERS, *tokenizer_roles.FILES):
+    before, after = old / name, new / name
+    assert before.exists() == after.exists()
+    assert not after.exists() or before.read_bytes() == after.read_bytes()
 
 
 def test_its_tables_may_be_mapped_files(new):

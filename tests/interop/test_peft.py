@@ -17,6 +17,7 @@ from jaxsparse.config import AdapterConfig
 from jaxsparse.config.errors import UserError
 from jaxsparse.interop import our_leaves, peft
 from jaxsparse.nn import adapters
+from jaxsparse.run import adapter_files
 
 R = 2
 
@@ -148,7 +149,18 @@ def test_fused_matrices_are_refused(tmp_path):
     peft.write(tmp_path, config, tensors, layout)
 
 
-def test_an_exported_model_is_the_merged_one(tmp_path):
+def refuse_another_base(base, run, folder, capsys):
+  tensors, meta = adapter_files.read(run)
+  adapter_files.write(folder / 'other', tensors, meta | dict(base='0' * 64))
+  argv = ['convert', 'to-peft', str(folder / 'forced'), f'--workdir={base}',
+          f'--adapter={folder / "other"}']  # fmt: skip
+  capsys.readouterr()
+  assert exit_code(argv) == 2
+  assert 'was trained beside other parameters' in capsys.readouterr().err
+  assert exit_code([*argv, '--force']) == 0
+
+
+def test_an_exported_model_is_the_merged_one(tmp_path, capsys):
   """By commands: import, adapter in and out, and the merged model."""
   base, run = tmp_path / 'base', tmp_path / 'adapter'
   tensors, changed = theirs('llama', tmp_path / 'peft', ('q_proj', 'v_proj'))
@@ -160,6 +172,7 @@ def test_an_exported_model_is_the_merged_one(tmp_path):
     ['to-hf', str(tmp_path / 'hf'), f'--workdir={base}', f'--adapter={run}'],
   ):  # fmt: skip
     assert exit_code(['convert', *argv]) == 0
+  refuse_another_base(base, run, tmp_path, capsys)
   back = load_file(tmp_path / 'back' / peft.TENSORS)
   for key, tensor in tensors.items():
     np.testing.assert_array_equal(back[key], tensor)

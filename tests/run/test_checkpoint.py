@@ -94,6 +94,15 @@ def test_restores_on_every_mesh(saved, shape):
   jax.tree.map(np.testing.assert_array_equal, params, expected)
 
 
+def test_params_are_read_whole_where_a_mesh_is_in_use(saved):
+  expected, _ = state()
+  with jax.set_mesh(make_mesh((2, 2, 2))):
+    _, params = checkpoint.load_params(saved)
+    assert params['kernel'].sharding.is_fully_replicated
+    assert len(params['kernel'].sharding.device_set) == 8
+  jax.tree.map(np.testing.assert_array_equal, params, expected)
+
+
 def test_another_optimizer_is_no_damage(two_steps):
   def with_more_state():
     params, optimizer = make_state()

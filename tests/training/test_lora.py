@@ -12,6 +12,7 @@ from lanes import few
 from parameters import draw, place
 from small_model import CONFIG, make_batch, make_mesh, with_experts
 
+from jaxsparse.analysis import cost
 from jaxsparse.config import AdapterConfig
 from jaxsparse.config.errors import UserError
 from jaxsparse.inference.quantize import Quantization, quantize
@@ -286,6 +287,20 @@ def test_the_count_is_that_of_the_closed_form(
     if targets == ATTENTION:
       assert f'{share_of_dense:.2%} of the' in said
       assert f'{share_of_all:.2%} of all' in said
+
+
+def test_experts_count_among_what_adapters_are_a_share_of():
+  config = lora(with_experts(), targets='moe/(gate|up|down)$')
+  shapes = jax.eval_shape(lambda: init_params(config.model, jax.random.key(0)))
+  of = cost.count_parameters(config.model)
+  share = adapter_trees.num_parameters(config.adapter, shapes) / (
+    of.dense + of.experts
+  )
+  said = adapters.describe(config, shapes)
+  assert (
+    f'{share:.2%} of the {(of.dense + of.experts) / 1e6:.2f}M dense' in said
+  )
+  assert 'dense ones and experts, ' in said
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,13 @@ import numpy as np
 import pytest
 from small_model import make_mesh
 
-from jaxsparse.config import Config, DataConfig, ModelConfig, TrainConfig
+from jaxsparse.config import (
+  AdapterConfig,
+  Config,
+  DataConfig,
+  ModelConfig,
+  TrainConfig,
+)
 from jaxsparse.data.corpus import build_corpus
 from jaxsparse.data.tokenizer import ByteTokenizer
 from jaxsparse.run import checkpoint, command_line, new_workdir
@@ -18,6 +24,7 @@ from jaxsparse.run.progress import Reporter
 from jaxsparse.training import (
   evaluation,
   first_state,
+  inputs,
   loop,
   old_text,
   resume,
@@ -76,6 +83,41 @@ def test_the_text_of_the_run_that_came_before_is_measured(texts, tmp_path):
   replayed = found(run_from(folder, named), tmp_path / 'replays')
   assert b'third' in replayed.validation[0].text
   assert found(Config(data=new), tmp_path / 'anew') is None
+
+
+def test_no_more_of_it_is_measured_than_asked_for(texts, tmp_path):
+  """Evenly, so that a short run is not all validation; 0 leaves it out."""
+  old, new = texts
+  lines = ''.join(f'{i:099d}\n' for i in range(10_000))
+  (tmp_path / 'old.txt').write_text(lines)
+  old = dataclasses.replace(old, validation_fraction=0.5)
+  folder = trained_on(old, tmp_path / 'run')
+  heard = []
+
+  def measured(num_bytes, **fields):
+    config = run_from(folder, new)
+    config = dataclasses.replace(config, **fields)
+    config.train.old_text_bytes = num_bytes
+    return found(config, tmp_path / f'{num_bytes}', heard.append)
+
+  whole = measured(2**20)
+  assert not [x for x in heard if 'train.old_text_bytes' in x]
+  part = measured(50_000)
+  assert 'bytes are measured (train.old_text_bytes).' in heard[-1]
+  assert part.validation_bytes == sum(len(x.text) for x in part.validation)
+  assert 50_000 <= part.validation_bytes < 60_000
+  places = [list(whole.validation).index(x) for x in part.validation]
+  steps = np.diff([*places, len(whole.validation)])
+  assert set(steps) <= {8, 9}
+  assert places[0] == 0
+  assert len(part.train) == len(whole.train)
+  assert measured(0) is None
+  # Which text it is, rows are ranked by all the same.
+  rows = measured(0, adapter=AdapterConfig(kind='rows'))
+  assert (rows.validation_bytes, len(rows.train)) == (0, len(whole.train))
+  corpus = dataclasses.replace(build_corpus(new, quiet), before=rows)
+  data = inputs.training_data(run_from(folder, new), corpus, BYTES)
+  assert data.old_validation is None
 
 
 def test_a_text_that_is_gone_or_unknown_is_told(texts, tmp_path):

@@ -7,6 +7,7 @@ import math
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from lanes import few
@@ -100,6 +101,42 @@ def test_several_devices_train_as_one_does(kind):
     for name, value in one.items():
       if kind != 'matching' or name == 'contrastive_loss':
         np.testing.assert_allclose(other[name], value, rtol=2e-4)
+
+
+def test_the_question_alone_chooses_frames():
+  """What is to be predicted may not say where to look."""
+  config = small(
+    contrastive_weight=0.0, caption_weight=1.0, num_fusion_layers=1,
+    num_frames=4, frames_read=1,
+  )  # fmt: skip
+  given = batch()
+  rng = np.random.default_rng(1)
+  shape = (ROWS, 4, SIDE, SIDE, 3)
+  given['images'] = rng.uniform(-1, 1, shape).astype(np.float32)
+  given['segment_ids'] = np.ones((ROWS, 12), np.int32)
+  # The last word of the prompt is the fourth token.
+  given['loss_weight'] = np.float32(np.arange(12) >= 3)[None].repeat(ROWS, 0)
+  given = jax.tree.map(jnp.asarray, given)
+  module = pairs.encoder(config)
+
+  @jax.jit
+  def shares(params, tokens):
+    asking = pairs.asking(config.multimodal, given)
+    return module.apply(
+      params, tokens, given['images'], given['segment_ids'], asking=asking
+    )['shares']
+
+  params = jax.jit(module.init)(
+    jax.random.key(0), given['tokens'], given['images']
+  )
+  tokens = given['tokens']
+  first = shares(params, tokens)
+  answer, question = (
+    np.where((np.arange(12) >= 4) == is_answer, (tokens + 7) % 40, tokens)
+    for is_answer in (True, False)
+  )
+  np.testing.assert_allclose(shares(params, answer), first, atol=1e-6)
+  assert np.abs(shares(params, question) - first).max() > 1e-3
 
 
 def run(folder, *flags):

@@ -14,12 +14,13 @@ from inference.small_run import save_untrained
 from small_model import Batches, make_batch, make_mesh
 
 from jaxsparse import config as c
+from jaxsparse.config import saved_config
 from jaxsparse.config.errors import UserError
 from jaxsparse.data.pieces import Corpus, Piece
 from jaxsparse.data.tokenizer import ByteTokenizer
 from jaxsparse.inference import adapters as loaded_adapters
 from jaxsparse.nn import row_deltas
-from jaxsparse.run import adapter_files, checkpoint
+from jaxsparse.run import adapter_files, checkpoint, mapped_tables, start
 from jaxsparse.run.progress import Reporter
 from jaxsparse.training import (
   evaluation,
@@ -106,6 +107,23 @@ def rows_of(workdir):
   return tensors
 
 
+def begun_with(workdir):
+  """What reads the tables of a run that begins there."""
+  return start_from.given_tables(start.checkpoint_of(str(workdir))).rows
+
+
+def lora_beside(base, folder):
+  """`begun_with` of a run of LoRA, whose base's tables are as they were."""
+  config = of(base)
+  config.adapter = c.AdapterConfig(kind='lora')
+  begun_from = dataclasses.asdict(start.checkpoint_of(str(base)))
+  record = dict(config=saved_config.to_json(config), start=begun_from)
+  (folder / 'lora').mkdir()
+  arrays = {'block_00': {'attention': {'query': {'a': np.zeros(2)}}}}
+  checkpoint.save_params(folder / 'lora', arrays, record)
+  return begun_with(folder / 'lora')
+
+
 def test_it_ranks_once_and_goes_on_exactly(base, tmp_path, fit, capsys):
   workdir, config = tmp_path / 'new', of(base)
   fit(config, workdir, texts())
@@ -130,6 +148,14 @@ def test_it_ranks_once_and_goes_on_exactly(base, tmp_path, fit, capsys):
   _, mapped = loaded_adapters.load_params(workdir, tables='file')
   table = row_deltas.tables(mapped)[path]
   assert np.array_equal(table.rows, whole[f'{path}/rows'])
+  # So does a run that has its tables on file.
+  for read, table in (
+    (begun_with(workdir), expected),
+    (lora_beside(base, tmp_path), before),
+  ):
+    assert np.array_equal(read[path](), table)
+  _, rest = loaded_adapters.load_params(workdir, tables=mapped_tables.NONE)
+  assert 'block_00' in rest
   # Without what was ranked it is ranked anew, by another text otherwise.
   shutil.rmtree(workdir / 'checkpoints' / '4')
   shutil.rmtree(workdir / trained_rows.FOLDER)
@@ -149,6 +175,15 @@ def test_a_run_of_all_parameters_begins_with_its_base_and_rows(
   said = capsys.readouterr().out
   assert 'rows of tables moved is not known' not in said
   assert 'block_00/memory/rows_moved' in said
+  # On several devices it begins with the same.
+  read = functools.partial(loaded_adapters.load_base, after)
+  args = after, start.source(after), print, read
+  one, several = (make_mesh(shape) for shape in ((1, 1, 1), (2, 2, 1)))
+  with jax.set_mesh(one):
+    expected = start_from.load_params(*args)
+  with jax.set_mesh(several):
+    found = start_from.load_params(*args)
+  jax.tree.map(np.testing.assert_array_equal, found, expected)
 
 
 def test_several_adapters_are_added_and_overlaps_are_said(base, tmp_path, fit):
@@ -157,17 +192,22 @@ def test_several_adapters_are_added_and_overlaps_are_said(base, tmp_path, fit):
   folder = adapter_files.folder_of(workdir, 'adapter')
   tensors, meta = adapter_files.read(folder)
   path = 'block_00/memory/value_table'
+  other = tensors | {f'{path}/values': 3 * tensors[f'{path}/values']}
+  adapter_files.write(tmp_path / 'other', other, meta)
   before = np.array(row_deltas.tables(checkpoint.load_params(base)[1])[path])
   _, params = loaded_adapters.load_params(base)
+  folders = [folder, tmp_path / 'other']
   params = loaded_adapters.applied(
-    MODEL, params, [folder, folder], meta['base'], say=said.append
+    MODEL, params, folders, meta['base'], say=said.append
   )
-  before[tensors[f'{path}/rows']] += 2 * tensors[f'{path}/values']
+  before[tensors[f'{path}/rows']] += 4 * tensors[f'{path}/values']
   found = row_deltas.tables(params)[path]
   np.testing.assert_allclose(found, before, rtol=1e-6)
   assert any(f'5 rows of {path} are changed by several' in x for x in said)
   with pytest.raises(UserError, match='was trained beside other parameters'):
     loaded_adapters.applied(MODEL, params, [folder], 'another')
+  with pytest.raises(UserError, match='differences would be added twice'):
+    loaded_adapters.applied(MODEL, params, [folder, folder], meta['base'])
 
 
 def test_what_ranks_no_row_is_refused(base, tmp_path, fit):

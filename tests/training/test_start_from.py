@@ -14,6 +14,7 @@ from quick_fit import quick_fit
 from small_model import Batches, make_mesh
 
 from jaxsparse import config as c
+from jaxsparse.config import saved_config
 from jaxsparse.config.errors import UserError
 from jaxsparse.data.tokenizer import bytes_as_json
 from jaxsparse.run import (
@@ -22,6 +23,7 @@ from jaxsparse.run import (
   new_workdir,
   run_config,
   start,
+  stored,
 )
 from jaxsparse.training import resume, start_from
 
@@ -234,3 +236,52 @@ def test_the_recipe_is_that_of_the_other_run(old, tmp_path):
   assert read.model == MODEL
   assert (read.data.batch_size, read.data.seq_len) == (3, 16)
   assert read.train.start_from == f'{old}@3'
+
+
+def test_the_adapter_of_the_other_run_is_told_or_left_out(old, tmp_path):
+  """Another beside it, or all parameters: its own settings go with its kind."""
+  lora = c.AdapterConfig(kind='lora', rank=4, targets='query$')
+  config = dataclasses.replace(of(old), adapter=lora)
+  (old / 'config.json').write_text(saved_config.to_json(config))
+
+  def parsed(*argv):
+    flags = [f'--config.train.start_from={old}', f'--workdir={tmp_path}/x']
+    return command_line.parse_recipe('', [*argv, *flags])[0]
+
+  assert parsed().adapter == lora
+  assert parsed('--config.adapter.rank=8').adapter.targets == 'query$'
+  assert parsed('--config.adapter.kind=').adapter == c.AdapterConfig()
+  rows = parsed('--config.adapter.kind=rows').adapter
+  assert rows == c.AdapterConfig(kind='rows')
+  said = []
+  begin(parsed(), tmp_path / 'one', said.append)
+  assert 'its adapter merged into its base' in said[-2]
+  assert 'a new adapter is trained beside both' in said[-1]
+  begin(parsed('--config.adapter.kind='), tmp_path / 'all', said.append)
+  assert 'its adapter merged into its base' in said[-1]
+
+
+@pytest.mark.parametrize('is_stored', [True, False])
+def test_no_training_begins_beside_a_base_in_fewer_bits(
+  old, tmp_path, is_stored
+):
+  """Whether the base is stored so, or was made so for the adapter."""
+  base = old
+  if is_stored:
+    base = tmp_path / 'quantized'
+    base.mkdir()
+    record = {stored.QUANTIZED: {'x': {}}}
+    checkpoint.save_params(base, {'x': np.zeros(2)}, record)
+  config = dataclasses.replace(of(base), adapter=c.AdapterConfig(kind='lora'))
+  if not is_stored:
+    config.adapter.quantize = 'weights=nf4'
+  begun_from = dataclasses.asdict(start.source(config))
+  record = dict(config=saved_config.to_json(config), start=begun_from)
+  run = tmp_path / 'run'
+  run.mkdir()
+  checkpoint.save_params(run, {'a': np.zeros(2)}, record)
+  (run / 'config.json').write_text(saved_config.to_json(config))
+  for kind in ('', 'lora'):
+    new = dataclasses.replace(of(run), adapter=c.AdapterConfig(kind=kind))
+    with pytest.raises(UserError, match='beside a base in fewer bits'):
+      begin(new, tmp_path / f'new{kind}')
