@@ -19,12 +19,7 @@ import jax
 import numpy as np
 
 from jaxsparse import mesh
-from jaxsparse.analysis import (
-  cost,
-  hardware,
-  multimodal_cost,
-  run_pictures,
-)
+from jaxsparse.analysis import hardware, run_cost, run_pictures
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError
 from jaxsparse.data import compression, tokenizer
@@ -97,7 +92,7 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
   same_start.require_same_data(corpus, tokens, workdir)
   describe_run(config, corpus, say)
 
-  flops = training_flops(config)
+  flops = run_cost.training_flops(config)
   # Before the loop: a CPU's peak is measured, and needs the cores to itself.
   hardware.peak_flops()
   with jax.set_mesh(mesh.make_mesh(**dataclasses.asdict(config.mesh))):
@@ -142,34 +137,19 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
     say(f'No pictures: {error}')
 
 
-def training_flops(config: Config) -> float:
-  """Of a token of text, or of a pair's share of it; forward and backward."""
-  length = config.data.seq_len
-  if config.multimodal is None:
-    return cost.training_flops(config.model, length)
-  of_pair = multimodal_cost.pair_flops(config.multimodal, config.model, length)
-  return 3 * of_pair / length
-
-
 def describe_run(config: Config, corpus: Corpus, say) -> None:
-  settings, model, length = config.multimodal, config.model, config.data.seq_len
-  device, unit = jax.devices()[0], 'token'
-  batch = config.data.batch_size
-  if settings:
-    parameters = multimodal_cost.multimodal_parameters(settings, model)
-    flops = multimodal_cost.pair_flops(settings, model, length)
-    unit = 'pair'
-  else:
-    parameters = cost.count_parameters(model)
-    flops = cost.forward_flops(model, length)
-    batch *= length
+  parameters = run_cost.parameters(config)
+  flops, device = run_cost.forward_flops(config), jax.devices()[0]
+  batch, unit = config.data.batch_size, 'pair'
+  if config.multimodal is None:
+    batch, unit = batch * config.data.seq_len, 'token'
   say(
     f'{parameters.total / 1e6:.2f}M parameters, of which '
     f'{parameters.values / 1e6:.2f}M are values of memory layers; '
     f'{flops / 1e6:.2f} MFLOPs a {unit} forward; {batch:,} {unit}s a step.'
   )
   held_out = f'validation text {corpus.validation_bytes / 1e6:.2f} MB'
-  if settings:
+  if config.multimodal:
     held_out = f'{len(corpus.validation):,} pairs to validate'
   say(
     f'{jax.device_count()} x {device.device_kind}, JAX {jax.__version__}; '

@@ -7,8 +7,10 @@ import pytest
 
 from jaxsparse.config import (
   Config,
+  DataConfig,
   ModelConfig,
   MultiModalConfig,
+  TrainConfig,
   saved_config,
   validated,
 )
@@ -16,10 +18,14 @@ from jaxsparse.config.errors import UserError
 from jaxsparse.run import overrides
 
 ENCODER = ModelConfig(is_causal=False)
+PAIRS = dict(
+  data=DataConfig(pairs='some'), train=TrainConfig(sample_tokens=0)
+)  # fmt: skip
 
 
 def test_a_config_of_pictures_is_saved_and_read():
-  config = Config(model=ENCODER, multimodal=MultiModalConfig(fused_dim=7))
+  settings = MultiModalConfig(fused_dim=7)
+  config = Config(model=ENCODER, multimodal=settings, **PAIRS)
   assert saved_config.from_json(saved_config.to_json(config)) == config
 
 
@@ -34,6 +40,8 @@ def test_flags_make_the_parts_that_they_name():
   config = Config()
   flags = [
     ('model.is_causal', 'false'),
+    ('data.pairs', 'some'),
+    ('train.sample_tokens', '0'),
     ('multimodal.vision.patch_size', '8'),
     ('multimodal.vision.stream.num_layers', '2'),
   ]
@@ -52,4 +60,6 @@ def test_an_encoder_is_no_language_model():
 
 def test_streams_that_do_not_fit_each_other():
   with pytest.raises(UserError, match='must be True for captions'):
-    Config(model=ENCODER, multimodal=MultiModalConfig(caption_weight=1.0))
+    Config(
+      model=ENCODER, multimodal=MultiModalConfig(caption_weight=1.0), **PAIRS
+    )

@@ -3,7 +3,15 @@
 
 import pytest
 
-from jaxsparse.config import AugmentConfig, Config, DataConfig, saved_config
+from jaxsparse.config import (
+  AugmentConfig,
+  Config,
+  DataConfig,
+  ModelConfig,
+  MultiModalConfig,
+  TrainConfig,
+  saved_config,
+)
 from jaxsparse.config.errors import UnusedSettingError, UserError
 from jaxsparse.run import overrides
 
@@ -65,7 +73,12 @@ def test_changes_of_pictures_are_shares(fields):
 
 
 def test_changes_of_pictures_are_set_and_saved():
-  config = Config(data=DataConfig(pairs='a'))
+  config = Config(
+    data=DataConfig(pairs='a'),
+    train=TrainConfig(sample_tokens=0),
+    model=ModelConfig(is_causal=False),
+    multimodal=MultiModalConfig(),
+  )
   overrides.apply(config, [('data.augment.noise', '0.1')])
   assert config.data.augment == AugmentConfig(noise=0.1)
   again = saved_config.from_json(saved_config.to_json(config))
