@@ -50,7 +50,7 @@ def draw(
     axes.set_ylim(-0.02, 1.02)
     axes.set_xlabel('new facts recalled')
     axes.set_ylabel('old facts recalled')
-    axes.legend(loc='center left', frameon=False)
+    axes.legend(loc='center left', bbox_to_anchor=(1, 0.5), frameon=False)
     plots.set_heading(
       figure,
       'New facts learned, and old ones kept',
