@@ -67,12 +67,12 @@ def emoji() -> c.Config:
       pairs='data/emoji',
       validation_fraction=0.1,
       tokenizer='words',
-      seq_len=16,
+      seq_len=12,
       batch_size=256,
       augment=c.AugmentConfig(shift=0.1, noise=0.05),
     ),
-    optimizer=c.OptimizerConfig(learning_rate=2e-3, warmup_steps=40),
-    train=train(400),
+    optimizer=c.OptimizerConfig(learning_rate=3e-3, warmup_steps=40),
+    train=train(900),
   )
 
 
