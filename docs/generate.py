@@ -20,7 +20,7 @@ import results_speed
 import results_tables
 
 import jaxsparse
-from jaxsparse.analysis import cost
+from jaxsparse.analysis import cost, run_cost
 from jaxsparse.run import help_pages, recipe_files
 
 DOCS = pathlib.Path(__file__).parent
@@ -38,7 +38,8 @@ def recipes() -> str:
     '`--config=configs/ultramem.py:680m`,\nor from anywhere '
     '`--config=ultramem:680m`. Parameters are without embeddings and FLOPs '
     'per token of a forward pass\nas the papers count them (no embeddings, '
-    'scores or lookup); tests hold both against the published figures.\n'
+    'scores or lookup); tests hold both against the published figures. Of '
+    'pictures it is every product of a pair.\n'
     'We trained only the tiny ones.\n'
   ]
   rows, texts = [], []
@@ -52,15 +53,18 @@ def recipes() -> str:
     )
     for size in recipe_files.sizes(file) or ['']:
       name = f'{family}:{size}' if size else family
-      model = recipe_files.shipped(name).model
-      counted = cost.count_parameters(model)
+      config = recipe_files.shipped(name)
+      counted = run_cost.parameters(config)
+      flops = cost.paper_flops(config.model)
+      if config.multimodal:
+        flops = run_cost.forward_flops(config)
       rows.append(
         [
           f'`{name}`',
           words(counted.published),
           words(counted.active),
           words(counted.values),
-          words(cost.paper_flops(model), 'G'),
+          words(flops, 'G'),
         ]
       )
   head = ['recipe', 'parameters', 'of them used by each token', 'values']
@@ -87,7 +91,10 @@ def api() -> str:
     elif name.endswith('Config'):
       groups['Settings'].append(settings(name, value))
     elif issubclass(value, nn.Module):
-      groups['Modules'].append(f'autoclass:: {home(value)}\n:members: __call__')
+      members = ', '.join(['__call__', *methods(value)])
+      groups['Modules'].append(
+        f'autoclass:: {home(value)}\n:members: {members}'
+      )
     else:
       groups['Functions and types'].append(f'autoclass:: {home(value)}')
   text = (
@@ -105,6 +112,15 @@ def api() -> str:
       indented = directive.replace('\n', '\n   ')
       text += f'\n```{{eval-rst}}\n.. {indented}\n```\n'
   return text
+
+
+def methods(module: type) -> list[str]:
+  """What a caller of a module may call besides itself."""
+  return [
+    name
+    for name, member in vars(module).items()
+    if inspect.isfunction(member) and name[0] != '_' and name != 'setup'
+  ]
 
 
 def settings(name: str, cls: type) -> str:

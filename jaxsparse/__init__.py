@@ -13,8 +13,10 @@ if TYPE_CHECKING:
   from jaxsparse.config import MemoryConfig as MemoryConfig
   from jaxsparse.config import ModelConfig as ModelConfig
   from jaxsparse.config import MoEConfig as MoEConfig
+  from jaxsparse.config import MultiModalConfig as MultiModalConfig
   from jaxsparse.config import RopeScalingConfig as RopeScalingConfig
   from jaxsparse.config import SparseAttentionConfig as SparseAttentionConfig
+  from jaxsparse.config import VisionConfig as VisionConfig
   from jaxsparse.inference.trained_model import load as load
   from jaxsparse.mesh import Axes as Axes
   from jaxsparse.nn.attention.dcmha import DCMHA as DCMHA
@@ -24,6 +26,10 @@ if TYPE_CHECKING:
   from jaxsparse.nn.memory.row_gradients import (
     row_value_and_grad as row_value_and_grad,
   )
+  from jaxsparse.nn.multimodal.encoder import (
+    MultiModalEncoder as MultiModalEncoder,
+  )
+  from jaxsparse.nn.multimodal.patch_encoder import PatchEncoder as PatchEncoder
   from jaxsparse.nn.transformer import Transformer as Transformer
   from jaxsparse.ops.memory.product_key import (
     product_key_top_m as product_key_top_m,
@@ -55,11 +61,15 @@ _HOMES = {
   'MoE': 'nn.experts',
   'MoEConfig': 'config',
   'ModelConfig': 'config',
+  'MultiModalConfig': 'config',
+  'MultiModalEncoder': 'nn.multimodal.encoder',
+  'PatchEncoder': 'nn.multimodal.patch_encoder',
   'RopeScalingConfig': 'config',
   'RowGradient': 'ops.memory.row_gradient',
   'SparseAttention': 'nn.attention.sparse',
   'SparseAttentionConfig': 'config',
   'Transformer': 'nn.transformer',
+  'VisionConfig': 'config',
   'apply_updates': 'training.optimizers.row_updates',
   'clip_by_global_norm': 'training.optimizers.row_updates',
   'load': 'inference.trained_model',

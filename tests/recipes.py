@@ -25,7 +25,7 @@ def check_groups(params):
   for path, group in jax.tree.leaves_with_path(groups):
     name = path[-1].key
     expected = 'decayed'
-    if re.search('bias|scale|cores', name):
+    if re.search('bias|scale|cores|temperature', name):
       expected = 'balance' if name == 'router_bias' else 'undecayed'
     elif name in ('value_table', 'pre_value_table'):
       expected = 'values'

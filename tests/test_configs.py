@@ -13,15 +13,15 @@ import math
 import re
 
 import jax
-import jax.numpy as jnp
 import pytest
 from recipes import CONFIGS, RECIPES, check_groups, cut
 
 from jaxsparse import config as config_lib
 from jaxsparse import mesh
-from jaxsparse.analysis import cost
+from jaxsparse.analysis import run_cost
 from jaxsparse.config import fields, saved_config
 from jaxsparse.run import help_pages, recipe_files
+from jaxsparse.training.compile_beside import batch_shapes
 from jaxsparse.training.step import init_state, train_step
 
 # 16 on `data`: the tables' rows, num_keys ** 2, divide by 16 in every recipe,
@@ -62,6 +62,9 @@ MAX_MILLIONS = {
   'dcformer:tiny': 0.29,
   'sparse_attention:tiny': 0.365,
   'joined:tiny': 1.92,
+  'multimodal:emoji': 0.203,
+  'multimodal:shapes': 0.376,
+  'multimodal:shapes_late': 0.203,
   'dcformer:405m': 420,
   'dcformer:834m': 853,
   'dcformer:1b4': 1454,
@@ -80,7 +83,8 @@ LARGER += (':405m', ':227m', ':227m_release', 'pkm:151m', 'moe:151m')
 # joins parts that are all there, and is traced on one device.
 LESS = ('dense:tiny', 'ultramem:tiny', 'moe:tiny', 'pkm:tiny')
 LESS += ('memory_plus:tiny', 'joined:tiny')
-# With the model of another.
+# With the model of another, or with more to choose from.
+LESS += ('multimodal:emoji', 'multimodal:shapes_late')
 LESS += ('continued:rewarmed', 'continued:infinite', 'continued:annealed')
 TRACED = [
   pytest.param(
@@ -120,18 +124,15 @@ def _pod_config(name):
 
 
 def _batch(config, devices):
-  shape = (config.data.batch_size, config.data.seq_len)
-  spec = jax.sharding.NamedSharding(devices, mesh.act('BT'))
-  types = dict(
-    tokens=jnp.int32,
-    targets=jnp.int32,
-    positions=jnp.int32,
-    segment_ids=jnp.int32,
-    loss_weight=jnp.float32,
-  )
   return {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=spec)
-    for name, dtype in types.items()
+    name: jax.ShapeDtypeStruct(
+      shape,
+      dtype,
+      sharding=jax.sharding.NamedSharding(
+        devices, mesh.act('B' + '.' * (len(shape) - 1))
+      ),
+    )
+    for name, (shape, dtype) in batch_shapes(config).items()
   }
 
 
@@ -176,7 +177,8 @@ def test_docstring_has_command_and_every_size(path):
   for size, part in _sections(path):
     for word in ('Reproduces: ', 'Hardware: ', 'Result: '):
       assert part.count(f'\n  {word}') == 1
-    assert size == 'tiny' or re.search(r'arXiv:\d{4}\.\d{5}', part)
+    of_ours = size == 'tiny' or path.stem == 'multimodal'
+    assert of_ours or re.search(r'arXiv:\d{4}\.\d{5}', part)
 
 
 @functools.cache
@@ -243,20 +245,22 @@ def test_train_step_traces_on_one_device(name):
 def test_all_blocks_trace_on_a_pod(name):
   (params, _), _, metrics = _trace(name, is_whole=True)
   assert metrics['loss'].shape == ()
-  expected = cost.count_parameters(_pod_config(name).model).total
+  expected = run_cost.parameters(_pod_config(name)).total
   assert sum(x.size for x in jax.tree.leaves(params)) == expected
 
 
 @pytest.mark.parametrize('name', sorted(RECIPES))
 def test_recipe_stays_within_its_size(name):
-  millions = cost.count_parameters(_pod_config(name).model).total / 1e6
+  millions = run_cost.parameters(_pod_config(name)).total / 1e6
   assert 0.98 * MAX_MILLIONS[name] < millions <= MAX_MILLIONS[name]
 
 
 @pytest.mark.parametrize('name', TRACED)
 def test_counting_leaves_gives_the_closed_form(name):
   (params, _), _, _ = _trace(name)
-  expected = cost.count_parameters(cut(_pod_config(name).model))
+  config = _pod_config(name)
+  config = dataclasses.replace(config, model=cut(config.model))
+  expected = run_cost.parameters(config)
   leaves = [
     (jax.tree_util.keystr(path), leaf.size)
     for path, leaf in jax.tree_util.tree_leaves_with_path(params)
@@ -296,9 +300,13 @@ def test_help_of_all_parts_tells_every_field_once():
   flags = [
     line.split('=')[0].strip()
     for line in lines
-    if line.startswith('  --config.')
+    if line.startswith('  --config.') and '=' in line
   ]
-  paths = list(fields.paths(config_lib.Config))
+  paths = [
+    path
+    for path in fields.paths(config_lib.Config)
+    if not path.startswith(tuple(f'{part}.' for part in help_pages.ALIKE))
+  ]
   assert sorted(flags) == sorted(f'--config.{path}' for path in paths)
 
 

@@ -26,7 +26,7 @@ COMPILED = {
   name: jax.jit(
     getattr(nn.Module, name),
     static_argnums=0,
-    static_argnames=('method', 'mutable'),
+    static_argnames=('method', 'mutable', 'capture_intermediates'),
   )
   for name in ('init_with_output', 'apply')
 }

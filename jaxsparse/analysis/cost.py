@@ -70,7 +70,7 @@ def count_parameters(config: ModelConfig) -> Parameters:
     active_experts = config.num_layers * moe.num_experts_per_token * one
     gains += config.num_layers * memory_cost.router_biases(moe)
   else:
-    dense += _num_mlps(config) * _mlp(config)
+    dense += _num_mlps(config) * mlp_parameters(config)
     if config.bias == 'all':
       inner = config.mlp_dim * (2 if config.mlp == 'swiglu' else 1)
       gains += _num_mlps(config) * (inner + config.model_dim)
@@ -225,7 +225,8 @@ def _cache_bytes(
   return num_rows * attention_cost.row_bytes(config, layer, bytes_per_value)
 
 
-def _mlp(config: ModelConfig) -> int:
+def mlp_parameters(config: ModelConfig) -> int:
+  """Matrices of one MLP."""
   return memory_cost.MATRICES[config.mlp] * config.model_dim * config.mlp_dim
 
 

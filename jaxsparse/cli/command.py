@@ -15,6 +15,10 @@ COMMANDS = {
   'train': ('cli.train', 'train a model of a recipe, or go on with it'),
   'generate': ('cli.generate', 'let a trained model write'),
   'serve': ('serving.command', "serve a trained model to OpenAI's clients"),
+  'retrieve': (
+    'cli.retrieve',
+    'find pictures by a text, or texts by a picture',
+  ),
   'evaluate': ('cli.evaluate', 'measure a trained model on tasks and texts'),
   'convert': (
     'cli.convert',

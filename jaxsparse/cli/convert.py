@@ -26,6 +26,10 @@ DIRECTIONS = {
     'convert_add_memory',
     'a trained model gets memory layers, experts or composed heads',
   ),
+  'emoji': (
+    'convert_emoji',
+    "a font's emoji and their names become pairs to learn from",
+  ),
 }
 
 

@@ -6,8 +6,8 @@ Fields are overridden as in training: `--config.model.num_kv_heads=2`.
 
 import dataclasses
 
-from jaxsparse.analysis import cost
-from jaxsparse.config import Config
+from jaxsparse.analysis import cost, multimodal_cost
+from jaxsparse.config import Config, ModelConfig
 from jaxsparse.config.errors import UserError, require, shown
 from jaxsparse.run import command_line, overrides
 
@@ -46,13 +46,13 @@ def describe(config: Config, batch_sizes: list[int], context: int) -> list[str]:
   if not model.vocab_size:
     model = dataclasses.replace(model, vocab_size=_BYTES)
     vocabulary = f' (vocabulary of the bytes, {_BYTES})'
-  count = cost.count_parameters(model)
   length = config.data.seq_len
+  if config.multimodal:
+    return _of_pairs(config, model, vocabulary)
+  count = cost.count_parameters(model)
   forward = cost.forward_flops(model, length)
   step = config.data.batch_size * length
-  lines = [f'parameters  {count.total:,}{vocabulary}']
-  for field in dataclasses.fields(count):
-    lines.append(f'  {field.name:<15}{getattr(count, field.name):>18,}')
+  lines = _parameters(count, vocabulary)
   lines += [
     f'as papers count: {count.published:,}, active {count.active:,}, '
     f'{cost.paper_flops(model) / 1e9:.4g} GFLOPs a token forward',
@@ -83,3 +83,26 @@ def _numbers(text: str) -> list[int]:
       f'{shown(text)}.'
     )
   return numbers
+
+
+def _of_pairs(config: Config, model: ModelConfig, vocabulary: str) -> list[str]:
+  """Of a recipe of pictures with captions: both streams and what fuses them."""
+  settings, length = config.multimodal, config.data.seq_len
+  assert settings is not None
+  count = multimodal_cost.multimodal_parameters(settings, model)
+  of_image = multimodal_cost.vision_flops(settings.vision)
+  of_pair = multimodal_cost.pair_flops(settings, model, length)
+  step = 3 * of_pair * config.data.batch_size
+  return [
+    *_parameters(count, vocabulary),
+    f'every product: {of_pair / 1e9:.4g} GFLOPs a pair forward at {length:,} '
+    f'tokens, {of_image / 1e9:.4g} of them a picture; a train step of '
+    f'{config.data.batch_size:,} pairs {step / 1e12:.4g} TFLOPs',
+  ]
+
+
+def _parameters(count: cost.Parameters, vocabulary: str) -> list[str]:
+  lines = [f'parameters  {count.total:,}{vocabulary}']
+  for field in dataclasses.fields(count):
+    lines.append(f'  {field.name:<15}{getattr(count, field.name):>18,}')
+  return lines

@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable
 
+from jaxsparse.cli.generate_captions import write_captions
 from jaxsparse.config import Config, ModelConfig, tables
 from jaxsparse.config.errors import UserError
 from jaxsparse.config.model import KV_CACHES
@@ -84,6 +85,13 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
     choices=KV_CACHES,
     help='how keys and values of earlier tokens are kept: exact, or in '
     'int8, in a quarter to half of the memory; %(default)s: as the run has it',
+  )
+  add(
+    '--image',
+    default='',
+    metavar='FILE',
+    help='a picture to be described, by a model that has learned captions; '
+    '--prompt is then what the caption begins with',
   )
   add('--max_tokens', type=int, default=200, help='most tokens to write')
   add(
@@ -184,9 +192,14 @@ def main(argv: list[str]) -> None:
   requests = to_requests(arguments)
   quantization = parse(arguments.quantize)
   cached = row_cache.parse(arguments.row_cache, '--row_cache')
-  config = run_config.read(arguments.workdir, _say)
+  config = run_config.read(
+    arguments.workdir, _say, may_see=bool(arguments.image)
+  )
   # Not where its config says: the workdir may come from anybody.
   compiled_programs.keep(say=_say)
+  if arguments.image:
+    write_captions(config, arguments, requests, _write, _say)
+    return
   tokenizer = load_from_workdir(arguments.workdir, config.model.vocab_size)
   step = trained.step_of(arguments.workdir, arguments.step)
   num_prompt = max(len(encode_prompt(tokenizer, r.prompt)) for r in requests)

@@ -50,7 +50,9 @@ def main(arguments: Sequence[str]) -> None:
   )
   options = parser.parse_args(arguments)
   options.workdir = workdir_lib.expanded(options.workdir)
-  config = run_config.read(options.workdir, _say)
+  config = run_config.read(
+    options.workdir, _say, may_see=options.attention is None
+  )
   files = workdir_lib.Files(options.workdir)
   rows = metrics.read_rows(options.workdir)
   if not rows and options.attention is None:

@@ -19,7 +19,7 @@ import jax
 import numpy as np
 
 from jaxsparse import mesh
-from jaxsparse.analysis import cost, hardware, run_pictures
+from jaxsparse.analysis import hardware, run_cost, run_pictures
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError
 from jaxsparse.data import compression, tokenizer
@@ -92,7 +92,7 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
   same_start.require_same_data(corpus, tokens, workdir)
   describe_run(config, corpus, say)
 
-  flops = cost.training_flops(config.model, config.data.seq_len)
+  flops = run_cost.training_flops(config)
   # Before the loop: a CPU's peak is measured, and needs the cores to itself.
   hardware.peak_flops()
   with jax.set_mesh(mesh.make_mesh(**dataclasses.asdict(config.mesh))):
@@ -103,7 +103,7 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
     if config.train.sample_tokens:
       check_sample(config, len(prompt))
     data = dataclasses.replace(
-      training_data(config, corpus, tokens),
+      training_data(config, corpus, tokens, say),
       ranked_by=ranked_texts.of_run(config, corpus, tokens),
     )
     outcome = loop.fit(
@@ -126,7 +126,8 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
         say(f'The sample is missing: {error}')
   if not hosts.is_process_zero():
     return
-  compressed = compression.bits_per_byte(corpus)
+  of_text = config.multimodal is None
+  compressed = compression.bits_per_byte(corpus) if of_text else {}
   for name, bits in compressed.items():
     say(f'{name} -9 on the same text: {bits:.4f} bits/byte')
   try:
@@ -137,18 +138,22 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
 
 
 def describe_run(config: Config, corpus: Corpus, say) -> None:
-  parameters = cost.count_parameters(config.model)
-  flops = cost.forward_flops(config.model, config.data.seq_len)
-  batch = config.data.batch_size * config.data.seq_len
-  device = jax.devices()[0]
+  parameters = run_cost.parameters(config)
+  flops, device = run_cost.forward_flops(config), jax.devices()[0]
+  batch, unit = config.data.batch_size, 'pair'
+  if config.multimodal is None:
+    batch, unit = batch * config.data.seq_len, 'token'
   say(
     f'{parameters.total / 1e6:.2f}M parameters, of which '
     f'{parameters.values / 1e6:.2f}M are values of memory layers; '
-    f'{flops / 1e6:.2f} MFLOPs a token forward; {batch:,} tokens a step.'
+    f'{flops / 1e6:.2f} MFLOPs a {unit} forward; {batch:,} {unit}s a step.'
   )
+  held_out = f'validation text {corpus.validation_bytes / 1e6:.2f} MB'
+  if config.multimodal:
+    held_out = f'{len(corpus.validation):,} pairs to validate'
   say(
     f'{jax.device_count()} x {device.device_kind}, JAX {jax.__version__}; '
-    f'validation text {corpus.validation_bytes / 1e6:.2f} MB.'
+    f'{held_out}.'
   )
 
 

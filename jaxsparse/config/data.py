@@ -6,6 +6,7 @@ import functools
 import math
 
 from jaxsparse.config import fields
+from jaxsparse.config.augment import AugmentConfig
 from jaxsparse.config.errors import (
   require,
   require_choice,
@@ -37,9 +38,22 @@ class DataConfig:
   replay: str = ''
   # Share of the rows that are of `replay`; 0 only measures it.
   replay_share: float = 0.05
+  # Pictures with captions instead of text: a folder of pictures with a
+  # captions.jsonl, .tar files as webdataset has them, 'tfds:NAME' (a TensorFlow
+  # Dataset with pictures and texts), 'generated:shapes' or 'generated:frames'.
+  pairs: str = ''
+  # What of the pairs is held out: 'random' ones, or whole groups ('group').
+  held_out: str = 'random'
+  # Pairs whose first caption has these words in it are left out.
+  without: str = ''
+  # Of pairs of a TensorFlow Dataset: name of the feature of pictures.
+  image_feature: str = 'image'
+  # How the pictures of pairs are changed from epoch to epoch.
+  augment: AugmentConfig = dataclasses.field(default_factory=AugmentConfig)
   # Name of a TensorFlow Dataset, such as 'lm1b'.
   tfds: str = ''
-  # Name of the dataset's text feature.
+  # Name of the dataset's text feature; of pairs it may hold several texts, and
+  # lie within another ('captions/text').
   tfds_feature: str = 'text'
   # Splits of the dataset, in TFDS's slicing syntax.
   tfds_train_split: str = 'train'
@@ -53,8 +67,8 @@ class DataConfig:
   test_fraction: float = 0.0
   # Where built corpora are kept.
   cache_dir: str = '~/.cache/jaxsparse'
-  # 'bytes', 'bpe' (trained on the corpus), or the path of a tokenizer.json or
-  # of a SentencePiece model.
+  # 'bytes', 'bpe' (trained on the corpus), 'words' (those of the captions of
+  # data.pairs), or the path of a tokenizer.json or of a SentencePiece model.
   tokenizer: str = 'bytes'
   # Size of the vocabulary that 'bpe' trains.
   bpe_vocab_size: int = 8192
@@ -75,10 +89,11 @@ class DataConfig:
 
   def __post_init__(self):
     fields.check(self)
-    given = [n for n in ('text', 'tfds', 'messages') if getattr(self, n)]
+    names = ('text', 'tfds', 'messages', 'pairs')
+    given = [n for n in names if getattr(self, n)]
     require(
       len(given) < 2,
-      f'give one of text, tfds and messages, not {" and ".join(given)}.',
+      f'give one of text, tfds, messages and pairs, not {" and ".join(given)}.',
     )
     require_choice(self, 'split', ('auto', 'file', 'bytes'))
     require(
@@ -117,20 +132,25 @@ class DataConfig:
       f'got {self.num_lanes}.',
     )
     unset = functools.partial(require_unset, self)
+    is_tfds = bool(self.tfds) or self.pairs.startswith('tfds:')
     unset(
-      not self.tfds,
+      not is_tfds,
       'no tfds',
       'tfds_feature',
       'tfds_train_split',
       'tfds_validation_split',
     )
     unset(
-      bool(self.tfds),
-      f'tfds = {self.tfds!r}, which has splits of its own',
+      is_tfds,
+      f'tfds = {self.tfds!r}, which has splits of its own'
+      if self.tfds
+      else f'pairs = {self.pairs!r}, which has splits of its own',
       'split',
       'validation_fraction',
       'test_fraction',
+      'held_out',
     )
+    self._check_pairs(is_tfds)
     unset(bool(self.messages), f'messages = {self.messages!r}', 'split')
     unset(not self.messages, 'no messages', 'chat_template')
     unset(not self.replay, 'no replay', 'replay_share')
@@ -141,6 +161,26 @@ class DataConfig:
     )
     is_given = self.tokenizer != 'bpe'
     unset(is_given, f'tokenizer = {self.tokenizer!r}', 'bpe_vocab_size')
+
+  def _check_pairs(self, is_tfds: bool):
+    require_choice(self, 'held_out', ('random', 'group'))
+    unset = functools.partial(require_unset, self)
+    unset(not self.pairs, 'no pairs', 'held_out', 'without')
+    unset(not (self.pairs and is_tfds), 'no tfds pairs', 'image_feature')
+    if not self.pairs:
+      require(
+        self.augment == AugmentConfig(),
+        'augment changes pictures, of which there are none without pairs: '
+        'leave it at its defaults.',
+      )
+      require(
+        self.tokenizer != 'words',
+        "tokenizer = 'words' is of the captions of pairs: give pairs, or "
+        "another tokenizer, such as 'bpe'.",
+      )
+      return
+    why = f'pairs = {self.pairs!r}'
+    unset(True, why, 'split', 'replay', 'align')
 
   @property
   def lanes(self) -> int:

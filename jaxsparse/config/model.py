@@ -105,7 +105,7 @@ class BesideMLP:
 
 @dataclasses.dataclass(kw_only=True, unsafe_hash=True)
 class ModelConfig:
-  """A decoder-only transformer."""
+  """A transformer's stream of blocks, by default of a decoder-only model."""
 
   # Blocks L.
   num_layers: int = 4
@@ -134,6 +134,9 @@ class ModelConfig:
   attention_pattern: tuple[str, ...] = ('global',)
   # Positions that a query of a local block sees, its own among them.
   window: int = 256
+  # Whether a position sees no later ones. Without it, as an encoder, it sees
+  # all of its document, and a local block's window lies on both sides.
+  is_causal: bool = True
   # Queries at once, 0 for all of a call. With it, memory for scores grows with
   # the sequence's length and not with its square.
   query_chunk: int = 0
@@ -263,6 +266,11 @@ class ModelConfig:
       has_sparse or not self.sparse,
       "sparse is set, so attention_pattern must hold 'sparse', such as "
       f"('sparse',); got {self.attention_pattern}.",
+    )
+    require(
+      self.is_causal or not has_sparse,
+      "is_causal must be True with 'sparse' in attention_pattern, whose blocks "
+      f'are chosen among earlier ones; got {self.is_causal}.',
     )
     if self.dcmha:
       require(

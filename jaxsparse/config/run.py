@@ -25,6 +25,7 @@ from jaxsparse.config.errors import (
   require_unset,
 )
 from jaxsparse.config.model import ModelConfig
+from jaxsparse.config.multimodal import MultiModalConfig, check_streams
 from jaxsparse.config.tables import check_store
 
 # What a process can take as a request, and a scheduler may send as one.
@@ -283,6 +284,8 @@ class Config:
   train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
   adapter: AdapterConfig = dataclasses.field(default_factory=AdapterConfig)
   mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+  # Pictures or frames beside the text of `model`; None for text alone.
+  multimodal: MultiModalConfig | None = None
 
   def __post_init__(self):
     require(
@@ -303,8 +306,43 @@ class Config:
       f'the {warmup:,} of warm-up, else the peak is never reached; got '
       f'{annealed:,}: take fewer, or warmup_steps = 0.',
     )
+    require(
+      bool(self.multimodal) == bool(self.data.pairs),
+      'data.pairs and multimodal belong together, the pictures and the model '
+      f'that reads them; got data.pairs = {self.data.pairs!r} and '
+      f'{"a" if self.multimodal else "no"} multimodal.',
+    )
+    if self.multimodal:
+      check_streams(self.model, self.multimodal)
+      self._check_pairs()
+    require(
+      bool(self.multimodal) or self.model.is_causal,
+      'model.is_causal must be True for a language model, or a position would '
+      'see the token that it is to predict; got False: set it, or multimodal.',
+    )
     self._check_values()
     check_base(self.adapter, self.train, self.optimizer)
+
+  def _check_pairs(self):
+    """Refuses what text alone has."""
+    optimizer, table = self.optimizer, self.model.memory
+    for name, value, right, why in (
+      ('optimizer.grad_accumulation', optimizer.grad_accumulation, 1,
+       'as all pairs of a batch are compared'),
+      ('optimizer.value_optimizer', optimizer.value_optimizer, 'adamw',
+       'as tables of two streams have no gradient by rows'),
+      ('model.memory.table.store', table.table.store if table else 'device',
+       'device', 'as only the language model reads others'),
+      ('adapter.kind', self.adapter.kind, '', 'as adapters are of text models'),
+      ('train.start_from', self.train.start_from, '',
+       'as other runs have no pictures'),
+      ('train.sample_tokens', self.train.sample_tokens, 0,
+       'as nothing is written without a picture'),
+    ):  # fmt: skip
+      require(
+        value == right,
+        f'{name} must be {right!r} with multimodal, {why}; got {value!r}.',
+      )
 
   def _check_values(self):
     """Refuses settings of value tables that would do nothing."""

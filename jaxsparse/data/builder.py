@@ -119,7 +119,7 @@ def build(
     name: sum(span.num_bytes for span in some) for name, some in spans.items()
   }
   total = sum(num_bytes.values())
-  with user_errors(directory), _locked(directory.with_suffix('.lock')):
+  with user_errors(directory), locked(directory.with_suffix('.lock')):
     if is_built(directory):
       return
     _require_space(directory.parent, 2 * total)
@@ -195,7 +195,7 @@ def _aloud(say: Callable[[str], None]) -> Callable[[str], None]:
 
 
 @contextlib.contextmanager
-def _locked(path: pathlib.Path) -> Iterator[None]:
+def locked(path: pathlib.Path) -> Iterator[None]:
   """Holds a lock that the system lets go of when its holder dies."""
   with path.open('w') as file:
     fcntl.flock(file, fcntl.LOCK_EX)

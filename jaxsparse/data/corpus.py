@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The text of a run: Python's own, the user's files, a TFDS dataset, chats."""
+"""What a run reads: Python's sources, files, a TFDS dataset, chats, pairs."""
 
 import contextlib
 import dataclasses
@@ -20,6 +20,7 @@ from jaxsparse.data import (
   survey,
 )
 from jaxsparse.data.percent import Percent
+from jaxsparse.data.pictures import split as pairs
 from jaxsparse.data.pieces import Corpus
 
 Say = Callable[[str], None]
@@ -42,6 +43,9 @@ def build_corpus(config: DataConfig, say: Say = print) -> Corpus:
   corpora = _corpora_folder(config)
   if config.tfds:
     corpus = _from_named_dataset(config, corpora, say)
+  elif config.pairs:
+    with _named('data.pairs'):
+      return pairs.read(config, corpora, say)
   elif config.messages:
     with _named('data.messages'):
       corpus = chats.read(config, corpora)
@@ -72,7 +76,7 @@ def _named(setting: str) -> Iterator[None]:
   try:
     yield
   except UserError as error:
-    sentence = re.sub(r'\bdata\.text\b', setting, str(error))
+    sentence = re.sub(r'\bdata\.(text|tfds)\b', setting, str(error))
     raise UserError(sentence) from error
 
 

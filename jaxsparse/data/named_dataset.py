@@ -30,32 +30,63 @@ def read(
     UserError: the dataset is unknown, neither prepared nor reachable, or has
       no such feature or split.
   """
-  builder = _builder(config.tfds)
+  builder = find(config.tfds)
   _require_text(builder, config)
+  train, validation = (
+    pieces.Pieces(source, config.tfds_feature)
+    for source in sources(builder, config.tfds, config, say)
+  )
+  return train, validation, builder.info.full_name
+
+
+def sources(
+  builder: tfds.core.DatasetBuilder,
+  name: str,
+  config: DataConfig,
+  say: Any,
+  decoders: Any = None,
+) -> list[Any]:
+  """Random access to the examples of both splits; prepares them if need be.
+
+  Args:
+    builder: of `find`.
+    name: of the dataset, as errors have it.
+    config: names the splits.
+    say: gets a line where that takes long.
+    decoders: of features that are not to be decoded.
+
+  Raises:
+    UserError: they can't be prepared or read, or a split has no examples.
+  """
   if not builder.is_prepared():
-    _prepare(builder, config.tfds, say)
-  sources = []
+    _prepare(builder, name, say)
+  found = []
   for field in ('tfds_train_split', 'tfds_validation_split'):
     split = getattr(config, field)
     try:
-      source = builder.as_data_source(split=split)
+      source = builder.as_data_source(split=split, decoders=decoders)
       if not len(source):
         raise ValueError('no examples')
     except NotImplementedError as error:
       raise UserError(
-        f'data.tfds = {config.tfds!r} is prepared in a format without random '
+        f'data.tfds = {name!r} is prepared in a format without random '
         "access: prepare it again with file_format='array_record'."
       ) from error
     except (ValueError, KeyError) as error:
       raise UserError(
-        f'data.{field} = {split!r} names no documents of {config.tfds!r}: its '
+        f'data.{field} = {split!r} names no documents of {name!r}: its '
         f'splits are {", ".join(builder.info.splits)}.'
       ) from error
-    sources.append(pieces.Pieces(source, config.tfds_feature))
-  return *sources, builder.info.full_name
+    found.append(source)
+  return found
 
 
-def _builder(name: str) -> tfds.core.DatasetBuilder:
+def find(name: str) -> tfds.core.DatasetBuilder:
+  """The dataset of a name or directory, prepared or not.
+
+  Raises:
+    UserError: it is unknown, or can't be opened.
+  """
   name = expanded(name)
   try:
     if (epath.Path(name) / 'dataset_info.json').exists():

@@ -74,6 +74,8 @@ class Corpus:
   validation_bytes: int
   # Whether pieces are chats, of which answers alone are learned.
   has_chats: bool = False
+  # A `pictures.pair.Pairs`: the pieces are pairs of it.
+  pictures: Any = None
   # Text that was learned before: measured, and with data.replay mixed in.
   before: 'Corpus | None' = None
 

@@ -111,10 +111,10 @@ def train_iterator(
   Raises:
     UserError: the processes do not divide the lanes.
   """
-  pieces = _shuffled(corpus.train, seed)
+  pieces = shuffled(corpus.train, seed)
   former = former_key = None
   if config.replay and config.replay_share:
-    former = _shuffled(corpus.before.train, seed)
+    former = shuffled(corpus.before.train, seed)
     former_key = corpus.before.key
 
   def make_lane(lane: int, num_lanes: int) -> grain.DatasetIterator | MixedRows:
@@ -137,6 +137,30 @@ def train_iterator(
       rows, iter(replayed), config.replay_share, lane / num_lanes
     )
 
+  identity = dict(corpus=corpus.key, seed=seed, replay=former_key)
+  return in_lanes(config, identity, make_lane, process_index, process_count)
+
+
+def in_lanes(
+  config: DataConfig,
+  identity: dict[str, Any],
+  make_lane: Callable[[int, int], Any],
+  process_index: int,
+  process_count: int,
+) -> TrainIterator:
+  """A process's share of the batches that are made of lanes.
+
+  Args:
+    config: sizes and lanes.
+    identity: what a saved state must have been made of.
+    make_lane: the iterator over the rows of lane l of L.
+    process_index: of `process_count`.
+    process_count: all processes.
+
+  Raises:
+    UserError: the processes do not divide the lanes.
+  """
+
   def make_lanes(num_lanes: int) -> _Lanes:
     num_groups = math.gcd(num_lanes, config.batch_size)
     if num_groups % process_count:
@@ -151,12 +175,7 @@ def train_iterator(
       )
     owned = num_lanes // process_count
     return _Lanes(
-      identity=dict(
-        corpus=corpus.key,
-        seed=seed,
-        num_lanes=num_lanes,
-        replay=former_key,
-      ),
+      identity=dict(identity, num_lanes=num_lanes),
       lanes={
         lane: make_lane(lane, num_lanes)
         for lane in range(process_index * owned, (process_index + 1) * owned)
@@ -168,7 +187,8 @@ def train_iterator(
   return TrainIterator(make_lanes, config)
 
 
-def _shuffled(pieces: Sequence[Any], seed: int) -> grain.MapDataset:
+def shuffled(pieces: Sequence[Any], seed: int) -> grain.MapDataset:
+  """The pieces without an end, in an order of its own for every epoch."""
   return (
     grain.MapDataset.source(pieces)
     # Grain gives the next epoch the next seed; neighbouring seeds of ours
@@ -243,11 +263,7 @@ def validation_batches(
   Raises:
     UserError: the processes do not divide the batch.
   """
-  if config.batch_size % process_count:
-    raise UserError(
-      f'data.batch_size = {config.batch_size} must be a multiple of the '
-      f'{process_count} processes.'
-    )
+  owned = owned_rows(config, process_count)
   rows = packing.packed(
     grain.MapDataset.source(corpus.validation),
     tokenizer,
@@ -255,10 +271,23 @@ def validation_batches(
     config.align,
     are_chats=corpus.has_chats,
   )
-  owned = config.batch_size // process_count
   return _padded_batches(
     iter(rows), config.batch_size, process_index * owned, owned
   )
+
+
+def owned_rows(config: DataConfig, process_count: int) -> int:
+  """Rows of each batch that a process has.
+
+  Raises:
+    UserError: the processes do not divide the batch.
+  """
+  if config.batch_size % process_count:
+    raise UserError(
+      f'data.batch_size = {config.batch_size} must be a multiple of the '
+      f'{process_count} processes.'
+    )
+  return config.batch_size // process_count
 
 
 def _padded_batches(

@@ -18,7 +18,7 @@ from etils import epath
 
 from jaxsparse.config import DataConfig
 from jaxsparse.config.errors import UserError
-from jaxsparse.data import byte_pairs, spelling
+from jaxsparse.data import byte_pairs, spelling, words
 from jaxsparse.data.pieces import Corpus
 from jaxsparse.data.tokenizer_roles import BOUNDARIES, Roles
 from jaxsparse.run import workdir as workdir_lib
@@ -265,6 +265,8 @@ def make_tokenizer(
     tokenizer = JsonTokenizer(
       byte_pairs.train(corpus, config.bpe_vocab_size, BOUNDARIES[0])
     )
+  elif config.tokenizer == 'words':
+    tokenizer = JsonTokenizer(words.train(corpus, BOUNDARIES[0]))
   else:
     tokenizer = read(epath.Path(expanded(config.tokenizer)))
   require_rows(vocab_size, tokenizer.vocab_size)

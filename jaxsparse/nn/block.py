@@ -57,11 +57,12 @@ class Block(nn.Module):
   def __call__(
     self,
     x: Num[Array, '*S D'],
-    positions: Int[Array, '*S'],
+    positions: Int[Array, '*S'] | Int[Array, '*S 2'],
     segment_ids: Int[Array, '*S'],
     cache: Cache | None = None,
     arriving: tuple[Float[Array, '*S D'] | Awaited, ...] = (),
     tables: Tables | None = None,
+    reach: Int[Array, '*S'] | None = None,
   ) -> tuple[
     Float[Array, '*S D'],
     Float[Array, '*S D'] | Awaited | None,
@@ -79,13 +80,14 @@ class Block(nn.Module):
         for y in arriving
       ),
       tables,
+      lead.flat(reach, 'reach'),
     )
     if memory_y is not None and not isinstance(memory_y, Awaited):
       memory_y = lead.restored(memory_y)
     cache = cache if lead.is_empty else new_cache
     return lead.restored(x), memory_y, cache, lead.metrics(metrics)
 
-  def _run(self, x, positions, segment_ids, cache, arriving, tables):
+  def _run(self, x, positions, segment_ids, cache, arriving, tables, reach):
     """`__call__` of sequences [B, T, D]."""
     config = self.config
     cache = {} if cache is None else cache
@@ -101,6 +103,7 @@ class Block(nn.Module):
       positions,
       segment_ids,
       cache.get('attention'),
+      reach,
     )
     y = attention_norm(y) if is_post else y
     before, x = x, x + self._drop(y)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The language model: its blocks, unrolled, some with a memory layer."""
+"""The language model: an embedding, a stream of blocks, and logits."""
 
 import math
 from typing import Any
@@ -7,20 +7,14 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
-from jaxsparse.config.errors import UserError
+from jaxsparse.config.errors import UserError, require
 from jaxsparse.config.model import block_name
 from jaxsparse.nn.attention import cache as attention_cache
-from jaxsparse.nn.block import (
-  Block,
-  Cache,
-  merged,
-  placements,
-  prefixed,
-)
+from jaxsparse.nn.block import Cache, placements
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.layers import (
   NORMS,
@@ -32,7 +26,8 @@ from jaxsparse.nn.layers import (
 )
 from jaxsparse.nn.leading import Leading
 from jaxsparse.nn.memory.context import init_ring
-from jaxsparse.nn.memory.tables import SharedTables
+from jaxsparse.nn.stream import check_split, run_blocks
+from jaxsparse.ops.attention.spans import reach_of_spans
 
 
 def init_cache(
@@ -50,9 +45,13 @@ def init_cache(
   histories of bounded size.
 
   Raises:
-    UserError: a size does not fit the mesh.
+    UserError: a size does not fit the mesh, or the stream is not causal.
   """
-  _check_split(config, batch_size)
+  require(
+    config.is_causal,
+    'a decoding cache is of causal streams, but model.is_causal is False.',
+  )
+  check_split(config, batch_size)
   blocks = {
     block_name(i): dict(
       attention=attention_cache.init_rows(config, i, batch_size, length)
@@ -105,6 +104,9 @@ class Transformer(nn.Module):
     cache: Cache | None = None,
     deterministic: bool = True,
     logits_at: Num[Array, '*B'] | None = None,
+    inputs: Float[Array, '*S D'] | None = None,
+    is_input: Bool[Array, '*S'] | None = None,
+    span_ids: Int[Array, '*S'] | None = None,
   ) -> tuple[Float[Array, '... V'], Cache | None, Metrics]:
     """Scores of the token after each of `tokens`.
 
@@ -120,6 +122,12 @@ class Transformer(nn.Module):
       logits_at: of each sequence the one place in `tokens`, from 0 on, whose
         scores are wanted; by default all. Those of a prompt's other tokens cost
         as much as some blocks. Beyond the last token scores are NaN.
+      inputs: what stands in place of the tokens' embeddings where `is_input`,
+        such as a picture's patches; the tokens there are of no matter.
+      is_input: None where `inputs` is None.
+      span_ids: neighbours of one document with the same number above 0 all see
+        each other, such as a prefix does; 0 is causal. A span comes in one
+        call.
 
     Returns:
       Logits in float32, with `logits_at` of one position; the extended cache;
@@ -128,115 +136,86 @@ class Transformer(nn.Module):
 
     Raises:
       UserError: a size does not fit the mesh, vocab_size is not set, `tokens`
-        are no integers, or `logits_at` has another shape than a sequence each.
+        are no integers, `logits_at` has another shape than a sequence each, one
+        of `inputs` and `is_input` is missing, or there are spans in a stream
+        that is not causal or has sparse blocks.
     """
     lead = Leading.of_tokens(tokens)
     num_sequences = 0 if lead.is_empty else math.prod(lead.shape[:-1])
     _check_sizes(self.config, num_sequences)
     positions, segment_ids = lead.places(positions, segment_ids)
     at = lead.flat_at(logits_at, 'logits_at')
-    logits, new_cache, metrics = self._run(
+    require(
+      (inputs is None) == (is_input is None),
+      'inputs and is_input say together what stands for tokens: give both.',
+    )
+    embed = self._embed()
+    x, new_cache, metrics = self._states(
+      embed,
       lead.flat(tokens, 'tokens'),
       lead.flat(positions, 'positions'),
       lead.flat(segment_ids, 'segment_ids'),
       None if lead.is_empty else cache,
       deterministic,
-      None if lead.is_empty else at,
+      lead.flat(inputs, 'inputs'),
+      lead.flat(is_input, 'is_input'),
+      lead.flat(span_ids, 'span_ids'),
     )
     if logits_at is not None:
+      if not lead.is_empty:
+        x = mesh.over_tokens(_rows_at)(x, at)
       lead = lead.of_one()
+    logits = self._head(embed, self._final_norm(x))
     cache = cache if lead.is_empty else new_cache
     return lead.restored(logits), cache, lead.metrics(metrics)
 
-  def _run(
-    self, tokens, positions, segment_ids, cache, deterministic, logits_at
-  ):
-    """`__call__` of sequences [B, T]."""
+  def _states(
+    self, embed, tokens, positions, segment_ids, cache, deterministic,
+    inputs=None, is_input=None, span_ids=None,
+  ):  # fmt: skip
+    """The stream after its last block, of sequences [B, T]."""
     config = self.config
     tokens, positions, segment_ids = (
       mesh.reshard(array, mesh.act('BT'))
       for array in (tokens, positions, segment_ids)
     )
-    embed = Embed(
+    x = embed(tokens)
+    if inputs is not None and is_input is not None:
+      inputs = mesh.reshard(inputs.astype(x.dtype), mesh.act('BTD'))
+      x = jnp.where(is_input[..., None], inputs, x)
+    reach = None
+    if span_ids is not None:
+      reach = reach_of_spans(span_ids, positions, segment_ids)
+    return run_blocks(
+      config, x, positions, segment_ids, cache, deterministic, reach
+    )
+
+  def _embed(self):
+    config = self.config
+    return Embed(
       config.vocab_size, config.model_dim, config.dtype, name='embed'
     )
-    x, cache, metrics = self._blocks(
-      embed(tokens), positions, segment_ids, cache, deterministic
-    )
-    if logits_at is not None:
-      x = mesh.over_tokens(_rows_at)(x, logits_at)
+
+  def _final_norm(self, x):
+    config = self.config
     norm = NORMS[config.norm]
-    x = norm(config.norm_epsilon, dtype=config.dtype, name='final_norm')(x)
+    return norm(config.norm_epsilon, dtype=config.dtype, name='final_norm')(x)
+
+  def _head(self, embed, x):
+    config = self.config
     if config.tie_embeddings:
-      return embed.logits(x), cache, metrics
+      return embed.logits(x)
     width = config.model_dim
     shape = (config.vocab_size, width)
     variance, _ = init_variances(
       config.init_deviations, width, width, config.num_layers
     )
     table = weight(self, 'output', 'VD', shape, variance, config.dtype)
-    return project_to_vocabulary(x, table), cache, metrics
-
-  def _blocks(self, x, positions, segment_ids, cache, deterministic):
-    config = self.config
-    write_of = dict(placements(config))
-    block_type = nn.remat(Block) if config.use_remat else Block
-    # Memory outputs on their way, by the block after which they are added.
-    pending = {}
-    metrics: Metrics = dict(aux_loss=jnp.zeros((), jnp.float32))
-    new_cache = None
-    if cache is not None:
-      new_cache = dict(shared=dict(cache['shared']), blocks={})
-    tables = None
-    if config.memory and config.memory.shared_rows:
-      tables = SharedTables(
-        config.memory,
-        config.model_dim,
-        config.num_layers,
-        config.dtype,
-        name='memory',
-      )()
-    for i in range(config.num_layers):
-      block = block_type(config, i, deterministic, name=block_name(i))
-      x, memory_y, block_cache, block_metrics = block(
-        x,
-        positions,
-        segment_ids,
-        _block_cache(cache, i),
-        pending.pop(i, ()),
-        tables,
-      )
-      if memory_y is not None:
-        write = write_of[i]
-        pending[write] = (*pending.get(write, ()), memory_y)
-      metrics = merged(metrics, prefixed(block_name(i), block_metrics))
-      if new_cache and cache and block_cache:
-        new_cache['blocks'][block_name(i)] = block_cache
-        extended = _split_shared(block_cache, cache['shared'])
-        names = attention_cache.shared_names(config, i)
-        new_cache['shared'] |= {name: extended[name] for name in names}
-    return x, new_cache, metrics
+    return project_to_vocabulary(x, table)
 
 
 def _rows_at(x: Float[Array, 'B T D'], index: Int[Array, 'B']):
   return jnp.take_along_axis(x, index[:, None, None], axis=1)
-
-
-def _block_cache(cache: Cache | None, block: int) -> Cache | None:
-  """A block's own cache, with what all blocks share put beside its keys.
-
-  Every block of a kind computes the same extension of the shared arrays from
-  the same inputs, which the compiler does once.
-  """
-  if cache is None:
-    return None
-  own = cache['blocks'][block_name(block)]
-  return dict(own, attention=own['attention'] | cache['shared'])
-
-
-def _split_shared(block_cache: Cache, shared: Cache) -> Cache:
-  """Takes the shared arrays out of `block_cache` again and returns them."""
-  return {name: block_cache['attention'].pop(name) for name in shared}
 
 
 def _check_sizes(config: ModelConfig, batch_size: int) -> None:
@@ -245,22 +224,4 @@ def _check_sizes(config: ModelConfig, batch_size: int) -> None:
       'vocab_size must be set before the model is built, '
       f'got {config.vocab_size}.'
     )
-  _check_split(config, batch_size)
-
-
-def _check_split(config: ModelConfig, batch_size: int) -> None:
-  """Refuses what the mesh in use cannot split evenly."""
-  sizes = dict(
-    num_heads=(config.num_heads, 'N'),
-    num_kv_heads=(config.num_kv_heads, 'K'),
-    mlp_dim=(config.mlp_dim, 'F'),
-    model_dim=(config.model_dim, 'D'),
-    batch_size=(batch_size, 'B'),
-  )
-  for name, (size, dim) in sizes.items():
-    axes, num_shards = mesh.shards(dim)
-    if size % num_shards:
-      raise UserError(
-        f'{name} must be a multiple of {num_shards}, the size of the mesh '
-        f'along {axes}; got {size}.'
-      )
+  check_split(config, batch_size)

@@ -12,6 +12,7 @@ TEXT = tuple(
   f'data.{name}'
   for name in (
     'text', 'text_field', 'messages', 'chat_template', 'replay',
+    'pairs', 'held_out', 'without', 'image_feature',
     'tfds', 'tfds_feature', 'tfds_train_split',
     'tfds_validation_split', 'split', 'validation_fraction', 'test_fraction',
   )
@@ -37,6 +38,7 @@ _FREE = Meaning()
 _START = Meaning('without effect: parameters are drawn at step 0 only')
 _LOSS = Meaning('the loss from here on')
 _RATE = Meaning('the schedule from here on')
+_PICTURES = Meaning('how pictures are changed from here on')
 _MOMENTS = Meaning('the moments so far stay')
 _SHAPES = _fixed('the parameters are others')
 _FUNCTION = _fixed('the parameters were trained for another function')
@@ -54,6 +56,7 @@ MEANINGS = {
     ('model', _FUNCTION, 'attention_pattern window rope_max_wavelength'),
     ('model', _FUNCTION, 'rope_fraction norm_epsilon qk_norm_epsilon'),
     ('model', _FUNCTION, 'parallel_block norm_placement rope_scaling'),
+    ('model', _FUNCTION, 'is_causal'),
     ('model', _FREE, 'query_chunk attention_implementation use_remat'),
     ('model', _START, 'init_deviations'),
     ('model', Meaning('the rounding of activations from here on'), 'dtype'),
@@ -106,6 +109,18 @@ MEANINGS = {
     ),
     ('data', Meaning('the mix of rows from here on'), 'replay_share'),
     ('data', _FREE, 'cache_dir prefetch'),
+    ('data.augment', _PICTURES, 'shift crop flip brightness noise'),
+    # Pictures.
+    ('multimodal', _SHAPES, 'fusion_type num_fusion_layers fused_dim'),
+    ('multimodal', _SHAPES, 'contrastive matching_weight'),
+    ('multimodal', _SHAPES, 'num_frames frame_choice'),
+    ('multimodal', _LOSS, 'contrastive_weight caption_weight'),
+    (
+      'multimodal',
+      Meaning('the frames that are read from here on'),
+      'frames_read frame_coverage',
+    ),
+    ('multimodal.vision', _SHAPES, 'image_size patch_size positions pooling'),
     # Optimizer.
     ('optimizer', _RATE, 'learning_rate warmup_steps final_lr_fraction'),
     ('optimizer', _RATE, 'schedule cooldown_steps constant_lr_fraction'),
@@ -150,6 +165,14 @@ MEANINGS = {
   )
   for name in names.split()
 }  # fmt: skip
+
+MEANINGS['multimodal'] = _SHAPES
+# The picture's stream is another of the same kind.
+MEANINGS |= {
+  name.replace('model', 'multimodal.vision.stream', 1): meaning
+  for name, meaning in MEANINGS.items()
+  if name.startswith('model.')
+}
 
 
 def meaning_of(name: str) -> Meaning:

@@ -29,10 +29,13 @@ def _parts(
   cls: type, prefix: str = ''
 ) -> Iterator[tuple[str, tuple[str, type]]]:
   for name, hint in fields.hints(cls).items():
-    if part := fields.part_of(hint):
+    if (part := fields.part_of(hint)) and prefix + name not in ALIKE:
       yield name, (prefix + name, part)
       yield from _parts(part, f'{prefix}{name}.')
 
+
+# Parts that have the fields of others.
+ALIKE = {'multimodal.vision.stream': 'model'}
 
 # Each part's dotted name and class, in the order of `--help=all`.
 PARTS: dict[str, tuple[str, type]] = dict(_parts(Config))
@@ -106,6 +109,9 @@ def _part_page(name: str) -> str:
     lines.append(_flag(path, field, getattr(config, field)))
     if comment:
       lines.append(_indented(comment))
+  for other, model in ALIKE.items():
+    if other.rpartition('.')[0] == path:
+      lines += [f'  --config.{other}.FIELD', _indented(f'As --help={model}.')]
   return '\n'.join(lines)
 
 

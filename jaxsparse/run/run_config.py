@@ -6,20 +6,38 @@ from collections.abc import Callable
 from etils import epath
 
 from jaxsparse.config import Config, saved_config
+from jaxsparse.config.errors import UserError
 from jaxsparse.run import checkpoint
 from jaxsparse.run import workdir as workdir_lib
 
 
-def read(workdir: epath.PathLike, say: Callable[[str], None] = print) -> Config:
+def read(
+  workdir: epath.PathLike,
+  say: Callable[[str], None] = print,
+  may_see: bool = False,
+) -> Config:
   """The config with which the workdir was trained; nothing is written.
 
   Args:
     workdir: of a training run.
     say: gets a sentence if config.json is of no use and a copy is taken.
+    may_see: the caller knows what to do with a model of pictures.
 
   Raises:
-    UserError: there is neither, or it does not fit this version.
+    UserError: there is neither, it does not fit this version, or it is of
+      pictures where a language model is wanted.
   """
+  config = _read(workdir, say)
+  if config.multimodal and not may_see:
+    raise UserError(
+      f'workdir {str(workdir)!r} holds a model of pictures and their texts, '
+      'which jaxsparse retrieve and jaxsparse generate --image read: give one '
+      'of a language model.'
+    )
+  return config
+
+
+def _read(workdir: epath.PathLike, say: Callable[[str], None]) -> Config:
   try:
     return workdir_lib.read_config(workdir)
   except saved_config.DamagedError as error:

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator
 import jax
 import numpy as np
 
-from jaxsparse import mesh
 from jaxsparse.config import Config
+from jaxsparse.training.evaluation import rows_sharding
 from jaxsparse.training.micro_batches import Batch
 
 
@@ -43,13 +43,20 @@ def compiling_beside(program: Callable, *args) -> Iterator[None]:
 
 
 def abstract_batch(config: Config) -> Batch:
-  """Shapes, types and shardings of a global batch."""
-  sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), mesh.act('BT'))
-  types = dict.fromkeys(
-    ('tokens', 'targets', 'positions', 'segment_ids'), np.int32
-  ) | dict(loss_weight=np.float32)
-  shape = (config.data.batch_size, config.data.seq_len)
+  """Shapes, types and shardings of a global batch, under the mesh in use."""
   return {
-    name: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
-    for name, dtype in types.items()
+    name: jax.ShapeDtypeStruct(shape, dtype, sharding=rows_sharding(len(shape)))
+    for name, (shape, dtype) in batch_shapes(config).items()
   }
+
+
+def batch_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], type]]:
+  """Shape and type of each array of a global batch."""
+  rows, length = config.data.batch_size, config.data.seq_len
+  ids = ('tokens', 'targets', 'positions', 'segment_ids')
+  shapes = dict.fromkeys(ids, ((rows, length), np.int32))
+  shapes['loss_weight'] = ((rows, length), np.float32)
+  if config.multimodal:
+    shapes['images'] = ((rows, *config.multimodal.image_shape), np.float32)
+    shapes['item'] = ((rows,), np.int32)
+  return shapes

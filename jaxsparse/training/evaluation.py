@@ -12,7 +12,7 @@ import numpy as np
 from jaxsparse import mesh
 from jaxsparse.config import Config
 from jaxsparse.run.progress import Reporter
-from jaxsparse.training.step import eval_step
+from jaxsparse.training.language import eval_step
 
 # Compiled once for all passes of a run.
 _evaluate = jax.jit(eval_step, static_argnums=0)
@@ -30,6 +30,13 @@ class Validation:
   slot_counts: dict[str, np.ndarray]
   # Of the text that was learned before, if it is known.
   old: 'Validation | None' = None
+
+  def told(self) -> str:
+    told = f'validation loss {self.loss:.4f} nats/token  '
+    told += f'{self.bits_per_byte:.4f} bits/byte'
+    if self.old is not None:
+      told += f'  old text {self.old.bits_per_byte:.4f} bits/byte'
+    return told
 
   def scalars(self) -> dict[str, float]:
     found = {
@@ -115,11 +122,15 @@ def to_global(batch: dict[str, np.ndarray]) -> dict[str, jax.Array]:
 
   With no mesh set they are the batch.
   """
-  spec = mesh.act('BT')
-  if spec is None:
+  if mesh.act('B') is None:
     return jax.tree.map(jnp.asarray, batch)
-  sharding = jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec)
   return {
-    name: jax.make_array_from_process_local_data(sharding, x)
+    name: jax.make_array_from_process_local_data(rows_sharding(x.ndim), x)
     for name, x in batch.items()
   }
+
+
+def rows_sharding(num_dims: int) -> jax.sharding.NamedSharding:
+  """Of an array whose first dimension is that of the batch's rows."""
+  spec = mesh.act('B' + '.' * (num_dims - 1))
+  return jax.sharding.NamedSharding(jax.sharding.get_mesh(), spec)

@@ -6,15 +6,19 @@ import functools
 from collections.abc import Callable
 
 import jax
+import numpy as np
 from etils import epath
 
 from jaxsparse import config as config_lib
 from jaxsparse.config import Config, DataConfig
+from jaxsparse.config.errors import UserError
 from jaxsparse.data import chats, packing, pipeline, tokenizer_roles
 from jaxsparse.data.chat_template import ChatTemplate
+from jaxsparse.data.pictures import batches, stored
 from jaxsparse.data.pieces import Corpus
 from jaxsparse.data.tokenizer import Tokenizer, require_rows
 from jaxsparse.run import checkpoint
+from jaxsparse.training import pair_validation
 from jaxsparse.training.loop import TrainingData
 
 
@@ -30,12 +34,21 @@ def with_vocabulary(config: Config, vocab_size: int) -> Config:
 
 
 def training_data(
-  config: Config, corpus: Corpus, tokens: Tokenizer
+  config: Config,
+  corpus: Corpus,
+  tokens: Tokenizer,
+  say: Callable[[str], None] = print,
 ) -> TrainingData:
-  """This process's batches, and its rows of the validation pass."""
+  """This process's batches, and its rows of the validation pass.
+
+  Raises:
+    UserError: of pairs, a picture can't be read, or has another size.
+  """
   process = dict(
     process_index=jax.process_index(), process_count=jax.process_count()
   )
+  if config.multimodal:
+    return _of_pairs(config, corpus, tokens, process, say)
   before = corpus.before
   if before is not None and not before.validation_bytes:
     before = None
@@ -53,6 +66,39 @@ def training_data(
       pipeline.validation_batches, config.data, before, tokens, **process
     ),
     old_validation_bytes=before.validation_bytes if before else 0,
+  )
+
+
+def _of_pairs(
+  config: Config,
+  corpus: Corpus,
+  tokens: Tokenizer,
+  process: dict[str, int],
+  say: Callable[[str], None],
+) -> TrainingData:
+  assert config.multimodal is not None
+  settings, validation = config.multimodal, list(corpus.validation)
+  read = stored.reader(corpus, settings.vision.image_size, say)
+  shape = read(validation[0].number).shape
+  if shape != settings.image_shape:
+    found = shape[0] if len(shape) == 4 else 1
+    raise UserError(
+      f'multimodal.num_frames must be {found} for data.pairs = '
+      f'{config.data.pairs!r}, whose items have as many pictures; got '
+      f'{settings.num_frames}.'
+    )
+  batches.tell_of_long_captions(config.data, corpus, tokens, say)
+  args = config.data, validation, tokens, read
+  return TrainingData(
+    batches=batches.train_iterator(
+      config.data, corpus, tokens, config.train.seed, read, **process
+    ),
+    pairs=pair_validation.HeldOut(
+      batches=functools.partial(batches.validation_batches, *args, **process),
+      items=np.array([pair.item for pair in validation]),
+      choices=functools.partial(batches.candidate_batches, *args, **process),
+      num_choices=sum(bool(pair.distractors) for pair in validation),
+    ),
   )
 
 

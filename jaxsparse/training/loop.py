@@ -25,6 +25,7 @@ from jaxsparse.training import (
   evaluation,
   first_state,
   loss_scale,
+  pair_validation,
   rows_moved,
   start_from,
   stored_tables,
@@ -34,6 +35,8 @@ from jaxsparse.training import (
 from jaxsparse.training.step import TrainState, finalize, train_step
 from jaxsparse.training.step_reports import StepReports
 
+Result = evaluation.Validation | pair_validation.PairValidation
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainingData:
@@ -42,12 +45,14 @@ class TrainingData:
   # Endless batches of this process, [B / processes, T], with `get_state` and
   # `set_state`.
   batches: Any
-  # A fixed pass over the validation text, in the same form.
-  validation: Callable[[], Iterable[dict[str, np.ndarray]]]
+  # A fixed pass over the validation text, in the same form; none of pairs.
+  validation: Callable[[], Iterable[dict[str, np.ndarray]]] = tuple
   # UTF-8 bytes of the validation text.
-  validation_bytes: int
+  validation_bytes: int = 0
   # Bytes of text for each target, to state training losses in bits per byte.
-  bytes_per_target: float
+  bytes_per_target: float = 0.0
+  # In place of text the pairs to validate on.
+  pairs: pair_validation.HeldOut | None = None
   # `validation` and its bytes of the text that was learned before, if it is
   # known.
   old_validation: Callable[[], Iterable[dict[str, np.ndarray]]] | None = None
@@ -63,7 +68,7 @@ class Outcome:
   step: int
   params: dict
   # None when a signal stopped the run.
-  validation: evaluation.Validation | None
+  validation: Result | None
 
 
 def jitted_step(config: Config) -> Callable[..., Any]:
@@ -284,15 +289,18 @@ def _validate(
   stop: StopRequest,
   step: int,
   params: dict,
-) -> evaluation.Validation | None:
-  """The pass over the validation text; None if a signal stopped it."""
+) -> Result | None:
+  """The pass over what is held out; None if a signal stopped it."""
   texts = [(data.validation, data.validation_bytes)]
   if data.old_validation is not None:
     texts.append((data.old_validation, data.old_validation_bytes))
-  result = evaluation.of_texts(
+  run, held_out = evaluation.of_texts, texts
+  if data.pairs is not None:
+    run, held_out = pair_validation.validate, data.pairs
+  result = run(
     config,
     params,
-    texts,
+    held_out,
     reporter,
     Agreement(stop),
     compiles=not reports.has_validated,

@@ -117,7 +117,7 @@ def _saved(
 ) -> Config | None:
   """The config of the workdir's last start; None for a new workdir."""
   if (workdir / workdir_lib.CONFIG).exists():
-    return run_config.read(workdir, say)
+    return run_config.read(workdir, say, may_see=True)
   copy = run_config.saved_copy(workdir)
   if copy:
     say(f'{workdir_lib.CONFIG} was missing: the newest checkpoint has a copy.')

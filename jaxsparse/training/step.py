@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""TrainState and the two pure functions of training: train and eval step."""
+"""TrainState, and the pure function that makes the next one."""
 
 import dataclasses
 import functools
@@ -8,16 +8,19 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxsparse import mesh
 from jaxsparse.config import Config
-from jaxsparse.nn.memory.tables import ENTRIES, table_scheme
-from jaxsparse.nn.transformer import Transformer
-from jaxsparse.ops.memory import usage
+from jaxsparse.nn.memory.tables import table_scheme
 from jaxsparse.run import table_leaves
-from jaxsparse.training import adapters, schedules, table_step, trained_part
+from jaxsparse.training import (
+  adapters,
+  schedules,
+  table_step,
+  tasks,
+  trained_part,
+)
 from jaxsparse.training import loss_scale as loss_scale_lib
 from jaxsparse.training import optimizer as optimizer_lib
-from jaxsparse.training.losses import objective, token_losses
+from jaxsparse.training.losses import objective
 from jaxsparse.training.micro_batches import (
   Batch,
   Metrics,
@@ -61,15 +64,7 @@ def init_state(config: Config) -> TrainState:
 
 def init_parts(config: Config) -> tuple[TrainState, dict]:
   """`init_state`, and the parameters that `optimizer.trained` leaves alone."""
-  return _parts(config, _drawn(config))
-
-
-def _drawn(config: Config) -> dict:
-  tokens = jnp.zeros((mesh.num_token_shards(), 1), jnp.int32)
-  tokens = mesh.reshard(tokens, mesh.act('BT'))
-  model = Transformer(config.model)
-  key = jax.random.key(config.train.seed)
-  return model.init(key, tokens, tokens, tokens)['params']
+  return _parts(config, tasks.of(config).draw(config))
 
 
 def _parts(config: Config, params: dict) -> tuple[TrainState, dict]:
@@ -114,7 +109,7 @@ def _at_step_0(config: Config, params: dict) -> TrainState:
 
 def init_beside(config: Config) -> tuple[TrainState, dict]:
   """`init_parts` of a run whose tables lie elsewhere: without them."""
-  params = _drawn(config)
+  params = tasks.of(config).draw(config)
   trained_part.require_any(config.optimizer, params)
   trained, frozen = (
     table_leaves.split(part)[0]
@@ -186,6 +181,7 @@ def rounding_key(config: Config, step: jax.Array) -> jax.Array | None:
 
 def _step(config, state, batch, frozen, elsewhere):
   """`train_step`, or with tables elsewhere `step_beside`."""
+  task = tasks.of(config)
   total_weight = jnp.maximum(jnp.sum(batch['loss_weight']), 1.0)
   num_micro, scale = config.optimizer.grad_accumulation, state.loss_scale
   key = jax.random.fold_in(jax.random.key(config.train.seed), state.step)
@@ -206,17 +202,9 @@ def _step(config, state, batch, frozen, elsewhere):
     if elsewhere is not None:
       params = table_leaves.joined(rest, elsewhere)
     params = adapters.join(config, frozen, params)
-    (logits, _, metrics), sown = Transformer(config.model).apply(
-      {'params': params, **probes},
-      micro['tokens'],
-      micro['positions'],
-      micro['segment_ids'],
-      deterministic=config.model.dropout_rate == 0,
-      rngs={'dropout': key},
-      mutable=[ENTRIES],
+    loss, metrics, sown = task.loss(
+      config, {'params': params, **probes}, micro, total_weight, key
     )
-    losses = token_losses(logits, micro['targets']) * micro['loss_weight']
-    loss = jnp.sum(losses) / total_weight
     metrics = weighed(metrics, share)
     total = objective(config, loss, metrics, state.step)
     total = loss_scale_lib.multiplied(total, scale)
@@ -284,48 +272,6 @@ def finalize(config: Config, state: TrainState) -> TrainState:
     state.params, state.opt_state
   )
   return dataclasses.replace(state, params=params, opt_state=opt_state)
-
-
-def eval_step(config: Config, params: dict, batch: Batch) -> dict:
-  """Sums over one batch of validation text.
-
-  Returns:
-    `nats` and `targets` summed over the batch, and `slot_counts`: how often
-    each memory layer read each of its physical slots, {'block_01': int32 [M]},
-    unless these are too many to be counted each,
-    and how many tokens passed each expert, {'block_01 experts': int32 [X]}.
-  """
-  (logits, _, _), sown = Transformer(config.model).apply(
-    {'params': params},
-    batch['tokens'],
-    batch['positions'],
-    batch['segment_ids'],
-    mutable=['intermediates'],
-  )
-  losses = token_losses(logits, batch['targets']) * batch['loss_weight']
-  counts, model = {}, config.model
-  for name, block in sown.get('intermediates', {}).items():
-    if 'memory' in block and model.memory.num_slots <= usage.MOST_COUNTED:
-      slots = block['memory']['slots'][0]
-      counts[name] = _count_reads(slots, model.memory.num_slots, batch)
-    if 'moe' in block:
-      experts = block['moe']['experts'][0]
-      reads = _count_reads(experts, model.moe.num_experts, batch)
-      counts[f'{name} experts'] = reads
-  return {
-    'nats': jnp.sum(losses),
-    'targets': jnp.sum(batch['loss_weight']),
-    'slot_counts': counts,
-  }
-
-
-def _count_reads(slots: jax.Array, num_slots: int, batch: Batch) -> jax.Array:
-  """Reads of every slot [M] by the tokens that are no padding."""
-  is_padding = batch['segment_ids'][..., None] == 0
-  # Padding falls into a slot of its own, which is dropped.
-  slots = jnp.where(is_padding, num_slots, slots)
-  count = mesh.over_tokens(lambda s: usage.count_uses(s, num_slots + 1)[None])
-  return jnp.sum(count(slots), axis=0)[:num_slots]
 
 
 def optimizer_of(config: Config) -> Optimizer:

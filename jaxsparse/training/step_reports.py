@@ -11,6 +11,7 @@ from jaxsparse.config import Config
 from jaxsparse.run.metrics import MetricsWriter, read_rows, validation_losses
 from jaxsparse.run.progress import Reporter
 from jaxsparse.training.evaluation import Validation
+from jaxsparse.training.pair_validation import PairValidation
 
 
 class StepReports:
@@ -31,7 +32,8 @@ class StepReports:
       config: of the run.
       workdir: existing.
       step: at which it starts.
-      bytes_per_target: of text, to state losses in bits per byte.
+      bytes_per_target: of text, to state losses in bits per byte; 0 where the
+        loss is not one of text.
       reporter: shows what happens.
       utilization: from tokens per second to model FLOP utilisation, if known.
     """
@@ -46,8 +48,9 @@ class StepReports:
   def show_step(self, step: int, scalars: dict[str, float]) -> None:
     self._tell_of_budget(step, scalars)
     self._tell_of_overflow(step, scalars)
-    bits = scalars['loss'] / math.log(2)
-    scalars['bits_per_byte'] = bits / self._bytes_per_target
+    if self._bytes_per_target:
+      bits = scalars['loss'] / math.log(2)
+      scalars['bits_per_byte'] = bits / self._bytes_per_target
     total = self._config.train.num_steps
     speed, seconds_left = self._clock.tick(), None
     if speed is not None:
@@ -62,22 +65,18 @@ class StepReports:
       self._writer.write(step, scalars)
       self._clock.restart()
 
-  def show_validation(self, step: int, result: Validation) -> None:
+  def show_validation(
+    self, step: int, result: Validation | PairValidation
+  ) -> None:
     self.has_validated = True
     if step not in validation_losses(self._workdir):
       self._writer.write(step, result.scalars())
-    told = (
-      f'step {step}  validation loss {result.loss:.4f} nats/token  '
-      f'{result.bits_per_byte:.4f} bits/byte'
-    )
-    if result.old is not None:
-      told += f'  old text {result.old.bits_per_byte:.4f} bits/byte'
-    self._reporter.say(told)
+    self._reporter.say(f'step {step}  {result.told()}')
     if step == self._config.train.num_steps:
       self._tell_of_change(result)
     self._clock.restart()
 
-  def _tell_of_change(self, result: Validation) -> None:
+  def _tell_of_change(self, result: Validation | PairValidation) -> None:
     """What was learned and forgotten since step 0, if that is known."""
     first = next(iter(read_rows(self._workdir)), {})
     now = result.scalars()

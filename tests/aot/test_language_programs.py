@@ -14,7 +14,8 @@ import targets
 from jaxsparse.experiments.bench import language
 from jaxsparse.ops.attention import libraries as attention_libraries
 from jaxsparse.ops.experts import grouped_matmul_libraries
-from jaxsparse.training.step import eval_step, init_state, train_step
+from jaxsparse.training.language import eval_step
+from jaxsparse.training.step import init_state, train_step
 
 pytestmark = pytest.mark.aot
 

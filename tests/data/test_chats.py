@@ -374,7 +374,7 @@ def test_the_template_stays_the_run_s_own(tmp_path):
 
 def test_settings_that_do_not_go_together():
   for fields, words in (
-    (dict(messages='a', text='b'), 'one of text, tfds and messages'),
+    (dict(messages='a', text='b'), 'one of text, tfds, messages and pairs'),
     (dict(messages='a', split='file'), 'split'),
     (dict(chat_template='a'), 'no messages'),
     (dict(messages='a', tokenizer='bpe'), "'bpe' can't be trained"),

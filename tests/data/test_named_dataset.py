@@ -138,7 +138,7 @@ def test_a_name_out_of_reach_is_refused_at_once(tmp_path, monkeypatch):
 
 
 def test_another_format_is_refused(tmp_path, prepared, monkeypatch):
-  def refuse(self, split):
+  def refuse(self, split, decoders):
     raise NotImplementedError('tfrecord')
 
   monkeypatch.setattr(tfds.core.DatasetBuilder, 'as_data_source', refuse)

@@ -18,7 +18,8 @@ from small_model import CONFIG, make_batch, make_mesh
 from jaxsparse import mesh
 from jaxsparse.config import MemoryConfig, TableConfig
 from jaxsparse.training import evaluation
-from jaxsparse.training.step import eval_step, init_state, train_step
+from jaxsparse.training.language import eval_step
+from jaxsparse.training.step import init_state, train_step
 
 MEMORY = MemoryConfig(
   num_keys=16, key_dim=4, num_selected=6, value_dim=16, grid='additive',

@@ -24,8 +24,9 @@ from jaxsparse.config import OptimizerConfig
 from jaxsparse.nn.transformer import Transformer
 from jaxsparse.run import checkpoint
 from jaxsparse.training import evaluation
+from jaxsparse.training.language import eval_step
 from jaxsparse.training.losses import token_losses
-from jaxsparse.training.step import eval_step, init_state, train_step
+from jaxsparse.training.step import init_state, train_step
 
 
 @pytest.mark.slow

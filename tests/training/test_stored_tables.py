@@ -17,12 +17,12 @@ from jaxsparse.ops.tables.host_table import HostTable
 from jaxsparse.run import table_leaves
 from jaxsparse.training import evaluation, stored_tables
 from jaxsparse.training.fetched_rows import collected
+from jaxsparse.training.language import eval_step
 from jaxsparse.training.optimizer import VALUES, make_row_optimizer
 from jaxsparse.training.optimizers.finalizing import state_of
 from jaxsparse.training.optimizers.row_updates import apply_updates
 from jaxsparse.training.step import (
   TrainState,
-  eval_step,
   finalize,
   init_parts,
   optimizer_of,

@@ -29,13 +29,8 @@ from jaxsparse.config.errors import require
 from jaxsparse.data import documents, formats, python_text
 from jaxsparse.experiments.bench import measuring
 from jaxsparse.experiments.compare import suite as suite_lib
-from jaxsparse.training.step import (
-  TrainState,
-  eval_step,
-  finalize,
-  init_state,
-  train_step,
-)
+from jaxsparse.training.language import eval_step
+from jaxsparse.training.step import TrainState, finalize, init_state, train_step
 
 OPTIONS = dict(
   # In configs/compare, or a file.

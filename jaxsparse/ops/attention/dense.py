@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Dense causal attention: grouped heads, documents, windows, composed heads.
+"""Dense attention: grouped heads, documents, windows, composed heads.
 
 Two matmuls and a softmax, written out: `jax.nn.dot_product_attention` does the
 same on every platform unless asked for cuDNN, which takes no float32, and its
@@ -8,6 +8,11 @@ bfloat16 matmul has no CPU implementation at some shapes (JAX 0.10.2).
 The softmax is that of Vaswani et al. 2017 (arXiv:1706.03762), eq. 1; heads are
 grouped as in GQA (Ainslie et al. 2023, arXiv:2305.13245), and may be composed
 before and after the softmax (`compose`).
+
+A query sees its document's keys up to its own position. With `reach` it sees
+keys up to another one, which makes a prefix whose positions all see each other
+(`spans`); without causality it sees all of its document. Then queries and keys
+may be of two streams, in which documents of one number belong together.
 
 With `chunk` the queries come in chunks, one after another, and the backward
 pass makes each chunk's scores again: memory for scores then grows with the
@@ -18,12 +23,14 @@ width.
 """
 
 import dataclasses
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from jaxsparse import mesh
+from jaxsparse.config.errors import require
 from jaxsparse.ops.attention import cpu, libraries
 from jaxsparse.ops.attention.compose import HeadMix, compose, compose_reference
 from jaxsparse.ops.attention.products import scores, sums
@@ -40,22 +47,39 @@ _Mixes = dict[str, HeadMix]
 _STAGES = 4
 
 
+class _Sight(NamedTuple):
+  """What a query sees besides its document's bounds."""
+
+  window: int
+  is_causal: bool
+
+
 def document_mask(
   query_positions: Int[Array, 'B T'],
   key_positions: Int[Array, 'B S'],
   query_segments: Int[Array, 'B T'],
   key_segments: Int[Array, 'B S'],
   window: int = 0,
+  *,
+  reach: Int[Array, 'B T'] | None = None,
+  is_causal: bool = True,
 ) -> Bool[Array, 'B T S']:
   """True where a query sees a key: same document, not later, no padding.
 
-  With a window only the last `window` positions, the query's own among them.
-  Segment 0 is padding: it sees nothing and is not seen.
+  With a window only the last `window` positions, the query's own among them,
+  and as many of those behind it as are seen at all. Segment 0 is padding: it
+  sees nothing and is not seen. `reach` is the last position that each query
+  sees, by default its own; without causality there is none.
   """
   is_same = query_segments[:, :, None] == key_segments[:, None, :]
+  is_seen = is_same & (key_segments > 0)[:, None, :]
   distance = query_positions[:, :, None] - key_positions[:, None, :]
-  is_seen = is_same & (distance >= 0) & (key_segments > 0)[:, None, :]
-  return is_seen & (distance < window) if window else is_seen
+  if is_causal and reach is None:
+    is_seen &= distance >= 0
+    return is_seen & (distance < window) if window else is_seen
+  if reach is not None:
+    is_seen &= key_positions[:, None, :] <= reach[:, :, None]
+  return is_seen & (jnp.abs(distance) < window) if window else is_seen
 
 
 def attention(
@@ -68,6 +92,8 @@ def attention(
   key_segments: Int[Array, 'B S'],
   *,
   window: int = 0,
+  reach: Int[Array, 'B T'] | None = None,
+  is_causal: bool = True,
   pre: HeadMix | None = None,
   post: HeadMix | None = None,
   chunk: int = 0,
@@ -85,13 +111,17 @@ def attention(
     key_segments: document of each key; 0 for padding and for unused cache.
     window: positions that a query sees, its own among them; 0 for all. With
       `chunk`, keys must be in the order of time, and the last T of them be the
-      queries'.
+      queries'. Where later keys are seen it bounds their distance, too.
+    reach: the last position that each query sees; None for its own.
+    is_causal: False for all positions, before and behind; then there is no
+      `reach`.
     pre: composes heads before the softmax and the mask.
     post: composes heads after the softmax.
     chunk: queries at once; 0 for all.
     implementation: 'xla' as above, or a kernel, see `libraries.choose`; then
       the keys' rows must be the queries', in the order of time, or there is
-      one query, which gets no gradient.
+      one query, which gets no gradient. A query of another stream than the
+      keys' wants 'xla'.
 
   Returns:
     Sums of the values by the softmax, in float32, or by what `post` makes of
@@ -100,6 +130,10 @@ def attention(
   Raises:
     UserError: `implementation` is unknown or can't run here.
   """
+  require(
+    is_causal or reach is None,
+    'reach is of causal attention, but is_causal is False: give one of them.',
+  )
   mixes = {n: m for n, m in dict(pre=pre, post=post).items() if m}
   call = libraries.Call(
     length=query.shape[1],
@@ -111,6 +145,8 @@ def attention(
     window=window,
     is_composed=bool(mixes),
     is_quantized=isinstance(key, QuantizedRows),
+    is_causal=is_causal,
+    has_reach=reach is not None,
   )
   library = libraries.choose(implementation, call)
   if library != 'xla' and call.is_decoding:
@@ -120,7 +156,7 @@ def attention(
     )  # fmt: skip
   if library != 'xla':
     return libraries.library_attention(
-      library, query, key, value, query_segments, window
+      library, query, key, value, query_segments, window, is_causal
     )
   letter = _head_letter(mixes)
 
@@ -133,6 +169,7 @@ def attention(
     heads=placed(query, f'BT{letter}H'),
     positions=query_positions,
     segments=query_segments,
+    reach=reach,
   )
   keys = dict(
     key=placed(key, f'BS{letter}H'),
@@ -150,13 +187,22 @@ def attention(
   has_own_keys = (
     implementation == 'auto' and key.shape[1] == length and not mixes
   )
+  sight = _Sight(window, is_causal)
   if chunk and length > chunk:
-    out = _in_chunks(queries, keys, mixes, window, chunk)
-  elif has_own_keys and cpu.leaves_out_later_keys(length):
-    out = _in_halves(queries, keys, window)
+    out = _in_chunks(queries, keys, mixes, sight, chunk)
+  elif (
+    has_own_keys
+    and _sees_nothing_later(queries, sight)
+    and cpu.leaves_out_later_keys(length)
+  ):
+    out = _in_halves(queries, keys, sight)
   else:
-    out = _attend(queries, keys, mixes, window)
+    out = _attend(queries, keys, mixes, sight)
   return mesh.reshard(out, mesh.act('BTNH'))
+
+
+def _sees_nothing_later(queries: _Side, sight: _Sight):
+  return sight.is_causal and queries['reach'] is None
 
 
 def _head_letter(mixes: _Mixes):
@@ -171,7 +217,7 @@ def _head_letter(mixes: _Mixes):
   return 'N' if is_split else '.'
 
 
-def _in_halves(queries: _Side, keys: _Side, window: int):
+def _in_halves(queries: _Side, keys: _Side, sight: _Sight):
   """The first half of the rows, which see no later ones, and the second."""
   half = queries['positions'].shape[1] // 2
   first, second = (
@@ -179,12 +225,12 @@ def _in_halves(queries: _Side, keys: _Side, window: int):
     for s in (slice(half), slice(half, None))
   )
   early = jax.tree.map(lambda x: x[:, :half], keys)
-  parts = _attend(first, early, {}, window), _attend(second, keys, {}, window)
+  parts = _attend(first, early, {}, sight), _attend(second, keys, {}, sight)
   return jnp.concatenate(parts, axis=1)
 
 
 def _in_chunks(
-  queries: _Side, keys: _Side, mixes: _Mixes, window: int, chunk: int
+  queries: _Side, keys: _Side, mixes: _Mixes, sight: _Sight, chunk: int
 ):
   batch, length = queries['positions'].shape
   num_chunks = -(-length // chunk)
@@ -196,20 +242,22 @@ def _in_chunks(
     queries,
   )
   parts = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), parts)
-  run = _over_window if window else _over_all
-  out = run(parts, keys, mixes, window, keys['positions'].shape[1] - length)
+  is_near = sight.window and _sees_nothing_later(queries, sight)
+  run = _over_window if is_near else _over_all
+  out = run(parts, keys, mixes, sight, keys['positions'].shape[1] - length)
   out = jnp.moveaxis(out, 0, 1)
   return out.reshape(batch, -1, *out.shape[3:])[:, :length]
 
 
 def _over_window(
-  parts: _Side, keys: _Side, mixes: _Mixes, window: int, first: int
+  parts: _Side, keys: _Side, mixes: _Mixes, sight: _Sight, first: int
 ):
   """Each chunk with the keys that its queries can reach."""
   num_chunks, _, chunk = parts['positions'].shape
-  reach = window - 1 + chunk
+  before = sight.window - 1
+  reach = before + chunk
   missing = first + num_chunks * chunk - keys['positions'].shape[1]
-  keys = jax.tree.map(lambda x: _pad(x, window - 1, missing), keys)
+  keys = jax.tree.map(lambda x: _pad(x, before, missing), keys)
 
   @jax.checkpoint
   def attend(part: tuple[jax.Array, _Side]):
@@ -220,18 +268,19 @@ def _over_window(
       ),
       keys,
     )
-    return _attend(queries, near, mixes, window)
+    return _attend(queries, near, mixes, sight)
 
   return jax.lax.map(attend, (jnp.arange(num_chunks), parts))
 
 
 def _over_all(
-  parts: _Side, keys: _Side, mixes: _Mixes, window: int, first: int
+  parts: _Side, keys: _Side, mixes: _Mixes, sight: _Sight, first: int
 ):
   """Each chunk with all keys, or in stages with those that are not later."""
   num_chunks, _, chunk = parts['positions'].shape
   # Where keys are a cache, its end is not the queries'.
-  num_stages = 1 if first else min(_STAGES, num_chunks)
+  sees_all = first or not _sees_nothing_later(parts, sight)
+  num_stages = 1 if sees_all else min(_STAGES, num_chunks)
   ends = [num_chunks * (i + 1) // num_stages for i in range(num_stages)]
   turns_over = any(mix.key is not None for mix in mixes.values())
   outs, begin = [], 0
@@ -241,7 +290,7 @@ def _over_all(
     more = cpu.pad_off_cache_alias(last) if turns_over else 0
     past = jax.tree.map(lambda x, e=last, m=more: _pad(x[:, :e], 0, m), keys)
     attend = jax.checkpoint(
-      lambda queries, past=past: _attend(queries, past, mixes, window)
+      lambda queries, past=past: _attend(queries, past, mixes, sight)
     )
     outs.append(jax.lax.map(attend, stage))
     begin = end
@@ -253,7 +302,7 @@ def _pad(x: jax.Array, before: int, after: int):
   return jnp.pad(x, widths)
 
 
-def _attend(queries: _Side, keys: _Side, mixes: _Mixes, window: int):
+def _attend(queries: _Side, keys: _Side, mixes: _Mixes, sight: _Sight):
   """All queries with all keys at once."""
   query, key, value = queries['heads'], keys['key'], keys['value']
   B, T, N, H = query.shape
@@ -274,7 +323,9 @@ def _attend(queries: _Side, keys: _Side, mixes: _Mixes, window: int):
     keys['positions'],
     queries['segments'],
     keys['segments'],
-    window,
+    sight.window,
+    reach=queries['reach'],
+    is_causal=sight.is_causal,
   )
   # A finite bound: with -inf a query that sees no key would give NaN.
   bound = jnp.finfo(dtype).min
@@ -314,6 +365,8 @@ def attention_reference(
   key_segments: Int[Array, 'B S'],
   *,
   window: int = 0,
+  reach: Int[Array, 'B T'] | None = None,
+  is_causal: bool = True,
   pre: HeadMix | None = None,
   post: HeadMix | None = None,
 ):
@@ -327,8 +380,9 @@ def attention_reference(
   if pre is not None:
     score = compose_reference(score, pre)
   mask = document_mask(
-    query_positions, key_positions, query_segments, key_segments, window
-  )[:, :, None]
+    query_positions, key_positions, query_segments, key_segments, window,
+    reach=reach, is_causal=is_causal,
+  )[:, :, None]  # fmt: skip
   score = jnp.where(mask, score, 0.0)
   weight = jnp.where(mask, jnp.exp(score), 0.0)
   total = weight.sum(axis=-1, keepdims=True)

@@ -42,6 +42,9 @@ class Call:
   is_composed: bool
   # Keys and values of the call.
   is_quantized: bool = False
+  is_causal: bool = True
+  # Whether queries see up to another position than their own.
+  has_reach: bool = False
 
   @property
   def is_decoding(self) -> bool:
@@ -89,9 +92,13 @@ def unsupported_reason(name: str, call: Call) -> str | None:
     )
   if call.is_composed:
     return 'it does not compose heads'
+  if call.has_reach:
+    return 'it knows no prefix whose positions all see each other'
   if call.is_decoding and name == 'pallas' and platform == 'gpu':
     if call.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
       return f'it takes 16 or 32 bits and not {call.dtype}'
+    if not call.is_causal:
+      return 'one query with many keys is decoding, which is causal'
     return _decoding_error(call)
   if call.length != call.num_keys:
     return f'it has {call.num_keys} keys for {call.length} queries'
@@ -113,7 +120,9 @@ def _compilation_error(name: str, call: Call) -> str | None:
     value: Float[Array, 'B T K H'],
     segments: Int[Array, 'B T'],
   ):
-    y = _KERNELS[name](query, key, value, segments, window=call.window)
+    y = _KERNELS[name](
+      query, key, value, segments, window=call.window, is_causal=call.is_causal
+    )
     return y.astype(jnp.float32).sum()
 
   def heads(number: int):
@@ -197,8 +206,9 @@ def library_attention(
   value: Float[Array, 'B T K H'],
   segments: Int[Array, 'B T'],
   window: int = 0,
+  is_causal: bool = True,
 ) -> Float[Array, 'B T N H']:
-  """Causal attention within documents by a kernel that `choose` gave.
+  """Attention within documents by a kernel that `choose` gave.
 
   Args:
     name: 'pallas' or 'cudnn'.
@@ -207,12 +217,14 @@ def library_attention(
     value: as `key`.
     segments: document of each row; 0 for padding.
     window: rows that a query sees, its own among them; 0 for all.
+    is_causal: whether it sees no later ones.
 
   Returns:
     Sums of the values; 0 for padding.
   """
+  kernel = functools.partial(_KERNELS[name], window=window, is_causal=is_causal)
   run = mesh.per_device(
-    lambda *heads: (_KERNELS[name](*heads, window=window),),
+    lambda *heads: (kernel(*heads),),
     ('BTN.', 'BTK.', 'BTK.', 'BT'),
     ('BTN.',),
     is_opaque=True,
@@ -228,12 +240,14 @@ def pallas(
   segments: Int[Array, 'B T'],
   *,
   window: int = 0,
+  is_causal: bool = True,
   interpret: bool = False,
 ):
   """Splash attention or Triton's, by the backend; `interpret` is for tests."""
+  how = dict(is_causal=is_causal, interpret=interpret)
   if mesh.platform() == 'gpu':
-    return triton(query, key, value, segments, interpret=interpret)
-  return splash(query, key, value, segments, window=window, interpret=interpret)
+    return triton(query, key, value, segments, **how)
+  return splash(query, key, value, segments, window=window, **how)
 
 
 def splash(
@@ -243,6 +257,7 @@ def splash(
   segments: Int[Array, 'B T'],
   *,
   window: int = 0,
+  is_causal: bool = True,
   interpret: bool = False,
 ):
   """JAX's kernel for TPU, one key/value head at a time."""
@@ -253,11 +268,10 @@ def splash(
   num_kv_heads = key.shape[2]
   group = num_heads // num_kv_heads
   shape = (length, length)
-  mask = (
-    masks.LocalMask(shape, (window - 1, 0), 0)
-    if window
-    else masks.CausalMask(shape)
-  )
+  if window:
+    mask = masks.LocalMask(shape, _window_around(window, is_causal), 0)
+  else:
+    mask = (masks.CausalMask if is_causal else masks.FullMask)(shape)
   rows = _block_rows(length, 'tpu')
   names = [field.name for field in dataclasses.fields(kernels.BlockSizes)]
   sizes = {name: rows for name in names if name.startswith('block_')}
@@ -294,6 +308,7 @@ def triton(
   value: Float[Array, 'B T K H'],
   segments: Int[Array, 'B T'],
   *,
+  is_causal: bool = True,
   interpret: bool = False,
 ):
   """JAX's Pallas kernel for GPUs, which repeats grouped heads."""
@@ -306,7 +321,7 @@ def triton(
     *(jnp.repeat(x, group, axis=2) for x in (key, value)),
     segments,
     sm_scale=query.shape[-1] ** -0.5,
-    causal=True,
+    causal=is_causal,
     block_sizes=kernels.BlockSizes(**dict.fromkeys(names, rows)),
     interpret=interpret,
   )
@@ -323,6 +338,7 @@ def cudnn(
   segments: Int[Array, 'B T'],
   *,
   window: int = 0,
+  is_causal: bool = True,
 ):
   is_same = segments[:, :, None] == segments[:, None, :]
   shape = (len(segments), query.shape[2], *is_same.shape[1:])
@@ -331,10 +347,15 @@ def cudnn(
     key,
     value,
     mask=jnp.broadcast_to(is_same[:, None], shape),
-    is_causal=True,
-    local_window_size=(window - 1, 0) if window else None,
+    is_causal=is_causal,
+    local_window_size=_window_around(window, is_causal) if window else None,
     implementation='cudnn',
   )
+
+
+def _window_around(window: int, is_causal: bool):
+  """Rows before a query's own that it sees, and rows behind."""
+  return window - 1, 0 if is_causal else window - 1
 
 
 _KERNELS = dict(pallas=pallas, cudnn=cudnn)

@@ -78,6 +78,34 @@ def apply_rope(
   return rotate(x, positions[:, :, None], max_wavelength, width, scaling)
 
 
+def apply_rope_2d(
+  x: Float[Array, 'B T N H'],
+  positions: Int[Array, 'B T 2'],
+  max_wavelength: float = 10_000.0,
+  width: int = 0,
+  scaling: Scaling | None = None,
+) -> Float[Array, 'B T N H']:
+  """`apply_rope` by rows and columns, such as those of a picture's patches.
+
+  Scores depend on the differences of both only.
+
+  Args:
+    x: queries or keys.
+    positions: row and column of each token.
+    max_wavelength: as `apply_rope` takes it.
+    width: coordinates that are rotated, a multiple of 4, of which the first
+      half turns by rows and the second by columns; 0 for all.
+    scaling: as `apply_rope` takes it.
+  """
+  width = width or x.shape[-1]
+  by_row, by_column, rest = jnp.split(x, [width // 2, width], axis=-1)
+  parts = [
+    apply_rope(part, positions[..., i], max_wavelength, scaling=scaling)
+    for i, part in enumerate((by_row, by_column))
+  ]
+  return jnp.concatenate([*parts, rest], axis=-1)
+
+
 def rotate(
   x: Float[Array, '*shape H'],
   positions: Real[Array, '...'],

@@ -47,25 +47,36 @@ def value_and_gradients(function, heads):
 
 
 @pytest.mark.parametrize(
-  ('kernel', 'window'),
-  [('splash', 0), ('splash', 40), ('triton', 0)],
+  ('kernel', 'window', 'is_causal'),
+  [
+    ('splash', 0, True),
+    ('splash', 40, True),
+    ('triton', 0, True),
+    ('splash', 0, False),
+    ('triton', 0, False),
+  ],
 )
-def test_a_kernel_is_our_attention(kernel, window, monkeypatch):
+def test_a_kernel_is_our_attention(kernel, window, is_causal, monkeypatch):
   heads, segments = make_inputs()
   how = dict(window=window) if window else {}
   run = functools.partial(getattr(libraries, kernel), interpret=True, **how)
-  monkeypatch.setitem(libraries._KERNELS, 'pallas', lambda *x, window: run(*x))
+  monkeypatch.setitem(
+    libraries._KERNELS,
+    'pallas',
+    lambda *x, window, is_causal: run(*x, is_causal=is_causal),
+  )
   kernel = functools.partial(
     libraries.library_attention,
     'pallas',
     segments=jax.device_put(segments),
     window=window,
+    is_causal=is_causal,
   )
   got = value_and_gradients(kernel, heads)
   rows, segments = jax.device_put((ROWS, segments))
+  how = dict(window=window, is_causal=is_causal)
   want = value_and_gradients(
-    lambda *x: attention(*x, rows, rows, segments, segments, window=window),
-    heads,
+    lambda *x: attention(*x, rows, rows, segments, segments, **how), heads
   )
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, atol=2e-5)
@@ -118,6 +129,7 @@ def test_a_choice_that_cannot_run_is_a_sentence(name):
     ('gpu', {}, 'cudnn', '16 bits'),
     ('tpu', dict(length=T + 1, num_keys=T + 1), 'pallas', 'multiple of 128'),
     ('tpu', {}, 'cudnn', 'for GPU'),
+    ('tpu', dict(has_reach=True), 'pallas', 'knows no prefix'),
   ],
 )
 def test_why_not(backend, fields, name, word, monkeypatch):

@@ -1,0 +1,106 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Pictures of two shapes, of which only the relation tells some apart.
+
+"a red circle left of a blue square", "a blue square below a red circle": the
+words alone never say what is where. The distractors of a caption have its very
+words: the shapes changed over, or the colours, or both. So who knows which
+words a picture has, and no more, is right for one in four.
+
+Nothing else could be said of two shapes: in a row they are at one height, one
+above the other in one column.
+"""
+
+import functools
+from collections.abc import Sequence
+
+import numpy as np
+
+from jaxsparse.data.pictures import drawing
+from jaxsparse.data.pictures.drawing import Thing
+from jaxsparse.data.pictures.pair import Pair
+
+# Changes with the pictures that a number gives.
+_VERSION = 1
+
+NUMBER = 4096
+COLOURS = tuple(drawing.COLOURS)[:5]
+SHAPES = tuple(drawing.SHAPES)[:4]
+
+# From the first to the second, and back.
+_RELATIONS = (('left of', 'right of'), ('above', 'below'))
+_RADII = (0.12, 0.17)
+# Least white between the shapes.
+_GAP = 0.04
+
+
+class Shapes:
+  """Pairs of generated pictures; the same number gives the same one."""
+
+  is_drawn = True
+
+  def __init__(self, number: int = NUMBER):
+    self._number = number
+
+  @functools.cached_property
+  def pairs(self) -> Sequence[Pair]:
+    return [_pair(number) for number in range(self._number)]
+
+  def digest(self, number: int) -> str:
+    return f'shapes {_VERSION} {number}'
+
+  def picture(self, number: int, size: int) -> np.ndarray:
+    return drawing.draw(_scene(number)[1], size)
+
+
+def _scene(number: int) -> tuple[int, list[Thing], bool]:
+  """The relation, the two shapes, and which of them is named first."""
+  rng = np.random.default_rng([_VERSION, number])
+  relation = int(rng.integers(2))
+  shapes = rng.permutation(len(SHAPES))[:2]
+  colours = rng.permutation(len(COLOURS))[:2]
+  is_back = bool(rng.integers(2))
+  radii = rng.uniform(*_RADII, 2)
+  # Along the line on which both lie.
+  first = rng.uniform(radii[0], 1 - 2 * radii[1] - radii[0] - _GAP)
+  second = rng.uniform(first + sum(radii) + _GAP, 1 - radii[1])
+  across = rng.uniform(max(radii), 1 - max(radii))
+  things = [
+    Thing(
+      SHAPES[shape],
+      COLOURS[colour],
+      *((along, across) if relation == 0 else (across, along)),
+      radius,
+    )
+    for shape, colour, along, radius in zip(
+      shapes, colours, (first, second), radii, strict=True
+    )
+  ]
+  return relation, things, is_back
+
+
+def _pair(number: int) -> Pair:
+  relation, things, is_back = _scene(number)
+  there, back = _RELATIONS[relation]
+  said = [
+    f'{things[0].name} {there} {things[1].name}',
+    f'{things[1].name} {back} {things[0].name}',
+  ]
+  a, b = things
+  word = there
+  if is_back:
+    said.reverse()
+    a, b, word = b, a, back
+  recoloured = (a._replace(colour=b.colour), b._replace(colour=a.colour))
+  distractors = [
+    f'{one.name} {word} {other.name}'
+    for one, other in ((b, a), recoloured, recoloured[::-1])
+  ]
+  return Pair(
+    name=f'{number:06}',
+    number=number,
+    captions=tuple(said),
+    distractors=tuple(distractors),
+    # One of the two captions, whichever is said first.
+    meaning=f'{things[0].name} {there} {things[1].name}',
+    group=there,
+  )

@@ -1,0 +1,114 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Writes what a picture shows, by a model that was trained on captions."""
+
+import functools
+from collections.abc import Iterator, Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxsparse.config import Config
+from jaxsparse.config.errors import UserError, require
+from jaxsparse.data.pictures.augment import scaled
+from jaxsparse.data.tokenizer import Tokenizer
+from jaxsparse.inference.sampling import Sampling, sample
+from jaxsparse.nn.multimodal import MultiModalEncoder
+
+
+class Captioner:
+  """An encoder with a causal text that reads the picture.
+
+  A caption is as short as `data.seq_len`, and each of its tokens a pass over so
+  many: there is no cache.
+  """
+
+  def __init__(self, config: Config, params: dict, tokenizer: Tokenizer):
+    """Prepares the programs.
+
+    Args:
+      config: of the run.
+      params: of its encoder.
+      tokenizer: of its captions.
+
+    Raises:
+      UserError: the run has learned no captions.
+    """
+    settings = config.multimodal
+    if settings is None or not settings.caption_weight:
+      raise UserError(
+        'multimodal.caption_weight must be above 0 for captions, which this '
+        f'run has not learned; got {settings.caption_weight if settings else 0}'
+        ': use jaxsparse retrieve.'
+      )
+    self._length, self._tokenizer = config.data.seq_len, tokenizer
+    self._params = {'params': params}
+    module = MultiModalEncoder(config=settings, model=config.model)
+    self._encode = jax.jit(
+      functools.partial(module.apply, method='encode_image')
+    )
+
+    @functools.partial(jax.jit, static_argnames='sampling')
+    def draw(params, tokens, number, image, key, sampling):
+      segments = (jnp.arange(self._length) < number).astype(jnp.int32)[None]
+      logits = module.apply(
+        params, tokens, image, segments, method='caption_logits'
+      )
+      return sample(logits[:, number - 1], key, sampling)[0]
+
+    self._draw = draw
+
+  def tokens(
+    self,
+    picture: np.ndarray,
+    prompt: str = '',
+    max_tokens: int = 200,
+    sampling: Sampling | None = None,
+    seed: int = 0,
+  ) -> Iterator[int]:
+    """The tokens of a caption, up to its end.
+
+    Args:
+      picture: uint8 [S, S, 3], or frames [F, S, S, 3].
+      prompt: what the caption begins with, such as a question.
+      max_tokens: of those that are drawn; a row of training is never exceeded.
+      sampling: how; by default the likeliest.
+      seed: same seed, same caption.
+
+    Raises:
+      UserError: the prompt leaves no room.
+    """
+    begin = self._tokenizer.begin_id
+    given = [int(begin), *map(int, self._tokenizer.encode(prompt))]
+    require(
+      len(given) <= self._length,
+      f'prompt must have fewer than data.seq_len = {self._length} tokens of '
+      f'this model, got {len(given) - 1}.',
+    )
+    return self._drawn(
+      given, picture, max_tokens, sampling or Sampling(temperature=0), seed
+    )
+
+  def _drawn(
+    self,
+    given: Sequence[int],
+    picture: np.ndarray,
+    max_tokens: int,
+    sampling: Sampling,
+    seed: int,
+  ) -> Iterator[int]:
+    tokens = np.zeros((1, self._length), np.int32)
+    tokens[0, : len(given)] = given
+    image = self._encode(self._params, scaled(picture)[None])
+    stops = set(self._tokenizer.stop_ids)
+    most = min(self._length, len(given) - 1 + max_tokens)
+    for number in range(len(given), most + 1):
+      key = jax.random.fold_in(jax.random.key(seed), number)
+      token = int(
+        self._draw(self._params, tokens, number, image, key, sampling)
+      )
+      if token in stops:
+        return
+      yield token
+      if number < self._length:
+        tokens[0, number] = token

@@ -1,0 +1,144 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Finds pictures by a text, and texts by a picture, in a collection.
+
+The two towers give every picture and every caption a vector once; what is asked
+for is a product with all of them.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+
+import jax
+import numpy as np
+
+from jaxsparse.config import Config
+from jaxsparse.data.percent import Percent
+from jaxsparse.data.pictures import batches, stored
+from jaxsparse.data.pictures.augment import scaled
+from jaxsparse.data.pictures.pair import Pair
+from jaxsparse.data.tokenizer import Tokenizer
+from jaxsparse.nn.attention.maps import MAPS
+from jaxsparse.nn.multimodal import MultiModalEncoder
+
+# Rows that are encoded at once.
+_ROWS = 64
+
+
+@dataclasses.dataclass(frozen=True)
+class Found:
+  """One of the best of a collection."""
+
+  pair: Pair
+  # Cosine of both vectors.
+  score: float
+
+
+class PictureSearch:
+  """A collection's pictures and captions as vectors."""
+
+  def __init__(
+    self,
+    config: Config,
+    params: dict,
+    tokenizer: Tokenizer,
+    pairs: Sequence[Pair],
+    read: stored.Read,
+    say: Callable[[str], None] = print,
+  ):
+    """Encodes the collection.
+
+    Args:
+      config: of the run.
+      params: of its encoder.
+      tokenizer: of its captions.
+      pairs: what is searched.
+      read: gives the picture of a pair's number.
+      say: gets lines on the progress.
+    """
+    self._config, self._tokenizer, self._pairs = config, tokenizer, pairs
+    self._read = read
+    module = MultiModalEncoder(config=config.multimodal, model=config.model)
+    self._module, self._variables = module, {'params': params}
+    self._embed_text, self._embed_image = (
+      jax.jit(functools.partial(module.apply, method=f'embed_{kind}'))
+      for kind in ('text', 'image')
+    )
+    percent = Percent('Encoding the pictures', len(pairs), say)
+    images, texts = [], []
+    for start in range(0, len(pairs), _ROWS):
+      percent.reach(start)
+      part = pairs[start : start + _ROWS]
+      images.append(self.of_pictures([read(pair.number) for pair in part]))
+      texts.append(self.of_texts([pair.captions[0] for pair in part]))
+    self._images, self._texts = np.concatenate(images), np.concatenate(texts)
+
+  def of_texts(self, texts: Sequence[str]) -> np.ndarray:
+    """Vectors of length 1, float32 [n, E], of at most _ROWS texts."""
+    rows = self._rows(texts)
+    tokens, segments = rows['tokens'], rows['segment_ids']
+    vectors = self._embed_text(self._variables, tokens, segments)
+    return np.asarray(vectors)[: len(texts)]
+
+  def of_pictures(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+    """As `of_texts`, of pictures uint8 [S, S, 3], or of frames."""
+    images = np.stack([scaled(picture) for picture in pictures])
+    images = _filled(images)
+    return np.asarray(self._embed_image(self._variables, images))[
+      : len(pictures)
+    ]
+
+  def by_text(self, text: str, number: int) -> list[Found]:
+    """The pictures that a text is nearest to, the best first."""
+    return self._best(self._images @ self.of_texts([text])[0], number)
+
+  def by_picture(self, picture: np.ndarray, number: int) -> list[Found]:
+    """The captions that a picture is nearest to, the best first."""
+    return self._best(self._texts @ self.of_pictures([picture])[0], number)
+
+  def attention(
+    self, text: str, picture: np.ndarray
+  ) -> list[tuple[str, np.ndarray]]:
+    """What each token of a text reads of a picture, in the last layer.
+
+    Returns:
+      The tokens' texts, and their weights on the patches [grid, grid], the mean
+      over heads.
+    """
+    settings = self._config.multimodal
+    assert settings is not None
+    rows = self._rows([text])
+    images = _filled(scaled(picture)[None])
+    _, sown = jax.jit(functools.partial(self._module.apply, mutable=[MAPS]))(
+      self._variables, rows['tokens'], images, rows['segment_ids']
+    )
+    layers = sown[MAPS]['fusion']
+    last = layers[max(layers)]['text_reads']['weights'][0]
+    # Queries, heads, patches; of a swapped order of the first two.
+    weights = np.asarray(last)[0].mean(1)
+    length = int(rows['segment_ids'][0].sum())
+    names = [self._tokenizer.decode([int(i)]) for i in rows['tokens'][0]]
+    grid = settings.vision.grid
+    return [
+      (name, weight.reshape(-1, grid, grid)[0])
+      for name, weight in zip(names[:length], weights, strict=False)
+    ]
+
+  def _best(self, scores: np.ndarray, number: int) -> list[Found]:
+    order = np.argsort(-scores, kind='stable')[:number]
+    return [Found(self._pairs[i], float(scores[i])) for i in order]
+
+  def _rows(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
+    rows = [
+      batches.text_row(self._config.data, self._tokenizer, text)
+      for text in texts
+    ]
+    return {
+      name: _filled(np.stack([row[name] for row in rows]))
+      for name in ('tokens', 'segment_ids')
+    }
+
+
+def _filled(rows: np.ndarray) -> np.ndarray:
+  """As many rows as one program takes; those behind are zero."""
+  return np.pad(rows, [(0, _ROWS - len(rows))] + [(0, 0)] * (rows.ndim - 1))

@@ -1,0 +1,72 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Two streams that read each other (ViLBERT, arXiv:1908.02265)."""
+
+import flax.linen as nn
+from jaxtyping import Array, Float, Int
+
+from jaxsparse import mesh
+from jaxsparse.config import ModelConfig
+from jaxsparse.nn.block import Block
+from jaxsparse.nn.door import portable
+from jaxsparse.nn.multimodal.cross_attention import CrossAttention, mlp, norm
+
+
+class CoAttention(nn.Module):
+  """One layer: each stream reads the other as it was, then itself.
+
+  t' = t + read(norm(t), norm(v)), t'' = t' + MLP(norm(t')), and a `Block` of
+  self-attention; v alike, unless the text is causal: what a text's end says
+  would then reach its beginning through the picture, which stays as it is
+  (CoCa, arXiv:2205.01917).
+
+  Attributes:
+    text, image: streams, see `config.multimodal.fusion_stream`.
+    axes: names of the mesh axes of a program of your own, see `mesh.Axes`.
+  """
+
+  text: ModelConfig
+  image: ModelConfig
+  axes: mesh.Axes = mesh.DEFAULT_AXES
+
+  @nn.compact
+  @portable(returns=('tokens', 'tokens'))
+  def __call__(
+    self,
+    text: Float[Array, 'B T D'],
+    image: Float[Array, 'B S E'],
+    positions: Int[Array, 'B T'],
+    text_segment_ids: Int[Array, 'B T'],
+    image_segment_ids: Int[Array, 'B S'],
+    gate: Float[Array, 'B S'] | None = None,
+  ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B S E']]:
+    """Both streams after the layer.
+
+    Args:
+      text: states of the text.
+      image: states of patches, of any width.
+      positions: of the text's tokens.
+      text_segment_ids: item of each token; 0 for padding.
+      image_segment_ids: item of each patch; 0 for padding.
+      gate: factors of what the text reads of each patch.
+    """
+    read = norm(self.text, 'text_read_norm')(text)
+    of_image = norm(self.image, 'image_read_norm')(image)
+    text += CrossAttention(self.text, name='text_reads')(
+      read, of_image, text_segment_ids, image_segment_ids, gate
+    )
+    text = self._go_on('text', self.text, text, positions, text_segment_ids)
+    if self.text.is_causal:
+      return text, image
+    image += CrossAttention(self.image, name='image_reads')(
+      of_image, read, image_segment_ids, text_segment_ids
+    )
+    at = image_segment_ids * 0
+    image = self._go_on('image', self.image, image, at, image_segment_ids)
+    return text, image
+
+  def _go_on(self, name, config, x, positions, segment_ids):
+    """The MLP of a stream, and a block of its own."""
+    y, _ = mlp(config, f'{name}_mlp')(norm(config, f'{name}_mlp_norm')(x))
+    block = Block(config, 0, name=f'{name}_block')
+    x, _, _, _ = block(x + y, positions, segment_ids)
+    return x
