@@ -52,7 +52,7 @@ def init_cache(
     'a decoding cache is of causal streams, but model.is_causal is False.',
   )
   check_split(config, batch_size)
-  blocks = {
+  blocks: dict[str, dict[str, Any]] = {
     block_name(i): dict(
       attention=attention_cache.init_rows(config, i, batch_size, length)
     )

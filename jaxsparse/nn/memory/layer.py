@@ -304,8 +304,9 @@ def memory_forward(
   }
   if permutation is None and config.stored_addresses:
     # No gradient leads there, and nothing decays it.
-    stored = jax.lax.stop_gradient(weights['addresses'])
-    permutation = stored.astype(jnp.int32)
+    addresses = weights['addresses']
+    assert isinstance(addresses, jax.Array)
+    permutation = jax.lax.stop_gradient(addresses).astype(jnp.int32)
   read = retrieve(
     weights,
     x,
