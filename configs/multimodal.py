@@ -11,7 +11,9 @@ emoji
   that `jaxsparse convert emoji` takes from a font and from Unicode's names:
   --config.data.pairs=FOLDER.
   Hardware: two CPU cores, minutes.
-  Result: none measured.
+  Result: seed 0, of 366 held-out emoji, of which skin tones of one person lie
+  on both sides: from picture to name R@1 0.560 and R@10 0.654, back 0.557 and
+  0.664. A linear map of the pixels has 0.470 and 0.665, chance 0.003 and 0.027.
 
 shapes
   Reproduces: ViLBERT's co-attention (arXiv:1908.02265) with a matching loss on
@@ -23,7 +25,8 @@ shapes
 shapes_late
   Reproduces: the same two towers alone, compared by a product.
   Hardware: two CPU cores, minutes.
-  Result: none measured.
+  Result: seed 0, of 419 held-out pictures: R@1 0.745 from picture to caption;
+  47.5 % of the captions score above three of the same words, chance 25 %.
 """
 
 from jaxsparse import config as c
