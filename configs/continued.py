@@ -33,7 +33,8 @@ annealed
   what `infinite` has made: --config.train.start_from=runs/second, from the
   constant rate down to a fifth of it. The next text goes on from before it.
   Hardware: two CPU cores, minutes.
-  Result: none measured.
+  Result: --config.train.num_steps=40 --config.optimizer.anneal_steps=40 after
+  `infinite`: new text 3.239 to 3.162, old text 2.483 to 2.462.
 """
 
 import dataclasses
