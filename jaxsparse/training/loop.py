@@ -51,14 +51,14 @@ class TrainingData:
   validation_bytes: int = 0
   # Bytes of text for each target, to state training losses in bits per byte.
   bytes_per_target: float = 0.0
-  # In place of text the pairs to validate on.
-  pairs: pair_validation.HeldOut | None = None
   # `validation` and its bytes of the text that was learned before, if it is
   # known.
   old_validation: Callable[[], Iterable[dict[str, np.ndarray]]] | None = None
   old_validation_bytes: int = 0
   # What rows are ranked by, if they are trained.
   ranked_by: trained_rows.Texts | None = None
+  # In place of text the pairs to validate on.
+  pairs: pair_validation.HeldOut | None = None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -76,18 +76,21 @@ def test_a_part_that_is_not_there_is_made_and_said(part):
 def test_every_part_that_may_be_absent_is_made():
   """By setting any field of it to its default, at most with a pattern."""
   for path in fields.paths(Config):
-    section, _, rest = path.partition('.')
-    part, _, names = rest.partition('.')
-    if not names:
-      continue
+    *parts, name = path.split('.')
     config = Config()
-    cls = fields.part_of(fields.hints(type(getattr(config, section)))[part])
-    default = cls()
-    for name in names.split('.'):
-      default = getattr(default, name)
-    notes = overrides.apply(config, [(path, str(default))])
-    assert len(notes) == 1
-    assert getattr(getattr(config, section), part) == cls()
+    expected, num_made = config, 0
+    for part in parts:
+      cls = fields.part_of(fields.hints(type(expected))[part])
+      found = getattr(expected, part)
+      num_made += found is None
+      expected = cls() if found is None else found
+    if not num_made:
+      continue
+    notes = overrides.apply(config, [(path, str(getattr(expected, name)))])
+    assert len(notes) == num_made
+    for part in parts:
+      config = getattr(config, part)
+    assert config == expected
 
 
 def test_train_says_so_on_stderr(capsys):
