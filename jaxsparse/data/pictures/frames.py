@@ -7,43 +7,19 @@ frame that the question names is right, and who reads k of the 16 by chance is
 right for k / 16 of them, and for one in eight of the others.
 """
 
-import functools
-from collections.abc import Sequence
-
 import numpy as np
 
 from jaxsparse.data.pictures import drawing
 from jaxsparse.data.pictures.drawing import Thing
+from jaxsparse.data.pictures.drawn import Drawn
 from jaxsparse.data.pictures.pair import Pair
 
 # Changes with the videos that a number gives.
 _VERSION = 1
 
-NUMBER = 4096
 COLOURS = tuple(drawing.COLOURS)
 SHAPES = tuple(drawing.SHAPES)
 NUM_FRAMES = len(SHAPES)
-
-
-class Frames:
-  """Pairs of generated videos and questions."""
-
-  is_drawn = True
-
-  def __init__(self, number: int = NUMBER):
-    self._number = number
-
-  @functools.cached_property
-  def pairs(self) -> Sequence[Pair]:
-    return [_pair(number) for number in range(self._number)]
-
-  def digest(self, number: int) -> str:
-    return f'frames {_VERSION} {number}'
-
-  def picture(self, number: int, size: int) -> np.ndarray:
-    """The frames, uint8 [F, S, S, 3]."""
-    things, _ = _scene(number)
-    return np.stack([drawing.draw([thing], size) for thing in things])
 
 
 def asked(number: int) -> int:
@@ -79,3 +55,16 @@ def _pair(number: int) -> Pair:
     meaning=f'video {number}',
     group=thing.shape,
   )
+
+
+def _draw(number: int, size: int) -> np.ndarray:
+  """The frames, uint8 [F, S, S, 3]."""
+  things, _ = _scene(number)
+  return np.stack([drawing.draw([thing], size) for thing in things])
+
+
+class Frames(Drawn):
+  """Pairs of a video and what one of its frames shows."""
+
+  identity = f'frames {_VERSION}'
+  make_pair, draw = staticmethod(_pair), staticmethod(_draw)

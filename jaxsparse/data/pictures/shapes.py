@@ -10,19 +10,16 @@ Nothing else could be said of two shapes: in a row they are at one height, one
 above the other in one column.
 """
 
-import functools
-from collections.abc import Sequence
-
 import numpy as np
 
 from jaxsparse.data.pictures import drawing
 from jaxsparse.data.pictures.drawing import Thing
+from jaxsparse.data.pictures.drawn import Drawn
 from jaxsparse.data.pictures.pair import Pair
 
 # Changes with the pictures that a number gives.
 _VERSION = 1
 
-NUMBER = 4096
 COLOURS = tuple(drawing.COLOURS)[:5]
 SHAPES = tuple(drawing.SHAPES)[:4]
 
@@ -31,25 +28,6 @@ _RELATIONS = (('left of', 'right of'), ('above', 'below'))
 _RADII = (0.12, 0.17)
 # Least white between the shapes.
 _GAP = 0.04
-
-
-class Shapes:
-  """Pairs of generated pictures; the same number gives the same one."""
-
-  is_drawn = True
-
-  def __init__(self, number: int = NUMBER):
-    self._number = number
-
-  @functools.cached_property
-  def pairs(self) -> Sequence[Pair]:
-    return [_pair(number) for number in range(self._number)]
-
-  def digest(self, number: int) -> str:
-    return f'shapes {_VERSION} {number}'
-
-  def picture(self, number: int, size: int) -> np.ndarray:
-    return drawing.draw(_scene(number)[1], size)
 
 
 def _scene(number: int) -> tuple[int, list[Thing], bool]:
@@ -104,3 +82,14 @@ def _pair(number: int) -> Pair:
     meaning=f'{things[0].name} {there} {things[1].name}',
     group=there,
   )
+
+
+def _draw(number: int, size: int) -> np.ndarray:
+  return drawing.draw(_scene(number)[1], size)
+
+
+class Shapes(Drawn):
+  """Pairs of two shapes and what is where."""
+
+  identity = f'shapes {_VERSION}'
+  make_pair, draw = staticmethod(_pair), staticmethod(_draw)
