@@ -38,7 +38,8 @@ class Linear(nn.Module):
     dtype = self.dtype or x.dtype
     variance = self.scale**2 / x.shape[-1]
     shape = (x.shape[-1], self.width)
-    matrix = weight(self, 'map', 'D.', shape, variance, dtype)
+    # Whole on every device: any width is allowed, and it is small.
+    matrix = weight(self, 'map', '..', shape, variance, dtype)
     spec = mesh.act('BTD')
     return (token_product('d,de->e', x.astype(dtype), matrix, spec),)
 
