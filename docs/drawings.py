@@ -8,6 +8,7 @@ import pathlib
 import matplotlib
 import matplotlib.pyplot as plt
 import numpy as np
+import results_decode
 import results_quantized
 import results_tables
 from matplotlib.patches import FancyBboxPatch
@@ -71,7 +72,7 @@ def recalled() -> dict[str, np.ndarray]:
 def decode_times() -> dict[str, dict[int, float]]:
   """Milliseconds of a decode step on an H200, by model and batch."""
   found = {}
-  for cell in results_tables.h200_cells():
+  for cell in results_decode.h200_cells():
     if cell['task'].startswith('KV /8, uniform'):
       times = found.setdefault(cell['contender'], {})
       times[cell['batch_size']] = 1e3 * cell['seconds']

@@ -2,6 +2,7 @@
 """The pages of results that are about speed, and the list of all pages."""
 
 import results_continual
+import results_decode
 import results_quantized
 import results_serving
 import results_tables
@@ -182,7 +183,7 @@ for each parameter, 120 for the memory layer.
 
 PAGES = dict(
   language=results_tables.language, recall=results_tables.recall,
-  decode=results_tables.decode, attention=results_tables.attention,
+  decode=results_decode.decode, attention=results_tables.attention,
   tables=tables, cpu=cpu, serving=results_serving.serving,
   quantized=results_quantized.quantized, continual=results_continual.continual,
 )  # fmt: skip

@@ -7,6 +7,7 @@ from documents import PAGES, generator
 
 README = ' '.join(PAGES['README.md'].split())
 results = generator().results_tables
+results_decode = generator().results_speed.results_decode
 results_quantized = generator().results_speed.results_quantized
 
 
@@ -24,7 +25,7 @@ def recalled():
 def decoding():
   cell = next(
     cell
-    for cell in results.h200_cells()
+    for cell in results_decode.h200_cells()
     if (cell['task'], cell['contender'])
     == ('KV /8, uniform, batch 64', 'ultramem')
   )
