@@ -6,8 +6,8 @@ Fields are overridden as in training: `--config.model.num_kv_heads=2`.
 
 import dataclasses
 
-from jaxsparse.analysis import cost, multimodal_cost
-from jaxsparse.config import Config, ModelConfig
+from jaxsparse.analysis import cost, multimodal_cost, run_cost
+from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError, require, shown
 from jaxsparse.run import command_line, overrides
 
@@ -48,7 +48,7 @@ def describe(config: Config, batch_sizes: list[int], context: int) -> list[str]:
     vocabulary = f' (vocabulary of the bytes, {_BYTES})'
   length = config.data.seq_len
   if config.multimodal:
-    return _of_pairs(config, model, vocabulary)
+    return _of_pairs(dataclasses.replace(config, model=model), vocabulary)
   count = cost.count_parameters(model)
   forward = cost.forward_flops(model, length)
   step = config.data.batch_size * length
@@ -85,19 +85,18 @@ def _numbers(text: str) -> list[int]:
   return numbers
 
 
-def _of_pairs(config: Config, model: ModelConfig, vocabulary: str) -> list[str]:
+def _of_pairs(config: Config, vocabulary: str) -> list[str]:
   """Of a recipe of pictures with captions: both streams and what fuses them."""
-  settings, length = config.multimodal, config.data.seq_len
-  assert settings is not None
-  count = multimodal_cost.multimodal_parameters(settings, model)
-  of_image = multimodal_cost.vision_flops(settings.vision)
-  of_pair = multimodal_cost.pair_flops(settings, model, length)
+  assert config.multimodal is not None
+  of_image = multimodal_cost.vision_flops(config.multimodal.vision)
+  of_pair = run_cost.forward_flops(config)
   step = 3 * of_pair * config.data.batch_size
   return [
-    *_parameters(count, vocabulary),
-    f'every product: {of_pair / 1e9:.4g} GFLOPs a pair forward at {length:,} '
-    f'tokens, {of_image / 1e9:.4g} of them a picture; a train step of '
-    f'{config.data.batch_size:,} pairs {step / 1e12:.4g} TFLOPs',
+    *_parameters(run_cost.parameters(config), vocabulary),
+    f'every product: {of_pair / 1e9:.4g} GFLOPs a pair forward at '
+    f'{config.data.seq_len:,} tokens, {of_image / 1e9:.4g} of them a picture; '
+    f'a train step of {config.data.batch_size:,} pairs {step / 1e12:.4g} '
+    'TFLOPs',
   ]
 
 

@@ -64,16 +64,16 @@ def write_captions(
   tokenizer = load_from_workdir(folder, config.model.vocab_size)
   step = trained.step_of(folder, arguments.step)
   _, params = checkpoint.load_params(folder, step, say)
-  captioner = Captioner(config, params, tokenizer)
+  captioner = Captioner(config, params)
   for request in requests:
+    given = encode_prompt(tokenizer, request.prompt)
     tokens = captioner.tokens(
       picture,
-      request.prompt,
+      given,
       request.max_tokens,
       request.sampling,
       request.seed,
     )
-    given = encode_prompt(tokenizer, request.prompt)
     write(request.prompt)
     for text in stream_text(tokens, tokenizer, given, request.stop):
       write(text)

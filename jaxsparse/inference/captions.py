@@ -2,7 +2,7 @@
 """Writes what a picture shows, by a model that was trained on captions."""
 
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +11,6 @@ import numpy as np
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.data.pictures.augment import scaled
-from jaxsparse.data.tokenizer import Tokenizer
 from jaxsparse.inference.sampling import Sampling, sample
 from jaxsparse.nn.multimodal import MultiModalEncoder
 
@@ -23,13 +22,12 @@ class Captioner:
   many: there is no cache.
   """
 
-  def __init__(self, config: Config, params: dict, tokenizer: Tokenizer):
+  def __init__(self, config: Config, params: dict):
     """Prepares the programs.
 
     Args:
       config: of the run.
       params: of its encoder.
-      tokenizer: of its captions.
 
     Raises:
       UserError: the run has learned no captions.
@@ -41,7 +39,7 @@ class Captioner:
         f'run has not learned; got {settings.caption_weight if settings else 0}'
         ': use jaxsparse retrieve.'
       )
-    self._length, self._tokenizer = config.data.seq_len, tokenizer
+    self._length = config.data.seq_len
     self._params = {'params': params}
     module = MultiModalEncoder(config=settings, model=config.model)
     self._encode = jax.jit(
@@ -61,16 +59,16 @@ class Captioner:
   def tokens(
     self,
     picture: np.ndarray,
-    prompt: str = '',
+    given: np.ndarray,
     max_tokens: int = 200,
     sampling: Sampling | None = None,
     seed: int = 0,
   ) -> Iterator[int]:
-    """The tokens of a caption, up to its end.
+    """The tokens of a caption; who reads them ends where it does.
 
     Args:
       picture: uint8 [S, S, 3], or frames [F, S, S, 3].
-      prompt: what the caption begins with, such as a question.
+      given: what the caption begins with, as `text.encode_prompt` gives it.
       max_tokens: of those that are drawn; a row of training is never exceeded.
       sampling: how; by default the likeliest.
       seed: same seed, same caption.
@@ -78,8 +76,6 @@ class Captioner:
     Raises:
       UserError: the prompt leaves no room.
     """
-    begin = self._tokenizer.begin_id
-    given = [int(begin), *map(int, self._tokenizer.encode(prompt))]
     require(
       len(given) <= self._length,
       f'prompt must have fewer than data.seq_len = {self._length} tokens of '
@@ -91,7 +87,7 @@ class Captioner:
 
   def _drawn(
     self,
-    given: Sequence[int],
+    given: np.ndarray,
     picture: np.ndarray,
     max_tokens: int,
     sampling: Sampling,
@@ -100,15 +96,12 @@ class Captioner:
     tokens = np.zeros((1, self._length), np.int32)
     tokens[0, : len(given)] = given
     image = self._encode(self._params, scaled(picture)[None])
-    stops = set(self._tokenizer.stop_ids)
     most = min(self._length, len(given) - 1 + max_tokens)
     for number in range(len(given), most + 1):
       key = jax.random.fold_in(jax.random.key(seed), number)
       token = int(
         self._draw(self._params, tokens, number, image, key, sampling)
       )
-      if token in stops:
-        return
       yield token
       if number < self._length:
         tokens[0, number] = token

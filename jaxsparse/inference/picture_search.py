@@ -57,7 +57,6 @@ class PictureSearch:
       say: gets lines on the progress.
     """
     self._config, self._tokenizer, self._pairs = config, tokenizer, pairs
-    self._read = read
     module = MultiModalEncoder(config=config.multimodal, model=config.model)
     self._module, self._variables = module, {'params': params}
     self._embed_text, self._embed_image = (
@@ -114,13 +113,13 @@ class PictureSearch:
     )
     layers = sown[MAPS]['fusion']
     last = layers[max(layers)]['text_reads']['weights'][0]
-    # Queries, heads, patches; of a swapped order of the first two.
+    # Of tokens, heads, patches.
     weights = np.asarray(last)[0].mean(1)
     length = int(rows['segment_ids'][0].sum())
     names = [self._tokenizer.decode([int(i)]) for i in rows['tokens'][0]]
     grid = settings.vision.grid
     return [
-      (name, weight.reshape(-1, grid, grid)[0])
+      (name, weight.reshape(grid, grid))
       for name, weight in zip(names[:length], weights, strict=False)
     ]
 

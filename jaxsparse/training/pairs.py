@@ -71,7 +71,7 @@ def loss(
   metrics, total = dict(found['metrics']), jnp.zeros((), jnp.float32)
   parts = dict(
     contrastive=lambda: _contrastive(config, found, batch),
-    caption=lambda: _caption(found, batch) / total_weight,
+    caption=lambda: _caption(found, batch).sum() / total_weight,
     matching=lambda: _matching(config, variables, found, batch, of_negatives),
   )
   for name, part in parts.items():
@@ -96,9 +96,9 @@ def _contrastive(config, found, batch):
 
 
 def _caption(found, batch):
-  """Nats of the captions' targets, summed."""
+  """Nats of each caption's targets, summed, [B]."""
   losses = token_losses(found['logits'], batch['targets'])
-  return jnp.sum(losses * batch['loss_weight'])
+  return jnp.sum(losses * batch['loss_weight'], axis=-1)
 
 
 def _matching(config, variables, found, batch, key):
@@ -161,7 +161,7 @@ def embed_step(config: Config, params: dict, batch: Batch) -> dict:
     name: everywhere(found[f'{name}_embedding']) for name in ('image', 'text')
   }
   if settings.caption_weight:
-    result['nats'] = _caption(found, batch)
+    result['nats'] = _caption(found, batch).sum()
     result['targets'] = jnp.sum(batch['loss_weight'])
   if settings.num_frames > 1:
     number = jnp.sum(batch['item'] >= 0)
@@ -183,8 +183,7 @@ def score_step(
   assert settings is not None
   found = _applied(config, params, batch)
   if settings.caption_weight:
-    losses = token_losses(found['logits'], batch['targets'])
-    scores = -jnp.sum(losses * batch['loss_weight'], axis=-1)
+    scores = -_caption(found, batch)
   elif settings.matching_weight:
     scores = found['match']
   else:
