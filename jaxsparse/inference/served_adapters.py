@@ -275,13 +275,14 @@ def _check_room(params: dict, adapter: Adapter) -> None:
   known = _with_places(params)
   sizes = {'/'.join(p): a.shape[-1] for p, (a, _) in adapter.matrices.items()}
   sizes |= {name: len(rows) for name, (rows, _) in adapter.deltas.items()}
-  for name, size in sizes.items():
-    x = known.get(name)
-    if x is None:
-      raise UserError(
-        f'the adapter {adapter.name!r} has {name!r}, which none of those had '
-        'that the server was started with: start it again.'
-      )
+  # By name: a file's tensors come in no order, and a sentence should not.
+  if missing := sorted(sizes.keys() - known.keys()):
+    raise UserError(
+      f'the adapter {adapter.name!r} has {missing[0]!r}, which none of those '
+      'had that the server was started with: start it again.'
+    )
+  for name, size in sorted(sizes.items()):
+    x = known[name]
     room = x.a.shape[-1] if isinstance(x, AdaptedMatrix) else x.rows.shape[1]
     what = 'rank' if isinstance(x, AdaptedMatrix) else 'rows'
     require(
