@@ -53,6 +53,7 @@ def vision(image_size: int, width: int, num_layers: int) -> c.VisionConfig:
     stream=stream(width, num_layers, is_causal=False),
     image_size=image_size,
     patch_size=8,
+    positions='sincos',
   )
 
 
@@ -96,8 +97,9 @@ def shapes(fusion_type: str = 'co_attention') -> c.Config:
       pairs='generated:shapes',
       validation_fraction=0.1,
       tokenizer='words',
-      seq_len=16,
-      batch_size=128,
+      seq_len=12,
+      batch_size=64,
+      distractors=True,
     ),
     optimizer=c.OptimizerConfig(learning_rate=2e-3, warmup_steps=40),
     train=train(600),

@@ -18,16 +18,18 @@ from jaxsparse.data.pictures.drawn import Drawn
 from jaxsparse.data.pictures.pair import Pair
 
 # Changes with the pictures that a number gives.
-_VERSION = 1
+_VERSION = 2
 
-COLOURS = tuple(drawing.COLOURS)[:5]
+COLOURS = tuple(drawing.COLOURS)
 SHAPES = tuple(drawing.SHAPES)[:4]
 
 # From the first to the second, and back.
 _RELATIONS = (('left of', 'right of'), ('above', 'below'))
-_RADII = (0.12, 0.17)
-# Least white between the shapes.
-_GAP = 0.04
+# Of the two along the line on which they lie, and of both across it: either has
+# a half of the picture.
+_ALONG = ((0.2, 0.3), (0.7, 0.8))
+_ACROSS = (0.3, 0.7)
+_RADII = (0.14, 0.19)
 
 
 def _scene(number: int) -> tuple[int, list[Thing], bool]:
@@ -38,10 +40,8 @@ def _scene(number: int) -> tuple[int, list[Thing], bool]:
   colours = rng.permutation(len(COLOURS))[:2]
   is_back = bool(rng.integers(2))
   radii = rng.uniform(*_RADII, 2)
-  # Along the line on which both lie.
-  first = rng.uniform(radii[0], 1 - 2 * radii[1] - radii[0] - _GAP)
-  second = rng.uniform(first + sum(radii) + _GAP, 1 - radii[1])
-  across = rng.uniform(max(radii), 1 - max(radii))
+  first, second = (rng.uniform(*bounds) for bounds in _ALONG)
+  across = rng.uniform(*_ACROSS)
   things = [
     Thing(
       SHAPES[shape],

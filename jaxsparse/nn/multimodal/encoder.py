@@ -163,8 +163,16 @@ class MultiModalEncoder(nn.Module):
     segment_ids: Int[Array, 'B T'] | None = None,
   ) -> Float[Array, 'B E']:
     """A vector of length 1 for each row, to be compared with pictures'."""
+    return self.encode_and_embed_text(tokens, segment_ids)[1]
+
+  def encode_and_embed_text(
+    self,
+    tokens: Int[Array, 'B T'],
+    segment_ids: Int[Array, 'B T'] | None = None,
+  ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B E']]:
+    """What `encode_text` and `embed_text` give, of one pass."""
     text = self.encode_text(tokens, segment_ids)
-    return self._text_vector(text, segments_of(segment_ids, text))
+    return text, self._text_vector(text, segments_of(segment_ids, text))
 
   def embed_image(
     self, images: Float[Array, 'B ...'], mask: Mask | None = None
