@@ -200,9 +200,7 @@ def _siglip_wrong(wrong, scale, bias, item):
   return jnp.where(item >= 0, losses, 0).sum()
 
 
-def siglip_reference(
-  image, text, log_temperature, bias, item=None, wrong=None
-):
+def siglip_reference(image, text, log_temperature, bias, item=None, wrong=None):
   """Oracle of `siglip_loss`, pair by pair as the paper writes it.
 
   `wrong` has a text for each picture, or None where there is none.

@@ -125,7 +125,9 @@ def test_a_wrong_text_of_its_own_counts_as_the_oracle_has_it(name, rows):
       )
 
     def oracle(image, text, others):
-      wrong = [x if there else None for x, there in zip(others, is_there)]
+      wrong = [
+        x if there else None for x, there in zip(others, is_there, strict=True)
+      ]
       return ORACLES[name](image, text, *scalars, item=item, wrong=wrong)
 
     return [

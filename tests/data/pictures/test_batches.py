@@ -258,9 +258,7 @@ def test_a_distractor_is_drawn_for_each_pair_that_has_some(folder, read):
   for batch in _take(_train(folder, corpus, read, **config), 9):
     rows = batch['tokens'][:, 1].tolist()
     first, second = (rows.index(ord(letter)) for letter in 'rp')
-    wrong = {
-      name: batch[f'wrong_{name}'] for name in ('tokens', 'segment_ids')
-    }
+    wrong = {name: batch[f'wrong_{name}'] for name in ('tokens', 'segment_ids')}
     seen.add(_text(wrong, first))
     assert not any(x[second].any() for x in wrong.values())
   assert seen == {'blue', 'grey'}
