@@ -67,7 +67,10 @@ def emoji() -> c.Config:
   return c.Config(
     model=stream(64, 2, is_causal=False),
     multimodal=c.MultiModalConfig(
-      vision=vision(32, 64, 2), fusion_type='late', fused_dim=64
+      vision=vision(32, 64, 2),
+      fusion_type='late',
+      fused_dim=64,
+      contrastive='infonce',
     ),
     data=c.DataConfig(
       pairs='data/emoji',
@@ -75,10 +78,10 @@ def emoji() -> c.Config:
       tokenizer='words',
       seq_len=12,
       batch_size=256,
-      augment=c.AugmentConfig(shift=0.1, noise=0.05),
+      augment=c.AugmentConfig(shift=0.1, crop=0.1, noise=0.05, unknown=0.1),
     ),
     optimizer=c.OptimizerConfig(learning_rate=3e-3, warmup_steps=40),
-    train=train(900),
+    train=train(400),
   )
 
 
@@ -102,7 +105,7 @@ def shapes(fusion_type: str = 'co_attention') -> c.Config:
       distractors=True,
     ),
     optimizer=c.OptimizerConfig(learning_rate=2e-3, warmup_steps=40),
-    train=train(600),
+    train=train(400),
   )
 
 
