@@ -48,12 +48,14 @@ def stream(width: int, num_layers: int, **fields) -> c.ModelConfig:
   )
 
 
-def vision(image_size: int, width: int, num_layers: int) -> c.VisionConfig:
+def vision(
+  image_size: int, width: int, num_layers: int, **fields
+) -> c.VisionConfig:
   return c.VisionConfig(
     stream=stream(width, num_layers, is_causal=False),
     image_size=image_size,
     patch_size=8,
-    positions='sincos',
+    **fields,
   )
 
 
@@ -67,7 +69,7 @@ def emoji() -> c.Config:
   return c.Config(
     model=stream(64, 2, is_causal=False),
     multimodal=c.MultiModalConfig(
-      vision=vision(32, 64, 2),
+      vision=vision(32, 64, 2, positions='sincos'),
       fusion_type='late',
       fused_dim=64,
       contrastive='infonce',
@@ -91,7 +93,7 @@ def shapes(fusion_type: str = 'co_attention') -> c.Config:
   return c.Config(
     model=stream(64, 2, is_causal=False),
     multimodal=c.MultiModalConfig(
-      vision=vision(32, 64, 2),
+      vision=vision(32, 64, 2, positions='sincos'),
       fusion_type=fusion_type,
       fused_dim=64,
       **fields,
