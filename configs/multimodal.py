@@ -91,9 +91,9 @@ def shapes(fusion_type: str = 'co_attention') -> c.Config:
   is_late = fusion_type == 'late'
   fields = {} if is_late else dict(num_fusion_layers=1, matching_weight=1.0)
   return c.Config(
-    model=stream(64, 2, is_causal=False),
+    model=stream(64, 1, is_causal=False),
     multimodal=c.MultiModalConfig(
-      vision=vision(32, 64, 2, positions='sincos'),
+      vision=vision(32, 64, 1, positions='sincos'),
       fusion_type=fusion_type,
       fused_dim=64,
       **fields,
