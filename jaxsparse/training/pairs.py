@@ -88,17 +88,13 @@ def loss(
 
 def _of_wrong(config, variables, batch):
   """States and vectors of the distractors, and which rows have one."""
-  segments = batch['wrong_segment_ids']
-  states, vectors = encoder(config).apply(
-    variables,
-    batch['wrong_tokens'],
-    segments,
-    method='encode_and_embed_text',
-  )
+  tokens, segments = batch['wrong_tokens'], batch['wrong_segment_ids']
+  apply = functools.partial(encoder(config).apply, variables)
+  states = apply(tokens, segments, method='encode_text')
   is_prefix = config.multimodal.fusion_type == 'prefix'
   return dict(
-    wrong_text=batch['wrong_tokens'] if is_prefix else states,
-    wrong_embedding=vectors,
+    wrong_text=tokens if is_prefix else states,
+    wrong_embedding=apply(states, segments, method='text_vector'),
     has_wrong=segments.any(-1),
   )
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Held-out pairs as chance and linear maps find them, as a run's end has it."""
 
+import dataclasses
 import functools
 
 import pytest
@@ -12,7 +13,9 @@ from jaxsparse.training import pair_baselines
 
 
 def _lines(made, number, size=8):
-  pairs = made.pairs
+  pairs = [
+    dataclasses.replace(pair, item=i) for i, pair in enumerate(made.pairs)
+  ]
   corpus = Corpus(
     key='', directory=None, train=pairs[number:], validation=pairs[:number],
     test=None, validation_bytes=0, pictures=made,
