@@ -2,12 +2,16 @@
 """`jaxsparse generate --image=FILE`: what a picture shows."""
 
 import argparse
-from collections.abc import Callable, Sequence
+import dataclasses
+from collections.abc import Callable, Iterator, Sequence
+
+import numpy as np
 
 from jaxsparse.config import Config
-from jaxsparse.config.errors import UserError
+from jaxsparse.config.errors import UserError, require
 from jaxsparse.data.pictures.decode import read_picture
-from jaxsparse.data.tokenizer import load_from_workdir
+from jaxsparse.data.tokenizer import Tokenizer, load_from_workdir
+from jaxsparse.inference import batch, picture_prefix
 from jaxsparse.inference.captions import Captioner
 from jaxsparse.inference.text import Request, encode_prompt, stream_text
 from jaxsparse.run import checkpoint, trained
@@ -33,16 +37,16 @@ def write_captions(
     config: of the workdir.
     arguments: of generate.
     requests: what each caption begins with, and how it is drawn.
-    write: gets the text as it comes.
+    write: gets the texts.
     say: gets sentences on the way.
 
   Raises:
     UserError: the model reads no pictures, has learned no captions or reads
-      several pictures at once, the picture can't be read, or a flag is of
-      language models alone.
+      several pictures at once, the picture can't be read, a prompt leaves no
+      room, or a flag is of language models alone.
   """
-  settings, folder = config.multimodal, arguments.workdir
-  if settings is None:
+  folder = arguments.workdir
+  if config.multimodal is None:
     raise UserError(
       f'--image is for a model of pictures, and workdir {folder!r} holds one '
       'of text: leave it out, or give another workdir.'
@@ -54,27 +58,66 @@ def write_captions(
         f'--{name} is of language models and does nothing with --image, got '
         f'{value!r}: leave it out.'
       )
-  if settings.num_frames > 1:
-    raise UserError(
-      f'the model of workdir {folder!r} reads {settings.num_frames} frames at '
-      'once, and --image is one picture: give a model of pictures.'
-    )
+  settings = picture_prefix.require_captions(config)
   size = settings.vision.image_size
   picture = read_picture(workdir_lib.expanded(arguments.image), size)
   tokenizer = load_from_workdir(folder, config.model.vocab_size)
+  requests = [_fitting(config, tokenizer, request) for request in requests]
   step = trained.step_of(folder, arguments.step)
+  described = _behind if settings.fusion_type == 'prefix' else _beside
+  texts = described(config, folder, step, say, tokenizer, requests, picture)
+  for request, text in zip(requests, texts, strict=True):
+    write(f'{request.prompt}{text}\n')
+
+
+def _fitting(config: Config, tokenizer: Tokenizer, request: Request) -> Request:
+  """The request with no more tokens than a row of training has."""
+  length = config.data.seq_len
+  given = len(encode_prompt(tokenizer, request.prompt))
+  require(
+    given <= length,
+    f'prompt must have fewer than data.seq_len = {length} tokens of this '
+    f'model, got {given - 1}.',
+  )
+  # The last one that is drawn is in no row.
+  most = min(request.max_tokens, length - given + 1)
+  return dataclasses.replace(request, max_tokens=most)
+
+
+def _behind(
+  config: Config,
+  folder: str,
+  step: int | None,
+  say: Callable[[str], None],
+  tokenizer: Tokenizer,
+  requests: Sequence[Request],
+  picture: np.ndarray,
+) -> Iterator[str]:
+  """Texts of a language model that has the picture before them."""
+  model = config.model.with_vocabulary(tokenizer.vocab_size)
+  _, params, pictures = picture_prefix.load(folder, config, model, step, say)
+  programs = batch.prepare(
+    model, params, tokenizer, requests, config.data.seq_len, pictures
+  )
+  done = batch.complete_all(programs, tokenizer, requests, picture=picture)
+  return (one.text for one in done)
+
+
+def _beside(
+  config: Config,
+  folder: str,
+  step: int | None,
+  say: Callable[[str], None],
+  tokenizer: Tokenizer,
+  requests: Sequence[Request],
+  picture: np.ndarray,
+) -> Iterator[str]:
+  """Texts of a stream that reads the picture's in layers of its own."""
   _, params = checkpoint.load_params(folder, step, say)
   captioner = Captioner(config, params)
   for request in requests:
     given = encode_prompt(tokenizer, request.prompt)
     tokens = captioner.tokens(
-      picture,
-      given,
-      request.max_tokens,
-      request.sampling,
-      request.seed,
+      picture, given, request.max_tokens, request.sampling, request.seed
     )
-    write(request.prompt)
-    for text in stream_text(tokens, tokenizer, given, request.stop):
-      write(text)
-    write('\n')
+    yield ''.join(stream_text(tokens, tokenizer, given, request.stop))

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Writes what a picture shows, by a model that was trained on captions."""
+"""Writes what a picture shows, by a text that reads it in fusion layers."""
 
 import functools
 from collections.abc import Iterator
@@ -9,39 +9,29 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.config import Config
-from jaxsparse.config.errors import UserError, require
 from jaxsparse.data.pictures.augment import scaled
 from jaxsparse.inference.sampling import Sampling, sample
 from jaxsparse.nn.multimodal import MultiModalEncoder
 
 
 class Captioner:
-  """An encoder with a causal text that reads the picture.
+  """An encoder with a causal text that reads the picture (co-attention).
 
-  A caption is as short as `data.seq_len`, and each of its tokens a pass over so
-  many: there is no cache.
+  The picture is encoded once. Each token is a pass over a row of training,
+  which is short: there is no cache.
   """
 
   def __init__(self, config: Config, params: dict):
     """Prepares the programs.
 
     Args:
-      config: of the run.
+      config: of a run that has learned captions.
       params: of its encoder.
-
-    Raises:
-      UserError: the run has learned no captions.
     """
-    settings = config.multimodal
-    if settings is None or not settings.caption_weight:
-      raise UserError(
-        'multimodal.caption_weight must be above 0 for captions, which this '
-        f'run has not learned; got {settings.caption_weight if settings else 0}'
-        ': use jaxsparse retrieve.'
-      )
+    assert config.multimodal is not None
     self._length = config.data.seq_len
     self._params = {'params': params}
-    module = MultiModalEncoder(config=settings, model=config.model)
+    module = MultiModalEncoder(config=config.multimodal, model=config.model)
     self._encode = jax.jit(
       functools.partial(module.apply, method='encode_image')
     )
@@ -67,32 +57,14 @@ class Captioner:
     """The tokens of a caption; who reads them ends where it does.
 
     Args:
-      picture: uint8 [S, S, 3], or frames [F, S, S, 3].
-      given: what the caption begins with, as `text.encode_prompt` gives it.
+      picture: uint8 [S, S, 3].
+      given: what the caption begins with, as `text.encode_prompt` gives it; at
+        most data.seq_len tokens.
       max_tokens: of those that are drawn; a row of training is never exceeded.
       sampling: how; by default the likeliest.
       seed: same seed, same caption.
-
-    Raises:
-      UserError: the prompt leaves no room.
     """
-    require(
-      len(given) <= self._length,
-      f'prompt must have fewer than data.seq_len = {self._length} tokens of '
-      f'this model, got {len(given) - 1}.',
-    )
-    return self._drawn(
-      given, picture, max_tokens, sampling or Sampling(temperature=0), seed
-    )
-
-  def _drawn(
-    self,
-    given: np.ndarray,
-    picture: np.ndarray,
-    max_tokens: int,
-    sampling: Sampling,
-    seed: int,
-  ) -> Iterator[int]:
+    sampling = sampling or Sampling(temperature=0)
     tokens = np.zeros((1, self._length), np.int32)
     tokens[0, : len(given)] = given
     image = self._encode(self._params, scaled(picture)[None])

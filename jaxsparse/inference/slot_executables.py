@@ -9,10 +9,11 @@ import jax
 import numpy as np
 
 from jaxsparse import mesh
-from jaxsparse.config import ModelConfig
+from jaxsparse.config import ModelConfig, MultiModalConfig
 from jaxsparse.config.errors import require
 from jaxsparse.inference import slot_functions, slot_sampling
 from jaxsparse.inference.jobs import JobSampling
+from jaxsparse.inference.picture_prefix import PicturePrefix
 from jaxsparse.inference.slots import rows_of_bounded
 
 # Kinds of slots whose executables are kept for who needs the same ones.
@@ -26,6 +27,7 @@ def of(
   num_rows: int,
   chunks: tuple[int, ...],
   stop_ids: tuple[int, ...],
+  pictures: PicturePrefix | None = None,
 ) -> 'Executables':
   """Those of such slots, whatever the parameters' values are.
 
@@ -36,6 +38,8 @@ def of(
     num_rows: rows of each, a multiple of the longest chunk.
     chunks: tokens that are read at once, falling.
     stop_ids: tokens that end an answer.
+    pictures: that may stand before texts; their parameters' values are of no
+      matter.
 
   Raises:
     UserError: the mesh splits sequences.
@@ -46,17 +50,21 @@ def of(
     sharding = None if devices is None else x.sharding
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-  leaves, structure = jax.tree.flatten(jax.tree.map(abstract, params))
+  both = params, pictures.params if pictures else {}
+  leaves, structure = jax.tree.flatten(jax.tree.map(abstract, both))
   return _kept(
-    config, devices, tuple(leaves), structure, num_slots, num_rows, chunks,
-    stop_ids, jax.default_backend(),
+    config, pictures and pictures.settings, devices, tuple(leaves), structure,
+    num_slots, num_rows, chunks, stop_ids, jax.default_backend(),
   )  # fmt: skip
 
 
 @functools.lru_cache(_MOST_KINDS)
-def _kept(config, devices, leaves, structure, *sizes):
-  params = jax.tree.unflatten(structure, leaves)
-  return Executables(config, devices, params, *sizes)
+def _kept(config, settings, devices, leaves, structure, *sizes):
+  params, of_picture = jax.tree.unflatten(structure, leaves)
+  found = Executables(config, devices, params, *sizes)
+  if settings is not None:
+    found.add_pictures(config, settings, params, of_picture)
+  return found
 
 
 def words(vocab_size: int) -> int:
@@ -123,6 +131,23 @@ class Executables(dict):
       wanted['forget'] = (forget, state, number)
     self._wanted: dict[str, tuple[Callable, *tuple[Any, ...]]] = wanted
     self.names = tuple(wanted)
+
+  def add_pictures(
+    self,
+    config: ModelConfig,
+    settings: MultiModalConfig,
+    params: dict,
+    of_picture: dict,
+  ) -> None:
+    """Also the one that reads a picture; both kinds of parameters abstract."""
+    see = functools.partial(
+      slot_functions.see, config=config, settings=settings
+    )
+    number = self._abstract((), np.int32)
+    picture = self._abstract((1, *settings.image_shape), np.float32)
+    state = self._wanted['start'][1]
+    self._wanted['see'] = (see, state, params, of_picture, number, picture)
+    self.names = tuple(self._wanted)
 
   def __missing__(self, name: str) -> jax.stages.Compiled:
     self.compile(name)

@@ -14,13 +14,14 @@ import jax
 import jax.numpy as jnp
 
 from jaxsparse import mesh
-from jaxsparse.config import ModelConfig
+from jaxsparse.config import ModelConfig, MultiModalConfig
 from jaxsparse.inference import (
   row_cache,
   served_adapters,
   slot_sampling,
   slots,
 )
+from jaxsparse.nn.multimodal import MultiModalEncoder
 from jaxsparse.nn.transformer import Transformer, init_cache
 
 State = dict[str, Any]
@@ -154,6 +155,40 @@ def score(
   of_prompt = slot_sampling.best_of(logits, targets)
   new = _like(slots.put(state, part, slot), state)
   return new, drawn, best, rows, of_prompt
+
+
+def see(
+  state: State,
+  params: dict,
+  of_picture: dict,
+  slot: jax.Array,
+  picture: jax.Array,
+  *,
+  config: ModelConfig,
+  settings: MultiModalConfig,
+) -> State:
+  """A slot that has read nothing, with a picture [1, S, S, 3] before its text.
+
+  All patches see each other, so they are read at once.
+  """
+  encoder = MultiModalEncoder(config=settings, model=config)
+  variables = {'params': of_picture}
+  image = encoder.apply(variables, picture, method='encode_image')
+  inputs = encoder.apply(variables, image, method='image_inputs')
+  ones = jnp.ones(inputs.shape[:2], jnp.int32)
+  part = slots.take(state, slot)
+  _, cache, _ = Transformer(config).apply(
+    {'params': params},
+    jnp.zeros_like(ones),
+    jnp.cumsum(ones, axis=1) - 1,
+    ones,
+    part['cache'],
+    logits_at=jnp.zeros(1, jnp.int32),
+    inputs=inputs,
+    is_input=ones > 0,
+    span_ids=ones,
+  )
+  return _like(slots.put(state, part | dict(cache=cache), slot), state)
 
 
 def _applied(config, params, tokens, positions, segment_ids, cache, at=None):
