@@ -2,7 +2,8 @@
 """Finds pictures by a text, and texts by a picture, in a collection.
 
 The two towers give every picture and every caption a vector once; what is asked
-for is a product with all of them.
+for is a product with all of them. Fusing is a pass for each pair: where a
+matching head was trained, it puts the best few in order.
 """
 
 import dataclasses
@@ -32,6 +33,9 @@ class Found:
   pair: Pair
   # Cosine of both vectors.
   score: float
+  # How probable it is that both are a pair, by what they are fused to; None
+  # without a matching head, and of those behind the best few.
+  match: float | None = None
 
 
 class PictureSearch:
@@ -57,12 +61,14 @@ class PictureSearch:
       say: gets lines on the progress.
     """
     self._config, self._tokenizer, self._pairs = config, tokenizer, pairs
+    self._read = read
     module = MultiModalEncoder(config=config.multimodal, model=config.model)
     self._module, self._variables = module, {'params': params}
     self._embed_text, self._embed_image = (
       jax.jit(functools.partial(module.apply, method=f'embed_{kind}'))
       for kind in ('text', 'image')
     )
+    self._match = jax.jit(functools.partial(module.apply, method=_match))
     percent = Percent('Encoding the pictures', len(pairs), say)
     images, texts = [], []
     for start in range(0, len(pairs), _ROWS):
@@ -89,11 +95,21 @@ class PictureSearch:
 
   def by_text(self, text: str, number: int) -> list[Found]:
     """The pictures that a text is nearest to, the best first."""
-    return self._best(self._images @ self.of_texts([text])[0], number)
+    best = self._best(self._images @ self.of_texts([text])[0], number)
+    return self._in_order(
+      best,
+      lambda few: [text] * len(few),
+      lambda few: [self._read(one.pair.number) for one in few],
+    )[:number]
 
   def by_picture(self, picture: np.ndarray, number: int) -> list[Found]:
     """The captions that a picture is nearest to, the best first."""
-    return self._best(self._texts @ self.of_pictures([picture])[0], number)
+    best = self._best(self._texts @ self.of_pictures([picture])[0], number)
+    return self._in_order(
+      best,
+      lambda few: [one.pair.captions[0] for one in few],
+      lambda few: [picture] * len(few),
+    )[:number]
 
   def attention(
     self, text: str, picture: np.ndarray
@@ -124,8 +140,32 @@ class PictureSearch:
     ]
 
   def _best(self, scores: np.ndarray, number: int) -> list[Found]:
-    order = np.argsort(-scores, kind='stable')[:number]
+    """As many as are wanted, and as many as a program can put in order."""
+    order = np.argsort(-scores, kind='stable')[: max(number, _ROWS)]
     return [Found(self._pairs[i], float(scores[i])) for i in order]
+
+  def _in_order(
+    self,
+    best: list[Found],
+    texts: Callable[[list[Found]], list[str]],
+    pictures: Callable[[list[Found]], list[np.ndarray]],
+  ) -> list[Found]:
+    """The first ones by the matching head, if there is one."""
+    assert self._config.multimodal is not None
+    if not self._config.multimodal.matching_weight:
+      return best
+    few, others = best[:_ROWS], best[_ROWS:]
+    rows = self._rows(texts(few))
+    images = _filled(np.stack([scaled(x) for x in pictures(few)]))
+    matches = np.asarray(
+      self._match(self._variables, rows['tokens'], images, rows['segment_ids'])
+    )
+    few = [
+      dataclasses.replace(one, match=float(match))
+      for one, match in zip(few, matches, strict=False)
+    ]
+    # The best of the towers first where the head does not tell them apart.
+    return sorted(few, key=lambda one: -(one.match or 0.0)) + others
 
   def _rows(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
     rows = [
@@ -136,6 +176,20 @@ class PictureSearch:
       name: _filled(np.stack([row[name] for row in rows]))
       for name in ('tokens', 'segment_ids')
     }
+
+
+def _match(
+  module: MultiModalEncoder,
+  tokens: jax.Array,
+  images: jax.Array,
+  segment_ids: jax.Array,
+) -> jax.Array:
+  """How probable it is that each row's text and picture are a pair [B]."""
+  text = tokens
+  if module.settings.fusion_type != 'prefix':
+    text = module.encode_text(tokens, segment_ids)
+  fused = module.fuse(text, module.encode_image(images), segment_ids)
+  return jax.nn.sigmoid(module.match_logit(fused))
 
 
 def _filled(rows: np.ndarray) -> np.ndarray:

@@ -176,7 +176,7 @@ class Programs:
       slot: which one.
       picture: uint8 [S, S, 3].
     """
-    assert self.pictures is not None and not self._lengths[slot]
+    assert self.pictures is not None
     self._state = self._run['see'](
       self._state, self._params, self.pictures.params, np.int32(slot),
       scaled(picture)[None],

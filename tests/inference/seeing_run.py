@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """A language model that has pictures before its texts, and its workdir."""
 
+import dataclasses
 import functools
 
 import jax
@@ -28,6 +29,8 @@ def config(fusion_type='prefix', **fields):
   )  # fmt: skip
   stream = c.ModelConfig(num_layers=1, model_dim=12, is_causal=False, **SMALL)
   fields = dict(caption_weight=1.0) | fields
+  if not fields['caption_weight'] and fusion_type != 'prefix':
+    model = dataclasses.replace(model, is_causal=False)
   return c.Config(
     model=model,
     multimodal=c.MultiModalConfig(
