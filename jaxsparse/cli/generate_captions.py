@@ -3,18 +3,15 @@
 
 import argparse
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
-
-import numpy as np
+from collections.abc import Callable, Sequence
 
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.data.pictures.decode import read_picture
 from jaxsparse.data.tokenizer import Tokenizer, load_from_workdir
-from jaxsparse.inference import batch, picture_prefix
-from jaxsparse.inference.captions import Captioner
-from jaxsparse.inference.text import Request, encode_prompt, stream_text
-from jaxsparse.run import checkpoint, trained
+from jaxsparse.inference import batch, sight
+from jaxsparse.inference.text import Request, encode_prompt
+from jaxsparse.run import trained
 from jaxsparse.run import workdir as workdir_lib
 
 # Flags of language models, which a caption does not have.
@@ -58,16 +55,20 @@ def write_captions(
         f'--{name} is of language models and does nothing with --image, got '
         f'{value!r}: leave it out.'
       )
-  settings = picture_prefix.require_captions(config)
+  settings = sight.require_captions(config)
   size = settings.vision.image_size
   picture = read_picture(workdir_lib.expanded(arguments.image), size)
   tokenizer = load_from_workdir(folder, config.model.vocab_size)
   requests = [_fitting(config, tokenizer, request) for request in requests]
+  model = config.model.with_vocabulary(tokenizer.vocab_size)
   step = trained.step_of(folder, arguments.step)
-  described = _behind if settings.fusion_type == 'prefix' else _beside
-  texts = described(config, folder, step, say, tokenizer, requests, picture)
-  for request, text in zip(requests, texts, strict=True):
-    write(f'{request.prompt}{text}\n')
+  _, params, found = sight.load(folder, settings, model, step, say)
+  programs = batch.prepare(
+    model, params, tokenizer, requests, config.data.seq_len, found
+  )
+  texts = batch.complete_all(programs, tokenizer, requests, picture=picture)
+  for request, done in zip(requests, texts, strict=True):
+    write(f'{request.prompt}{done.text}\n')
 
 
 def _fitting(config: Config, tokenizer: Tokenizer, request: Request) -> Request:
@@ -82,42 +83,3 @@ def _fitting(config: Config, tokenizer: Tokenizer, request: Request) -> Request:
   # The last one that is drawn is in no row.
   most = min(request.max_tokens, length - given + 1)
   return dataclasses.replace(request, max_tokens=most)
-
-
-def _behind(
-  config: Config,
-  folder: str,
-  step: int | None,
-  say: Callable[[str], None],
-  tokenizer: Tokenizer,
-  requests: Sequence[Request],
-  picture: np.ndarray,
-) -> Iterator[str]:
-  """Texts of a language model that has the picture before them."""
-  model = config.model.with_vocabulary(tokenizer.vocab_size)
-  _, params, pictures = picture_prefix.load(folder, config, model, step, say)
-  programs = batch.prepare(
-    model, params, tokenizer, requests, config.data.seq_len, pictures
-  )
-  done = batch.complete_all(programs, tokenizer, requests, picture=picture)
-  return (one.text for one in done)
-
-
-def _beside(
-  config: Config,
-  folder: str,
-  step: int | None,
-  say: Callable[[str], None],
-  tokenizer: Tokenizer,
-  requests: Sequence[Request],
-  picture: np.ndarray,
-) -> Iterator[str]:
-  """Texts of a stream that reads the picture's in layers of its own."""
-  _, params = checkpoint.load_params(folder, step, say)
-  captioner = Captioner(config, params)
-  for request in requests:
-    given = encode_prompt(tokenizer, request.prompt)
-    tokens = captioner.tokens(
-      picture, given, request.max_tokens, request.sampling, request.seed
-    )
-    yield ''.join(stream_text(tokens, tokenizer, given, request.stop))

@@ -18,7 +18,8 @@ from jaxsparse.config.errors import UserError
 from jaxsparse.inference.decoding import check_room
 from jaxsparse.inference.jobs import JobSampling
 from jaxsparse.inference.long_input import Reading, chunk_size
-from jaxsparse.inference.picture_prefix import PicturePrefix
+from jaxsparse.inference.sight import Sight
+from jaxsparse.inference.slot_model import SlotModel
 from jaxsparse.inference.slot_programs import Programs
 from jaxsparse.inference.slot_results import Pending, Snapshot
 from jaxsparse.inference.text import (
@@ -40,7 +41,7 @@ def prepare(
   tokenizer: Any,
   requests: Sequence[Request],
   length: int,
-  pictures: PicturePrefix | None = None,
+  sight: Sight | None = None,
 ) -> Programs:
   """Programs with room for as many of the texts at once as memory has.
 
@@ -52,7 +53,7 @@ def prepare(
     requests: the texts.
     length: tokens for which there is room at least, such as those of training:
       all shorter texts have the same programs.
-    pictures: that may stand before texts.
+    sight: of pictures.
 
   Raises:
     UserError: memory has no room for the longest text.
@@ -62,12 +63,12 @@ def prepare(
     for r in requests
   ]
   longest = max(sizes, key=lambda size: size[0] + size[1])
-  before = pictures.num_rows if pictures else 0
+  seen = SlotModel(model_config, sight and sight.settings).rows_before
   num_slots = min(len(requests), _MOST_SLOTS)
   while True:
     try:
       check_room(
-        model_config, params, num_slots, before + longest[0], *longest[1:]
+        model_config, params, num_slots, seen + longest[0], *longest[1:]
       )
       break
     except UserError:
@@ -85,7 +86,7 @@ def prepare(
     chunks=(chunk, *(n for n in _SHORTER if n < chunk)),
     stop_ids=tokenizer.stop_ids,
     is_lazy=True,
-    pictures=pictures,
+    sight=sight,
   )
 
 
@@ -146,7 +147,7 @@ def complete_all(
 ) -> list[Completion]:
   """Continues all prompts; a text depends on its own request only.
 
-  Prompts that follow one another and are alike are read once, but behind a
+  Prompts that follow one another and are alike are read once, but with a
   picture.
 
   Args:
@@ -156,7 +157,7 @@ def complete_all(
     write: called with the number of a text and each piece of it.
     finish: called with the number of a text that is complete.
     on_reading: called as long prompts are read, chunk by chunk.
-    picture: that stands before each prompt, uint8 [S, S, 3].
+    picture: that all texts are about, uint8 [S, S, 3].
   """
   waiting = collections.deque(
     _Text(i, request, tokenizer) for i, request in enumerate(requests)

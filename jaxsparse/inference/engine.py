@@ -184,7 +184,7 @@ class Engine:
   def _check_room(self, job: Job) -> None:
     num_prompt, places = len(job.tokens), self._programs.places
     require(
-      job.picture is None or self._programs.pictures is not None,
+      job.picture is None or self._programs.sight is not None,
       'the model sees no pictures.',
     )
     require(

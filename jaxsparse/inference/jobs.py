@@ -76,7 +76,7 @@ class Job:
   grammar: Grammar | None = None
   # Of those beside the model, by its name; empty for the model alone.
   adapter: str = ''
-  # Of a model that sees: what stands before the prompt, uint8 [S, S, 3].
+  # What a model that sees writes about, uint8 [S, S, 3].
   picture: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
 

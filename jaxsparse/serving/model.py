@@ -13,18 +13,15 @@ from jaxsparse.analysis import free_memory
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.data.tokenizer import load_from_workdir
-from jaxsparse.inference import (
-  picture_prefix,
-  row_cache,
-  served_adapters,
-  weights,
-)
+from jaxsparse.inference import row_cache, served_adapters, sight, weights
 from jaxsparse.inference.batch_rows import padded
 from jaxsparse.inference.capacity import slots_that_fit
 from jaxsparse.inference.engine import Engine
 from jaxsparse.inference.fold import fold_for_decode
 from jaxsparse.inference.long_input import with_bounded_history
 from jaxsparse.inference.quantize import Quantization
+from jaxsparse.inference.sight import require_captions
+from jaxsparse.inference.slot_model import SlotModel
 from jaxsparse.inference.slot_programs import Programs
 from jaxsparse.nn.transformer import init_cache
 from jaxsparse.run import (
@@ -35,7 +32,6 @@ from jaxsparse.run import (
   table_leaves,
   trained,
 )
-from jaxsparse.serving import pictures
 from jaxsparse.serving.metrics import Metrics
 
 # For a step that runs.
@@ -90,10 +86,9 @@ class Model:
     """
     self._workdir, self._sizes, self._say = workdir, sizes, say
     config = run_config.read(workdir, say, may_see=True)
-    self.pictures = pictures.served(config)
+    self.pictures = config.multimodal and require_captions(config)
     if self.pictures is not None:
       _check_of_pictures(sizes)
-    self._run = config
     compiled_programs.keep(say=say)
     self.tokenizer = load_from_workdir(workdir, config.model.vocab_size)
     self.config = config.model.with_vocabulary(self.tokenizer.vocab_size)
@@ -140,7 +135,7 @@ class Model:
     devices = None
     if sizes.devices > 1:
       devices = mesh.make_mesh(1, 1, sizes.devices)
-    step, prefix = trained.step_of(self._workdir, sizes.step), None
+    step, found = trained.step_of(self._workdir, sizes.step), None
     if self.pictures is None:
       self.step, params = weights.load(
         self._workdir,
@@ -154,11 +149,11 @@ class Model:
         is_folded=not sizes.adapters,
       )
     else:
-      self.step, params, prefix = picture_prefix.load(
-        self._workdir, self._run, self.config, step, self._say
+      self.step, params, found = sight.load(
+        self._workdir, self.pictures, self.config, step, self._say
       )
     params = row_cache.begun(params, sizes.cached_rows, '--row-cache')
-    held_bytes = _bytes(params) + _bytes(prefix.params if prefix else {})
+    held_bytes = _bytes(params) + _bytes(found.params if found else {})
     if self._tables() == 'file':
       # Mapped, they take no memory that they don't give back.
       rest, _ = table_leaves.split(params)
@@ -184,7 +179,7 @@ class Model:
       ),
       stop_ids=self.tokenizer.stop_ids,
       places=places,
-      pictures=prefix,
+      sight=found,
     )
     words = free_memory.words
     is_endless = sizes.history_blocks is not None
@@ -232,9 +227,8 @@ class Model:
     if free is None:
       return sizes.slots or _MOST_SLOTS
     weight_bytes //= sizes.devices
-    length = self.length
-    if self.pictures is not None:
-      length += self.pictures.vision.num_patches
+    model = SlotModel(self.config, self.pictures)
+    length = self.length + model.rows_before
     one = slot_bytes(self.config, length, sizes.history_blocks)
     # What programs hold as they run is seen only when they are compiled.
     most = slots_that_fit(
@@ -255,7 +249,7 @@ class Model:
 
 
 def _check_of_pictures(sizes: Sizes) -> None:
-  """Refuses what is of language models alone.
+  """Refuses what is of models of text alone.
 
   Raises:
     UserError: something of it is wanted.
@@ -271,8 +265,8 @@ def _check_of_pictures(sizes: Sizes) -> None:
   ):
     require(
       not value,
-      f'{flag} is of language models, and this one has pictures before its '
-      f'text, got {value}: leave it out.',
+      f'{flag} is of models of text alone, and this one sees pictures, got '
+      f'{value}: leave it out.',
     )
 
 

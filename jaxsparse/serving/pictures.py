@@ -9,11 +9,10 @@ import re
 import msgspec
 import numpy as np
 
-from jaxsparse.config import Config, MultiModalConfig
-from jaxsparse.config.errors import UserError, require
+from jaxsparse.config import MultiModalConfig
+from jaxsparse.config.errors import UserError
 from jaxsparse.data.chat_template import ChatTemplate
 from jaxsparse.data.pictures.decode import read_picture
-from jaxsparse.inference.picture_prefix import require_captions
 from jaxsparse.serving.errors import ApiError, wrong
 from jaxsparse.serving.protocol import ContentPart, Message, decode
 
@@ -41,24 +40,6 @@ class ImageUrl(msgspec.Struct, forbid_unknown_fields=True):
   detail: str | None = None
 
 
-def served(config: Config) -> MultiModalConfig | None:
-  """The settings of a model of pictures; None of one of text alone.
-
-  Raises:
-    UserError: pictures do not stand before its text, so it can't be served.
-  """
-  if config.multimodal is None:
-    return None
-  settings = require_captions(config)
-  require(
-    settings.fusion_type == 'prefix',
-    "multimodal.fusion_type must be 'prefix', the picture before the text, to "
-    f'be served; got {settings.fusion_type!r}: jaxsparse generate --image '
-    'writes with this model.',
-  )
-  return settings
-
-
 def of_chat(
   messages: list[Message], settings: MultiModalConfig
 ) -> np.ndarray | None:
@@ -79,7 +60,7 @@ def of_chat(
   if len(found) > 1:
     raise wrong(
       'messages',
-      'messages must hold one picture, as this model was trained on one before '
+      'messages must hold one picture, as this model was trained on one with '
       f'each text; got {len(found)}.',
     )
   return _picture(*found[0], settings.vision.image_size)

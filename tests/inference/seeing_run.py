@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A language model that has pictures before its texts, and its workdir."""
+"""Small models that write about pictures, and a workdir of one."""
 
 import dataclasses
 import functools
@@ -66,24 +66,32 @@ def pictures(number):
 
 @functools.cache
 def _whole(config):
-  """(tokens [1, LENGTH], picture) -> logits of all places, by whole passes."""
+  """(tokens [1, LENGTH], picture, seen) -> logits of all places, each anew."""
   module = module_of(config)
 
   @jax.jit
-  def logits(params, tokens, picture):
+  def logits(params, tokens, picture, seen):
     image = module.apply(params, picture, method='encode_image')
-    return module.apply(params, tokens, image, method='caption_logits')[0]
+    seen = jnp.full(image.shape[:2], seen, jnp.int32)
+    return module.apply(
+      params, tokens, image, image_mask=seen, method='caption_logits'
+    )[0]
 
   return functools.partial(logits, {'params': params_of(config)})
 
 
 def caption(config, picture, given, number):
-  """The likeliest tokens, each by a pass over a row of training."""
+  """The likeliest tokens, each by a pass over a row of training.
+
+  Of no picture those of a text that sees nothing.
+  """
+  seen = picture is not None
+  picture = pictures(1)[0] if picture is None else picture
   text = list(given)
   for _ in range(number):
     tokens = np.zeros((1, LENGTH), np.int32)
     tokens[0, : len(text)] = text
-    logits = _whole(config)(tokens, scaled(picture)[None])
+    logits = _whole(config)(tokens, scaled(picture)[None], seen)
     text.append(int(logits[len(text) - 1].argmax()))
   return text[len(given) :]
 

@@ -161,10 +161,10 @@ def test_a_model_of_text_takes_none():
 @pytest.mark.parametrize(
   ('flag', 'sentence'),
   [
-    ('--quantize=weights=int8', '--quantize is of language models'),
-    ('--devices=2', '--devices is of language models'),
-    ('--tables=file', '--tables is of language models'),
-    ('--history-blocks=0', '--history-blocks is of language models'),
+    ('--quantize=weights=int8', '--quantize is of models of text alone'),
+    ('--devices=2', '--devices is of models of text alone'),
+    ('--tables=file', '--tables is of models of text alone'),
+    ('--history-blocks=0', '--history-blocks is of models of text alone'),
   ],
 )
 def test_flags_that_a_model_of_pictures_does_not_have(
@@ -178,7 +178,6 @@ def test_flags_that_a_model_of_pictures_does_not_have(
 @pytest.mark.parametrize(
   ('fields', 'sentence'),
   [
-    (dict(fusion_type='co_attention'), "fusion_type must be 'prefix'"),
     (
       dict(caption_weight=0.0, contrastive_weight=1.0),
       'caption_weight must be above 0',

@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
-from jaxsparse.nn.block import Block
+from jaxsparse.nn.block import Block, Cache
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.multimodal.cross_attention import CrossAttention, mlp, norm
 
@@ -29,7 +29,7 @@ class CoAttention(nn.Module):
   axes: mesh.Axes = mesh.DEFAULT_AXES
 
   @nn.compact
-  @portable(returns=('tokens', 'tokens'))
+  @portable(returns=('tokens', 'tokens', 'cache'))
   def __call__(
     self,
     text: Float[Array, 'B T D'],
@@ -38,8 +38,9 @@ class CoAttention(nn.Module):
     text_segment_ids: Int[Array, 'B T'],
     image_segment_ids: Int[Array, 'B S'],
     gate: Float[Array, 'B S'] | None = None,
-  ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B S E']]:
-    """Both streams after the layer.
+    cache: Cache | None = None,
+  ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B S E'], Cache | None]:
+    """Both streams after the layer, and the cache.
 
     Args:
       text: states of the text.
@@ -48,25 +49,28 @@ class CoAttention(nn.Module):
       text_segment_ids: item of each token; 0 for padding.
       image_segment_ids: item of each patch; 0 for padding.
       gate: factors of what the text reads of each patch.
+      cache: of a causal text's block, see `Block`; the picture is whole.
     """
     read = norm(self.text, 'text_read_norm')(text)
     of_image = norm(self.image, 'image_read_norm')(image)
     text += CrossAttention(self.text, name='text_reads')(
       read, of_image, text_segment_ids, image_segment_ids, gate
     )
-    text = self._go_on('text', self.text, text, positions, text_segment_ids)
+    text, cache = self._go_on(
+      'text', self.text, text, positions, text_segment_ids, cache
+    )
     if self.text.is_causal:
-      return text, image
+      return text, image, cache
     image += CrossAttention(self.image, name='image_reads')(
       of_image, read, image_segment_ids, text_segment_ids
     )
     at = image_segment_ids * 0
-    image = self._go_on('image', self.image, image, at, image_segment_ids)
-    return text, image
+    image, _ = self._go_on('image', self.image, image, at, image_segment_ids)
+    return text, image, cache
 
-  def _go_on(self, name, config, x, positions, segment_ids):
+  def _go_on(self, name, config, x, positions, segment_ids, cache=None):
     """The MLP of a stream, and a block of its own."""
     y, _ = mlp(config, f'{name}_mlp')(norm(config, f'{name}_mlp_norm')(x))
     block = Block(config, 0, name=f'{name}_block')
-    x, _, _, _ = block(x + y, positions, segment_ids)
-    return x
+    x, _, cache, _ = block(x + y, positions, segment_ids, cache)
+    return x, cache

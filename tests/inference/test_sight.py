@@ -1,21 +1,24 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Texts with a picture before them, in slots beside texts without one."""
+"""Texts that see a picture, in slots beside texts that see none."""
 
 import functools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import seeing_run
-from seeing_run import LENGTH
+from lanes import few
 
-from jaxsparse.inference.fold import fold_for_decode
+from jaxsparse.inference import sight
 from jaxsparse.inference.jobs import JobSampling
-from jaxsparse.inference.picture_prefix import PicturePrefix
 from jaxsparse.inference.slot_programs import Programs
-from jaxsparse.nn.transformer import Transformer
 
-CONFIG, C, NUM_SLOTS, NUM_DRAWN = seeing_run.config(), 4, 3, 4
+CONFIGS = dict(
+  prefix=seeing_run.config(),
+  co_attention=seeing_run.config('co_attention', num_fusion_layers=3),
+)
+C, NUM_SLOTS, NUM_DRAWN = 4, 3, 4
 # Of a slot: the longest text, whose last token is never fed.
 MOST = 12
 
@@ -26,12 +29,13 @@ def prompts():
 
 
 @functools.cache
-def programs():
-  params = jax.tree.map(jnp.asarray, seeing_run.params_of(CONFIG))
-  text = fold_for_decode(CONFIG.model, params.pop('text'))
+def programs(name):
+  config = CONFIGS[name]
+  params = jax.tree.map(jnp.asarray, seeing_run.params_of(config))
+  params, found = sight.split(config.multimodal, config.model, params)
   return Programs.compile(
-    CONFIG.model, text, NUM_SLOTS, MOST, chunks=(C,), is_lazy=True,
-    pictures=PicturePrefix(CONFIG.multimodal, params),
+    config.model, params, NUM_SLOTS, MOST, chunks=(C,), is_lazy=True,
+    sight=found,
   )  # fmt: skip
 
 
@@ -63,35 +67,25 @@ def draw(run, found, slot_of, live):
     found[j].append(int(tokens[slot_of[j]]))
 
 
-def without_picture(prompt):
-  """What the language model alone goes on with."""
-  params = {'params': seeing_run.params_of(CONFIG)['text']}
-  apply = jax.jit(Transformer(CONFIG.model).apply)
-  text = list(prompt)
-  for _ in range(NUM_DRAWN):
-    tokens = np.array([[*text, *[0] * (LENGTH - len(text))]], np.int32)
-    text.append(int(apply(params, tokens)[0][0, len(text) - 1].argmax()))
-  return text[len(prompt) :]
-
-
-def test_each_text_has_its_own_picture():
+@pytest.mark.parametrize('name', few(['prefix'], CONFIGS))
+def test_each_text_has_its_own_picture(name):
   """Whatever the neighbours have, and whatever the slot has had before."""
+  config, run = CONFIGS[name], programs(name)
   one, two = seeing_run.pictures(2)
   pictures = [one, two, None]
   want = {
-    i: seeing_run.caption(CONFIG, pictures[i], prompts()[i], NUM_DRAWN)
-    for i in range(2)
-  } | {2: without_picture(prompts()[2])}
-  run = programs()
+    i: seeing_run.caption(config, pictures[i], prompts()[i], NUM_DRAWN)
+    for i in range(3)
+  }
   for order in ((0, 1, 2), (2, 0, 1), (1, 2, 0)):
     assert served(run, order, pictures) == want
-  other = seeing_run.caption(CONFIG, two, prompts()[0], NUM_DRAWN)
-  assert other != want[0]
+  for other in (two, None):
+    assert want[0] != seeing_run.caption(config, other, prompts()[0], NUM_DRAWN)
 
 
 def test_a_text_behind_a_picture_is_as_long_as_one_without():
   """The last chunk begins at row 17."""
-  run = programs()
+  run = programs('prefix')
   run.start(0, JobSampling(temperature=0.0))
   run.see(0, seeing_run.pictures(1)[0])
   for begin in (0, 4, 8):

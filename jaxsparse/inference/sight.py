@@ -1,10 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A picture that stands before a text: all that a language model needs of it.
-
-Its patches are the first rows of a sequence (`fusion_type` = 'prefix'), which
-the ordinary cache then holds as it holds tokens: whatever is written behind
-them is written as any other text.
-"""
+"""What a text sees a picture by, and the checkpoint of a model that does."""
 
 import dataclasses
 from collections.abc import Callable
@@ -14,26 +9,22 @@ from etils import epath
 from jaxsparse.config import Config, ModelConfig, MultiModalConfig
 from jaxsparse.config.errors import UserError
 from jaxsparse.inference.fold import fold_for_decode
+from jaxsparse.inference.slot_model import SlotModel
 from jaxsparse.inference.weights import cast
 from jaxsparse.run import checkpoint
 
 
 @dataclasses.dataclass(frozen=True)
-class PicturePrefix:
-  """What makes rows of a picture.
+class Sight:
+  """Pictures of a model.
 
   Attributes:
-    settings: of the picture.
-    params: of its encoder, without the text's.
+    settings: of the pictures.
+    params: see `SlotModel.see`.
   """
 
   settings: MultiModalConfig
   params: dict
-
-  @property
-  def num_rows(self) -> int:
-    """Rows of a sequence that a picture takes, before those of its tokens."""
-    return self.settings.vision.num_patches
 
 
 def require_captions(config: Config) -> MultiModalConfig:
@@ -59,28 +50,40 @@ def require_captions(config: Config) -> MultiModalConfig:
 
 def load(
   workdir: epath.PathLike,
-  config: Config,
+  settings: MultiModalConfig,
   model: ModelConfig,
   step: int | None = None,
   say: Callable[[str], None] | None = None,
-) -> tuple[int, dict, PicturePrefix]:
+) -> tuple[int, dict, Sight]:
   """The parameters of a checkpoint, as `weights.load` has a language model's.
 
   Args:
     workdir: of a training run.
-    config: of the run, with fusion_type = 'prefix'.
+    settings: of its pictures, see `require_captions`.
     model: of its text, with vocab_size set.
     step: which checkpoint; None takes the newest that is whole.
     say: gets a sentence about each checkpoint that could not be read.
 
   Returns:
-    The step, the language model's parameters, folded for decoding, and what
-    puts a picture before its text.
+    The step, parameters of what writes, and its sight.
 
   Raises:
     UserError: there is no such checkpoint, or it can't be read.
   """
-  assert config.multimodal is not None
   step, params = checkpoint.load_params(workdir, step, say)
-  text = cast(model, fold_for_decode(model, params.pop('text')))
-  return step, text, PicturePrefix(config.multimodal, params)
+  return step, *split(settings, model, params)
+
+
+def split(
+  settings: MultiModalConfig, model: ModelConfig, params: dict
+) -> tuple[dict, Sight]:
+  """Parameters of what writes and its sight, of an encoder's, which are gone.
+
+  Those of the text are folded and cast, see `fold` and `weights`.
+  """
+  text = params.pop('text')
+  if SlotModel(model, settings).stands_beside:
+    # Between its last norm and the vocabulary are other layers: nothing folds.
+    return params | dict(text=cast(model, text)), Sight(settings, {})
+  text = cast(model, fold_for_decode(model, text))
+  return text, Sight(settings, params)
