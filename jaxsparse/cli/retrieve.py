@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds pictures by a text, or captions by a picture: jaxsparse retrieve.
 
-The best go to stdout, and their pictures to a contact sheet. A model with a
-matching head has the best few in its order, with a probability of each.
+The best go to stdout, and their pictures to a contact sheet. With a matching
+head a second number is what the best few are in order by.
 """
 
 import argparse
@@ -112,7 +112,7 @@ def main(argv: Sequence[str]) -> None:
   held_out = {pair.number for pair in corpus.validation}
   for place, one in enumerate(found, 1):
     seen = 'held out' if one.pair.number in held_out else 'trained on'
-    match = '' if one.match is None else f'  {one.match:.3f}'
+    match = '' if one.match is None else f'  {one.match:.2f}'
     print(
       f'{place:3}  {one.score:.3f}{match}  {one.pair.captions[0]}  ({seen})'
     )
@@ -164,11 +164,7 @@ def _draw_sheet(
   wanted: np.ndarray | None,
 ) -> None:
   pictures = [read(one.pair.number) for one in found]
-  scores = [one.score if one.match is None else one.match for one in found]
-  titles = [
-    f'{score:.2f} {one.pair.captions[0]}'
-    for score, one in zip(scores, found, strict=True)
-  ]
+  titles = [f'{one.score:.2f} {one.pair.captions[0]}' for one in found]
   if wanted is not None:
     pictures, titles = [wanted, *pictures], ['asked for', *titles]
   contact_sheet.draw(path, pictures, titles)

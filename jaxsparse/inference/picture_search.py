@@ -3,7 +3,12 @@
 
 The two towers give every picture and every caption a vector once; what is asked
 for is a product with all of them. Fusing is a pass for each pair: where a
-matching head was trained, it puts the best few in order.
+matching head was trained, it helps to put the best few in order.
+
+The head has learned to tell a pair from negatives that were drawn in proportion
+to exp(t cos). What it says is therefore what the towers do not know, and the
+sum of t cos and its logit is how likely a pair is, up to a constant (Ma and
+Collins 2018, arXiv:1809.01812).
 """
 
 import dataclasses
@@ -11,6 +16,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.config import Config
@@ -21,8 +27,9 @@ from jaxsparse.data.pictures.pair import Pair
 from jaxsparse.data.tokenizer import Tokenizer
 from jaxsparse.nn.attention.maps import MAPS
 from jaxsparse.nn.multimodal import MultiModalEncoder
+from jaxsparse.ops import contrastive
 
-# Rows that are encoded at once.
+# Rows that are encoded at once, and those that are fused.
 _ROWS = 64
 
 
@@ -33,8 +40,8 @@ class Found:
   pair: Pair
   # Cosine of both vectors.
   score: float
-  # How probable it is that both are a pair, by what they are fused to; None
-  # without a matching head, and of those behind the best few.
+  # The temperature's share of it and the matching head's logit, by which the
+  # best few are in order; None behind these, and without a head.
   match: float | None = None
 
 
@@ -160,11 +167,12 @@ class PictureSearch:
     matches = np.asarray(
       self._match(self._variables, rows['tokens'], images, rows['segment_ids'])
     )
+    learned = jnp.asarray(self._variables['params']['log_temperature'])
+    scale = jnp.exp(contrastive.clipped(learned))
     few = [
-      dataclasses.replace(one, match=float(match))
+      dataclasses.replace(one, match=float(scale * one.score + match))
       for one, match in zip(few, matches, strict=False)
     ]
-    # The best of the towers first where the head does not tell them apart.
     return sorted(few, key=lambda one: -(one.match or 0.0)) + others
 
   def _rows(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
@@ -184,12 +192,12 @@ def _match(
   images: jax.Array,
   segment_ids: jax.Array,
 ) -> jax.Array:
-  """How probable it is that each row's text and picture are a pair [B]."""
+  """Whether each row's text and picture are a pair, logits [B]."""
   text = tokens
   if module.settings.fusion_type != 'prefix':
     text = module.encode_text(tokens, segment_ids)
   fused = module.fuse(text, module.encode_image(images), segment_ids)
-  return jax.nn.sigmoid(module.match_logit(fused))
+  return module.match_logit(fused)
 
 
 def _filled(rows: np.ndarray) -> np.ndarray:
