@@ -119,7 +119,7 @@ def main(argv: Sequence[str]) -> None:
   folder = pathlib.Path(workdir_lib.expanded(arguments.out) or workdir)
   folder = folder if arguments.out else folder / workdir_lib.PLOTS
   with workdir_lib.write_errors(folder):
-    _draw_sheet(folder / SHEET, found, read, wanted)
+    _draw_sheet(folder / SHEET, found, read, wanted, arguments.text)
     print(f'Pictures: {folder / SHEET}')
     if arguments.attention:
       _draw_attention(
@@ -162,12 +162,14 @@ def _draw_sheet(
   found: Sequence[Found],
   read: stored.Read,
   wanted: np.ndarray | None,
+  text: str,
 ) -> None:
   pictures = [read(one.pair.number) for one in found]
   titles = [f'{one.score:.2f} {one.pair.captions[0]}' for one in found]
   if wanted is not None:
     pictures, titles = [wanted, *pictures], ['asked for', *titles]
-  contact_sheet.draw(path, pictures, titles)
+  heading = f'asked for: {text}' if text else ''
+  contact_sheet.draw(path, pictures, titles, heading=heading)
 
 
 def _draw_attention(
