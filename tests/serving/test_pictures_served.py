@@ -195,9 +195,10 @@ def test_models_that_can_not_be_served(tmp_path, fields, sentence, capsys):
 
 
 @pytest.mark.slow
-def test_texts_are_those_of_generate(tmp_path, capsys):
+@pytest.mark.parametrize('fusion_type', ['prefix', 'co_attention'])
+def test_texts_are_those_of_generate(fusion_type, tmp_path, capsys):
   """Several at once, with and without pictures, by the official client."""
-  workdir = seeing_run.save(tmp_path, CONFIG)
+  workdir = seeing_run.save(tmp_path, seeing_run.config(fusion_type))
   sizes = Sizes(slots=3, chunk=4, prefix_bytes=1 << 20)
   model = Model(str(workdir), sizes, lambda line: None)
   asked = [
