@@ -153,7 +153,8 @@ class Model:
         self._workdir, self.pictures, self.config, step, self._say
       )
     params = row_cache.begun(params, sizes.cached_rows, '--row-cache')
-    held_bytes = _bytes(params) + _bytes(found.params if found else {})
+    of_sight = _bytes(found.params) if found else 0
+    held_bytes = _bytes(params) + of_sight
     if self._tables() == 'file':
       # Mapped, they take no memory that they don't give back.
       rest, _ = table_leaves.split(params)
@@ -186,7 +187,7 @@ class Model:
     length = 'any number of' if is_endless else f'{self.length:,}'
     self.on_ready(
       f'step {self.step}, {num_slots} slots of {length} tokens, weights of '
-      f'{words(_bytes(params))}, caches of {words(programs.state_bytes)}, '
+      f'{words(_bytes(params) + of_sight)}, caches of {words(programs.state_bytes)}, '
       f'{programs.num_compiled} programs'
     )
     return programs
