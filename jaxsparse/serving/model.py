@@ -187,8 +187,8 @@ class Model:
     length = 'any number of' if is_endless else f'{self.length:,}'
     self.on_ready(
       f'step {self.step}, {num_slots} slots of {length} tokens, weights of '
-      f'{words(_bytes(params) + of_sight)}, caches of {words(programs.state_bytes)}, '
-      f'{programs.num_compiled} programs'
+      f'{words(_bytes(params) + of_sight)}, caches of '
+      f'{words(programs.state_bytes)}, {programs.num_compiled} programs'
     )
     return programs
 

@@ -1,8 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Captions token by token, by a causal text that reads its picture beside it.
 
-The cache is a language model's, with that of the fusion's own blocks, and the
-picture, which is encoded once. Behind a prefix an ordinary cache is enough.
+The cache is a language model's, with that of the fusion's own blocks and what
+they read of the picture, which is encoded once. Behind a prefix an ordinary
+cache is enough.
 """
 
 import jax
@@ -25,25 +26,34 @@ def init_cache(
 ) -> Cache:
   """As `transformer.init_cache`, of texts that see nothing yet.
 
-  Beside a language model's, 'fusion', 'image' [B, L, E] and 'seen' [B, L], 0
-  where nothing is to be seen.
+  Beside a language model's, 'fusion' and 'seen' [B, L], 0 where nothing is to
+  be seen.
   """
   sizes = batch_size, length, has_slots
+  seen = jnp.zeros((batch_size, settings.vision.num_patches), jnp.int32)
   stream = fusion_stream(model, settings.num_fusion_layers)
-  vision = settings.vision
-  seen = jnp.zeros((batch_size, vision.num_patches), jnp.int32)
-  image = jnp.zeros((*seen.shape, vision.stream.model_dim), vision.stream.dtype)
-  return transformer.init_cache(model, *sizes) | dict(
-    fusion=transformer.init_cache(stream, *sizes), image=image, seen=seen
-  )
+  fusion = transformer.init_cache(stream, *sizes)
+  shape = (*seen.shape, model.num_kv_heads, model.head_dim)
+  for block in fusion['blocks'].values():
+    block['read'] = {
+      name: jnp.zeros(shape, model.dtype) for name in ('key', 'value')
+    }
+  return transformer.init_cache(model, *sizes) | dict(fusion=fusion, seen=seen)
 
 
 def see(
   encoder: MultiModalEncoder, images: Float[Array, 'B S S 3'], cache: Cache
 ) -> Cache:
   """The cache of texts that have read nothing, with their pictures."""
-  image = encoder.encode_image(images)
-  return cache | dict(image=image, seen=jnp.ones_like(cache['seen']))
+  image, seen = encoder.encode_image(images), jnp.ones_like(cache['seen'])
+  # Of the text there is padding, which leaves nothing behind.
+  padding = jnp.zeros((len(image), 1), jnp.int32)
+  model = encoder.text_model
+  text = jnp.zeros((*padding.shape, model.model_dim), model.dtype)
+  _, _, fusion = encoder.fusion(
+    text, image, padding, padding, seen, cache=cache['fusion']
+  )
+  return cache | dict(fusion=fusion, seen=seen)
 
 
 def go_on(
@@ -73,7 +83,7 @@ def go_on(
   )
   states, _, fusion = encoder.fusion(
     text,
-    cache['image'],
+    None,
     positions,
     segment_ids,
     cache['seen'],

@@ -63,17 +63,17 @@ class CoAttentionFusion(nn.Module):
   def __call__(
     self,
     text: Float[Array, 'B T D'],
-    image: Float[Array, 'B S E'],
+    image: Float[Array, 'B S E'] | None,
     positions: Int[Array, 'B T'],
     text_segment_ids: Int[Array, 'B T'],
     image_segment_ids: Int[Array, 'B S'],
     gate: Float[Array, 'B S'] | None = None,
     cache: Cache | None = None,
-  ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B S E'], Cache | None]:
+  ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B S E'] | None, Cache | None]:
     """Both streams, normalised, and the cache.
 
-    Arguments are those of `CoAttention`; of a causal text the cache is of all
-    layers, as `init_cache` makes it of `fusion_stream`.
+    Arguments are those of `CoAttention`; the cache is of all layers, see
+    `captions.init_cache`.
     """
     streams = [
       fusion_stream(config, self.num_layers)
@@ -92,11 +92,10 @@ class CoAttentionFusion(nn.Module):
         block_cache(cache, i),
       )
       new_cache = with_block(new_cache, streams[0], i, of_layer)
-    return (
-      norm(self.text, 'text_norm')(text),
-      norm(self.image, 'image_norm')(image),
-      new_cache,
-    )
+    text = norm(self.text, 'text_norm')(text)
+    if image is not None:
+      image = norm(self.image, 'image_norm')(image)
+    return text, image, new_cache
 
 
 class ConcatFusion(nn.Module):
