@@ -207,19 +207,21 @@ def score_step(
 ) -> tuple[jax.Array, jax.Array]:
   """How well each text fits its picture [B], by the best that was trained.
 
-  The log-likelihood of the caption; without such a loss the matching head's
-  logit; without that the product of both vectors. And whether a row is a pair.
+  The log-likelihood of the caption; without such a loss temperature times the
+  product of both vectors, plus the matching head's logit, of these what there
+  is. And whether a row is a pair.
   """
   settings = config.multimodal
   assert settings is not None
   found = _applied(config, params, batch)
   if settings.caption_weight:
     scores = -_caption(found, batch)
-  elif settings.matching_weight:
-    scores = found['match']
   else:
-    vectors = found['image_embedding'], found['text_embedding']
-    scores = jnp.sum(vectors[0] * vectors[1], axis=-1)
+    scores = found.get('match', 0.0)
+    if settings.contrastive_weight:
+      vectors = found['image_embedding'], found['text_embedding']
+      scale = jnp.exp(contrastive.clipped(found['log_temperature']))
+      scores += scale * jnp.sum(vectors[0] * vectors[1], axis=-1)
   return everywhere(scores), everywhere(batch['item'] >= 0)
 
 
