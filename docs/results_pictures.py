@@ -87,13 +87,14 @@ and whole sub-groups held out (`{emoji['whole_groups']['flags']}`)
 ## Shapes
 Two shapes of two colours, and what is left of or above what: the three distractors have the same words, so chance is 0.25 of the pairs, and whole
 captions are held out. 400 steps of 64 pairs, of which each has one of its distractors as a wrong text, in the contrastive loss and in matching alike.
-`jaxsparse train --config=multimodal:NAME --config.train.seed=SEED`:
+`jaxsparse train --config=multimodal:shapes --config.train.seed=SEED`:
 
 {_shapes('shapes')}
 
-A linear map of the pixels has R@1 {linear['captions_recall_at_1']:.3f} from picture to text. The FLOPs are of one pair forward: training with matching
-fuses three, and to rank n texts for a picture costs n of them. With towers of two blocks (`--config.model.num_layers=2
---config.multimodal.vision.stream.num_layers=2`), seed 0, vectors alone have as much:
+What is scored is temperature times cosine, with fusion plus the matching head's logit, as `retrieve` orders its best. A linear map of the pixels has
+R@1 {linear['captions_recall_at_1']:.3f} from picture to text. The FLOPs are of one pair forward: training with matching fuses three, and to rank n texts
+for a picture costs n of them. Towers of two blocks (`--config.model.num_layers=2 --config.multimodal.vision.stream.num_layers=2`) alone have more than
+fused ones of one block, for less:
 
 {_shapes('shapes_two_blocks')}
 """
