@@ -100,6 +100,7 @@ def test_bytes_of_a_memory_layer():
   """Least are 32 MB: keys, both maps and the rows."""
   table = decode_steps.table_shape('ultramem')
   memory = decode_steps.model('ultramem', 2).memory
+  assert memory
   num_read = 64 * memory.num_heads * memory.num_selected
   taken = {table: 2 * num_read * table[1]}
   with_memory, without = (
