@@ -48,11 +48,13 @@ def stream(width: int, num_layers: int, **fields) -> c.ModelConfig:
   )
 
 
-def vision(image_size: int, width: int, num_layers: int) -> c.VisionConfig:
+def vision(
+  image_size: int, width: int, num_layers: int, patch_size: int = 8
+) -> c.VisionConfig:
   return c.VisionConfig(
     stream=stream(width, num_layers, is_causal=False),
     image_size=image_size,
-    patch_size=8,
+    patch_size=patch_size,
   )
 
 
@@ -104,10 +106,34 @@ def shapes(fusion_type: str = 'co_attention') -> c.Config:
   )
 
 
+def frames(frame_choice: str, frames_read: int) -> c.Config:
+  return c.Config(
+    model=stream(64, 1),
+    multimodal=c.MultiModalConfig(
+      # A frame is a patch.
+      vision=vision(16, 64, 2, patch_size=16),
+      num_fusion_layers=1,
+      fused_dim=64,
+      contrastive_weight=0.0,
+      caption_weight=1.0,
+      num_frames=16,
+      frames_read=frames_read,
+      frame_choice=frame_choice,
+    ),
+    data=c.DataConfig(
+      pairs='generated:frames', tokenizer='words', seq_len=5, batch_size=128
+    ),
+    optimizer=c.OptimizerConfig(learning_rate=3e-3, warmup_steps=40),
+    train=train(1200),
+  )
+
+
 SIZES = {
   'emoji': emoji,
   'shapes': shapes,
   'shapes_late': lambda: shapes('late'),
+  'frames': lambda: frames('uniform', 0),
+  'frames_routed': lambda: frames('routed', 2),
 }
 
 
