@@ -48,13 +48,11 @@ def stream(width: int, num_layers: int, **fields) -> c.ModelConfig:
   )
 
 
-def vision(
-  image_size: int, width: int, num_layers: int, patch_size: int = 8
-) -> c.VisionConfig:
+def vision(image_size: int, width: int, num_layers: int) -> c.VisionConfig:
   return c.VisionConfig(
     stream=stream(width, num_layers, is_causal=False),
     image_size=image_size,
-    patch_size=patch_size,
+    patch_size=8,
   )
 
 
@@ -110,8 +108,10 @@ def frames(frame_choice: str, frames_read: int) -> c.Config:
   return c.Config(
     model=stream(64, 1),
     multimodal=c.MultiModalConfig(
-      # A frame is a patch.
-      vision=vision(16, 64, 2, patch_size=16),
+      # A frame is one patch.
+      vision=c.VisionConfig(
+        stream=stream(64, 2, is_causal=False), image_size=16, patch_size=16
+      ),
       num_fusion_layers=1,
       fused_dim=64,
       contrastive_weight=0.0,
