@@ -3,6 +3,7 @@
 
 import dataclasses
 import functools
+import time
 
 import numpy as np
 import pytest
@@ -78,12 +79,17 @@ def programs(base, folders):
   return programs_of(*with_places(base, folders))
 
 
+def started(programs, **options):
+  engine = Engine(lambda tell: programs, ByteTokenizer(), **options)
+  engine.start()
+  while engine.state == 'starting':
+    time.sleep(0.01)
+  return engine
+
+
 @pytest.fixture
 def engine(programs):
-  found = Engine(lambda tell: programs, ByteTokenizer(), prefix_bytes=1 << 20)
-  found.start()
-  while found.state == 'starting':
-    pass
+  found = started(programs, prefix_bytes=1 << 20)
   yield found
   assert found.drain(10)
 
@@ -143,10 +149,7 @@ def test_each_is_the_model_with_that_adapter_alone(base, folders, engine, name):
   (found,) = run(engine, [job_of(name)])
   given = [folders[name]] if name else []
   _, params = weights.load(base, MODEL, adapters=given)
-  alone = Engine(lambda tell: programs_of(params), ByteTokenizer())
-  alone.start()
-  while alone.state == 'starting':
-    pass
+  alone = started(programs_of(params))
   job = dataclasses.replace(job_of(name), adapter='')
   close([found], run(alone, [job]), 1e-5)
   assert alone.drain(10)
@@ -200,19 +203,12 @@ def test_beside_a_quantized_model(base, folders):
 
   how = parse_how('weights=int8,tables=int8')
   params, places = with_places(base, folders, how)
-  programs = programs_of(params, places)
-  engine = Engine(lambda tell: programs, ByteTokenizer())
-  engine.start()
-  while engine.state == 'starting':
-    pass
+  engine = started(programs_of(params, places))
   together = run(engine, [job_of(name) for name in NAMES])
   assert engine.drain(10)
   for name, found in zip(NAMES[:1], together[:1], strict=True):
     _, alone = weights.load(base, MODEL, how=how)
-    engine = Engine(lambda tell, p=alone: programs_of(p), ByteTokenizer())
-    engine.start()
-    while engine.state == 'starting':
-      pass
+    engine = started(programs_of(alone))
     close([found], run(engine, [job_of(name)]))
     assert engine.drain(10)
   assert num_different(together) == len(NAMES)
