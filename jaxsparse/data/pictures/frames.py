@@ -55,8 +55,8 @@ def scene(number: int) -> Scene:
   places = rng.uniform(0.42, 0.58, (NUM_FRAMES, 2))
   radii = rng.uniform(0.28, 0.36, NUM_FRAMES)
   things = [
-    Thing(SHAPES[shape], COLOURS[colour], *place, radius)
-    for shape, colour, place, radius in zip(
+    Thing(SHAPES[shape], COLOURS[colour], x, y, radius)
+    for shape, colour, (x, y), radius in zip(
       shapes, colours, places.tolist(), radii.tolist(), strict=True
     )
   ]
