@@ -29,6 +29,21 @@ shapes_late
   Hardware: two CPU cores, minutes.
   Result: seed 0, of 419 held-out pictures: R@1 0.745 from picture to caption;
   47.5 % of the captions score above three of the same words, chance 25 %.
+
+frames
+  Reproduces: CoCa's captioning loss (arXiv:2205.01917) on videos of 16 frames,
+  of which one has the answer to a question; all of them are read.
+  Hardware: two CPU cores, minutes.
+  Result: seed 0, of 1,024 held-out videos: 99.9 % right, chance 12.5 %.
+
+frames_routed
+  Reproduces: the same with 2 frames read, which the question chooses by their
+  mean keys, as MoBA (arXiv:2502.13189) chooses blocks. A first start reads all:
+  --config.multimodal.frames_read=0 --config.train.num_steps=600.
+  Hardware: two CPU cores, minutes.
+  Result: ROUTEDTEXT, of 1,024 held-out videos, chance 12.5 %. By 2
+  frames of frame_choice 'uniform' 23.2 %, of 'change' 22.8 %, seed 0 and 1,200
+  steps each.
 """
 
 from jaxsparse import config as c
@@ -104,7 +119,7 @@ def shapes(fusion_type: str = 'co_attention') -> c.Config:
   )
 
 
-def frames(frame_choice: str, frames_read: int) -> c.Config:
+def frames(frame_choice: str, frames_read: int, num_steps: int) -> c.Config:
   return c.Config(
     model=stream(64, 1),
     multimodal=c.MultiModalConfig(
@@ -124,7 +139,7 @@ def frames(frame_choice: str, frames_read: int) -> c.Config:
       pairs='generated:frames', tokenizer='words', seq_len=5, batch_size=128
     ),
     optimizer=c.OptimizerConfig(learning_rate=3e-3, warmup_steps=40),
-    train=train(1200),
+    train=train(num_steps),
   )
 
 
@@ -132,8 +147,8 @@ SIZES = {
   'emoji': emoji,
   'shapes': shapes,
   'shapes_late': lambda: shapes('late'),
-  'frames': lambda: frames('uniform', 0),
-  'frames_routed': lambda: frames('routed', 2),
+  'frames': lambda: frames('uniform', 0, 1200),
+  'frames_routed': lambda: frames('routed', 2, 800),
 }
 
 
