@@ -22,6 +22,7 @@ def draw(
   pictures: Sequence[np.ndarray],
   titles: Sequence[str],
   columns: int = 6,
+  heading: str = '',
 ) -> None:
   """Writes a PNG.
 
@@ -30,6 +31,7 @@ def draw(
     pictures: uint8 [S, S, 3].
     titles: what stands below each; what does not fit in two lines is cut off.
     columns: pictures in a row.
+    heading: a line above all.
 
   Raises:
     OSError: it can't be written.
@@ -37,12 +39,14 @@ def draw(
   columns = min(columns, len(pictures))
   rows = -(-len(pictures) // columns)
   width, height = _SIDE + _SPACE, _SIDE + _LINES * _LINE + _SPACE
+  top = _SPACE + (_LINE + _SPACE // 2 if heading else 0)
   sheet = Image.new(
-    'RGB', (columns * width + _SPACE, rows * height + _SPACE), 'white'
+    'RGB', (columns * width + _SPACE, rows * height + top), 'white'
   )
   pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(12)
+  pen.text((_SPACE, _SPACE // 2), heading, 'black', font)
   for i, (picture, title) in enumerate(zip(pictures, titles, strict=True)):
-    x, y = _SPACE + i % columns * width, _SPACE + i // columns * height
+    x, y = _SPACE + i % columns * width, top + i // columns * height
     tile = Image.fromarray(picture).resize(
       (_SIDE, _SIDE), Image.Resampling.BICUBIC
     )

@@ -2,15 +2,16 @@
 """`jaxsparse generate --image=FILE`: what a picture shows."""
 
 import argparse
+import dataclasses
 from collections.abc import Callable, Sequence
 
 from jaxsparse.config import Config
-from jaxsparse.config.errors import UserError
+from jaxsparse.config.errors import UserError, require
 from jaxsparse.data.pictures.decode import read_picture
-from jaxsparse.data.tokenizer import load_from_workdir
-from jaxsparse.inference.captions import Captioner
-from jaxsparse.inference.text import Request, encode_prompt, stream_text
-from jaxsparse.run import checkpoint, trained
+from jaxsparse.data.tokenizer import Tokenizer, load_from_workdir
+from jaxsparse.inference import batch, sight
+from jaxsparse.inference.text import Request, encode_prompt
+from jaxsparse.run import trained
 from jaxsparse.run import workdir as workdir_lib
 
 # Flags of language models, which a caption does not have.
@@ -33,16 +34,16 @@ def write_captions(
     config: of the workdir.
     arguments: of generate.
     requests: what each caption begins with, and how it is drawn.
-    write: gets the text as it comes.
+    write: gets the texts.
     say: gets sentences on the way.
 
   Raises:
     UserError: the model reads no pictures, has learned no captions or reads
-      several pictures at once, the picture can't be read, or a flag is of
-      language models alone.
+      several pictures at once, the picture can't be read, a prompt leaves no
+      room, or a flag is of language models alone.
   """
-  settings, folder = config.multimodal, arguments.workdir
-  if settings is None:
+  folder = arguments.workdir
+  if config.multimodal is None:
     raise UserError(
       f'--image is for a model of pictures, and workdir {folder!r} holds one '
       'of text: leave it out, or give another workdir.'
@@ -54,27 +55,31 @@ def write_captions(
         f'--{name} is of language models and does nothing with --image, got '
         f'{value!r}: leave it out.'
       )
-  if settings.num_frames > 1:
-    raise UserError(
-      f'the model of workdir {folder!r} reads {settings.num_frames} frames at '
-      'once, and --image is one picture: give a model of pictures.'
-    )
+  settings = sight.require_captions(config)
   size = settings.vision.image_size
   picture = read_picture(workdir_lib.expanded(arguments.image), size)
   tokenizer = load_from_workdir(folder, config.model.vocab_size)
+  requests = [_fitting(config, tokenizer, request) for request in requests]
+  model = config.model.with_vocabulary(tokenizer.vocab_size)
   step = trained.step_of(folder, arguments.step)
-  _, params = checkpoint.load_params(folder, step, say)
-  captioner = Captioner(config, params)
-  for request in requests:
-    given = encode_prompt(tokenizer, request.prompt)
-    tokens = captioner.tokens(
-      picture,
-      given,
-      request.max_tokens,
-      request.sampling,
-      request.seed,
-    )
-    write(request.prompt)
-    for text in stream_text(tokens, tokenizer, given, request.stop):
-      write(text)
-    write('\n')
+  _, params, found = sight.load(folder, settings, model, step, say)
+  programs = batch.prepare(
+    model, params, tokenizer, requests, config.data.seq_len, found
+  )
+  texts = batch.complete_all(programs, tokenizer, requests, picture=picture)
+  for request, done in zip(requests, texts, strict=True):
+    write(f'{request.prompt}{done.text}\n')
+
+
+def _fitting(config: Config, tokenizer: Tokenizer, request: Request) -> Request:
+  """The request with no more tokens than a row of training has."""
+  length = config.data.seq_len
+  given = len(encode_prompt(tokenizer, request.prompt))
+  require(
+    given <= length,
+    f'prompt must have fewer than data.seq_len = {length} tokens of this '
+    f'model, got {given - 1}.',
+  )
+  # The last one that is drawn is in no row.
+  most = min(request.max_tokens, length - given + 1)
+  return dataclasses.replace(request, max_tokens=most)

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Finds pictures by a text, or captions by a picture: jaxsparse retrieve.
 
-The best go to stdout, and their pictures to a contact sheet.
+The best go to stdout, and their pictures to a contact sheet. With a matching
+head a second number is what the best few are in order by.
 """
 
 import argparse
@@ -111,11 +112,14 @@ def main(argv: Sequence[str]) -> None:
   held_out = {pair.number for pair in corpus.validation}
   for place, one in enumerate(found, 1):
     seen = 'held out' if one.pair.number in held_out else 'trained on'
-    print(f'{place:3}  {one.score:.3f}  {one.pair.captions[0]}  ({seen})')
+    match = '' if one.match is None else f'  {one.match:.2f}'
+    print(
+      f'{place:3}  {one.score:.3f}{match}  {one.pair.captions[0]}  ({seen})'
+    )
   folder = pathlib.Path(workdir_lib.expanded(arguments.out) or workdir)
   folder = folder if arguments.out else folder / workdir_lib.PLOTS
   with workdir_lib.write_errors(folder):
-    _draw_sheet(folder / SHEET, found, read, wanted)
+    _draw_sheet(folder / SHEET, found, read, wanted, arguments.text)
     print(f'Pictures: {folder / SHEET}')
     if arguments.attention:
       _draw_attention(
@@ -158,12 +162,14 @@ def _draw_sheet(
   found: Sequence[Found],
   read: stored.Read,
   wanted: np.ndarray | None,
+  text: str,
 ) -> None:
   pictures = [read(one.pair.number) for one in found]
   titles = [f'{one.score:.2f} {one.pair.captions[0]}' for one in found]
   if wanted is not None:
     pictures, titles = [wanted, *pictures], ['asked for', *titles]
-  contact_sheet.draw(path, pictures, titles)
+  heading = f'asked for: {text}' if text else ''
+  contact_sheet.draw(path, pictures, titles, heading=heading)
 
 
 def _draw_attention(

@@ -18,6 +18,8 @@ from jaxsparse.config.errors import UserError
 from jaxsparse.inference.decoding import check_room
 from jaxsparse.inference.jobs import JobSampling
 from jaxsparse.inference.long_input import Reading, chunk_size
+from jaxsparse.inference.sight import Sight
+from jaxsparse.inference.slot_model import SlotModel
 from jaxsparse.inference.slot_programs import Programs
 from jaxsparse.inference.slot_results import Pending, Snapshot
 from jaxsparse.inference.text import (
@@ -39,6 +41,7 @@ def prepare(
   tokenizer: Any,
   requests: Sequence[Request],
   length: int,
+  sight: Sight | None = None,
 ) -> Programs:
   """Programs with room for as many of the texts at once as memory has.
 
@@ -50,6 +53,7 @@ def prepare(
     requests: the texts.
     length: tokens for which there is room at least, such as those of training:
       all shorter texts have the same programs.
+    sight: of pictures.
 
   Raises:
     UserError: memory has no room for the longest text.
@@ -59,10 +63,13 @@ def prepare(
     for r in requests
   ]
   longest = max(sizes, key=lambda size: size[0] + size[1])
+  seen = SlotModel(model_config, sight and sight.settings).rows_before
   num_slots = min(len(requests), _MOST_SLOTS)
   while True:
     try:
-      check_room(model_config, params, num_slots, *longest)
+      check_room(
+        model_config, params, num_slots, seen + longest[0], *longest[1:]
+      )
       break
     except UserError:
       if num_slots == 1:
@@ -79,6 +86,7 @@ def prepare(
     chunks=(chunk, *(n for n in _SHORTER if n < chunk)),
     stop_ids=tokenizer.stop_ids,
     is_lazy=True,
+    sight=sight,
   )
 
 
@@ -135,10 +143,12 @@ def complete_all(
   write: Callable[[int, str], Any] = lambda number, text: None,
   finish: Callable[[int, Completion], Any] = lambda number, done: None,
   on_reading: Callable[[Reading], None] = lambda reading: None,
+  picture: np.ndarray | None = None,
 ) -> list[Completion]:
   """Continues all prompts; a text depends on its own request only.
 
-  Prompts that follow one another and are alike are read once.
+  Prompts that follow one another and are alike are read once, but with a
+  picture.
 
   Args:
     programs: of `prepare`.
@@ -147,11 +157,12 @@ def complete_all(
     write: called with the number of a text and each piece of it.
     finish: called with the number of a text that is complete.
     on_reading: called as long prompts are read, chunk by chunk.
+    picture: that all texts are about, uint8 [S, S, 3].
   """
   waiting = collections.deque(
     _Text(i, request, tokenizer) for i, request in enumerate(requests)
   )
-  reader = _Reader(programs, on_reading)
+  reader = _Reader(programs, on_reading, picture)
   in_slot: dict[int, _Text] = {}
   on_way: collections.deque[tuple[Pending, dict[int, _Text]]] = (
     collections.deque()
@@ -198,8 +209,14 @@ def complete_all(
 class _Reader:
   """Reads prompts, and remembers how far the last one was alike."""
 
-  def __init__(self, programs: Programs, on_reading: Callable[[Reading], None]):
+  def __init__(
+    self,
+    programs: Programs,
+    on_reading: Callable[[Reading], None],
+    picture: np.ndarray | None,
+  ):
     self._programs, self._on_reading = programs, on_reading
+    self._picture = picture
     self._prompt: np.ndarray | None = None
     self._snapshot: Snapshot | None = None
 
@@ -209,6 +226,8 @@ class _Reader:
     size = programs.chunks[0]
     last = (len(prompt) - 1) // size * size
     programs.start(slot, text.sampling)
+    if self._picture is not None:
+      programs.see(slot, self._picture)
     if last and np.array_equal(prompt, self._prompt):
       programs.insert(slot, self._snapshot)
     elif last:
@@ -225,7 +244,8 @@ class _Reader:
       # The next chunk runs while the host waits for this one.
       while len(pending) > (begin + size < last):
         self._tell(size, *pending.popleft())
-    self._prompt, self._snapshot = prompt, programs.snapshot(slot)
+    if self._picture is None:
+      self._prompt, self._snapshot = prompt, programs.snapshot(slot)
 
   def _tell(self, size, begin, pending):
     nats = -float(pending.result().prompt_logprob.mean())

@@ -184,6 +184,10 @@ class Engine:
   def _check_room(self, job: Job) -> None:
     num_prompt, places = len(job.tokens), self._programs.places
     require(
+      job.picture is None or self._programs.sight is not None,
+      'the model sees no pictures.',
+    )
+    require(
       not job.adapter or (places is not None and places.has(job.adapter)),
       f'there is no adapter {job.adapter!r} beside the model.',
     )

@@ -4,6 +4,8 @@
 import dataclasses
 from typing import Literal
 
+import numpy as np
+
 from jaxsparse.inference.grammar import Grammar
 
 Finish = Literal['stop', 'length', 'abort', 'error']
@@ -74,6 +76,8 @@ class Job:
   grammar: Grammar | None = None
   # Of those beside the model, by its name; empty for the model alone.
   adapter: str = ''
+  # What a model that sees writes about, uint8 [S, S, 3].
+  picture: np.ndarray | None = dataclasses.field(default=None, compare=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -167,6 +171,6 @@ class EngineStats:
   rejected: dict[str, int] = dataclasses.field(default_factory=dict)
   # By where the job was: 'waiting', 'reading' or 'running'.
   cancelled: dict[str, int] = dataclasses.field(default_factory=dict)
-  # By program: 'prefill', 'score', 'plain', 'sorted', 'logprobs',
+  # By program: 'see', 'prefill', 'score', 'plain', 'sorted', 'logprobs',
   # 'snapshot', 'insert'.
   steps: dict[str, int] = dataclasses.field(default_factory=dict)

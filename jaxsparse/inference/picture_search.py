@@ -2,7 +2,13 @@
 """Finds pictures by a text, and texts by a picture, in a collection.
 
 The two towers give every picture and every caption a vector once; what is asked
-for is a product with all of them.
+for is a product with all of them. Fusing is a pass for each pair: where a
+matching head was trained, it helps to put the best few in order.
+
+The head has learned to tell a pair from negatives that were drawn in proportion
+to exp(t cos). What it says is therefore what the towers do not know, and the
+sum of t cos and its logit is how likely a pair is, up to a constant (Ma and
+Collins 2018, arXiv:1809.01812).
 """
 
 import dataclasses
@@ -10,6 +16,7 @@ import functools
 from collections.abc import Callable, Sequence
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.config import Config
@@ -20,8 +27,9 @@ from jaxsparse.data.pictures.pair import Pair
 from jaxsparse.data.tokenizer import Tokenizer
 from jaxsparse.nn.attention.maps import MAPS
 from jaxsparse.nn.multimodal import MultiModalEncoder
+from jaxsparse.ops import contrastive
 
-# Rows that are encoded at once.
+# Rows that are encoded at once, and those that are fused.
 _ROWS = 64
 
 
@@ -32,6 +40,9 @@ class Found:
   pair: Pair
   # Cosine of both vectors.
   score: float
+  # The temperature's share of it and the matching head's logit, by which the
+  # best few are in order; None behind these, and without a head.
+  match: float | None = None
 
 
 class PictureSearch:
@@ -57,12 +68,14 @@ class PictureSearch:
       say: gets lines on the progress.
     """
     self._config, self._tokenizer, self._pairs = config, tokenizer, pairs
+    self._read = read
     module = MultiModalEncoder(config=config.multimodal, model=config.model)
     self._module, self._variables = module, {'params': params}
     self._embed_text, self._embed_image = (
       jax.jit(functools.partial(module.apply, method=f'embed_{kind}'))
       for kind in ('text', 'image')
     )
+    self._match = jax.jit(functools.partial(module.apply, method=_match))
     percent = Percent('Encoding the pictures', len(pairs), say)
     images, texts = [], []
     for start in range(0, len(pairs), _ROWS):
@@ -89,11 +102,21 @@ class PictureSearch:
 
   def by_text(self, text: str, number: int) -> list[Found]:
     """The pictures that a text is nearest to, the best first."""
-    return self._best(self._images @ self.of_texts([text])[0], number)
+    best = self._best(self._images @ self.of_texts([text])[0], number)
+    return self._in_order(
+      best,
+      lambda few: [text] * len(few),
+      lambda few: [self._read(one.pair.number) for one in few],
+    )[:number]
 
   def by_picture(self, picture: np.ndarray, number: int) -> list[Found]:
     """The captions that a picture is nearest to, the best first."""
-    return self._best(self._texts @ self.of_pictures([picture])[0], number)
+    best = self._best(self._texts @ self.of_pictures([picture])[0], number)
+    return self._in_order(
+      best,
+      lambda few: [one.pair.captions[0] for one in few],
+      lambda few: [picture] * len(few),
+    )[:number]
 
   def attention(
     self, text: str, picture: np.ndarray
@@ -124,8 +147,33 @@ class PictureSearch:
     ]
 
   def _best(self, scores: np.ndarray, number: int) -> list[Found]:
-    order = np.argsort(-scores, kind='stable')[:number]
+    """As many as are wanted, and as many as a program can put in order."""
+    order = np.argsort(-scores, kind='stable')[: max(number, _ROWS)]
     return [Found(self._pairs[i], float(scores[i])) for i in order]
+
+  def _in_order(
+    self,
+    best: list[Found],
+    texts: Callable[[list[Found]], list[str]],
+    pictures: Callable[[list[Found]], list[np.ndarray]],
+  ) -> list[Found]:
+    """The first ones by the matching head, if there is one."""
+    assert self._config.multimodal is not None
+    if not self._config.multimodal.matching_weight:
+      return best
+    few, others = best[:_ROWS], best[_ROWS:]
+    rows = self._rows(texts(few))
+    images = _filled(np.stack([scaled(x) for x in pictures(few)]))
+    matches = np.asarray(
+      self._match(self._variables, rows['tokens'], images, rows['segment_ids'])
+    )
+    learned = jnp.asarray(self._variables['params']['log_temperature'])
+    scale = jnp.exp(contrastive.clipped(learned))
+    few = [
+      dataclasses.replace(one, match=float(scale * one.score + match))
+      for one, match in zip(few, matches, strict=False)
+    ]
+    return sorted(few, key=lambda one: -(one.match or 0.0)) + others
 
   def _rows(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
     rows = [
@@ -136,6 +184,20 @@ class PictureSearch:
       name: _filled(np.stack([row[name] for row in rows]))
       for name in ('tokens', 'segment_ids')
     }
+
+
+def _match(
+  module: MultiModalEncoder,
+  tokens: jax.Array,
+  images: jax.Array,
+  segment_ids: jax.Array,
+) -> jax.Array:
+  """Whether each row's text and picture are a pair, logits [B]."""
+  text = tokens
+  if module.settings.fusion_type != 'prefix':
+    text = module.encode_text(tokens, segment_ids)
+  fused = module.fuse(text, module.encode_image(images), segment_ids)
+  return module.match_logit(fused)
 
 
 def _filled(rows: np.ndarray) -> np.ndarray:

@@ -9,10 +9,10 @@ import jax
 import numpy as np
 
 from jaxsparse import mesh
-from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import require
 from jaxsparse.inference import slot_functions, slot_sampling
 from jaxsparse.inference.jobs import JobSampling
+from jaxsparse.inference.slot_model import SlotModel
 from jaxsparse.inference.slots import rows_of_bounded
 
 # Kinds of slots whose executables are kept for who needs the same ones.
@@ -20,22 +20,24 @@ _MOST_KINDS = 4
 
 
 def of(
-  config: ModelConfig,
+  model: SlotModel,
   params: dict,
   num_slots: int,
   num_rows: int,
   chunks: tuple[int, ...],
   stop_ids: tuple[int, ...],
+  of_picture: dict,
 ) -> 'Executables':
   """Those of such slots, whatever the parameters' values are.
 
   Args:
-    config: of the model.
+    model: that writes.
     params: on one device, or on a mesh of shape (1, 1, n).
     num_slots: sequences at once.
     num_rows: rows of each, a multiple of the longest chunk.
     chunks: tokens that are read at once, falling.
     stop_ids: tokens that end an answer.
+    of_picture: parameters of a model that sees, see `SlotModel.see`.
 
   Raises:
     UserError: the mesh splits sequences.
@@ -46,17 +48,18 @@ def of(
     sharding = None if devices is None else x.sharding
     return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
 
-  leaves, structure = jax.tree.flatten(jax.tree.map(abstract, params))
+  both = params, of_picture
+  leaves, structure = jax.tree.flatten(jax.tree.map(abstract, both))
   return _kept(
-    config, devices, tuple(leaves), structure, num_slots, num_rows, chunks,
+    model, devices, tuple(leaves), structure, num_slots, num_rows, chunks,
     stop_ids, jax.default_backend(),
   )  # fmt: skip
 
 
 @functools.lru_cache(_MOST_KINDS)
-def _kept(config, devices, leaves, structure, *sizes):
-  params = jax.tree.unflatten(structure, leaves)
-  return Executables(config, devices, params, *sizes)
+def _kept(model, devices, leaves, structure, *sizes):
+  both = jax.tree.unflatten(structure, leaves)
+  return Executables(model, devices, *both, *sizes)
 
 
 def words(vocab_size: int) -> int:
@@ -73,34 +76,36 @@ class Executables(dict):
 
   def __init__(
     self,
-    config: ModelConfig,
+    model: SlotModel,
     devices: jax.sharding.Mesh | None,
     params: dict,
+    of_picture: dict,
     num_slots: int,
     num_rows: int,
     chunks: tuple[int, ...],
     stop_ids: tuple[int, ...],
     backend: str,
   ):
-    """As `of`; `params` are abstract, on the mesh `devices` if it is one."""
+    """As `of`; parameters are abstract, on the mesh `devices` if it is one."""
     super().__init__()
     self._devices, self._backend = devices, backend
     if devices is not None:
       _check(devices)
     abstract, f = self._abstract, slot_functions
+    config, settings = model.config, model.settings
     size = words(config.vocab_size)
     number, flag = abstract((), np.int32), abstract((), np.bool_)
     live = abstract((num_slots,), np.bool_)
     of_all, of_one = (abstract((n, size), np.uint32) for n in (num_slots, 1))
-    init = functools.partial(f.init, config, num_slots, num_rows)
-    snapshot = functools.partial(f.snapshot, config, chunks[0])
-    insert = functools.partial(f.insert, config, chunks[0])
+    init = functools.partial(f.init, model, num_slots, num_rows)
+    snapshot = functools.partial(f.snapshot, model, chunks[0])
+    insert = functools.partial(f.insert, model, chunks[0])
     state = self._evaluated(init)
     taken = self._evaluated(snapshot, state, number, number)
     fields = jax.tree.map(
       lambda x: abstract(x.shape, x.dtype), slot_sampling.of_job(JobSampling())
     )
-    model = dict(config=config, stop_ids=stop_ids)
+    of_model = dict(model=model, stop_ids=stop_ids)
     wanted = dict(
       init=(init,),
       start=(f.start, state, number, fields, number),
@@ -108,19 +113,23 @@ class Executables(dict):
       insert=(insert, state, number, number, taken),
     )
     for form in ('plain', 'sorted', 'logprobs'):
-      decode = functools.partial(f.decode, form=form, **model)
+      decode = functools.partial(f.decode, form=form, **of_model)
       masks = () if form == 'plain' else (of_all,)
       wanted[form] = (decode, state, params, live, *masks)
     for n in chunks:
       tokens, targets = abstract((1, n), np.int32), abstract((n,), np.int32)
       inputs = (state, params, number, tokens, number, flag, of_one)
-      prefill = functools.partial(f.prefill, **model)
-      score = functools.partial(f.score, **model)
+      prefill = functools.partial(f.prefill, **of_model)
+      score = functools.partial(f.score, **of_model)
       wanted[f'prefill_{n}'] = (prefill, *inputs)
       wanted[f'score_{n}'] = (score, *inputs, targets)
     if rows_of_bounded(config):
       forget = functools.partial(f.forget, config)
       wanted['forget'] = (forget, state, number)
+    if settings is not None:
+      see = functools.partial(f.see, model)
+      picture = abstract((1, *settings.image_shape), np.float32)
+      wanted['see'] = (see, state, params, of_picture, number, picture)
     self._wanted: dict[str, tuple[Callable, *tuple[Any, ...]]] = wanted
     self.names = tuple(wanted)
 

@@ -21,18 +21,18 @@ from jaxsparse.inference import (
   slot_sampling,
   slots,
 )
-from jaxsparse.nn.transformer import Transformer, init_cache
+from jaxsparse.inference.slot_model import SlotModel
 
 State = dict[str, Any]
 # That were read, see `row_cache.reads`.
 Rows = dict[str, jax.Array]
 
 
-def init(config: ModelConfig, num_slots: int, num_rows: int) -> State:
+def init(model: SlotModel, num_slots: int, num_rows: int) -> State:
   """The state of slots that nobody has."""
-  sampling = slot_sampling.init(num_slots, config.vocab_size)
+  sampling = slot_sampling.init(num_slots, model.config.vocab_size)
   return dict(
-    cache=init_cache(config, num_slots, num_rows, has_slots=True),
+    cache=model.init_cache(num_slots, num_rows),
     sampling=jax.tree.map(_whole, sampling),
     # Of each slot the last token, which is fed next.
     token=_whole(jnp.zeros(num_slots, jnp.int32)),
@@ -83,7 +83,7 @@ def decode(
   is_live: jax.Array,
   mask: jax.Array | None = None,
   *,
-  config: ModelConfig,
+  model: SlotModel,
   stop_ids: tuple[int, ...],
   form: str,
 ) -> tuple[State, jax.Array, slot_sampling.Best | None, Rows]:
@@ -93,7 +93,7 @@ def decode(
   positions = cache['shared']['index'][:, None]
   segment_ids = is_live[:, None].astype(jnp.int32)
   logits, cache, rows = _applied(
-    config, params, state['token'][:, None], positions, segment_ids, cache
+    model, params, state['token'][:, None], positions, segment_ids, cache
   )
   logits = _scores(logits[:, -1])
   if form == 'plain':
@@ -121,13 +121,13 @@ def prefill(
   is_last: jax.Array,
   mask: jax.Array,
   *,
-  config: ModelConfig,
+  model: SlotModel,
   stop_ids: tuple[int, ...],
 ) -> tuple[State, jax.Array, slot_sampling.Best, Rows]:
   """Reads the first `count` of tokens [1, C], and draws after the last ones."""
   part = slots.take(state, slot)
   at = mesh.reshard((count - 1)[None], mesh.act('B'))
-  logits, part, rows = _read(config, params, part, tokens, count, at)
+  logits, part, rows = _read(model, params, part, tokens, count, at)
   part, drawn, best = _first_drawn(part, logits[:, 0], stop_ids, mask, is_last)
   return _like(slots.put(state, part, slot), state), drawn, best, rows
 
@@ -142,12 +142,12 @@ def score(
   mask: jax.Array,
   targets: jax.Array,
   *,
-  config: ModelConfig,
+  model: SlotModel,
   stop_ids: tuple[int, ...],
 ) -> tuple[State, jax.Array, slot_sampling.Best, Rows, slot_sampling.Best]:
   """`prefill`, and how probable the targets [C] of all places are."""
   part = slots.take(state, slot)
-  logits, part, rows = _read(config, params, part, tokens, count, None)
+  logits, part, rows = _read(model, params, part, tokens, count, None)
   logits = _scores(logits[0])
   last = jax.lax.dynamic_slice_in_dim(logits, count - 1, 1)
   part, drawn, best = _first_drawn(part, last, stop_ids, mask, is_last)
@@ -156,9 +156,23 @@ def score(
   return new, drawn, best, rows, of_prompt
 
 
-def _applied(config, params, tokens, positions, segment_ids, cache, at=None):
+def see(
+  model: SlotModel,
+  state: State,
+  params: dict,
+  of_picture: dict,
+  slot: jax.Array,
+  picture: jax.Array,
+) -> State:
+  """A slot that has read nothing, with a picture [1, S, S, 3] in sight."""
+  part = slots.take(state, slot)
+  cache = model.see(params, of_picture, picture, part['cache'])
+  return _like(slots.put(state, part | dict(cache=cache), slot), state)
+
+
+def _applied(model, params, tokens, positions, segment_ids, cache, at=None):
   """Logits, the cache, and the rows read of tables with caches."""
-  model, variables = Transformer(config), {'params': params}
+  variables = {'params': params}
   args = tokens, positions, segment_ids, cache
   if not row_cache.is_used(params):
     logits, cache, _ = model.apply(variables, *args, logits_at=at)
@@ -170,7 +184,7 @@ def _applied(config, params, tokens, positions, segment_ids, cache, at=None):
   return logits, cache, row_cache.reads(params, sown, segment_ids)
 
 
-def _read(config, params, part, tokens, count, logits_at):
+def _read(model, params, part, tokens, count, logits_at):
   """Logits of one slot's new tokens, the slot after them, and rows read."""
   offset = jnp.arange(tokens.shape[1])[None]
   is_token = offset < count
@@ -178,7 +192,7 @@ def _read(config, params, part, tokens, count, logits_at):
   index = part['cache']['shared']['index']
   positions = mesh.reshard(index, mesh.act('.'))[:, None] + offset
   logits, cache, rows = _applied(
-    config,
+    model,
     params,
     tokens,
     positions,
@@ -209,7 +223,7 @@ def forget(config: ModelConfig, state: State, slot: jax.Array) -> State:
 
 
 def snapshot(
-  config: ModelConfig,
+  model: SlotModel,
   chunk: int,
   state: State,
   slot: jax.Array,
@@ -217,13 +231,13 @@ def snapshot(
 ) -> tuple[list[jax.Array], dict[str, Any]]:
   """The rows of one chunk, and all of the slot that is not in rows."""
   part = slots.take(state['cache'], slot)
-  rows, rest = slots.split_rows(config, chunk, part, begin)
+  rows, rest = slots.split_rows(model, chunk, part, begin)
   in_prompt = slots.take(state['sampling'].in_prompt, slot)
   return rows, dict(cache=rest, in_prompt=in_prompt)
 
 
 def insert(
-  config: ModelConfig,
+  model: SlotModel,
   chunk: int,
   state: State,
   slot: jax.Array,
@@ -233,7 +247,7 @@ def insert(
   """One slot with what `snapshot` took from `begin` on."""
   rows, rest = taken
   part = slots.take(state['cache'], slot)
-  part = slots.join_rows(config, chunk, part, begin, rows, rest['cache'])
+  part = slots.join_rows(model, chunk, part, begin, rows, rest['cache'])
   sampling = state['sampling']
   in_prompt = slots.put(sampling.in_prompt, rest['in_prompt'], slot)
   new = state | dict(

@@ -16,12 +16,15 @@ import numpy as np
 
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import require
+from jaxsparse.data.pictures.augment import scaled
 from jaxsparse.inference import slot_executables, slot_sampling, slots
 from jaxsparse.inference.batch_rows import padded
 from jaxsparse.inference.jobs import Form, JobSampling
 from jaxsparse.inference.long_input import with_bounded_history
 from jaxsparse.inference.row_cache import RowCaches, is_used
 from jaxsparse.inference.served_adapters import Adapter, Places
+from jaxsparse.inference.sight import Sight
+from jaxsparse.inference.slot_model import SlotModel
 from jaxsparse.inference.slot_results import Part, Pending, Snapshot
 from jaxsparse.ops.sparse_attention.bounded_slots import needs_room
 
@@ -35,7 +38,7 @@ class Programs:
   Attributes:
     config: of the model.
     num_slots: sequences at once, B.
-    length: tokens for which a slot has room.
+    length: tokens for which a slot has room, with a picture or without.
     chunks: lengths of the programs that read prompts, falling.
     vocab_size: of the model, V.
     stop_ids: tokens that end an answer.
@@ -43,6 +46,7 @@ class Programs:
     state_bytes: of all slots, on all devices together.
     row_caches: of tables on the host; None without.
     places: of adapters; None without.
+    sight: of pictures; None of a model of text alone.
   """
 
   @classmethod
@@ -58,6 +62,7 @@ class Programs:
     stop_ids: tuple[int, ...] = (),
     is_lazy: bool = False,
     places: Places | None = None,
+    sight: Sight | None = None,
   ) -> Self:
     """Compiles everything, and makes the slots.
 
@@ -77,6 +82,7 @@ class Programs:
       is_lazy: compile each program when it is first needed: where nobody waits,
         and most are not.
       places: of the adapters in the parameters, see `served_adapters`.
+      sight: of pictures.
 
     Raises:
       UserError: a number is below 1, the mesh splits sequences, or the model
@@ -84,12 +90,12 @@ class Programs:
     """
     return cls(
       config, params, num_slots, length, chunks, history_blocks, progress,
-      stop_ids, is_lazy, places,
+      stop_ids, is_lazy, places, sight,
     )  # fmt: skip
 
   def __init__(
     self, config, params, num_slots, length, chunks, history_blocks, progress,
-    stop_ids, is_lazy, places,
+    stop_ids, is_lazy, places, sight,
   ):  # fmt: skip
     require(num_slots >= 1, f'slots must be at least 1, got {num_slots}.')
     require(length >= 1, f'length must be at least 1, got {length}.')
@@ -112,20 +118,24 @@ class Programs:
     self.vocab_size, self.stop_ids = config.vocab_size, stop_ids
     self._bounded_rows = slots.rows_of_bounded(config)
     self.length = _ENDLESS if self._bounded_rows else length
-    self._num_rows = -(-length // longest) * longest
-    self._params, self.places = params, places
+    model = SlotModel(config, sight and sight.settings)
+    self._num_seen = model.rows_before
+    # Chunks of a text begin behind a picture, wherever that ends.
+    whole = -(-length // longest) + -(-self._num_seen // longest)
+    self._num_rows = whole * longest
+    self._params, self.places, self.sight = params, places, sight
     self.row_caches = RowCaches(params) if is_used(params) else None
     self._lengths = np.zeros(num_slots, np.int64)
     # Of each slot: rows of its first chunks that a snapshot has, or had.
     # Whoever keeps snapshots bounds them: here they are not kept alive.
     self._known: list[tuple[weakref.ref, ...]] = [()] * num_slots
     self._has_room = np.zeros(num_slots, bool)
-    self._compile(progress, is_lazy)
+    self._compile(model, progress, is_lazy)
 
-  def _compile(self, progress, is_lazy):
+  def _compile(self, model, progress, is_lazy):
     self._run = slot_executables.of(
-      self.config, self._params, self._batch_size, self._num_rows,
-      self.chunks, self.stop_ids,
+      model, self._params, self._batch_size, self._num_rows, self.chunks,
+      self.stop_ids, self.sight.params if self.sight else {},
     )  # fmt: skip
     names = () if is_lazy else self._run.names
     for i, name in enumerate(names):
@@ -161,6 +171,20 @@ class Programs:
       self._state, np.int32(slot), fields, np.int32(place)
     )
     self._stands(slot, 0, ())
+
+  def see(self, slot: int, picture: np.ndarray) -> None:
+    """Shows a picture to a slot that has read nothing.
+
+    Args:
+      slot: which one.
+      picture: uint8 [S, S, 3].
+    """
+    assert self.sight is not None
+    self._state = self._run['see'](
+      self._state, self._params, self.sight.params, np.int32(slot),
+      scaled(picture)[None],
+    )  # fmt: skip
+    self._stands(slot, self._num_seen, ())
 
   def put_adapter(self, adapter: Adapter) -> None:
     """Puts one of several adapters in a place that is free.

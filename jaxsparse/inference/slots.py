@@ -15,6 +15,7 @@ import numpy as np
 
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.model import block_name
+from jaxsparse.inference.slot_model import SlotModel
 from jaxsparse.nn.attention import sparse
 from jaxsparse.nn.transformer import Cache, init_cache
 
@@ -91,13 +92,14 @@ def rows_of_bounded(config: ModelConfig) -> int:
   return cache['blocks'][block]['attention']['pages'].segments.shape[1]
 
 
-def row_axes(config: ModelConfig, chunk: int) -> Any:
+def row_axes(model: SlotModel, chunk: int) -> Any:
   """Where each array of a cache has rows that chunks fill one after another.
 
   Returns:
     A tree like the cache's of (axis, rows that a chunk has); (0, 0) for what is
     of the slot as a whole: rings, contexts, bounded histories, counts.
   """
+  config = model.config
   sparse_rows = (
     config.sparse.block * config.sparse.max_blocks if (config.sparse) else 1
   )
@@ -105,7 +107,7 @@ def row_axes(config: ModelConfig, chunk: int) -> Any:
   short = -(-max(config.window, sparse_rows, chunk) // chunk) * chunk
 
   def shapes(length):
-    return jax.eval_shape(lambda: init_cache(config, 1, length, has_slots=True))
+    return jax.eval_shape(lambda: model.init_cache(1, length))
 
   def axis(x, longer):
     grown = np.flatnonzero(np.array(x.shape) != np.array(longer.shape))
@@ -118,11 +120,11 @@ def row_axes(config: ModelConfig, chunk: int) -> Any:
 
 
 def split_rows(
-  config: ModelConfig, chunk: int, part: Cache, begin: jax.Array
+  model: SlotModel, chunk: int, part: Cache, begin: jax.Array
 ) -> tuple[list[jax.Array], list[jax.Array]]:
   """A slot's rows from `begin` on that one chunk has, and all else of it."""
   rows, rest = [], []
-  for x, (axis, num_rows) in _with_axes(config, chunk, part):
+  for x, (axis, num_rows) in _with_axes(model, chunk, part):
     if not num_rows:
       rest.append(x)
       continue
@@ -140,7 +142,7 @@ def split_rows(
 
 
 def join_rows(
-  config: ModelConfig,
+  model: SlotModel,
   chunk: int,
   part: Cache,
   begin: jax.Array,
@@ -149,7 +151,7 @@ def join_rows(
 ) -> Cache:
   """A slot with what `split_rows` took of another one."""
   rows, rest, new = iter(rows), iter(rest), []
-  for x, (axis, num_rows) in _with_axes(config, chunk, part):
+  for x, (axis, num_rows) in _with_axes(model, chunk, part):
     if not num_rows:
       new.append(next(rest))
       continue
@@ -167,8 +169,8 @@ def join_rows(
   return jax.tree.unflatten(jax.tree.structure(part), new)
 
 
-def _with_axes(config, chunk, part):
+def _with_axes(model, chunk, part):
   axes = jax.tree.leaves(
-    row_axes(config, chunk), is_leaf=lambda x: type(x) is tuple
+    row_axes(model, chunk), is_leaf=lambda x: type(x) is tuple
   )
   return zip(jax.tree.leaves(part), axes, strict=True)

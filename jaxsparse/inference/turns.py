@@ -214,7 +214,12 @@ class Turns:
   def _read(self, slot: int) -> Chunk:
     entry = self._entry(slot)
     job = entry.job
-    if not (self.scheduler.num_rows(slot) or job.wants_prompt_logprobs):
+    is_first = not self.scheduler.num_rows(slot)
+    if is_first and job.picture is not None:
+      # What is kept of prompts begins with their first token.
+      self.steps['see'] += 1
+      self._programs.see(slot, job.picture)
+    elif is_first and not job.wants_prompt_logprobs:
       self._reuse(slot, entry)
     chunk = self.scheduler.read(slot)
     tokens = np.array(job.tokens[chunk.begin : chunk.end], np.int32)

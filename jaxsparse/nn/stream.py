@@ -44,9 +44,7 @@ def run_blocks(
   # Memory outputs on their way, by the block after which they are added.
   pending = {}
   metrics: Metrics = dict(aux_loss=jnp.zeros((), jnp.float32))
-  new_cache = None
-  if cache is not None:
-    new_cache = dict(shared=dict(cache['shared']), blocks={})
+  new_cache = begun(cache)
   tables = None
   if config.memory and config.memory.shared_rows:
     tables = SharedTables(
@@ -58,11 +56,11 @@ def run_blocks(
     )()
   for i in range(config.num_layers):
     block = block_type(config, i, deterministic, name=block_name(i))
-    x, memory_y, block_cache, block_metrics = block(
+    x, memory_y, of_block, block_metrics = block(
       x,
       positions,
       segment_ids,
-      _block_cache(cache, i),
+      block_cache(cache, i),
       pending.pop(i, ()),
       tables,
       reach,
@@ -71,15 +69,16 @@ def run_blocks(
       write = write_of[i]
       pending[write] = (*pending.get(write, ()), memory_y)
     metrics = merged(metrics, prefixed(block_name(i), block_metrics))
-    if new_cache and cache and block_cache:
-      new_cache['blocks'][block_name(i)] = block_cache
-      extended = _split_shared(block_cache, cache['shared'])
-      names = attention_cache.shared_names(config, i)
-      new_cache['shared'] |= {name: extended[name] for name in names}
+    new_cache = with_block(new_cache, config, i, of_block)
   return x, new_cache, metrics
 
 
-def _block_cache(cache: Cache | None, block: int) -> Cache | None:
+def begun(cache: Cache | None) -> Cache | None:
+  """A cache to which blocks are added; what all share is that of `cache`."""
+  return cache and dict(shared=dict(cache['shared']), blocks={})
+
+
+def block_cache(cache: Cache | None, block: int) -> Cache | None:
   """A block's own cache, with what all blocks share put beside its keys.
 
   Every block of a kind computes the same extension of the shared arrays from
@@ -91,9 +90,19 @@ def _block_cache(cache: Cache | None, block: int) -> Cache | None:
   return dict(own, attention=own['attention'] | cache['shared'])
 
 
-def _split_shared(block_cache: Cache, shared: Cache) -> Cache:
-  """Takes the shared arrays out of `block_cache` again and returns them."""
-  return {name: block_cache['attention'].pop(name) for name in shared}
+def with_block(
+  cache: Cache | None, config: ModelConfig, block: int, extended: Cache | None
+) -> Cache | None:
+  """The cache with what a block has made of `block_cache`."""
+  if not cache or not extended:
+    return cache
+  attention = dict(extended['attention'])
+  # Of all kinds of rows a block extends those of its own.
+  others = {name: attention.pop(name) for name in cache['shared']}
+  names = attention_cache.shared_names(config, block)
+  shared = cache['shared'] | {name: others[name] for name in names}
+  own = {block_name(block): extended | dict(attention=attention)}
+  return dict(shared=shared, blocks=cache['blocks'] | own)
 
 
 def check_split(config: ModelConfig, batch_size: int) -> None:

@@ -31,8 +31,8 @@ def read(
   if config.multimodal and not may_see:
     raise UserError(
       f'workdir {str(workdir)!r} holds a model of pictures and their texts, '
-      'which jaxsparse retrieve and jaxsparse generate --image read: give one '
-      'of a language model.'
+      'which jaxsparse retrieve, generate --image and serve read: give one of '
+      'a language model.'
     )
   return config
 

@@ -9,7 +9,7 @@ from starlette.responses import Response
 
 from jaxsparse.data.chat_template import ChatTemplate
 from jaxsparse.inference.jobs import TokenLogprob
-from jaxsparse.serving import messages, options
+from jaxsparse.serving import messages, options, pictures
 from jaxsparse.serving.answers import Choice, Piece
 from jaxsparse.serving.completions import answer, check_least
 from jaxsparse.serving.errors import wrong
@@ -35,9 +35,7 @@ async def chat(request: Request) -> Response:
   wanted = options.of(body, service.vocab_size)
   num_logprobs = _logprobs(body)
   max_tokens = _max_tokens(body)
-  prompt = await service.in_thread(
-    _prompt, template, body, service.tokenizer, service.engine.limit
-  )
+  prompt = await service.in_thread(_prompt, template, body, service)
   return await answer(
     request,
     _Form(
@@ -92,12 +90,17 @@ def _max_tokens(body: ChatRequest) -> int | None:
 
 
 def _prompt(
-  template: ChatTemplate, body: ChatRequest, tokenizer: Any, limit: int
+  template: ChatTemplate, body: ChatRequest, service: Service
 ) -> Prompt:
-  tokens = messages.tokens(template, body.messages, tokenizer)
+  said, limit = body.messages, service.engine.limit
+  settings = service.pictures
+  tokens = messages.tokens(
+    template, said, service.tokenizer, sees=settings is not None
+  )
   if len(tokens) > limit:
     raise options.too_long(len(tokens), limit, 'messages')
-  return Prompt(tuple(tokens.tolist()), None)
+  picture = pictures.of_chat(said, settings) if settings else None
+  return Prompt(tuple(tokens.tolist()), None, picture)
 
 
 class _Form:

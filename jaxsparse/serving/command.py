@@ -23,6 +23,7 @@ from jaxsparse.inference.quantize import QUANTIZE_HELP, parse
 from jaxsparse.run import trained
 from jaxsparse.run import workdir as workdir_lib
 from jaxsparse.run.command_line import Parser
+from jaxsparse.serving import pictures
 from jaxsparse.serving.model import Model, Sizes
 from jaxsparse.serving.serve import listen, say, serve
 from jaxsparse.serving.service import Limits, Service
@@ -224,7 +225,7 @@ def main(argv: Sequence[str]) -> None:
       name=name,
       vocab_size=model.vocab_size,
       step=lambda: model.step,
-      template=template,
+      template=template or (pictures.CAPTIONS if model.pictures else None),
       limits=Limits(
         body_bytes=arguments.body_mib * _MIB,
         request_seconds=arguments.request_seconds,
@@ -233,6 +234,7 @@ def main(argv: Sequence[str]) -> None:
       logs_text=arguments.log_text,
       adapters=tuple(adapters),
       reload=model.reload,
+      pictures=model.pictures,
     )
     address = listener.getsockname()
     url = f'http://{_bracketed(address[0])}:{address[1]}'

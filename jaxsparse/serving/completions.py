@@ -130,6 +130,7 @@ async def answer(
         salt=wanted.salt,
         grammar=grammar,
         adapter=adapter,
+        picture=prompt.picture,
       )
       choices.append(Choice(index, prompt, job))
   assert service.delivery is not None

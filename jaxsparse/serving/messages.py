@@ -14,16 +14,25 @@ _MOST_MESSAGES = 1_000
 
 
 def tokens(
-  template: ChatTemplate, messages: list[Message], tokenizer: Tokenizer
+  template: ChatTemplate,
+  messages: list[Message],
+  tokenizer: Tokenizer,
+  sees: bool = False,
 ) -> np.ndarray:
   """The prompt of a chat, up to where the assistant speaks: int32 [T].
+
+  Args:
+    template: of the model.
+    messages: of the chat.
+    tokenizer: of the model.
+    sees: whether pictures may be among the text, which has nothing of them.
 
   Raises:
     ApiError: there is something else than text in it, or the template refuses
       it or fails.
   """
   try:
-    return template.tokens(plain(messages), tokenizer)
+    return template.tokens(plain(messages, sees), tokenizer)
   except RefusedError as error:
     raise wrong('messages', str(error)) from error
 
@@ -40,8 +49,8 @@ def require(template: ChatTemplate | None) -> ChatTemplate:
   return template
 
 
-def plain(messages: list[Message]) -> list[dict[str, str]]:
-  """Messages as templates take them: of text alone.
+def plain(messages: list[Message], sees: bool = False) -> list[dict[str, str]]:
+  """Messages as templates take them: of text alone, without their pictures.
 
   Raises:
     ApiError: there is something else in them.
@@ -51,10 +60,10 @@ def plain(messages: list[Message]) -> list[dict[str, str]]:
       'messages',
       f'messages must be 1 to {_MOST_MESSAGES:,}, got {len(messages)}.',
     )
-  return [_plain(message, i) for i, message in enumerate(messages)]
+  return [_plain(message, i, sees) for i, message in enumerate(messages)]
 
 
-def _plain(message: Message, i: int) -> dict[str, Any]:
+def _plain(message: Message, i: int, sees: bool) -> dict[str, Any]:
   where = f'messages[{i}]'
   if message.role not in ROLES:
     raise wrong(
@@ -67,7 +76,7 @@ def _plain(message: Message, i: int) -> dict[str, Any]:
       raise wrong(f'{where}.{field}', f'{where}.{field} is not served here.')
   content = message.content
   if isinstance(content, list):
-    content = ''.join(_text_of(part, where) for part in content)
+    content = ''.join(_text_of(part, where, sees) for part in content)
   if content is None:
     raise wrong(f'{where}.content', f'{where}.content must be a text.')
   # What newer clients call developer, templates know as system.
@@ -75,11 +84,14 @@ def _plain(message: Message, i: int) -> dict[str, Any]:
   return {'role': role, 'content': content}
 
 
-def _text_of(part: ContentPart, where: str) -> str:
+def _text_of(part: ContentPart, where: str, sees: bool) -> str:
+  if sees and part.type == 'image_url':
+    return ''
   if part.type != 'text' or part.text is None:
     raise wrong(
       f'{where}.content',
-      f'{where}.content must be text: this model takes nothing else, got a '
+      f'{where}.content must be text{" or image_url" if sees else ""}: this '
+      'model takes nothing else, got a '
       f'part of type {part.type[:40]!r}.',
     )
   return part.text

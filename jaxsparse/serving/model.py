@@ -13,13 +13,15 @@ from jaxsparse.analysis import free_memory
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.errors import UserError, require
 from jaxsparse.data.tokenizer import load_from_workdir
-from jaxsparse.inference import row_cache, served_adapters, weights
+from jaxsparse.inference import row_cache, served_adapters, sight, weights
 from jaxsparse.inference.batch_rows import padded
 from jaxsparse.inference.capacity import slots_that_fit
 from jaxsparse.inference.engine import Engine
 from jaxsparse.inference.fold import fold_for_decode
 from jaxsparse.inference.long_input import with_bounded_history
 from jaxsparse.inference.quantize import Quantization
+from jaxsparse.inference.sight import require_captions
+from jaxsparse.inference.slot_model import SlotModel
 from jaxsparse.inference.slot_programs import Programs
 from jaxsparse.nn.transformer import init_cache
 from jaxsparse.run import (
@@ -83,7 +85,10 @@ class Model:
       UserError: the workdir is none, or can't serve so.
     """
     self._workdir, self._sizes, self._say = workdir, sizes, say
-    config = run_config.read(workdir, say)
+    config = run_config.read(workdir, say, may_see=True)
+    self.pictures = config.multimodal and require_captions(config)
+    if self.pictures is not None:
+      _check_of_pictures(sizes)
     compiled_programs.keep(say=say)
     self.tokenizer = load_from_workdir(workdir, config.model.vocab_size)
     self.config = config.model.with_vocabulary(self.tokenizer.vocab_size)
@@ -130,20 +135,26 @@ class Model:
     devices = None
     if sizes.devices > 1:
       devices = mesh.make_mesh(1, 1, sizes.devices)
-    step = trained.step_of(self._workdir, sizes.step)
-    self.step, params = weights.load(
-      self._workdir,
-      self.config,
-      step,
-      devices,
-      self._say,
-      sizes.quantization,
-      sizes.tables,
-      # Adapters are of the model's own matrices.
-      is_folded=not sizes.adapters,
-    )
+    step, found = trained.step_of(self._workdir, sizes.step), None
+    if self.pictures is None:
+      self.step, params = weights.load(
+        self._workdir,
+        self.config,
+        step,
+        devices,
+        self._say,
+        sizes.quantization,
+        sizes.tables,
+        # Adapters are of the model's own matrices.
+        is_folded=not sizes.adapters,
+      )
+    else:
+      self.step, params, found = sight.load(
+        self._workdir, self.pictures, self.config, step, self._say
+      )
     params = row_cache.begun(params, sizes.cached_rows, '--row-cache')
-    held_bytes = _bytes(params)
+    of_sight = _bytes(found.params) if found else 0
+    held_bytes = _bytes(params) + of_sight
     if self._tables() == 'file':
       # Mapped, they take no memory that they don't give back.
       rest, _ = table_leaves.split(params)
@@ -169,14 +180,15 @@ class Model:
       ),
       stop_ids=self.tokenizer.stop_ids,
       places=places,
+      sight=found,
     )
     words = free_memory.words
     is_endless = sizes.history_blocks is not None
     length = 'any number of' if is_endless else f'{self.length:,}'
     self.on_ready(
       f'step {self.step}, {num_slots} slots of {length} tokens, weights of '
-      f'{words(_bytes(params))}, caches of {words(programs.state_bytes)}, '
-      f'{programs.num_compiled} programs'
+      f'{words(_bytes(params) + of_sight)}, caches of '
+      f'{words(programs.state_bytes)}, {programs.num_compiled} programs'
     )
     return programs
 
@@ -216,13 +228,15 @@ class Model:
     if free is None:
       return sizes.slots or _MOST_SLOTS
     weight_bytes //= sizes.devices
-    one = slot_bytes(self.config, self.length, sizes.history_blocks)
+    model = SlotModel(self.config, self.pictures)
+    length = self.length + model.rows_before
+    one = slot_bytes(self.config, length, sizes.history_blocks)
     # What programs hold as they run is seen only when they are compiled.
     most = slots_that_fit(
       free + weight_bytes,
       sizes.memory_fraction,
       weight_bytes,
-      _temporary_bytes(self.config, sizes.chunk, self.length),
+      _temporary_bytes(self.config, sizes.chunk, length),
       sizes.prefix_bytes,
       -(-one // sizes.devices),
       least=padded(1),
@@ -233,6 +247,28 @@ class Model:
         'memory: lower it, --max-len or --prefix-mib.'
       )
     return sizes.slots or min(most, _MOST_SLOTS)
+
+
+def _check_of_pictures(sizes: Sizes) -> None:
+  """Refuses what is of models of text alone.
+
+  Raises:
+    UserError: something of it is wanted.
+  """
+  blocks = sizes.history_blocks
+  for flag, value in (
+    ('--adapters', list(sizes.adapters)),
+    ('--quantize', sizes.quantization),
+    ('--tables', sizes.tables),
+    ('--row-cache', sizes.cached_rows),
+    ('--history-blocks', '' if blocks is None else str(blocks)),
+    ('--devices', sizes.devices - 1 and sizes.devices),
+  ):
+    require(
+      not value,
+      f'{flag} is of models of text alone, and this one sees pictures, got '
+      f'{value}: leave it out.',
+    )
 
 
 def slot_bytes(

@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import Any
 
+import numpy as np
 from msgspec import Raw
 
 from jaxsparse.inference.text import encode_prompt
@@ -25,6 +26,8 @@ class Prompt:
   tokens: tuple[int, ...]
   # None if it was given by tokens.
   given_text: str | None
+  # What stands before it, uint8 [S, S, 3].
+  picture: np.ndarray | None = None
 
   def text(self, tokenizer: Any) -> str:
     """As a client sees it."""

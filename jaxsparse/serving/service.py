@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from jaxsparse.config import MultiModalConfig
 from jaxsparse.config.errors import shown
 from jaxsparse.data.chat_template import ChatTemplate
 from jaxsparse.serving.errors import ApiError
@@ -51,6 +52,7 @@ class Service:
     logs_text: bool = False,
     adapters: Sequence[str] = (),
     reload: Callable[[str], None] = lambda name: None,
+    pictures: MultiModalConfig | None = None,
   ):
     """Makes the service.
 
@@ -66,6 +68,7 @@ class Service:
       logs_text: whether the log holds what was written.
       adapters: names by which clients ask for the model with one of them.
       reload: reads an adapter's folder again, in any thread.
+      pictures: of a model that sees; None of one of text alone.
     """
     self.engine, self.tokenizer = engine, tokenizer
     self.name, self.vocab_size = name, vocab_size
@@ -77,6 +80,7 @@ class Service:
     self.created = int(time.time())
     self.delivery: Delivery | None = None
     self.adapters, self.reload = tuple(adapters), reload
+    self.pictures = pictures
     self._logs_text = logs_text
     self._threads = ThreadPoolExecutor(_TOKENIZER_THREADS, 'tokenizer')
 

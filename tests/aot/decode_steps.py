@@ -14,6 +14,7 @@ from jaxsparse.config import ModelConfig
 from jaxsparse.experiments.bench import decode, decode_models, decode_program
 from jaxsparse.inference import batch_rows, slot_functions
 from jaxsparse.inference.fold import fold_for_decode
+from jaxsparse.inference.slot_model import SlotModel
 from jaxsparse.nn.transformer import init_cache
 
 CONTEXT, STEPS = 2048, 32
@@ -77,10 +78,10 @@ def compile_answer(name: str, num_layers: int, num_texts: int):
       lambda: fold_for_decode(config, decode_models.draw_params(config))
     )
     state = jax.eval_shape(
-      lambda: slot_functions.init(config, num_rows, CONTEXT + STEPS)
+      lambda: slot_functions.init(SlotModel(config), num_rows, CONTEXT + STEPS)
     )
   decode = functools.partial(
-    slot_functions.decode, config=config, stop_ids=(), form='plain'
+    slot_functions.decode, model=SlotModel(config), stop_ids=(), form='plain'
   )
   is_live = jax.ShapeDtypeStruct((num_rows,), jnp.bool_)
   return targets.compile_for(

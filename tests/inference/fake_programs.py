@@ -66,7 +66,7 @@ class FakePrograms:
   """Refuses every call that real programs would take for something else."""
 
   # Of adapters.
-  places = None
+  places = sight = None
 
   num_compiled, chunks, vocab_size = 12, (CHUNK, 4), VOCAB_SIZE
   length = LENGTH

@@ -8,6 +8,7 @@ import re
 import threading
 import time
 
+import numpy as np
 import pytest
 from fake_programs import (
   BOUNDARY,
@@ -356,6 +357,12 @@ def test_either_all_choices_are_taken_or_none(engine_of):
 def test_what_can_never_run_is_refused(engine_of, num_prompt, max_tokens):
   with pytest.raises(UserError, match='tokens'):
     engine_of().submit(job('x', num_prompt, max_tokens), Told())
+
+
+def test_a_model_of_text_is_shown_no_picture(engine_of):
+  seeing = job('x', 1, 1, picture=np.zeros((4, 4, 3), np.uint8))
+  with pytest.raises(UserError, match='sees no pictures'):
+    engine_of().submit(seeing, Told())
 
 
 def test_a_slot_can_be_filled_to_its_end(engine_of):

@@ -8,6 +8,7 @@ that of PostScript does, are not opened at all.
 
 import contextlib
 import io
+import math
 import pathlib
 import types
 import warnings
@@ -28,7 +29,10 @@ _DEEP = ('I;16', 'I;16L', 'I;16B', 'I;16N')
 
 
 def read_picture(
-  source: bytes | pathlib.PurePath | str, size: int, name: str = ''
+  source: bytes | pathlib.PurePath | str,
+  size: int,
+  name: str = '',
+  most_pixels: int = MOST_PIXELS,
 ) -> np.ndarray:
   """A picture in a white square of `size` pixels, uint8 [S, S, 3].
 
@@ -40,6 +44,7 @@ def read_picture(
     source: the file's bytes, or its path.
     size: of the square's side S.
     name: what errors call it; by default the path.
+    most_pixels: of a picture as it is stored.
 
   Raises:
     UserError: it can't be read, is broken, too large or of no known format.
@@ -47,7 +52,7 @@ def read_picture(
   image_lib = pillow()
   is_path = not isinstance(source, bytes)
   name = name or (str(source) if is_path else 'the picture')
-  with opened(source, name) as picture, _sentences(name):
+  with opened(source, name, most_pixels) as picture, _sentences(name):
     # A JPEG can be decoded at a fraction of its size at once.
     picture.draft('RGB', (2 * size, 2 * size))
     picture.load()
@@ -78,12 +83,16 @@ def pillow() -> types.ModuleType:
 
 
 @contextlib.contextmanager
-def opened(source: bytes | pathlib.PurePath | str, name: str) -> Iterator[Any]:
+def opened(
+  source: bytes | pathlib.PurePath | str,
+  name: str,
+  most_pixels: int = MOST_PIXELS,
+) -> Iterator[Any]:
   """Pillow's view of a file, of which the header alone has been read.
 
   Raises:
     UserError: it can't be read, is of no known format, or says that it has more
-      than `MOST_PIXELS`.
+      than `most_pixels`.
   """
   image_lib = pillow()
   if not isinstance(source, bytes):
@@ -104,15 +113,15 @@ def opened(source: bytes | pathlib.PurePath | str, name: str) -> Iterator[Any]:
       try:
         picture = image_lib.open(io.BytesIO(source), formats=_FORMATS)
       except image_lib.DecompressionBombError as error:
-        raise _too_large(name) from error
+        raise _too_large(name, most_pixels) from error
       except image_lib.UnidentifiedImageError as error:
         raise UserError(
           f'{name!r} is no picture of a known format, or its beginning is '
           f'broken: give {_KNOWN}.'
         ) from error
     stack.enter_context(picture)
-    if picture.width * picture.height > MOST_PIXELS:
-      raise _too_large(name, picture.size)
+    if picture.width * picture.height > most_pixels:
+      raise _too_large(name, most_pixels, picture.size)
     if not picture.width * picture.height:
       raise UserError(
         f'{name!r} has no pixels ({picture.width} x {picture.height}): give '
@@ -121,11 +130,14 @@ def opened(source: bytes | pathlib.PurePath | str, name: str) -> Iterator[Any]:
     yield picture
 
 
-def _too_large(name: str, size: tuple[int, int] | None = None) -> UserError:
+def _too_large(
+  name: str, most_pixels: int, size: tuple[int, int] | None = None
+) -> UserError:
   which = f'{size[0]:,} x {size[1]:,}' if size else 'far more'
+  side = math.isqrt(most_pixels)
   return UserError(
     f'{name!r} is too large ({which} pixels): give one of at most '
-    f'{MOST_PIXELS:,} pixels in all, such as 8,192 x 8,192.'
+    f'{most_pixels:,} pixels in all, such as {side:,} x {side:,}.'
   )
 
 

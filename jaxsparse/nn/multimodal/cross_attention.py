@@ -2,6 +2,7 @@
 """Attention of one stream to another of any width, and what is made of it."""
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
@@ -13,6 +14,9 @@ from jaxsparse.nn.door import portable
 from jaxsparse.nn.layers import MLP, NORMS, weight
 from jaxsparse.ops.attention.dense import attention
 from jaxsparse.ops.patches import mean_of_segments
+
+# Of each head of the stream that is read [B, S, K, H], 'key' and 'value'.
+KeysAndValues = dict[str, jax.Array]
 
 
 class CrossAttention(nn.Module):
@@ -32,26 +36,36 @@ class CrossAttention(nn.Module):
   def __call__(
     self,
     x: Float[Array, 'B T D'],
-    other: Float[Array, 'B S E'],
+    other: Float[Array, 'B S E'] | None,
     segment_ids: Int[Array, 'B T'],
     other_segment_ids: Int[Array, 'B S'],
     gate: Float[Array, 'B S'] | None = None,
-  ) -> Float[Array, 'B T D']:
-    """What to add to the stream; 0 where nothing is there to be read.
+    kept: KeysAndValues | None = None,
+  ) -> tuple[Float[Array, 'B T D'], KeysAndValues]:
+    """What to add to the stream, and what is read.
+
+    The first is 0 where nothing is there to be read.
 
     Args:
       x: the reading stream, normalised.
-      other: the one that is read, normalised.
+      other: the one that is read, normalised; None where `kept` is given.
       segment_ids: which item each position is of; 0 for padding.
       other_segment_ids: likewise.
       gate: factors of what is read of each position of the other.
+      kept: of an earlier call, in place of `other`.
     """
     config = self.config
-    x, other = (a.astype(config.dtype) for a in (x, other))
+    x = x.astype(config.dtype)
     query = heads.project(self, config, x, 'query', 'DNH')
-    key = heads.project(self, config, other, 'key', 'DKH')
-    value = heads.project(self, config, other, 'value', 'DKH')
-    query, key = heads.normed(config, query, key)
+    if kept is None:
+      assert other is not None
+      other = other.astype(config.dtype)
+      kept = {
+        name: heads.project(self, config, other, name, 'DKH')
+        for name in ('key', 'value')
+      }
+    value = kept['value']
+    query, key = heads.normed(config, query, kept['key'])
     if gate is not None:
       value *= gate[..., None, None].astype(value.dtype)
 
@@ -69,7 +83,7 @@ class CrossAttention(nn.Module):
       )
 
     show(self, value, weights=read)
-    return heads.write(self, config, read(value), x.shape[-1])
+    return heads.write(self, config, read(value), x.shape[-1]), kept
 
 
 def norm(config: ModelConfig, name: str) -> nn.Module:
@@ -130,7 +144,7 @@ class Pool(nn.Module):
     queries = mesh.reshard(queries, mesh.act('BTD'))
     wanted = jnp.arange(1, num_segments + 1, dtype=segment_ids.dtype)[None]
     has_any = (segment_ids[:, None, :] == wanted[..., None]).any(-1)
-    y = CrossAttention(config, name='attention')(
+    y, _ = CrossAttention(config, name='attention')(
       queries, x, jnp.where(has_any, wanted, 0), segment_ids
     )
     added, _ = mlp(config, 'mlp')(norm(config, 'mlp_norm')(y))

@@ -253,7 +253,7 @@ class MultiModalEncoder(nn.Module):
     """
     settings = self.settings
     segments = segments_of(segment_ids, tokens)
-    text, _, of_text = self.text(
+    text, _, _, of_text = self.text(
       tokens, None, segments, deterministic=deterministic
     )
     image, seen, of_image = self._encode_image(
@@ -368,7 +368,7 @@ class MultiModalEncoder(nn.Module):
       states, segments = self.fusion(text, image, text_segments, seen)
     else:
       positions = jnp.maximum(jnp.cumsum(text_segments, axis=1) - 1, 0)
-      states, image = self.fusion(
+      states, image, _ = self.fusion(
         text, image, positions, text_segments, seen, gate
       )
       segments = text_segments
@@ -383,11 +383,11 @@ class MultiModalEncoder(nn.Module):
     """States of the text, read by the language model behind the picture."""
     (inputs,) = self.connector(image)
     rows = behind_prefix(text, inputs, text_segments, seen)
-    states, _, metrics = self.text(**rows, deterministic=deterministic)
+    states, _, _, metrics = self.text(**rows, deterministic=deterministic)
     return states[:, image.shape[1] :], metrics
 
   def _logits(self, tokens, segments, states):
-    _, logits, _ = self.text(
+    _, logits, _, _ = self.text(
       tokens, None, segments, has_logits=True, states=states
     )
     return logits

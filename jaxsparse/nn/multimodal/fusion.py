@@ -8,11 +8,12 @@ from jaxtyping import Array, Float, Int
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig
 from jaxsparse.config.multimodal import fusion_stream
+from jaxsparse.nn.block import Cache
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.layers import weight
 from jaxsparse.nn.multimodal.co_attention import CoAttention
 from jaxsparse.nn.multimodal.cross_attention import norm
-from jaxsparse.nn.stream import run_blocks
+from jaxsparse.nn.stream import begun, block_cache, run_blocks, with_block
 from jaxsparse.ops.token_product import token_product
 
 
@@ -62,26 +63,39 @@ class CoAttentionFusion(nn.Module):
   def __call__(
     self,
     text: Float[Array, 'B T D'],
-    image: Float[Array, 'B S E'],
+    image: Float[Array, 'B S E'] | None,
     positions: Int[Array, 'B T'],
     text_segment_ids: Int[Array, 'B T'],
     image_segment_ids: Int[Array, 'B S'],
     gate: Float[Array, 'B S'] | None = None,
-  ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B S E']]:
-    """Both streams, normalised; arguments as those of `CoAttention`."""
+    cache: Cache | None = None,
+  ) -> tuple[Float[Array, 'B T D'], Float[Array, 'B S E'] | None, Cache | None]:
+    """Both streams, normalised, and the cache.
+
+    Arguments are those of `CoAttention`; the cache is of all layers, see
+    `captions.init_cache`.
+    """
     streams = [
       fusion_stream(config, self.num_layers)
       for config in (self.text, self.image)
     ]
+    new_cache = begun(cache)
     for i in range(self.num_layers):
       layer = CoAttention(*streams, self.axes, name=f'layer_{i:02}')
-      text, image = layer(
-        text, image, positions, text_segment_ids, image_segment_ids, gate
+      text, image, of_layer = layer(
+        text,
+        image,
+        positions,
+        text_segment_ids,
+        image_segment_ids,
+        gate,
+        block_cache(cache, i),
       )
-    return (
-      norm(self.text, 'text_norm')(text),
-      norm(self.image, 'image_norm')(image),
-    )
+      new_cache = with_block(new_cache, streams[0], i, of_layer)
+    text = norm(self.text, 'text_norm')(text)
+    if image is not None:
+      image = norm(self.image, 'image_norm')(image)
+    return text, image, new_cache
 
 
 class ConcatFusion(nn.Module):

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxsparse.config.errors import require
+from jaxsparse.nn.block import Cache
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.layers import Metrics
 from jaxsparse.nn.leading import Leading
@@ -22,7 +23,7 @@ class TextTower(Transformer):
 
   @nn.compact
   @portable(
-    returns=('tokens', 'tokens', 'alike'),
+    returns=('tokens', 'tokens', 'cache', 'alike'),
     has_width=False,
     takes_any_batch=False,
   )
@@ -37,8 +38,16 @@ class TextTower(Transformer):
     span_ids: Int[Array, '*S'] | None = None,
     has_logits: bool = False,
     states: Float[Array, '*S D'] | None = None,
-  ) -> tuple[Float[Array, '*S D'], Float[Array, '*S V'] | None, Metrics]:
-    """States [*S, D] after the last norm, logits or None, and metrics.
+    cache: Cache | None = None,
+  ) -> tuple[
+    Float[Array, '*S D'],
+    Float[Array, '*S V'] | None,
+    Cache | None,
+    Metrics,
+  ]:
+    """States [*S, D] after the last norm, logits, the cache, and metrics.
+
+    Logits are None unless wanted.
 
     Args:
       tokens: as `Transformer` takes them, and as all that follows.
@@ -51,6 +60,7 @@ class TextTower(Transformer):
       has_logits: whether logits are wanted.
       states: what stands in the place of all that the blocks would make of the
         tokens; only logits are then made.
+      cache: likewise, as `init_cache` makes it.
     """
     config = self.config
     require(
@@ -64,10 +74,10 @@ class TextTower(Transformer):
       of_tokens = (tokens, positions, segment_ids)
       of_tokens = [lead.flat(x) for x in of_tokens]
       check_split(config, len(of_tokens[0]))
-      x, _, metrics = self._states(
+      x, cache, metrics = self._states(
         embed,
         *of_tokens,
-        None,
+        cache,
         deterministic,
         lead.flat(inputs, 'inputs'),
         lead.flat(is_input, 'is_input'),
@@ -77,7 +87,7 @@ class TextTower(Transformer):
     else:
       x = lead.flat(states, 'states')
     logits = lead.restored(self._head(embed, x)) if has_logits else None
-    return lead.restored(x), logits, lead.metrics(metrics)
+    return lead.restored(x), logits, cache, lead.metrics(metrics)
 
 
 def behind_prefix(

@@ -124,7 +124,7 @@ def _fused_states(module, params, tokens, images):
     text, image = module.encode_text(tokens), module.encode_image(images)
     at = jnp.broadcast_to(jnp.arange(T), tokens.shape)
     ones = [jnp.ones(x.shape[:2], jnp.int32) for x in (text, image)]
-    return module.fusion(text, image, at, *ones)
+    return module.fusion(text, image, at, *ones)[:2]
 
   return module.apply(params, method=of)
 
