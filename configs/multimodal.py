@@ -41,9 +41,9 @@ frames_routed
   mean keys, as MoBA (arXiv:2502.13189) chooses blocks. A first start reads all:
   --config.multimodal.frames_read=0 --config.train.num_steps=600.
   Hardware: two CPU cores, minutes.
-  Result: ROUTEDTEXT, of 1,024 held-out videos, chance 12.5 %. By 2
-  frames of frame_choice 'uniform' 23.2 %, of 'change' 22.8 %, seed 0 and 1,200
-  steps each.
+  Result: seeds 0 to 2, of 1,024 held-out videos: 99.2, 99.1 and 99.9 % right,
+  chance 12.5 %. In 1,200 steps with 2 frames from the first on: seed 0 96.3 %,
+  seed 1 30.9 %; with those of frame_choice 'uniform' 23.2 %, 'change' 22.8 %.
 """
 
 from jaxsparse import config as c
