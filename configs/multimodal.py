@@ -34,7 +34,8 @@ frames
   Reproduces: CoCa's captioning loss (arXiv:2205.01917) on videos of 16 frames,
   of which one has the answer to a question; all of them are read.
   Hardware: two CPU cores, minutes.
-  Result: seed 0, of 1,024 held-out videos: 99.9 % right, chance 12.5 %.
+  Result: seeds 0 to 2, of 1,024 held-out videos: 99.9, 99.9 and 99.8 % right,
+  chance 12.5 %.
 
 frames_routed
   Reproduces: the same with 2 frames read, which the question chooses by their
