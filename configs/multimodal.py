@@ -34,6 +34,22 @@ shapes_late
   Result: as above 72.9, 74.8 and 77.0 %. 2.8 MFLOPs a pair; with towers of two
   blocks, of 5.2, seed 0 has 80.1 %: here depth gives more than fusion, for
   less.
+
+frames
+  Reproduces: CoCa's captioning loss (arXiv:2205.01917) on videos of 16 frames,
+  of which one has the answer to a question; all of them are read.
+  Hardware: two CPU cores, minutes.
+  Result: seeds 0 to 2, of 1,024 held-out videos: 99.9, 99.9 and 99.8 % right,
+  chance 12.5 %.
+
+frames_routed
+  Reproduces: the same with 2 frames read, which the question chooses by their
+  mean keys, as MoBA (arXiv:2502.13189) chooses blocks. A first start reads all:
+  --config.multimodal.frames_read=0 --config.train.num_steps=600.
+  Hardware: two CPU cores, minutes.
+  Result: seeds 0 to 2, of 1,024 held-out videos: 99.2, 99.1 and 99.9 % right,
+  chance 12.5 %. In 1,200 steps with 2 frames from the first on: seed 0 96.3 %,
+  seed 1 30.9 %; with those of frame_choice 'uniform' 23.2 %, 'change' 22.8 %.
 """
 
 from jaxsparse import config as c
@@ -116,10 +132,36 @@ def shapes(fusion_type: str = 'co_attention') -> c.Config:
   )
 
 
+def frames(frame_choice: str, frames_read: int, num_steps: int) -> c.Config:
+  return c.Config(
+    model=stream(64, 1),
+    multimodal=c.MultiModalConfig(
+      # A frame is one patch.
+      vision=c.VisionConfig(
+        stream=stream(64, 2, is_causal=False), image_size=16, patch_size=16
+      ),
+      num_fusion_layers=1,
+      fused_dim=64,
+      contrastive_weight=0.0,
+      caption_weight=1.0,
+      num_frames=16,
+      frames_read=frames_read,
+      frame_choice=frame_choice,
+    ),
+    data=c.DataConfig(
+      pairs='generated:frames', tokenizer='words', seq_len=5, batch_size=128
+    ),
+    optimizer=c.OptimizerConfig(learning_rate=3e-3, warmup_steps=40),
+    train=train(num_steps),
+  )
+
+
 SIZES = {
   'emoji': emoji,
   'shapes': shapes,
   'shapes_late': lambda: shapes('late'),
+  'frames': lambda: frames('uniform', 0, 1200),
+  'frames_routed': lambda: frames('routed', 2, 800),
 }
 
 

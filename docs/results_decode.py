@@ -61,9 +61,10 @@ These steps launched about 350 kernels (dense) and 120 more (UltraMem). Since th
 they are loaded, no selection cuts a graph, and Triton kernels have a memory layer's retrieval and bag, attention from a block's products on,
 and experts without sorting. **None of that has run on a GPU**: the kernels were interpreted on a CPU against their references, and compiled
 ahead of time for an H100. `tests/aot` (`pytest -m aot`) asserts of those programs how many kernels a dense block, a MoE block and a memory layer
-have and what is outside of blocks, at most how many graphs a step is (two, and no selection of XLA's between), that no weight is laid out
-anew or written as a product, in a step of one text neither, which temporaries there are, that the cache stays in place, and that no kernel
-spills registers. It tells nothing about time. What is to be measured is one command, see [](../guides/gpu.md).
+have, that nine are outside of blocks, how many bytes a memory layer moves, at most how many graphs a step is (two, and no selection of XLA's
+between), that no weight is laid out anew or written as a product, in a step of one text neither, which temporaries there are, that the cache
+stays in place, and that no kernel spills registers. It tells nothing about time. What is to be measured is one command, see
+[](../guides/gpu.md).
 
 What can be expected is no 4x. Bytes allow the MoE to take {max(c['moe_limit'] for c in cells if c['batch_size'] == 64):.1f}x the time of UltraMem at batch 64, but launches take as long as reading there,
 and what makes UltraMem faster makes the MoE faster, too: by a model of bytes and launches (90 % of copy bandwidth, 2 us a kernel)

@@ -3,6 +3,7 @@
 
 import gc
 import os
+import tempfile
 
 import jaxlib
 
@@ -23,6 +24,12 @@ os.environ['XLA_FLAGS'] = ' '.join(
 # XLA carries the source lines of each operation from pass to pass, a tenth of
 # compiling; the processes that tests start inherit this, too.
 os.environ['JAX_TRACEBACK_IN_LOCATIONS_LIMIT'] = '0'
+# Many cases build the same program anew, and so do the other worker and the
+# processes that tests start: a fifth of the suite's time.
+if 'JAX_COMPILATION_CACHE_DIR' not in os.environ:
+  _programs = tempfile.TemporaryDirectory(prefix='jaxsparse-tests-')
+  os.environ['JAX_COMPILATION_CACHE_DIR'] = _programs.name
+  os.environ['JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS'] = '0'
 
 import jax
 import jaxtyping

@@ -62,9 +62,11 @@ MAX_MILLIONS = {
   'dcformer:tiny': 0.29,
   'sparse_attention:tiny': 0.365,
   'joined:tiny': 1.92,
-  'multimodal:emoji': 0.201,
-  'multimodal:shapes': 0.292,
-  'multimodal:shapes_late': 0.119,
+  'multimodal:emoji': 0.202,
+  'multimodal:shapes': 0.293,
+  'multimodal:shapes_late': 0.12,
+  'multimodal:frames': 0.288,
+  'multimodal:frames_routed': 0.293,
   'dcformer:405m': 420,
   'dcformer:834m': 853,
   'dcformer:1b4': 1454,
@@ -84,7 +86,7 @@ LARGER += (':405m', ':227m', ':227m_release', 'pkm:151m', 'moe:151m')
 LESS = ('dense:tiny', 'ultramem:tiny', 'moe:tiny', 'pkm:tiny')
 LESS += ('memory_plus:tiny', 'joined:tiny')
 # With the model of another, or with more to choose from.
-LESS += ('multimodal:emoji', 'multimodal:shapes_late')
+LESS += ('multimodal:emoji', 'multimodal:shapes_late', 'multimodal:frames')
 LESS += ('continued:rewarmed', 'continued:infinite', 'continued:annealed')
 TRACED = [
   pytest.param(

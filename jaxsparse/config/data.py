@@ -144,7 +144,7 @@ class DataConfig:
       'tfds_validation_split',
     )
     unset(
-      is_tfds,
+      is_tfds or self.pairs == 'generated:frames',
       f'tfds = {self.tfds!r}, which has splits of its own'
       if self.tfds
       else f'pairs = {self.pairs!r}, which has splits of its own',

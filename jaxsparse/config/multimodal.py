@@ -156,7 +156,8 @@ class MultiModalConfig:
   matching_weight: float = 0.0
   # Frames F of an item; 1 is a picture.
   num_frames: int = 1
-  # Of them, those that are fused with the text; 0 for all.
+  # Of them, those that are fused with the text; 0 for all. A router learns by
+  # comparing what is read: of one frame nothing, so a run begins with more.
   frames_read: int = 0
   # What chooses them: 'routed', the text by a router, of captions to be learned
   # the prompt before them alone; 'uniform', every n-th; 'change', those that

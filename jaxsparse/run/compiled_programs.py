@@ -32,7 +32,10 @@ def keep(
     jax.config.update('jax_compilation_cache_dir', None)
     return
   jax.config.update('jax_compilation_cache_dir', str(folder))
-  jax.config.update('jax_persistent_cache_min_compile_time_secs', 0.5)
+  least = jax.config.jax_persistent_cache_min_compile_time_secs
+  jax.config.update(
+    'jax_persistent_cache_min_compile_time_secs', min(least, 0.5)
+  )
 
 
 def _unsafe_reason(folder: pathlib.Path) -> str:

@@ -40,6 +40,33 @@ def model(name: str, num_layers: int) -> ModelConfig:
   return dataclasses.replace(config, num_layers=num_layers, memory=memory)
 
 
+@functools.cache
+def table_shape(name: str) -> tuple[int, ...]:
+  """Of the value table of a model with one."""
+  config = model(name, 2)
+  with jax.set_mesh(targets.make_mesh('h100', (1, 1, 1))):
+    params = jax.eval_shape(lambda: decode_models.draw_params(config))
+  (shape,) = [
+    x.shape
+    for path, x in jax.tree.leaves_with_path(params)
+    if path[-1].key == 'value_table'
+  ]
+  return shape
+
+
+def cache_bytes(name: str, num_layers: int, batch_size: int) -> int:
+  """Of all rows, which every step writes in place."""
+  config = model(name, num_layers)
+  with jax.set_mesh(targets.make_mesh('h100', (1, 1, 1))):
+    cache = jax.eval_shape(
+      lambda: init_cache(config, batch_size, CONTEXT + STEPS)
+    )
+  # All but the index, a number.
+  return sum(
+    x.size * x.dtype.itemsize for x in jax.tree.leaves(cache) if x.ndim
+  )
+
+
 def compile_step(
   name: str,
   num_layers: int,

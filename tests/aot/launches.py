@@ -15,6 +15,9 @@ _NO_KERNELS = {
   'after-all', 'bitcast', 'constant', 'get-tuple-element', 'opt-barrier',
   'parameter', 'partition-id', 'replica-id', 'tuple',
 }  # fmt: skip
+_READS_A_PART = {'gather', 'slice', 'dynamic-slice'}
+# With the place of the part among the operands.
+_WRITES_A_PART = {'dynamic-update-slice': 1, 'scatter': 2}
 _TYPE = re.compile(r'\b([a-z]+\d*)\w*\[([\d,]*)\]')
 _COMPUTATION = re.compile(r'^(ENTRY )?%?([\w.\-]+) \(.*\{$')
 _INSTRUCTION = re.compile(r'^\s+(?:ROOT )?%([\w.\-]+) = (.*)$')
@@ -27,7 +30,8 @@ class Instruction:
   Attributes:
     opcode: of XLA.
     shape: of the result, as text.
-    operands: names of the instructions that it reads.
+    operands: names of the instructions that it reads; of a parameter its
+      number.
     callees: names of the computations that it runs.
     scope: of the modules that it is from, as in 'block_01/mlp'.
     is_repeated: whether it is within a loop, for `kernels`.
@@ -57,7 +61,7 @@ Computations = Mapping[str, Mapping[str, Instruction]]
 def kernels(hlo: str) -> list[Instruction]:
   """The kernels of an optimized program, those of loop bodies once."""
   computations, entry = _parse(hlo)
-  return list(_kernels(computations, entry, is_repeated=False))
+  return [x for _, x in _kernels(computations, entry)]
 
 
 def repeated(hlo: str) -> list[Instruction]:
@@ -88,6 +92,33 @@ def written(
       if one.nbytes >= least_bytes and dims not in shapes:
         large.append(f'{x.opcode} {one.shape} of {x.scope}')
   return large
+
+
+def moved_in_loops(hlo: str, taken: Mapping[tuple[int, ...], int]) -> int:
+  """Bytes that kernels within loops read and write in one round.
+
+  Of what a fusion gathers, slices or writes a part of, only that part counts.
+
+  Args:
+    hlo: the optimized program.
+    taken: what a kernel of our own reads of an array of that shape, bytes.
+  """
+  computations, entry = _parse(hlo)
+  parts = {','.join(map(str, shape)): size for shape, size in taken.items()}
+  total = 0
+  for name, x in _kernels(computations, entry):
+    if not x.is_repeated:
+      continue
+    inside = computations[x.callees[0]] if x.opcode == 'fusion' else None
+    total += _written_by(inside) if inside else x.nbytes
+    for number, operand in enumerate(x.operands):
+      array = computations[name][operand]
+      dims = _TYPE.findall(array.shape)[0][1]
+      size = parts.get(dims, array.nbytes)
+      if inside:
+        size = min(size, _read_by(inside, number))
+      total += size
+  return total
 
 
 def within(found: Sequence[Instruction], part: str) -> list[Instruction]:
@@ -122,8 +153,9 @@ def graphs(hlo: str, thunks: str) -> int:
 
 
 def _kernels(
-  computations: Computations, name: str, is_repeated: bool
-) -> Iterator[Instruction]:
+  computations: Computations, name: str, is_repeated: bool = False
+) -> Iterator[tuple[str, Instruction]]:
+  """All kernels, and the names of the computations in which they are."""
   for x in computations[name].values():
     if x.opcode in _NO_KERNELS or x.opcode.endswith('-done'):
       continue
@@ -133,7 +165,46 @@ def _kernels(
           computations, callee, is_repeated or x.opcode == 'while'
         )
     else:
-      yield dataclasses.replace(x, is_repeated=is_repeated)
+      yield name, dataclasses.replace(x, is_repeated=is_repeated)
+
+
+def _read_by(inside: Mapping[str, Instruction], number: int) -> int:
+  """Bytes that a fusion reads of one of its operands."""
+  (name,) = [
+    name
+    for name, x in inside.items()
+    if x.opcode == 'parameter' and x.operands == (str(number),)
+  ]
+
+  def of(name: str) -> int:
+    total = 0
+    for other, x in inside.items():
+      if name not in x.operands or x.opcode == 'parameter':
+        continue
+      is_first = x.operands[0] == name
+      if x.opcode == 'bitcast':
+        total += of(other)
+      elif is_first and x.opcode in _READS_A_PART:
+        total += x.nbytes
+      elif not (is_first and x.opcode in _WRITES_A_PART):
+        return inside[name].nbytes
+    return total
+
+  return min(of(name), inside[name].nbytes)
+
+
+def _written_by(inside: Mapping[str, Instruction]) -> int:
+  """Bytes that a fusion writes."""
+
+  def of(x: Instruction) -> int:
+    if x.opcode in ('tuple', 'bitcast'):
+      return sum(of(inside[name]) for name in x.operands)
+    if x.opcode in _WRITES_A_PART:
+      return inside[x.operands[_WRITES_A_PART[x.opcode]]].nbytes
+    return x.nbytes
+
+  # The root comes last.
+  return of(list(inside.values())[-1])
 
 
 def _parse(hlo: str) -> tuple[Computations, str]:
@@ -163,7 +234,7 @@ def _instruction(text: str) -> Instruction:
   return Instruction(
     rest[:begin],
     shape,
-    tuple(re.findall(r'%([\w.\-]+)', operands)),
+    tuple(re.findall(r'(?<=%)[\w.\-]+|(?<=^\()\d+(?=\)$)', operands)),
     tuple(callees),
     scope[1] if scope else '',
   )

@@ -105,12 +105,12 @@ def test_experts_are_two_kernels_and_a_sum(num_tokens, tmp_path):
 def test_attention_is_one_kernel_and_what_merges_its_parts(
   batch_size, most, tmp_path
 ):
-  turns, row = SHAPE((batch_size, 96), F32), SHAPE((batch_size,), INT)
+  frequency, row = SHAPE((48,), F32), SHAPE((batch_size,), INT)
   cache = SHAPE((batch_size, 2, 2080, 96), BF16)
   program, kernels = compiled(
     lambda *args: attend(*args, 16),
     SHAPE((batch_size, (16 + 2 * 2) * 96), BF16),
-    turns, cache, cache, row, row,
+    frequency, cache, cache, row, row,
     folder=tmp_path,
     donate=(2, 3),
   )  # fmt: skip

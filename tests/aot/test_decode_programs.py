@@ -34,21 +34,29 @@ def _kernels_compile(monkeypatch):
 
 
 @functools.cache
-def step(name: str, batch_size: int) -> targets.Program:
+def step(name: str, batch_size: int, num_layers: int = 2) -> targets.Program:
   """Of two blocks: what the second adds is what each further one would."""
   with tempfile.TemporaryDirectory() as folder:
-    return decode_steps.compile_step(name, 2, batch_size, pathlib.Path(folder))
+    return decode_steps.compile_step(
+      name, num_layers, batch_size, pathlib.Path(folder)
+    )
+
+
+@functools.cache
+def answer(name: str) -> targets.Program:
+  """Of one text, by generate and the server, as two rows of four blocks."""
+  return decode_steps.compile_answer(name, 4, 1)
 
 
 def in_loop(name, batch_size):
   return launches.repeated(step(name, batch_size).text)
 
 
-def num_in_block(name, batch_size):
+def in_block(found, batch_size):
   """Without what is written once for all blocks, in the name of the last."""
   rows = decode_steps.CONTEXT + decode_steps.STEPS
-  own = launches.within(in_loop(name, batch_size), '/block_01/')
-  return sum(f's32[{batch_size},{rows}]' not in x.shape for x in own)
+  own = launches.within(found, '/block_01/')
+  return sum(f's32[{batch_size},2,{rows}]' not in x.shape for x in own)
 
 
 @pytest.mark.parametrize(
@@ -64,15 +72,20 @@ def num_in_block(name, batch_size):
   ],
 )
 def test_kernels_of_a_block(name, batch_size, most):
-  assert 5 < num_in_block(name, batch_size) <= most
+  assert 5 < in_block(in_loop(name, batch_size), batch_size) <= most
 
 
 @pytest.mark.parametrize('batch_size', [64, 2])
 def test_kernels_outside_blocks(batch_size):
-  outside = len(in_loop('dense', batch_size)) - 2 * num_in_block(
-    'dense', batch_size
-  )
-  assert 5 < outside <= 12
+  """Two of them are the loop's: its count, and the tokens that it returns."""
+  found = in_loop('dense', batch_size)
+  assert 5 < len(found) - 2 * in_block(found, batch_size) <= 9
+
+
+def test_kernels_outside_blocks_of_an_answer():
+  """Whether a slot draws at random, which it asks first, is one of them."""
+  found = launches.kernels(answer('dense').text)
+  assert 5 < len(found) - 4 * in_block(found, 2) <= 9
 
 
 @pytest.mark.parametrize('batch_size', [64, 2])
@@ -81,6 +94,20 @@ def test_kernels_of_a_memory_layer(batch_size):
     len(in_loop(name, batch_size)) for name in ('ultramem', 'dense')
   )
   assert 5 < with_memory - without <= 12
+
+
+def test_bytes_of_a_memory_layer():
+  """Least are 32 MB: keys, both maps and the rows."""
+  table = decode_steps.table_shape('ultramem')
+  memory = decode_steps.model('ultramem', 2).memory
+  assert memory
+  num_read = 64 * memory.num_heads * memory.num_selected
+  taken = {table: 2 * num_read * table[1]}
+  with_memory, without = (
+    launches.moved_in_loops(step(name, 64).text, taken)
+    for name in ('ultramem', 'dense')
+  )
+  assert 32e6 < with_memory - without <= 75e6
 
 
 @pytest.mark.parametrize('name', ['dense', 'moe', 'pkm', 'ultramem'])
@@ -96,20 +123,25 @@ def test_a_step_is_one_graph(name):
 
 
 @pytest.mark.parametrize(
-  ('name', 'most'), [('dense', 18e6), ('ultramem', 26e6)]
+  ('name', 'most'), [('dense', 14e6), ('ultramem', 15e6)]
 )
 def test_a_step_keeps_its_cache_and_little_else(name, most):
-  program = step(name, 64)
-  config = decode_steps.model(name, 2)
-  rows = 64 * config.num_kv_heads * (decode_steps.CONTEXT + decode_steps.STEPS)
-  assert program.alias_bytes > 2 * 2 * 2 * rows * config.head_dim
+  """Logits are 12.9 MB."""
+  program = step(name, 64, 4)
+  assert program.alias_bytes == decode_steps.cache_bytes(name, 4, 64)
   assert program.temp_bytes < most
+
+
+@pytest.mark.parametrize('name', ['dense', 'moe', 'pkm', 'ultramem'])
+def test_nothing_is_laid_out_anew_before_the_loop(name):
+  """What the bench's loop fills is, with the slots or experts chosen."""
+  assert launches.written_before_loops(step(name, 64).text) < 10**6
 
 
 @pytest.mark.parametrize('name', ['dense', 'moe', 'ultramem'])
 def test_one_text_has_no_weight_written_anew(name):
   """By generate and the server: no copy, transpose or product of that size."""
-  program = decode_steps.compile_answer(name, 4, 1)
+  program = answer(name)
   config = decode_steps.model(name, 4)
   rows = decode_steps.CONTEXT + decode_steps.STEPS
   cache = 2, config.num_kv_heads, rows, config.head_dim

@@ -45,6 +45,7 @@ def test_wrong_settings_are_said(fields, words):
     (dict(pairs='a', align=8), 'align'),
     (dict(pairs='tfds:a', held_out='group'), 'held_out'),
     (dict(pairs='tfds:a', validation_fraction=0.1), 'validation_fraction'),
+    (dict(pairs='generated:frames', test_fraction=0.1), 'test_fraction'),
   ],
 )
 def test_settings_that_do_nothing_are_refused(fields, unused):

@@ -91,7 +91,7 @@ def started(programs, **options):
 def engine(programs):
   found = started(programs, prefix_bytes=1 << 20)
   yield found
-  assert found.drain(10)
+  assert found.drain(60)
 
 
 def job_of(name, tag=''):
@@ -152,7 +152,7 @@ def test_each_is_the_model_with_that_adapter_alone(base, folders, engine, name):
   alone = started(programs_of(params))
   job = dataclasses.replace(job_of(name), adapter='')
   close([found], run(alone, [job]), 1e-5)
-  assert alone.drain(10)
+  assert alone.drain(60)
 
 
 def test_one_is_read_again_without_another_program(
@@ -205,12 +205,12 @@ def test_beside_a_quantized_model(base, folders):
   params, places = with_places(base, folders, how)
   engine = started(programs_of(params, places))
   together = run(engine, [job_of(name) for name in NAMES])
-  assert engine.drain(10)
+  assert engine.drain(60)
   for name, found in zip(NAMES[:1], together[:1], strict=True):
     _, alone = weights.load(base, MODEL, how=how)
     engine = started(programs_of(alone))
     close([found], run(engine, [job_of(name)]))
-    assert engine.drain(10)
+    assert engine.drain(60)
   assert num_different(together) == len(NAMES)
 
 

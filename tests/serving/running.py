@@ -27,7 +27,7 @@ class Running:
     self.url = f'http://127.0.0.1:{port}'
 
   def connection(self):
-    return http.client.HTTPConnection('127.0.0.1', self.port, timeout=10)
+    return http.client.HTTPConnection('127.0.0.1', self.port, timeout=60)
 
   def request(self, method, path, body=None, headers=None):
     """Status, headers and content of an answer; a body that is no bytes is

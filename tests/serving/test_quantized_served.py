@@ -7,6 +7,7 @@ import http.client
 import json
 import subprocess
 import sys
+import time
 
 import pytest
 from commands import exit_code
@@ -76,6 +77,7 @@ def served(workdir, how, **sizes):
   with running(model.engine) as server:
     while model.engine.state == 'starting':
       server.get('/health')
+      time.sleep(0.05)
     assert model.engine.state == 'ready', model.engine.failure
 
     def ask(asked):

@@ -12,9 +12,10 @@ NUMBER = 4096
 
 
 class Drawn:
-  """`number` pairs, whose pictures are drawn whenever they are read.
+  """`number` pairs, whose pictures are drawn.
 
   Attributes:
+    is_drawn: whether again whenever they are read; else they are kept.
     identity: name of the collection, which changes with its pictures.
     make_pair: the pair of a number.
     draw: the picture of a number and a side, uint8 [S, S, 3] or [F, S, S, 3].

@@ -17,6 +17,7 @@ from jaxtyping import Array
 
 from jaxsparse.experiments.bench import decode, measuring, switches
 from jaxsparse.experiments.bench.decode_models import noise
+from jaxsparse.ops.attention import rope
 from jaxsparse.ops.kernels import attend, bag, retrieve
 from jaxsparse.ops.memory.value_bag import value_bag
 
@@ -124,7 +125,7 @@ def _attend(options, batch_size):
   dtype = jnp.dtype(options.dtype)
   heads = options.query_heads, options.kv_heads
   shape = (batch_size, heads[1], options.context + 32, options.head_dim)
-  turns = noise((batch_size, options.head_dim), jnp.float32, 0, 1.0)
+  frequency = jnp.asarray(rope.frequencies(options.head_dim))
   index = jnp.full(batch_size, options.context, jnp.int32)
   width = (heads[0] + 2 * heads[1]) * options.head_dim
   inputs = [
@@ -136,7 +137,7 @@ def _attend(options, batch_size):
       sums = []
       for qkv in inputs:
         out, *cache = function(
-          qkv, turns, *cache, index, index, heads[0], **more
+          qkv, frequency, *cache, index, index, heads[0], **more
         )
         sums.append(out)
       return tuple(cache), sums

@@ -105,11 +105,11 @@ def fill_cache(
     return keys, contexts
   leaves, structure = jax.tree.flatten(cache['blocks'])
   blocks = [noise(x.shape, x.dtype, i, 1.0) for i, x in enumerate(leaves)]
-  shape = (batch_size, length)
+  positions = jnp.arange(length, dtype=jnp.int32)
+  places = jnp.stack([positions, jnp.ones_like(positions)])
   shared = dict(
     index=jnp.zeros((), jnp.int32),
-    positions=jnp.tile(jnp.arange(length, dtype=jnp.int32), (batch_size, 1)),
-    segment_ids=jnp.ones(shape, jnp.int32),
+    places=jnp.tile(places[None], (batch_size, 1, 1)),
   )
   return dict(shared=shared, blocks=structure.unflatten(blocks)), contexts
 

@@ -30,18 +30,20 @@ from jaxsparse.ops.quantized_rows import QuantizedRows, quantize_rows
 
 Cache = dict[str, Any]
 
-# Where an array has its rows, if not next to the batch.
-_AXIS_OF_ROWS = dict(key=2, value=2, key_scale=2, value_scale=2, factors=4)
+# Where an array has its rows.
+_AXIS_OF_ROWS = dict(
+  key=2, value=2, key_scale=2, value_scale=2, factors=4, places=2
+)
 _DIMS = dict(
   key='BKSH', value='BKSH', key_scale='BKS', value_scale='BKS', factors='B...S',
+  places='B.S',
 )  # fmt: skip
 _HEADS = ('key', 'value')
 
-# Names of the rows' positions and documents, which layers of one kind share.
-_ROWS = dict(
-  linear=dict(positions='positions', segment_ids='segment_ids'),
-  ring=dict(positions='ring_positions', segment_ids='ring_segment_ids'),
-)
+# Names of the rows' positions and documents, which layers of one kind share:
+# one array [B, 2, S], so that a token writes both at once.
+_PLACES = dict(linear='places', ring='ring_places')
+_OF_PLACES = ('positions', 'segment_ids')
 
 
 def is_ring(config: ModelConfig, layer: int) -> bool:
@@ -52,8 +54,7 @@ def shared_names(config: ModelConfig, layer: int) -> tuple[str, ...]:
   """What a layer extends for all layers of its kind."""
   if kind := KINDS.get(config.attention_kinds[layer]):
     return kind.shared
-  rows = _ROWS['ring' if is_ring(config, layer) else 'linear']
-  return ('index', *rows.values())
+  return ('index', _PLACES['ring' if is_ring(config, layer) else 'linear'])
 
 
 def init_shared(
@@ -66,8 +67,8 @@ def init_shared(
   """
 
   def empty(length):  # Each its own buffer, as all of it may be donated.
-    rows = jnp.zeros((batch_size, length), jnp.int32)
-    return mesh.reshard(rows, mesh.act('BS'))
+    rows = jnp.zeros((batch_size, 2, length), jnp.int32)
+    return mesh.reshard(rows, mesh.act(_DIMS['places']))
 
   def counts():
     return mesh.reshard(jnp.zeros(batch_size, jnp.int32), mesh.act('B'))
@@ -136,21 +137,25 @@ def append(cache: Cache, new: Cache, has_ring: bool) -> tuple[Cache, Cache]:
     ring and several tokens that is the ring as it was and then the new rows, in
     the order of time: the first of them still read what the last ones replace.
   """
-  rows = _ROWS['ring' if has_ring else 'linear']
+  segment_ids = new['segment_ids']
+  places = jnp.stack([new['positions'], segment_ids], -1)
+  new = {name: x for name, x in new.items() if name not in _OF_PLACES}
+  new['places'] = places
   is_quantized = 'key_scale' in cache
   if is_quantized:
     for name in _HEADS:
       codes, scale = quantize_rows(new[name])
       new = new | {name: codes, f'{name}_scale': scale}
-  stored = {name: rows.get(name, name) for name in new}
-  index, num_new = cache['index'], new['positions'].shape[1]
+  stored = {name: name for name in new}
+  stored['places'] = _PLACES['ring' if has_ring else 'linear']
+  index, num_new = cache['index'], segment_ids.shape[1]
   read, kept = {}, {}
   for name, rows in new.items():
-    axis = _AXIS_OF_ROWS.get(name, 1)
+    axis = _AXIS_OF_ROWS[name]
     old, rows = cache[stored[name]], jnp.moveaxis(rows, 1, axis)
     if index.ndim:
       seen, old = _append_to_slots(
-        old, rows, index, new['segment_ids'], name, has_ring
+        old, rows, index, segment_ids, name, has_ring
       )
     elif has_ring and num_new > 1:
       seen, old = slot_rows.roll_all(old, rows, index, axis)
@@ -162,13 +167,15 @@ def append(cache: Cache, new: Cache, has_ring: bool) -> tuple[Cache, Cache]:
   if is_quantized:
     for name in _HEADS:
       read[name] = QuantizedRows(read[name], read.pop(f'{name}_scale'))
-  index = slot_rows.advanced(index, new['segment_ids'])
+  places = read.pop('places')
+  read |= {name: places[..., i] for i, name in enumerate(_OF_PLACES)}
+  index = slot_rows.advanced(index, segment_ids)
   return read, cache | kept | dict(index=index)
 
 
 def _append_to_slots(old, rows, index, segment_ids, name, has_ring):
   """What may be read, and the cache, each sequence at its own index."""
-  axis, dims = _AXIS_OF_ROWS.get(name, 1), _DIMS.get(name, 'BS')
+  axis, dims = _AXIS_OF_ROWS[name], _DIMS[name]
   if has_ring and segment_ids.shape[1] > 1:
     roll = mesh.per_device(
       lambda *args: slot_rows.roll_rings(*args, axis),

@@ -56,16 +56,17 @@ def attended(
   _, cache_after = attention_cache.append(cache, new, has_ring=False)
   batch, _, _, width = heads.shape
   settings = rotation.settings(config)
-  angle = rope.angles(
-    positions[:, 0], width, settings['max_wavelength'], settings['scaling']
+  frequency = rope.frequencies(
+    width, settings['max_wavelength'], settings['scaling']
   )
   arrays = (
     heads.reshape(batch, -1),
-    jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=1),
+    jnp.asarray(frequency),
     cache['key'],
     cache['value'],
-    # A slot that is full and waits has no next row, which is of no matter.
-    cache['index'].reshape(-1),
+    # A slot that is full and waits has no next row, which is of no matter. Of
+    # each sequence even if that is one, as what is alike is computed once.
+    jnp.broadcast_to(cache['index'], positions[:, 0].shape),
     positions[:, 0],
   )
   # As each device has them.
@@ -74,7 +75,7 @@ def attended(
     return None
   run = mesh.per_device(
     functools.partial(kernel.attend, num_heads=config.num_heads),
-    ('B.', 'B.', 'BKSH', 'BKSH', 'B' if cache['index'].ndim else '.', 'B'),
+    ('B.', '.', 'BKSH', 'BKSH', 'B', 'B'),
     ('B.', 'BKSH', 'BKSH'),
     is_opaque=True,
   )

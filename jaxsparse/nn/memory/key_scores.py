@@ -57,7 +57,7 @@ def folded(
     gain = query_gain.reshape(-1, keys.shape[3]).T
     numbers *= gain[None, None, None]
   is_by_head = config.query == 'per_head'
-  order = (1, 4, 0, 3, 2) if is_by_head else (1, 4, 3, 0, 2)
+  order = (1, 4, 0, 2, 3) if is_by_head else (1, 4, 3, 0, 2)
   matrix = numbers.transpose(order).astype(keys.dtype)
   directions = None if cores is None else leading_directions(cores.sum(0))
   return FoldedKeys(matrix, directions, is_by_head)
@@ -115,18 +115,23 @@ def by_folded(
   parts, one after the other, which are yet to be added up.
   """
   query = _by_rank(query, config)
-  per_rank = 'r' if config.split_key_dim or config.query == 'per_rank' else ''
+  if not (config.split_key_dim or config.query == 'per_rank'):
+    # The same for all ranks, or the product would lay the keys out anew.
+    query = jnp.broadcast_to(
+      query[..., None, :],
+      (*query.shape[:-1], keys.matrix.shape[1], query.shape[-1]),
+    )
   per_head = 'p' if config.query == 'per_head' else ''
-  matrix, of_keys = keys.matrix, 'srpwq' if keys.is_by_head else 'srwpq'
+  matrix, of_keys = keys.matrix, 'srpqw' if keys.is_by_head else 'srwpq'
   if config.share_keys:
-    matrix, of_keys = matrix[:, :, 0], 'srwq'
+    matrix, of_keys = matrix[:, :, 0], of_keys.replace('p', '')
   wide = jnp.promote_types(query.dtype, jnp.float32)
   if mesh.platform() == 'gpu':
     parts = _parts(query, matrix.dtype)
   else:
     parts, matrix = [query.astype(wide)], matrix.astype(wide)
   scores = jnp.einsum(
-    f'xts{per_head}{per_rank}w,{of_keys}->srxtpq',
+    f'xts{per_head}rw,{of_keys}->srxtpq',
     jnp.stack(parts),
     matrix,
     preferred_element_type=wide,

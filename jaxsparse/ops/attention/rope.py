@@ -6,29 +6,30 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int, Real
 
 from jaxsparse.ops.attention import cpu
 from jaxsparse.ops.cpu import computed_once
 
-# Of frequencies, in radians a position: other ones, for longer sequences.
-Scaling = Callable[[Float[Array, 'h']], Float[Array, 'h']]
+# In radians a position.
+Frequencies = Float[np.ndarray | Array, 'h']
+# Of frequencies: other ones, for longer sequences.
+Scaling = Callable[[Frequencies], Frequencies]
 
 
-def linear_scaling(
-  frequency: Float[Array, 'h'], factor: float
-) -> Float[Array, 'h']:
+def linear_scaling(frequency: Frequencies, factor: float) -> Frequencies:
   """All divided by `factor` (Chen et al. 2023, arXiv:2306.15595, eq. 4)."""
   return frequency / factor
 
 
 def llama3_scaling(
-  frequency: Float[Array, 'h'],
+  frequency: Frequencies,
   factor: float,
   low_frequency_factor: float,
   high_frequency_factor: float,
   original_length: int,
-) -> Float[Array, 'h']:
+) -> Frequencies:
   """The slow ones divided by `factor`, as Llama 3.1 does.
 
   Args:
@@ -42,7 +43,7 @@ def llama3_scaling(
   """
   turns = frequency * (original_length / (2 * math.pi))
   between = high_frequency_factor - low_frequency_factor
-  stays = jnp.clip((turns - low_frequency_factor) / between, 0, 1)
+  stays = ((turns - low_frequency_factor) / between).clip(0, 1)
   return frequency * (stays + (1 - stays) / factor)
 
 
@@ -117,27 +118,28 @@ def rotate(
   if 0 < width < x.shape[-1]:
     first = rotate(x[..., :width], positions, max_wavelength, 0, scaling)
     return jnp.concatenate([first, x[..., width:]], axis=-1)
-  angle = angles(positions, x.shape[-1], max_wavelength, scaling)
+  frequency = frequencies(x.shape[-1], max_wavelength, scaling)
+  frequency = frequency.reshape((1,) * positions.ndim + (-1,))
+  angle = positions[..., None].astype(jnp.float32) * frequency
   cos, sin = computed_once(jnp.cos(angle)), computed_once(jnp.sin(angle))
   left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
   rotated = (left * cos - right * sin, right * cos + left * sin)
   return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
 
 
-def angles(
-  positions: Real[Array, '*shape'],
-  width: int,
-  max_wavelength: float = 10_000.0,
-  scaling: Scaling | None = None,
-) -> Float[Array, '*shape h']:
-  """By which each pair of a head of that width turns, in radians."""
+def frequencies(
+  width: int, max_wavelength: float = 10_000.0, scaling: Scaling | None = None
+) -> Float[np.ndarray, 'h']:
+  """Of each pair of a head of that width, float32.
+
+  Numbers when a program is made: what every step would compute is one
+  operation less in it, and the same on every device.
+  """
   half = width // 2
-  exponent = jnp.arange(half, dtype=jnp.float32) / half
-  frequency = max_wavelength**-exponent
+  frequency = max_wavelength ** (-np.arange(half) / half)
   if scaling is not None:
-    frequency = scaling(frequency)
-  frequency = frequency.reshape((1,) * positions.ndim + (half,))
-  return positions[..., None].astype(jnp.float32) * frequency
+    frequency = np.asarray(scaling(frequency))
+  return frequency.astype(np.float32)
 
 
 def apply_rope_reference(

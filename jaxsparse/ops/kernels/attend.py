@@ -39,10 +39,10 @@ Result = tuple[
 
 def unsupported_reason(
   qkv: Float[Shape, 'B NH_2KH'],
-  turns: Float[Shape, 'B H'],
+  frequency: Float[Shape, 'h'],
   key: Float[Shape, 'B K S H'],
   value: Float[Shape, 'B K S H'],
-  index: Int[Shape, 'one_or_B'],
+  index: Int[Shape, 'B'],
   position: Int[Shape, 'B'],
   num_heads: int,
 ) -> str | None:
@@ -53,16 +53,16 @@ def unsupported_reason(
     return f'it has rows of {key.dtype} for {qkv.dtype}'
   if key.shape[3] % 2:
     return f'heads of {key.shape[3]} have no halves to rotate'
-  arrays = qkv, turns, key, value, index, position
+  arrays = qkv, frequency, key, value, index, position
   return probe.unsupported_reason(attend, *arrays, num_heads=num_heads)
 
 
 def attend(
   qkv: Float[Array, 'B NH_2KH'],
-  turns: Float[Array, 'B H'],
+  frequency: Float[Array, 'h'],
   key: Float[Array, 'B K S H'],
   value: Float[Array, 'B K S H'],
-  index: Int[Array, 'one_or_B'],
+  index: Int[Array, 'B'],
   position: Int[Array, 'B'],
   num_heads: int,
   *,
@@ -72,13 +72,12 @@ def attend(
 
   Args:
     qkv: queries of all heads, keys and values, as products leave them.
-    turns: cosines, then sines of the angles of each sequence's position, see
-      `rope.angles`.
+    frequency: radians a position of each pair of a head, `rope.frequencies`.
     key: rotated rows of the cache, a head's next to each other. The new ones
       are written to the same memory where the caller donates it.
     value: as `key`.
-    index: row of each sequence's new token, or that of all; from beyond the
-      last one the last is taken.
+    index: row of each sequence's new token; from beyond the last one the last
+      is taken.
     position: how many rows before that a sequence sees.
     num_heads: of queries, N.
     interpret: run in Pallas interpret mode (tests).
@@ -98,7 +97,7 @@ def attend(
 
   def kernel(
     qkv_ref: jax.Ref,
-    turns_ref: jax.Ref,
+    frequency_ref: jax.Ref,
     keys: jax.Ref,
     values: jax.Ref,
     index_ref: jax.Ref,
@@ -110,16 +109,16 @@ def attend(
     new_values: jax.Ref,
   ):
     b, head, part = (pl.program_id(i) for i in range(3))
-    row = jnp.minimum(index_ref[b if len(index) > 1 else 0], num_rows - 1)
+    row = jnp.minimum(index_ref[b], num_rows - 1)
     first = jnp.maximum(row - position_ref[b], 0)
     query = jnp.arange(num_queries)[:, None]
     in_group = query < group
     half_lane, lane = jnp.arange(padded_half), jnp.arange(padded)
     in_half, in_width = half_lane < half, lane < width
-    cos, sin = (
-      triton.load(turns_ref.at[b, begin + half_lane], mask=in_half, other=0)
-      for begin in (0, half)
-    )
+    place = frequency_ref.at[half_lane]
+    angle = triton.load(place, mask=in_half, other=0)
+    angle *= position_ref[b].astype(jnp.float32)
+    cos, sin = jnp.cos(angle), jnp.sin(angle)
 
     def rotated(begin: Int[Array, 'n 1'], mask: Bool[Array, 'n 1'] | bool):
       """Both halves [n, h] of heads that begin at columns of the product."""
@@ -222,7 +221,7 @@ def attend(
     compiler_params=triton.CompilerParams(num_warps=4, num_stages=2),
     interpret=interpret,
     name='attend',
-  )(qkv, turns, key, value, index, position)
+  )(qkv, frequency, key, value, index, position)
   if num_parts > 1:
     scale = jnp.exp(maximum - maximum.max(2, keepdims=True))
     total = (scale * total).sum(2)[..., None]
@@ -232,10 +231,10 @@ def attend(
 
 def attend_reference(
   qkv: Float[Array, 'B NH_2KH'],
-  turns: Float[Array, 'B H'],
+  frequency: Float[Array, 'h'],
   key: Float[Array, 'B K S H'],
   value: Float[Array, 'B K S H'],
-  index: Int[Array, 'one_or_B'],
+  index: Int[Array, 'B'],
   position: Int[Array, 'B'],
   num_heads: int,
 ) -> Result:
@@ -248,11 +247,12 @@ def attend_reference(
 
   def rotated(x: Float[Array, 'B 1 n H']):
     left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    c, s = jnp.split(turns[:, None, None], 2, axis=-1)
+    angle = position[:, None].astype(jnp.float32) * frequency[None]
+    c, s = (f(angle)[:, None, None] for f in (jnp.cos, jnp.sin))
     halves = left * c - right * s, right * c + left * s
     return jnp.concatenate(halves, axis=-1).astype(x.dtype)
 
-  index = jnp.broadcast_to(jnp.minimum(index, num_rows - 1), (batch,))
+  index = jnp.minimum(index, num_rows - 1)
   start = jnp.maximum(index - position, 0)
   row = jnp.arange(num_rows, dtype=jnp.int32)[None]
   is_new = (row == index[:, None])[:, None, :, None]

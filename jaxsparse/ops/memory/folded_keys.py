@@ -18,7 +18,7 @@ class FoldedKeys:
   Attributes:
     matrix: [2, r, w, P, Q], normalised, with the gains of keys and queries: one
       product scores what one rank of all heads has. Where heads have their own
-      queries, [2, r, P, w, Q].
+      queries, [2, r, P, Q, w].
     directions: of the pre-filter, see `tucker_top_m`; None without a core.
     is_by_head: whether it is the latter.
   """
@@ -34,7 +34,7 @@ class FoldedKeys:
     """Of the parameter."""
     sides, num_ranks, width, num_heads, num_keys = self.matrix.shape
     if self.is_by_head:
-      width, num_heads = num_heads, width
+      width, num_heads, num_keys = num_keys, width, num_heads
     return num_heads, sides, num_keys, width, num_ranks
 
   @property

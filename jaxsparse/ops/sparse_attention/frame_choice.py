@@ -17,8 +17,6 @@ from jaxsparse.ops.sparse_attention.block_selection import importance, select
 from jaxsparse.ops.sparse_attention.block_summaries import Summaries
 from jaxsparse.ops.sparse_attention.sparse_inputs import SparseOptions
 
-_LEAST_SHARE = 1e-9
-
 
 class FrameChoice(NamedTuple):
   """The frames that are read, k of F."""
@@ -27,7 +25,7 @@ class FrameChoice(NamedTuple):
   frame: Int[Array, 'B k']
   # Those of them that are read; others fill up the k.
   is_read: Bool[Array, 'B k']
-  # 1, of a routed choice with the gradient of the logarithm of the share.
+  # Factors of their values, of mean 1; of a routed choice by importance.
   gate: Float[Array, 'B k']
   # Importance of each frame, of sum 1; 0 for those that are not there.
   shares: Float[Array, 'B F']
@@ -42,9 +40,10 @@ def routed(
 ) -> FrameChoice:
   """The frames that a text asks for, those of equal shares in their order.
 
-  Gates are straight through: reading few frames is reading all but some, and a
-  frame whose values lower the loss gets a larger share, others a smaller one.
-  With all of them read, as a run may begin, all are compared so.
+  A gate is a frame's importance among those that are read, times their number,
+  as the gates of experts are (Mixtral, arXiv:2401.04088). So a frame whose
+  values lower the loss more than the others' gets a larger share: with all of
+  them read all are compared, with one nothing is.
 
   Args:
     query: of the text, in N heads.
@@ -54,25 +53,30 @@ def routed(
     coverage: frames are read, by descending share, until those before cover so
       much; 1 reads k.
   """
-  segments = is_there.astype(jnp.int32)
-  summaries = Summaries(key[:, None], key[:, None], segments, segments)
-  is_eligible = is_there[:, None]
-  shares = importance(query[:, None, None], summaries, is_eligible)
+  shares = _importance(query, key, is_there)
   options = SparseOptions(
     block=1, tile=1, window_blocks=0, max_blocks=num_read, sinks=0
   )
   covered = jnp.inf if coverage == 1 else coverage
   chosen = select(
-    jax.lax.stop_gradient(shares),
-    is_eligible,
-    jnp.full_like(shares[..., 0], covered),
+    jax.lax.stop_gradient(shares)[:, None, None],
+    is_there[:, None],
+    jnp.full((len(key), 1, 1), covered),
     options,
   )
-  shares, frame = shares[:, 0, 0], chosen.block[:, 0, 0]
-  share = jnp.take_along_axis(shares, frame, axis=1)
-  log_share = jnp.log(jnp.maximum(share, _LEAST_SHARE))
-  gate = 1 + log_share - jax.lax.stop_gradient(log_share)
-  return FrameChoice(frame, chosen.is_kept[:, 0, 0], gate, shares)
+  frame, is_read = chosen.block[:, 0, 0], chosen.is_kept[:, 0, 0]
+  kept = jnp.take_along_axis(key, frame[..., None], axis=1)
+  gate = _importance(query, kept, is_read)
+  gate *= is_read.sum(-1, keepdims=True)
+  return FrameChoice(frame, is_read, gate, shares)
+
+
+def _importance(query, key, is_there):
+  """Of sum 1, or 0 where no frame is there, [B, F]."""
+  segments = is_there.astype(jnp.int32)
+  summaries = Summaries(key[:, None], key[:, None], segments, segments)
+  shares = importance(query[:, None, None], summaries, is_there[:, None])
+  return shares[:, 0, 0]
 
 
 def uniform(is_there: Bool[Array, 'B F'], num_read: int) -> FrameChoice:

@@ -89,19 +89,31 @@ def test_a_number_gives_the_same_picture_at_any_size(kind):
   assert abs(halves - small).mean() < 6
 
 
-def test_the_question_names_the_frame_that_answers():
+def test_the_question_names_the_shot_that_answers():
   made = frames.Frames(12)
   for pair in made.pairs:
-    video = made.picture(pair.number, S)
+    video, shown = made.picture(pair.number, S), frames.scene(pair.number)
     assert video.shape == (16, S, S, 3)
-    frame = frames.asked(pair.number)
-    assert _seen(video[frame], pair.captions[0]).sum() > 20
-    things, _ = frames._scene(pair.number)
-    kinds = [thing.shape for thing in things]
-    assert sorted(kinds) == sorted(frames.SHAPES)
-    assert pair.prompt == f'the {kinds[frame]} is '
+    shots = list(dict.fromkeys(thing.shape for thing in shown.things))
+    assert len(shots) == shown.num_shots
+    length = 16 // shown.num_shots
+    kinds = [kind for kind in shots for _ in range(length)]
+    assert [thing.shape for thing in shown.things] == kinds
+    assert pair.prompt == f'the {kinds[shown.asked]} is '
+    for frame in range(shown.asked, shown.asked + length):
+      assert _seen(video[frame], pair.captions[0]).sum() > 20
     assert {*pair.captions, *pair.distractors} == set(frames.COLOURS)
-  assert len({frames.asked(i) for i in range(60)}) > 12
+
+
+def test_held_out_videos_show_every_shape_in_a_frame_of_its_own():
+  made = [frames.scene(number) for number in range(480)]
+  held_out = [video for video in made if video.is_held_out]
+  assert len(held_out) == 60
+  assert {video.num_shots for video in held_out} == {16}
+  assert len({video.asked for video in held_out}) > 12
+  assert {video.num_shots for video in made} == set(frames.NUM_SHOTS)
+  splits = [pair.split for pair in frames.Frames(9).pairs]
+  assert splits == ['validation', *['train'] * 7, 'validation']
 
 
 def test_answers_cant_be_guessed_from_questions():

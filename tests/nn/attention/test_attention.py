@@ -183,14 +183,13 @@ def test_a_local_layer_keeps_a_window_and_no_more():
   shapes = {name: x.shape for name, x in cache.items()}
   assert shapes == dict(
     index=(),
-    ring_positions=(B, 3),
-    ring_segment_ids=(B, 3),
+    ring_places=(B, 2, 3),
     key=(B, 2, 3, 4),
     value=(B, 2, 3, 4),
     factors=(B, 2, 5, 4, 3),
   )
   # Row i in entry i mod 3.
-  np.testing.assert_array_equal(cache['ring_positions'][0], [3, 4, 5])
+  np.testing.assert_array_equal(cache['ring_places'][0, 0], [3, 4, 5])
 
 
 def test_factors_of_queries_are_not_cached():

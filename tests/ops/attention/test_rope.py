@@ -75,7 +75,7 @@ def frequencies(width=16, base=1e4):
 
 
 def test_slow_frequencies_are_divided_as_llama3_does():
-  scaled = jax.jit(LLAMA3)(frequencies())
+  scaled = LLAMA3(frequencies())
   np.testing.assert_allclose(scaled, GOLDEN, rtol=3e-6)
 
 
@@ -84,7 +84,7 @@ def test_between_is_a_straight_line_over_turns(turns, stays):
   """Turns within the length that was trained on: 64 positions."""
   frequency = np.array([2 * np.pi * turns / 64], np.float32)
   expected = frequency * (stays + (1 - stays) / 8)
-  np.testing.assert_allclose(jax.jit(LLAMA3)(frequency), expected, rtol=1e-6)
+  np.testing.assert_allclose(LLAMA3(frequency), expected, rtol=1e-6)
 
 
 @pytest.mark.parametrize('width', [16, 8])
@@ -98,7 +98,7 @@ def test_scaled_frequencies_turn_the_pairs(width):
     return apply_rope(x, positions, width=width, scaling=LLAMA3)
 
   y = np.asarray(turned(x, positions))
-  scaled = np.asarray(jax.jit(LLAMA3)(frequencies(width)), np.float64)
+  scaled = np.asarray(LLAMA3(frequencies(width)), np.float64)
   half = width // 2
   z = x[..., :half] + 1j * x[..., half:width]
   z = z * np.exp(1j * positions[..., None, None] * scaled)

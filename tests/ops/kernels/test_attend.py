@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from lanes import few
 
+from jaxsparse.ops.attention.rope import frequencies
 from jaxsparse.ops.kernels import attend as kernel
 
 B, S, N, K, H = 3, 150, 4, 2, 24
@@ -28,13 +29,12 @@ def make_inputs():
   def draw(*shape):
     return jnp.asarray(rng.normal(size=shape), jnp.float32)
 
-  angle = draw(B, H // 2)
   # A full sequence, one that begins behind padding, and a first token.
   index = jnp.asarray([150, 100, 0], jnp.int32)
   position = jnp.asarray([150, 30, 0], jnp.int32)
   return dict(
     qkv=draw(B, (N + 2 * K) * H),
-    turns=jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=1),
+    frequency=jnp.asarray(frequencies(H)),
     key=draw(B, K, S, H),
     value=draw(B, K, S, H),
     index=index,
@@ -51,12 +51,6 @@ def test_it_is_step_by_step(num_programs, monkeypatch):
     np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_all_may_be_at_one_row():
-  inputs = make_inputs() | dict(index=jnp.asarray([120], jnp.int32))
-  for got, expected in zip(*both(N, *inputs.values()), strict=True):
-    np.testing.assert_allclose(got, expected, rtol=1e-5, atol=1e-5)
-
-
 def test_what_it_does_not_serve():
   inputs = make_inputs()
 
@@ -65,7 +59,7 @@ def test_what_it_does_not_serve():
 
   assert 'this is cpu' in why()
   assert 'rows of bfloat16' in why(key=inputs['key'].astype(jnp.bfloat16))
-  odd, turns = inputs['key'][..., :15], inputs['turns'][:, :15]
-  assert 'no halves' in why(key=odd, value=odd, turns=turns)
+  odd = inputs['key'][..., :15]
+  assert 'no halves' in why(key=odd, value=odd)
   tiny = inputs['qkv'].astype(jnp.float8_e4m3fn)
   assert '16 or 32 bits' in why(qkv=tiny)
