@@ -32,8 +32,8 @@ shapes_late
   wrong texts (arXiv:2210.01936).
   Hardware: two CPU cores, minutes.
   Result: as above 72.9, 74.8 and 77.0 %. 2.8 MFLOPs a pair; with towers of two
-  blocks, of 5.2, seed 0 has 80.1 %: here depth gives more than fusion, for
-  less.
+  blocks, of 5.2, 80.1, 80.9 and 77.2 %, to which fusion (10.0) adds nothing:
+  83.3, 80.1 and 75.8 %.
 
 frames
   Reproduces: CoCa's captioning loss (arXiv:2205.01917) on videos of 16 frames,

@@ -93,8 +93,8 @@ captions are held out. 400 steps of 64 pairs, of which each has one of its distr
 
 What is scored is temperature times cosine, with fusion plus the matching head's logit, as `retrieve` orders its best. A linear map of the pixels has
 R@1 {linear['captions_recall_at_1']:.3f} from picture to text. The FLOPs are of one pair forward: training with matching fuses three, and to rank n texts
-for a picture costs n of them. Towers of two blocks (`--config.model.num_layers=2 --config.multimodal.vision.stream.num_layers=2`) alone have more than
-fused ones of one block, for less:
+for a picture costs n of them. Towers of two blocks (`--config.model.num_layers=2 --config.multimodal.vision.stream.num_layers=2`) alone have as much as
+fused ones of one block, for less, and what fusion adds to them is within what seeds differ by:
 
 {_shapes('shapes_two_blocks')}
 """
