@@ -4,31 +4,36 @@
   python train.py --config=configs/multimodal.py:shapes --workdir=runs/shapes
   jaxsparse retrieve --workdir=runs/shapes --text='a red circle'
 
-Pictures of 32 pixels in patches of 8, two blocks of width 64 in each tower.
+Pictures of 32 pixels in patches of 8, blocks of width 64 in each tower.
 
 emoji
-  Reproduces: SigLIP's two towers and loss (arXiv:2303.15343) on the 3,655 emoji
-  that `jaxsparse convert emoji` takes from a font and from Unicode's names:
-  --config.data.pairs=FOLDER.
+  Reproduces: two towers, a small vocabulary of words and CLIP's loss
+  (arXiv:2103.00020) on the 3,655 emoji that `jaxsparse convert emoji` takes
+  from a font and from Unicode's names: --config.data.pairs=FOLDER.
   Hardware: two CPU cores, minutes.
-  Result: seed 0, of 366 held-out emoji, of which skin tones of one person lie
-  on both sides: from picture to name R@1 0.560 and R@10 0.654, back 0.557 and
-  0.664. A linear map of the pixels has 0.470 and 0.665, chance 0.003 and 0.027.
+  Result: seeds 0, 1 and 2, of 366 held-out emoji, of which skin tones of one
+  person lie on both sides: from picture to name R@1 0.483, 0.485 and 0.472,
+  R@10 0.719, 0.717 and 0.711; a linear map of the pixels has 0.470 and
+  0.665, chance 0.003 and 0.027. Without skin tones, seed 0, 150 steps: 0.124
+  and 0.369 (linear 0.096 and 0.347); whole sub-groups held out: 0.021 and 0.159
+  (linear 0.008 and 0.062).
 
 shapes
   Reproduces: ViLBERT's co-attention (arXiv:1908.02265) with a matching loss on
   hard negatives (arXiv:2107.07651), on captions whose words say what is there
   and whose order says where.
   Hardware: two CPU cores, minutes.
-  Result: seed 0, of 419 held-out pictures: R@1 0.788 from picture to caption;
-  45.1 % of the captions score above three of the same words, by the matching
-  head, chance 25 %: no more than two towers without fusion.
+  Result: seeds 0, 1 and 2, of 413 held-out pictures: 77.7, 78.7 and 78.2 % of
+  the captions score above three of the same words, chance 25 %. 7.6 MFLOPs a
+  pair.
 
 shapes_late
-  Reproduces: the same two towers alone, compared by a product.
+  Reproduces: the same two towers alone, compared by a product, with the same
+  wrong texts (arXiv:2210.01936).
   Hardware: two CPU cores, minutes.
-  Result: seed 0, of 419 held-out pictures: R@1 0.745 from picture to caption;
-  47.5 % of the captions score above three of the same words, chance 25 %.
+  Result: as above 72.9, 74.8 and 77.0 %. 2.8 MFLOPs a pair; with towers of two
+  blocks, of 5.2, 80.1, 80.9 and 77.2 %, to which fusion (10.0) adds nothing:
+  83.3, 80.1 and 75.8 %.
 
 frames
   Reproduces: CoCa's captioning loss (arXiv:2205.01917) on videos of 16 frames,
@@ -64,11 +69,14 @@ def stream(width: int, num_layers: int, **fields) -> c.ModelConfig:
   )
 
 
-def vision(image_size: int, width: int, num_layers: int) -> c.VisionConfig:
+def vision(
+  image_size: int, width: int, num_layers: int, **fields
+) -> c.VisionConfig:
   return c.VisionConfig(
     stream=stream(width, num_layers, is_causal=False),
     image_size=image_size,
     patch_size=8,
+    **fields,
   )
 
 
@@ -82,7 +90,10 @@ def emoji() -> c.Config:
   return c.Config(
     model=stream(64, 2, is_causal=False),
     multimodal=c.MultiModalConfig(
-      vision=vision(32, 64, 2), fusion_type='late', fused_dim=64
+      vision=vision(32, 64, 2, positions='sincos'),
+      fusion_type='late',
+      fused_dim=64,
+      contrastive='infonce',
     ),
     data=c.DataConfig(
       pairs='data/emoji',
@@ -90,10 +101,10 @@ def emoji() -> c.Config:
       tokenizer='words',
       seq_len=12,
       batch_size=256,
-      augment=c.AugmentConfig(shift=0.1, noise=0.05),
+      augment=c.AugmentConfig(shift=0.1, crop=0.1, noise=0.05, unknown=0.1),
     ),
     optimizer=c.OptimizerConfig(learning_rate=3e-3, warmup_steps=40),
-    train=train(900),
+    train=train(400),
   )
 
 
@@ -101,9 +112,9 @@ def shapes(fusion_type: str = 'co_attention') -> c.Config:
   is_late = fusion_type == 'late'
   fields = {} if is_late else dict(num_fusion_layers=1, matching_weight=1.0)
   return c.Config(
-    model=stream(64, 2, is_causal=False),
+    model=stream(64, 1, is_causal=False),
     multimodal=c.MultiModalConfig(
-      vision=vision(32, 64, 2),
+      vision=vision(32, 64, 1, positions='sincos'),
       fusion_type=fusion_type,
       fused_dim=64,
       **fields,
@@ -112,11 +123,12 @@ def shapes(fusion_type: str = 'co_attention') -> c.Config:
       pairs='generated:shapes',
       validation_fraction=0.1,
       tokenizer='words',
-      seq_len=16,
-      batch_size=128,
+      seq_len=12,
+      batch_size=64,
+      distractors=True,
     ),
     optimizer=c.OptimizerConfig(learning_rate=2e-3, warmup_steps=40),
-    train=train(600),
+    train=train(400),
   )
 
 

@@ -3,6 +3,7 @@
 
 import results_continual
 import results_decode
+import results_pictures
 import results_quantized
 import results_serving
 import results_tables
@@ -186,4 +187,5 @@ PAGES = dict(
   decode=results_decode.decode, attention=results_tables.attention,
   tables=tables, cpu=cpu, serving=results_serving.serving,
   quantized=results_quantized.quantized, continual=results_continual.continual,
+  pictures=results_pictures.pictures,
 )  # fmt: skip

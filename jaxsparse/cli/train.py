@@ -126,6 +126,9 @@ def train(config: Config, workdir: str, reporter: Reporter) -> None:
         say(f'The sample is missing: {error}')
   if not hosts.is_process_zero():
     return
+  if data.pairs:
+    for line in data.pairs.baselines():
+      say(line)
   of_text = config.multimodal is None
   compressed = compression.bits_per_byte(corpus) if of_text else {}
   for name, bits in compressed.items():

@@ -46,6 +46,9 @@ class DataConfig:
   held_out: str = 'random'
   # Pairs whose first caption has these words in it are left out.
   without: str = ''
+  # Whether one of a pair's distractors, drawn anew in each epoch, is a wrong
+  # text for its picture, besides those of the batch.
+  distractors: bool = False
   # Of pairs of a TensorFlow Dataset: name of the feature of pictures.
   image_feature: str = 'image'
   # How the pictures of pairs are changed from epoch to epoch.
@@ -165,7 +168,7 @@ class DataConfig:
   def _check_pairs(self, is_tfds: bool):
     require_choice(self, 'held_out', ('random', 'group'))
     unset = functools.partial(require_unset, self)
-    unset(not self.pairs, 'no pairs', 'held_out', 'without')
+    unset(not self.pairs, 'no pairs', 'held_out', 'without', 'distractors')
     unset(not (self.pairs and is_tfds), 'no tfds pairs', 'image_feature')
     if not self.pairs:
       require(
@@ -179,6 +182,12 @@ class DataConfig:
         "another tokenizer, such as 'bpe'.",
       )
       return
+    require_unset(
+      self.augment,
+      self.tokenizer != 'words',
+      f'data.tokenizer = {self.tokenizer!r}',
+      'unknown',
+    )
     why = f'pairs = {self.pairs!r}'
     unset(True, why, 'split', 'replay', 'align')
 

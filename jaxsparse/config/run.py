@@ -324,7 +324,15 @@ class Config:
     check_base(self.adapter, self.train, self.optimizer)
 
   def _check_pairs(self):
-    """Refuses what text alone has."""
+    """Refuses what text alone has, and wrong texts that nothing reads."""
+    assert self.multimodal is not None
+    settings = self.multimodal
+    require_unset(
+      self.data,
+      not (settings.contrastive_weight or settings.matching_weight),
+      'multimodal.contrastive_weight and matching_weight = 0',
+      'distractors',
+    )
     optimizer, table = self.optimizer, self.model.memory
     for name, value, right, why in (
       ('optimizer.grad_accumulation', optimizer.grad_accumulation, 1,

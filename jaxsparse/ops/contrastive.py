@@ -17,6 +17,11 @@ that counts for nothing.
 Inside `jax.shard_map` each device has its own rows. SigLIP needs no sum over a
 whole row, so texts go round the ring of devices; InfoNCE gathers them, which is
 B E numbers, small beside the towers.
+
+A row may have a wrong text of its own besides, hard to tell from the right one
+(NegCLIP, arXiv:2210.01936): SigLIP asks one pair more of it, and InfoNCE has it
+among the texts of its own picture alone, as nobody knows whether it is right
+for another.
 """
 
 import functools
@@ -66,6 +71,7 @@ def contrastive_loss(
   log_temperature: Float[Array, ''],
   bias: Float[Array, ''] | None = None,
   item: Int[Array, 'B'] | None = None,
+  wrong: Float[Array, 'B'] | None = None,
 ) -> Float[Array, '']:
   """The loss of the whole batch, of whatever devices hold its rows.
 
@@ -76,26 +82,46 @@ def contrastive_loss(
     log_temperature: learned.
     bias: learned, of SigLIP alone.
     item: what each row is, see above; None: every row is one of its own.
+    wrong: products of pictures with wrong texts of their own, of `own_wrong`.
   """
   single, spread = _FORMS[name]
   scalars = (log_temperature,) + (() if bias is None else (bias,))
   # On a mesh of one device rows count as split, too.
   if mesh.axis_sizes() is None:
-    return single(image, text, *scalars, item=item)
+    return single(image, text, *scalars, item=item, wrong=wrong)
   if item is None:
     item = jnp.arange(image.shape[0], dtype=jnp.int32)
   rows, same = jax.P(mesh.TOKENS), jax.P()
-  run = jax.shard_map(
-    lambda image, text, item, *scalars: spread(
-      image, text, *scalars, axes=mesh.TOKENS, item=item
-    ),
-    in_specs=(rows, rows, rows, *(same for _ in scalars)),
+  split = (image, text, item) + (() if wrong is None else (wrong,))
+
+  def run(*args):
+    image, text, item, *wrong = args[: len(split)]
+    return spread(
+      image,
+      text,
+      *args[len(split) :],
+      axes=mesh.TOKENS,
+      item=item,
+      wrong=wrong[0] if wrong else None,
+    )
+
+  return jax.shard_map(
+    run,
+    in_specs=(*(rows for _ in split), *(same for _ in scalars)),
     out_specs=same,
-  )
-  return run(
-    *(mesh.reshard(x, rows) for x in (image, text, item)),
+  )(
+    *(mesh.reshard(x, rows) for x in split),
     *(mesh.reshard(x, same) for x in scalars),
   )
+
+
+def own_wrong(
+  image: Float[Array, 'B E'],
+  wrong: Float[Array, 'B E'],
+  is_there: Bool[Array, 'B'],
+) -> Float[Array, 'B']:
+  """Products of pictures with wrong texts of their own, if they have one."""
+  return jnp.where(is_there, (image * wrong).sum(-1), _MASKED)
 
 
 def siglip_loss(
@@ -104,12 +130,13 @@ def siglip_loss(
   log_temperature: Float[Array, ''],
   bias: Float[Array, ''],
   item: Int[Array, 'B'] | None = None,
+  wrong: Float[Array, 'B'] | None = None,
 ) -> Float[Array, '']:
   """SigLIP's loss of a batch: summed over all pairs, for each picture."""
   item = _items(item, image)
   scale = jnp.exp(clipped(log_temperature))
   total = _siglip_block(image, text, scale, bias, item, item, True)
-  return total / _number(item)
+  return (total + _siglip_wrong(wrong, scale, bias, item)) / _number(item)
 
 
 def siglip_ring(
@@ -119,6 +146,7 @@ def siglip_ring(
   bias: Float[Array, ''],
   axes: Axes,
   item: Int[Array, 'b'],
+  wrong: Float[Array, 'b'] | None = None,
 ) -> Float[Array, '']:
   """`siglip_loss` inside `jax.shard_map`, of the rows of all devices.
 
@@ -132,6 +160,7 @@ def siglip_ring(
     bias: likewise.
     axes: of the mesh, along which devices have rows of their own.
     item: what each row is, the same number for equal rows of other devices.
+    wrong: as `contrastive_loss` takes it.
   """
   scale = jnp.exp(clipped(log_temperature))
   size = jax.lax.axis_size(axes)
@@ -149,6 +178,7 @@ def siglip_ring(
   own = block(image, text, scale, bias, item, item, True)
   carry = match_vma(own, text, item)
   (total, _, _), _ = jax.lax.scan(step, carry, length=size - 1)
+  total += _siglip_wrong(wrong, scale, bias, item)
   return jax.lax.psum(total, axes) / _number(item, axes)
 
 
@@ -162,8 +192,19 @@ def _siglip_block(image, text, scale, bias, item, other, is_own):
   return jnp.where(counts, losses, 0).sum()
 
 
-def siglip_reference(image, text, log_temperature, bias, item=None):
-  """Oracle of `siglip_loss`, pair by pair as the paper writes it."""
+def _siglip_wrong(wrong, scale, bias, item):
+  """Summed over these pictures' own wrong texts."""
+  if wrong is None:
+    return 0.0
+  losses = jax.nn.softplus(_scaled(wrong, scale) + bias)
+  return jnp.where(item >= 0, losses, 0).sum()
+
+
+def siglip_reference(image, text, log_temperature, bias, item=None, wrong=None):
+  """Oracle of `siglip_loss`, pair by pair as the paper writes it.
+
+  `wrong` has a text for each picture, or None where there is none.
+  """
   item = _items(item, image)
   scale = jnp.minimum(jnp.exp(log_temperature), 100.0)
   total = 0.0
@@ -174,6 +215,9 @@ def siglip_reference(image, text, log_temperature, bias, item=None):
       is_left_out = (item[i] < 0) | (item[j] < 0)
       is_left_out |= (i != j) & (item[i] == item[j])
       total -= jnp.where(is_left_out, 0, jnp.log(probability))
+    if wrong is not None and wrong[i] is not None and item[i] >= 0:
+      logit = scale * a @ wrong[i] + bias
+      total -= jnp.log(1 / (1 + jnp.exp(logit)))
   return total / (item >= 0).sum()
 
 
@@ -182,14 +226,15 @@ def infonce_loss(
   text: Float[Array, 'B E'],
   log_temperature: Float[Array, ''],
   item: Int[Array, 'B'] | None = None,
+  wrong: Float[Array, 'B'] | None = None,
 ) -> Float[Array, '']:
   """CLIP's loss of a batch: ln B where nothing tells the rows apart."""
   item = _items(item, image)
   scale = jnp.exp(clipped(log_temperature))
   place = jnp.arange(len(item))
   total = sum(
-    _cross_entropy(scale * _products(a, b), place, item, item)
-    for a, b in ((image, text), (text, image))
+    _cross_entropy(scale * _products(a, b), place, item, item, own)
+    for a, b, own in ((image, text, _scaled(wrong, scale)), (text, image, None))
   )
   return total / (2 * _number(item))
 
@@ -200,6 +245,7 @@ def infonce_gathered(
   log_temperature: Float[Array, ''],
   axes: Axes,
   item: Int[Array, 'b'],
+  wrong: Float[Array, 'b'] | None = None,
 ) -> Float[Array, '']:
   """`infonce_loss` inside `jax.shard_map`; arguments as of `siglip_ring`.
 
@@ -210,24 +256,32 @@ def infonce_gathered(
   items = gather(item)
   place = jax.lax.axis_index(axes) * len(item) + jnp.arange(len(item))
   total = sum(
-    _cross_entropy(scale * _products(a, gather(b)), place, item, items)
-    for a, b in ((image, text), (text, image))
+    _cross_entropy(scale * _products(a, gather(b)), place, item, items, own)
+    for a, b, own in ((image, text, _scaled(wrong, scale)), (text, image, None))
   )
   return jax.lax.psum(total, axes) / (2 * _number(item, axes))
 
 
-def _cross_entropy(logits, place, item, others):
-  """Summed over rows, of which each has its own at `place` among the others."""
+def _cross_entropy(logits, place, item, others, wrong=None):
+  """Summed over rows, of which each has its own at `place` among the others.
+
+  And a wrong one besides, if there are any.
+  """
   is_own = place[:, None] == jnp.arange(len(others))[None]
   counts = is_own | ((item[:, None] != others[None]) & (others >= 0)[None])
   own = jnp.where(is_own, logits, 0).sum(-1)
   logits = jnp.where(counts, logits, _MASKED)
+  if wrong is not None:
+    logits = jnp.concatenate([logits, wrong[:, None]], axis=1)
   losses = jax.nn.logsumexp(logits, axis=-1) - own
   return jnp.where(item >= 0, losses, 0).sum()
 
 
-def infonce_reference(image, text, log_temperature, item=None):
-  """Oracle of `infonce_loss`: one softmax after the other; `item` of NumPy."""
+def infonce_reference(image, text, log_temperature, item=None, wrong=None):
+  """Oracle of `infonce_loss`: one softmax after the other; `item` of NumPy.
+
+  `wrong` as `siglip_reference` takes it.
+  """
   item = np.arange(len(image)) if item is None else item
   scale = jnp.minimum(jnp.exp(log_temperature), 100.0)
   total = 0.0
@@ -235,13 +289,16 @@ def infonce_reference(image, text, log_temperature, item=None):
     for i, row in enumerate(a):
       if item[i] < 0:
         continue
+      extra = 0.0
+      if a is image and wrong is not None and wrong[i] is not None:
+        extra = jnp.exp(scale * row @ wrong[i])
       others = [
         j
         for j in range(len(b))
         if j == i or (item[j] >= 0 and item[j] != item[i])
       ]
       weights = {j: jnp.exp(scale * row @ b[j]) for j in others}
-      total -= jnp.log(weights[i] / sum(weights.values()))
+      total += jnp.log(sum(weights.values()) + extra) - jnp.log(weights[i])
   return total / (2 * (item >= 0).sum())
 
 
@@ -301,6 +358,10 @@ def matching_loss(
 
 def _products(a, b):
   return jnp.einsum('ie,je->ij', a, b, preferred_element_type=jnp.float32)
+
+
+def _scaled(wrong, scale):
+  return None if wrong is None else scale * wrong
 
 
 def _items(item, rows):

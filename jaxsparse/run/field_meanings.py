@@ -38,7 +38,7 @@ _FREE = Meaning()
 _START = Meaning('without effect: parameters are drawn at step 0 only')
 _LOSS = Meaning('the loss from here on')
 _RATE = Meaning('the schedule from here on')
-_PICTURES = Meaning('how pictures are changed from here on')
+_CHANGES = Meaning('how pairs are changed from here on')
 _MOMENTS = Meaning('the moments so far stay')
 _SHAPES = _fixed('the parameters are others')
 _FUNCTION = _fixed('the parameters were trained for another function')
@@ -109,7 +109,8 @@ MEANINGS = {
     ),
     ('data', Meaning('the mix of rows from here on'), 'replay_share'),
     ('data', _FREE, 'cache_dir prefetch'),
-    ('data.augment', _PICTURES, 'shift crop flip brightness noise'),
+    ('data', _LOSS, 'distractors'),
+    ('data.augment', _CHANGES, 'shift crop flip brightness noise unknown'),
     # Pictures.
     ('multimodal', _SHAPES, 'fusion_type num_fusion_layers fused_dim'),
     ('multimodal', _SHAPES, 'contrastive matching_weight'),

@@ -59,4 +59,7 @@ def batch_shapes(config: Config) -> dict[str, tuple[tuple[int, ...], type]]:
   if config.multimodal:
     shapes['images'] = ((rows, *config.multimodal.image_shape), np.float32)
     shapes['item'] = ((rows,), np.int32)
+  if config.data.distractors:
+    for name in ('tokens', 'segment_ids'):
+      shapes[f'wrong_{name}'] = shapes[name]
   return shapes

@@ -18,7 +18,7 @@ from jaxsparse.data.pictures import batches, stored
 from jaxsparse.data.pieces import Corpus
 from jaxsparse.data.tokenizer import Tokenizer, require_rows
 from jaxsparse.run import checkpoint
-from jaxsparse.training import pair_validation
+from jaxsparse.training import pair_baselines, pair_validation
 from jaxsparse.training.loop import TrainingData
 
 
@@ -88,7 +88,13 @@ def _of_pairs(
       f'{settings.num_frames}.'
     )
   batches.tell_of_long_captions(config.data, corpus, tokens, say)
+  if config.data.distractors and not any(p.distractors for p in corpus.train):
+    raise UserError(
+      f'data.distractors must be False with data.pairs = '
+      f'{config.data.pairs!r}, which has none to learn from; got True.'
+    )
   args = config.data, validation, tokens, read
+  baselines = functools.partial(pair_baselines.lines, corpus, read)
   return TrainingData(
     batches=batches.train_iterator(
       config.data, corpus, tokens, config.train.seed, read, **process
@@ -98,6 +104,7 @@ def _of_pairs(
       items=np.array([pair.item for pair in validation]),
       choices=functools.partial(batches.candidate_batches, *args, **process),
       num_choices=sum(bool(pair.distractors) for pair in validation),
+      baselines=baselines if settings.contrastive_weight else tuple,
     ),
   )
 

@@ -9,7 +9,11 @@ from typing import ClassVar
 import jax
 import numpy as np
 
-from jaxsparse.analysis.retrieval import Retrieval, of_embeddings
+from jaxsparse.analysis.retrieval import (
+  Direction,
+  Retrieval,
+  of_embeddings,
+)
 from jaxsparse.config import Config
 from jaxsparse.run.progress import Reporter
 from jaxsparse.training import pairs
@@ -33,6 +37,8 @@ class HeldOut:
   # Those with distractors, each batch with each of its captions in turn.
   choices: Callable[[], Iterable[list[Batch]]]
   num_choices: int
+  # What these are found by without a model, line by line.
+  baselines: Callable[[], Iterable[str]] = tuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,12 +81,7 @@ class PairValidation:
   def told(self) -> str:
     parts = []
     if self.retrieval is not None:
-      for name, direction in (
-        ('picture -> caption', self.retrieval.captions),
-        ('caption -> picture', self.retrieval.pictures),
-      ):
-        recall = ' '.join(f'R@{k} {direction.recall(k):.1%}' for k in (1, 10))
-        parts.append(f'{name} {recall}')
+      parts.append(recalls(self.retrieval))
     if self.caption_loss is not None:
       parts.append(f'captions {self.caption_loss:.4f} nats/token')
     if self.chosen is not None:
@@ -88,6 +89,21 @@ class PairValidation:
     if self.share_read is not None:
       parts.append(f'{self.share_read:.1%} of the frames read')
     return ', '.join(parts)
+
+
+def recalls(
+  found: Retrieval,
+  of: Callable[[Direction], Callable[[int], float]] = lambda side: side.recall,
+) -> str:
+  """Recall at 1 and at 10 in both directions, or another figure of these."""
+  sides = (
+    ('picture -> caption', of(found.captions)),
+    ('caption -> picture', of(found.pictures)),
+  )
+  return ', '.join(
+    f'{name} {" ".join(f"R@{k} {share(k):.1%}" for k in (1, 10))}'
+    for name, share in sides
+  )
 
 
 def validate(

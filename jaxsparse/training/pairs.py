@@ -68,6 +68,8 @@ def loss(
     rngs={'dropout': of_dropout},
     mutable=[ENTRIES],
   )
+  if config.data.distractors:
+    found |= _of_wrong(config, variables, batch)
   metrics, total = dict(found['metrics']), jnp.zeros((), jnp.float32)
   parts = dict(
     contrastive=lambda: _contrastive(config, found, batch),
@@ -84,7 +86,25 @@ def loss(
   return total, metrics, sown
 
 
+def _of_wrong(config, variables, batch):
+  """States and vectors of the distractors, and which rows have one."""
+  tokens, segments = batch['wrong_tokens'], batch['wrong_segment_ids']
+  apply = functools.partial(encoder(config).apply, variables)
+  states = apply(tokens, segments, method='encode_text')
+  is_prefix = config.multimodal.fusion_type == 'prefix'
+  return dict(
+    wrong_text=tokens if is_prefix else states,
+    wrong_embedding=apply(states, segments, method='text_vector'),
+    has_wrong=segments.any(-1),
+  )
+
+
 def _contrastive(config, found, batch):
+  wrong = None
+  if 'has_wrong' in found:
+    wrong = contrastive.own_wrong(
+      found['image_embedding'], found['wrong_embedding'], found['has_wrong']
+    )
   return contrastive.contrastive_loss(
     config.multimodal.contrastive,
     found['image_embedding'],
@@ -92,6 +112,7 @@ def _contrastive(config, found, batch):
     found['log_temperature'],
     found.get('logit_bias'),
     batch['item'],
+    wrong,
   )
 
 
@@ -126,6 +147,16 @@ def _matching(config, variables, found, batch, key):
     key,
     jax.lax.stop_gradient(scale),
   )
+  # A text that is known to be hard before one that the batch has by chance.
+  has_text = is_there
+  if 'has_wrong' in found:
+    has_wrong = found['has_wrong']
+    has_text |= has_wrong
+    rows = has_wrong.reshape(-1, *(1 for _ in text.shape[1:]))
+    of_text = jnp.where(rows, found['wrong_text'], of_text)
+    its_segments = jnp.where(
+      has_wrong[:, None], batch['wrong_segment_ids'], its_segments
+    )
   apply = functools.partial(encoder(config).apply, variables)
   wrong = (
     apply(of_text, image, its_segments, method='fuse'),
@@ -141,7 +172,7 @@ def _matching(config, variables, found, batch, key):
       jnp.zeros_like(item, bool),
       is_there.astype(jnp.float32),
     )
-    for fused in wrong
+    for fused, is_there in zip(wrong, (has_text, is_there), strict=True)
   ]
   return (of_pairs + sum(of_wrong)) / 3
 
@@ -176,19 +207,21 @@ def score_step(
 ) -> tuple[jax.Array, jax.Array]:
   """How well each text fits its picture [B], by the best that was trained.
 
-  The log-likelihood of the caption; without such a loss the matching head's
-  logit; without that the product of both vectors. And whether a row is a pair.
+  The log-likelihood of the caption; without such a loss temperature times the
+  product of both vectors, plus the matching head's logit, of these what there
+  is. And whether a row is a pair.
   """
   settings = config.multimodal
   assert settings is not None
   found = _applied(config, params, batch)
   if settings.caption_weight:
     scores = -_caption(found, batch)
-  elif settings.matching_weight:
-    scores = found['match']
   else:
-    vectors = found['image_embedding'], found['text_embedding']
-    scores = jnp.sum(vectors[0] * vectors[1], axis=-1)
+    scores = found.get('match', 0.0)
+    if settings.contrastive_weight:
+      vectors = found['image_embedding'], found['text_embedding']
+      scale = jnp.exp(contrastive.clipped(found['log_temperature']))
+      scores += scale * jnp.sum(vectors[0] * vectors[1], axis=-1)
   return everywhere(scores), everywhere(batch['item'] >= 0)
 
 

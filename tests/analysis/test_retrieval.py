@@ -128,13 +128,13 @@ def _baselines(pairs, number, size=16):
   def pictures(some):
     return np.stack([pairs.picture(p.number, size) for p in some])
 
-  meanings = sorted({p.meaning for p in held_out})
+  said = [p.captions[0] for p in held_out]
   return retrieval_baselines.baselines(
     pictures(learned),
     [p.captions[0] for p in learned],
     pictures(held_out),
-    [p.captions[0] for p in held_out],
-    np.array([meanings.index(p.meaning) for p in held_out]),
+    said,
+    np.array([said.index(caption) for caption in said]),
   )
 
 

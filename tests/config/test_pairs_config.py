@@ -35,6 +35,8 @@ def test_wrong_settings_are_said(fields, words):
   [
     (dict(held_out='group'), 'held_out'),
     (dict(without='skin tone'), 'without'),
+    (dict(distractors=True), 'distractors'),
+    (dict(pairs='a', augment=AugmentConfig(unknown=0.1)), 'unknown'),
     (dict(image_feature='photo'), 'image_feature'),
     (dict(pairs='a', image_feature='photo'), 'image_feature'),
     (dict(pairs='a', tfds_feature='title'), 'tfds_feature'),
@@ -57,7 +59,8 @@ def test_what_has_an_effect_is_accepted():
     held_out='group',
     without='b',
     tokenizer='words',
-    augment=AugmentConfig(noise=0.1),
+    distractors=True,
+    augment=AugmentConfig(noise=0.1, unknown=0.1),
   )
   DataConfig(
     pairs='tfds:a', image_feature='b', tfds_feature='c/d',

@@ -68,9 +68,16 @@ def rows():
   return unit(B, E), unit(B, E)
 
 
-def _single(name, item):
+def _single(name, item, is_there=None):
+  """The loss; with `is_there` a wrong text of each is its own, backwards."""
+
   def loss(image, text, *scalars):
-    return contrastive.contrastive_loss(name, image, text, *scalars, item=item)
+    wrong = None
+    if is_there is not None:
+      wrong = contrastive.own_wrong(image, text[:, ::-1], is_there)
+    return contrastive.contrastive_loss(
+      name, image, text, *scalars, item=item, wrong=wrong
+    )
 
   return loss
 
@@ -103,21 +110,56 @@ def test_values_and_gradients_are_the_oracles(name, rows):
     )
 
 
+@pytest.mark.parametrize('name', SCALARS)
+def test_a_wrong_text_of_its_own_counts_as_the_oracle_has_it(name, rows):
+  """Of rows 0 and 3, of which the last is padding."""
+  image, text = (x[:4] for x in rows)
+  item, is_there = np.array([0, 1, 2, -1]), np.array([True, False, False, True])
+
+  @jax.jit
+  def both(image, text, others, *scalars):
+    def loss(image, text, others):
+      wrong = contrastive.own_wrong(image, others, jnp.array(is_there))
+      return contrastive.contrastive_loss(
+        name, image, text, *scalars, item=jnp.array(item), wrong=wrong
+      )
+
+    def oracle(image, text, others):
+      wrong = [
+        x if there else None for x, there in zip(others, is_there, strict=True)
+      ]
+      return ORACLES[name](image, text, *scalars, item=item, wrong=wrong)
+
+    return [
+      jax.value_and_grad(f, (0, 1, 2))(image, text, others)
+      for f in (loss, oracle)
+    ]
+
+  got, expected = both(image, text, rows[1][4:8], *SCALARS[name])
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    got,
+    expected,
+  )
+  slopes = np.abs(got[1][2]).max(-1)
+  assert slopes[0] > 1e-3
+  assert not slopes[1:].any()
+
+
 @pytest.mark.parametrize('axes', [(4, 2, 1), (1, 1, 1)])
 @pytest.mark.parametrize('name', SCALARS)
 def test_eight_devices_have_the_loss_of_one(name, axes, rows):
   """Values and all gradients, over both axes that split a batch."""
   scalars = SCALARS[name]
   every = tuple(range(2 + len(scalars)))
-  expected = jax.jit(jax.value_and_grad(_single(name, ITEMS), every))(
-    *rows, *scalars
-  )
+  loss = _single(name, ITEMS, jnp.arange(B) % 3 > 0)
+  expected = jax.jit(jax.value_and_grad(loss, every))(*rows, *scalars)
   devices = jax.devices()[: math.prod(axes)]
   with jax.set_mesh(mesh_lib.make_mesh(*axes, devices=devices)):
     spec = jax.P(mesh_lib.TOKENS)
     args = [jax.device_put(x, spec) for x in rows]
     args += [jax.device_put(x, jax.P()) for x in scalars]
-    got = jax.jit(jax.value_and_grad(_single(name, ITEMS), every))(*args)
+    got = jax.jit(jax.value_and_grad(loss, every))(*args)
   jax.tree.map(
     lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6, atol=1e-6),
     jax.device_get(got),

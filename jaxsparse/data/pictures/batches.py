@@ -27,6 +27,9 @@ from jaxsparse.data.tokenizer import Tokenizer
 # Of rows that fill a last batch up.
 PADDING = -1
 
+# Stands for characters that can't be read, and so in no caption.
+_UNKNOWN = '\ufffd'
+
 
 class _Drawn(NamedTuple):
   """A pair in one epoch."""
@@ -50,7 +53,8 @@ def train_iterator(
   [B, F, S, S, 3]; 'tokens', 'targets', 'positions', 'segment_ids', int32
   [B, T], and 'loss_weight', float32 [B, T], of one caption a row with padding
   of segment 0 behind it; and 'item', int32 [B]: pairs that are right for each
-  other have one number.
+  other have one number. With data.distractors there are 'wrong_tokens' and
+  'wrong_segment_ids', int32 [B, T], of one of each pair's distractors.
 
   Args:
     config: of the run.
@@ -70,14 +74,13 @@ def train_iterator(
     pair = drawn.pair
     rng = np.random.default_rng([seed, pair.number, drawn.epoch])
     caption = pair.captions[int(rng.integers(len(pair.captions)))]
-    picture = read(pair.number)
-    return _row(
-      config,
-      tokenizer,
-      pair,
-      caption,
-      augmented(picture, config.augment, rng),
-    )
+    if config.augment.unknown:
+      caption = _half_known(caption, config.augment.unknown, rng)
+    picture = augmented(read(pair.number), config.augment, rng)
+    made = _row(config, tokenizer, pair, caption, picture)
+    if config.distractors:
+      made |= _wrong_row(config, tokenizer, pair, rng)
+    return made
 
   pairs = pipeline.shuffled(corpus.train, seed).map_with_index(
     lambda index, pair: _Drawn(pair, index // number)
@@ -228,6 +231,32 @@ def _row(
     **text_row(config, tokenizer, caption, pair.prompt),
     item=np.int32(pair.item),
   )
+
+
+def _half_known(caption: str, share: float, rng: np.random.Generator) -> str:
+  """The caption with words in it that no vocabulary has."""
+  words = caption.split()
+  is_known = rng.random(len(words)) >= share
+  return ' '.join(
+    word if known else _UNKNOWN
+    for word, known in zip(words, is_known, strict=True)
+  )
+
+
+def _wrong_row(
+  config: DataConfig,
+  tokenizer: Tokenizer,
+  pair: Pair,
+  rng: np.random.Generator,
+) -> dict[str, np.ndarray]:
+  """One of the pair's distractors; all 0 where there is none."""
+  some = pair.distractors
+  wrong = some[int(rng.integers(len(some)))] if some else ''
+  said = text_row(config, tokenizer, wrong, pair.prompt)
+  return {
+    f'wrong_{name}': said[name] * bool(some)
+    for name in ('tokens', 'segment_ids')
+  }
 
 
 def _padding(

@@ -92,7 +92,8 @@ def annotations(path: pathlib.Path) -> dict[str, list[str]]:
     ) from error
   said: dict[str, list[str]] = {}
   for node in root.iter('annotation'):
-    text = ' '.join((node.text or '').split())
+    # Of keywords what stands between them says nothing.
+    text = ' '.join((node.text or '').replace(' | ', ' ').split())
     # CLDR writes so that it has none of its own.
     if text and text != '↑↑↑':
       # Its name comes before its keywords.

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures of two shapes, of which only the relation tells some apart.
 
-"a red circle left of a blue square", "a blue square below a red circle": the
+"a red circle left of a blue square", "a blue square above a red circle": the
 words alone never say what is where. The distractors of a caption have its very
 words: the shapes changed over, or the colours, or both. So who knows which
 words a picture has, and no more, is right for one in four.
@@ -18,30 +18,29 @@ from jaxsparse.data.pictures.drawn import Drawn
 from jaxsparse.data.pictures.pair import Pair
 
 # Changes with the pictures that a number gives.
-_VERSION = 1
+_VERSION = 2
 
-COLOURS = tuple(drawing.COLOURS)[:5]
+COLOURS = tuple(drawing.COLOURS)
 SHAPES = tuple(drawing.SHAPES)[:4]
 
-# From the first to the second, and back.
-_RELATIONS = (('left of', 'right of'), ('above', 'below'))
-_RADII = (0.12, 0.17)
-# Least white between the shapes.
-_GAP = 0.04
+# Of the one that is named first to the other.
+_RELATIONS = ('left of', 'above')
+# Of the two along the line on which they lie, and of both across it: either has
+# a half of the picture.
+_ALONG = ((0.2, 0.3), (0.7, 0.8))
+_ACROSS = (0.3, 0.7)
+_RADII = (0.14, 0.19)
 
 
-def _scene(number: int) -> tuple[int, list[Thing], bool]:
-  """The relation, the two shapes, and which of them is named first."""
+def _scene(number: int) -> tuple[int, list[Thing]]:
+  """The relation and the two shapes, that to the left or on top first."""
   rng = np.random.default_rng([_VERSION, number])
   relation = int(rng.integers(2))
   shapes = rng.permutation(len(SHAPES))[:2]
   colours = rng.permutation(len(COLOURS))[:2]
-  is_back = bool(rng.integers(2))
   radii = rng.uniform(*_RADII, 2)
-  # Along the line on which both lie.
-  first = rng.uniform(radii[0], 1 - 2 * radii[1] - radii[0] - _GAP)
-  second = rng.uniform(first + sum(radii) + _GAP, 1 - radii[1])
-  across = rng.uniform(max(radii), 1 - max(radii))
+  first, second = (rng.uniform(*bounds) for bounds in _ALONG)
+  across = rng.uniform(*_ACROSS)
   things = [
     Thing(
       SHAPES[shape],
@@ -53,34 +52,23 @@ def _scene(number: int) -> tuple[int, list[Thing], bool]:
       shapes, colours, (first, second), radii, strict=True
     )
   ]
-  return relation, things, is_back
+  return relation, things
 
 
 def _pair(number: int) -> Pair:
-  relation, things, is_back = _scene(number)
-  there, back = _RELATIONS[relation]
-  said = [
-    f'{things[0].name} {there} {things[1].name}',
-    f'{things[1].name} {back} {things[0].name}',
-  ]
-  a, b = things
-  word = there
-  if is_back:
-    said.reverse()
-    a, b, word = b, a, back
+  relation, (a, b) = _scene(number)
+  word = _RELATIONS[relation]
   recoloured = (a._replace(colour=b.colour), b._replace(colour=a.colour))
-  distractors = [
+  said = [
     f'{one.name} {word} {other.name}'
-    for one, other in ((b, a), recoloured, recoloured[::-1])
+    for one, other in ((a, b), (b, a), recoloured, recoloured[::-1])
   ]
   return Pair(
     name=f'{number:06}',
     number=number,
-    captions=tuple(said),
-    distractors=tuple(distractors),
-    # One of the two captions, whichever is said first.
-    meaning=f'{things[0].name} {there} {things[1].name}',
-    group=there,
+    captions=(said[0],),
+    distractors=tuple(said[1:]),
+    group=word,
   )
 
 

@@ -164,7 +164,7 @@ class MultiModalEncoder(nn.Module):
   ) -> Float[Array, 'B E']:
     """A vector of length 1 for each row, to be compared with pictures'."""
     text = self.encode_text(tokens, segment_ids)
-    return self._text_vector(text, segments_of(segment_ids, text))
+    return self.text_vector(text, segments_of(segment_ids, text))
 
   def embed_image(
     self, images: Float[Array, 'B ...'], mask: Mask | None = None
@@ -267,7 +267,7 @@ class MultiModalEncoder(nn.Module):
     found = dict(
       text=text,
       image=image,
-      text_embedding=self._text_vector(text, segments),
+      text_embedding=self.text_vector(text, segments),
       image_embedding=self._image_vector(image, seen),
       log_temperature=self.log_temperature,
       fused=fused,
@@ -287,7 +287,10 @@ class MultiModalEncoder(nn.Module):
     (logit,) = self.match(fused[:, None])
     return logit[:, 0, 0]
 
-  def _text_vector(self, text, segments):
+  def text_vector(
+    self, text: Float[Array, 'B T D'], segments: Int[Array, 'B T']
+  ) -> Float[Array, 'B E']:
+    """`embed_text` of what `encode_text` gave."""
     (pooled,) = self.text_pool(text, segments)
     return normalised(self.text_map(pooled)[0][:, 0])
 
@@ -354,7 +357,7 @@ class MultiModalEncoder(nn.Module):
     if kind == 'late':
       image = image if gate is None else image * gate[..., None]
       vectors = (
-        self._text_vector(text, text_segments),
+        self.text_vector(text, text_segments),
         self._image_vector(image, seen),
       )
       return vectors[0] * vectors[1], text, others

@@ -14,6 +14,7 @@ from jaxsparse.data import pipeline
 from jaxsparse.data.corpus import build_corpus
 from jaxsparse.data.pictures import batches, stored
 from jaxsparse.data.pictures.pair import Pair
+from jaxsparse.data.pieces import Corpus
 from jaxsparse.data.tokenizer import ByteTokenizer, make_tokenizer
 
 S, T = 8, 24
@@ -241,6 +242,42 @@ def test_candidates_are_the_caption_and_its_distractors(folder, read):
   for batch in candidates[1:]:
     same = np.array_equal(batch['images'][0], candidates[0]['images'][0])
     assert same
+
+
+def test_a_distractor_is_drawn_for_each_pair_that_has_some(folder, read):
+  some = [
+    Pair(name='a', number=0, captions=('red',), distractors=('blue', 'grey')),
+    Pair(name='b', number=1, captions=('pink',)),
+  ]
+  corpus = Corpus(
+    key='', directory=folder, train=some, validation=some, test=None,
+    validation_bytes=0,
+  )  # fmt: skip
+  config = dict(distractors=True, batch_size=2, num_lanes=2)
+  seen = set()
+  for batch in _take(_train(folder, corpus, read, **config), 9):
+    rows = batch['tokens'][:, 1].tolist()
+    first, second = (rows.index(ord(letter)) for letter in 'rp')
+    wrong = {name: batch[f'wrong_{name}'] for name in ('tokens', 'segment_ids')}
+    seen.add(_text(wrong, first))
+    assert not any(x[second].any() for x in wrong.values())
+  assert seen == {'blue', 'grey'}
+
+
+def test_some_words_are_read_as_unknown_ones(folder, corpus, read, tmp_path):
+  fields = dict(tokenizer='words', augment=AugmentConfig(unknown=0.4))
+  tokens = make_tokenizer(_config(folder, **fields), corpus, tmp_path)
+  (unknown,) = tokens.encode('unheard')
+  shares = []
+  for batch in _take(
+    batches.train_iterator(_config(folder, **fields), corpus, tokens, 0, read),
+    12,
+  ):
+    said = batch['segment_ids'].astype(bool)
+    said[:, 0] = False
+    shares.append((batch['tokens'][said] == unknown).mean())
+  assert 0.3 < np.mean(shares) < 0.5
+  assert unknown not in tokens.encode(corpus.train[0].captions[0])
 
 
 def test_long_captions_are_cut_and_counted(folder, corpus):

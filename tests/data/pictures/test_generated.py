@@ -59,7 +59,6 @@ def test_captions_are_true_and_distractors_are_not():
     picture = made.picture(pair.number, 96)
     assert all(_is_true(caption, picture) for caption in pair.captions)
     assert not any(_is_true(caption, picture) for caption in pair.distractors)
-    assert pair.meaning in pair.captions
 
 
 def test_distractors_have_the_words_of_the_caption():
@@ -73,9 +72,8 @@ def test_distractors_have_the_words_of_the_caption():
 
 def test_all_relations_shapes_and_colours_come_first():
   first = {tuple(p.captions[0].split()) for p in shapes.Shapes(400).pairs}
-  assert {' '.join(words[3:-3]) for words in first} == set(
-    itertools.chain(*shapes._RELATIONS)
-  )
+  relations = {' '.join(words[3:-3]) for words in first}
+  assert relations == set(shapes._RELATIONS)
   assert {words[1] for words in first} == set(shapes.COLOURS)
   assert {words[2] for words in first} == set(shapes.SHAPES)
 
