@@ -35,6 +35,19 @@ shapes_late
   blocks, of 5.2, 80.1, 80.9 and 77.2 %, to which fusion (10.0) adds nothing:
   83.3, 80.1 and 75.8 %.
 
+four_shapes
+  Reproduces: the same as shapes, where a picture has four and a caption names
+  two of them: what is asked for is not known before the text is.
+  Hardware: two CPU cores, minutes.
+  Result: seeds 0, 1 and 2, of 411 held-out pictures: 47.7, 54.0 and 76.6 %,
+  chance 25 %.
+
+four_shapes_late
+  Reproduces: two towers alone on the same.
+  Hardware: two CPU cores, minutes.
+  Result: as above 33.3, 39.9 and 37.0 %; with towers of two blocks, seed 0,
+  28.5 %.
+
 frames
   Reproduces: CoCa's captioning loss (arXiv:2205.01917) on videos of 16 frames,
   of which one has the answer to a question; all of them are read.
@@ -108,7 +121,9 @@ def emoji() -> c.Config:
   )
 
 
-def shapes(fusion_type: str = 'co_attention') -> c.Config:
+def shapes(
+  fusion_type: str, pairs: str = 'generated:shapes', num_steps: int = 400
+) -> c.Config:
   is_late = fusion_type == 'late'
   fields = {} if is_late else dict(num_fusion_layers=1, matching_weight=1.0)
   return c.Config(
@@ -120,7 +135,7 @@ def shapes(fusion_type: str = 'co_attention') -> c.Config:
       **fields,
     ),
     data=c.DataConfig(
-      pairs='generated:shapes',
+      pairs=pairs,
       validation_fraction=0.1,
       tokenizer='words',
       seq_len=12,
@@ -128,7 +143,7 @@ def shapes(fusion_type: str = 'co_attention') -> c.Config:
       distractors=True,
     ),
     optimizer=c.OptimizerConfig(learning_rate=2e-3, warmup_steps=40),
-    train=train(400),
+    train=train(num_steps),
   )
 
 
@@ -158,8 +173,10 @@ def frames(frame_choice: str, frames_read: int, num_steps: int) -> c.Config:
 
 SIZES = {
   'emoji': emoji,
-  'shapes': shapes,
+  'shapes': lambda: shapes('co_attention'),
   'shapes_late': lambda: shapes('late'),
+  'four_shapes': lambda: shapes('co_attention', 'generated:four_shapes', 600),
+  'four_shapes_late': lambda: shapes('late', 'generated:four_shapes', 600),
   'frames': lambda: frames('uniform', 0, 1200),
   'frames_routed': lambda: frames('routed', 2, 800),
 }

@@ -97,4 +97,18 @@ for a picture costs n of them. Towers of two blocks (`--config.model.num_layers=
 fused ones of one block, for less, and what fusion adds to them is within what seeds differ by:
 
 {_shapes('shapes_two_blocks')}
+
+## Four shapes
+A shape in each quarter of the picture, and captions of any row or column: one vector has to keep all that could be said, and a text that reads the
+picture looks where it says. Distractors are as before, chance is 0.25; 600 steps of 64 pairs.
+`jaxsparse train --config=multimodal:four_shapes --config.train.seed=SEED`:
+
+{_shapes('four_shapes')}
+
+Every seed of fusion is above every one of vectors alone, and seed 0 went from 41.6 to 47.7 % over the last 200 steps: learning has not ended. Towers of
+two blocks, seed 0, vectors alone:
+
+{_shapes('four_shapes_two_blocks')}
+
+Recall is low for all, as other pictures have what a caption says, too, and count as wrong.
 """

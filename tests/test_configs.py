@@ -65,6 +65,8 @@ MAX_MILLIONS = {
   'multimodal:emoji': 0.202,
   'multimodal:shapes': 0.293,
   'multimodal:shapes_late': 0.12,
+  'multimodal:four_shapes': 0.293,
+  'multimodal:four_shapes_late': 0.12,
   'multimodal:frames': 0.288,
   'multimodal:frames_routed': 0.293,
   'dcformer:405m': 420,
@@ -87,6 +89,7 @@ LESS = ('dense:tiny', 'ultramem:tiny', 'moe:tiny', 'pkm:tiny')
 LESS += ('memory_plus:tiny', 'joined:tiny')
 # With the model of another, or with more to choose from.
 LESS += ('multimodal:emoji', 'multimodal:shapes_late', 'multimodal:frames')
+LESS += ('multimodal:four_shapes', 'multimodal:four_shapes_late')
 LESS += ('continued:rewarmed', 'continued:infinite', 'continued:annealed')
 TRACED = [
   pytest.param(

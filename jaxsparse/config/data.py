@@ -40,7 +40,8 @@ class DataConfig:
   replay_share: float = 0.05
   # Pictures with captions instead of text: a folder of pictures with a
   # captions.jsonl, .tar files as webdataset has them, 'tfds:NAME' (a TensorFlow
-  # Dataset with pictures and texts), 'generated:shapes' or 'generated:frames'.
+  # Dataset with pictures and texts), or what is drawn: 'generated:shapes',
+  # 'generated:four_shapes' or 'generated:frames'.
   pairs: str = ''
   # What of the pairs is held out: 'random' ones, or whole groups ('group').
   held_out: str = 'random'

@@ -27,9 +27,9 @@ SHAPES = tuple(drawing.SHAPES)[:4]
 _RELATIONS = ('left of', 'above')
 # Of the two along the line on which they lie, and of both across it: either has
 # a half of the picture.
-_ALONG = ((0.2, 0.3), (0.7, 0.8))
+ALONG = ((0.2, 0.3), (0.7, 0.8))
 _ACROSS = (0.3, 0.7)
-_RADII = (0.14, 0.19)
+RADII = (0.14, 0.19)
 
 
 def _scene(number: int) -> tuple[int, list[Thing]]:
@@ -38,8 +38,8 @@ def _scene(number: int) -> tuple[int, list[Thing]]:
   relation = int(rng.integers(2))
   shapes = rng.permutation(len(SHAPES))[:2]
   colours = rng.permutation(len(COLOURS))[:2]
-  radii = rng.uniform(*_RADII, 2)
-  first, second = (rng.uniform(*bounds) for bounds in _ALONG)
+  radii = rng.uniform(*RADII, 2)
+  first, second = (rng.uniform(*bounds) for bounds in ALONG)
   across = rng.uniform(*_ACROSS)
   things = [
     Thing(
@@ -56,7 +56,19 @@ def _scene(number: int) -> tuple[int, list[Thing]]:
 
 
 def _pair(number: int) -> Pair:
-  relation, (a, b) = _scene(number)
+  relation, things = _scene(number)
+  return pair_of(number, relation, *things)
+
+
+def pair_of(number: int, relation: int, a: Thing, b: Thing) -> Pair:
+  """What is said of two shapes, and what could be with the same words.
+
+  Args:
+    number: of the picture.
+    relation: 0 if `a` is left of `b`, 1 if it is above.
+    a: that to the left, or on top.
+    b: the other.
+  """
   word = _RELATIONS[relation]
   recoloured = (a._replace(colour=b.colour), b._replace(colour=a.colour))
   said = [

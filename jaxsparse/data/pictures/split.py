@@ -16,6 +16,7 @@ from jaxsparse.data import builder, text_files
 from jaxsparse.data.percent import Percent
 from jaxsparse.data.pictures import captions
 from jaxsparse.data.pictures.folder import CAPTIONS, Folder
+from jaxsparse.data.pictures.four_shapes import FourShapes
 from jaxsparse.data.pictures.frames import Frames
 from jaxsparse.data.pictures.pair import Pair, Pairs, classes
 from jaxsparse.data.pictures.shapes import Shapes
@@ -25,7 +26,7 @@ from jaxsparse.run.workdir import expanded
 
 Say = Callable[[str], None]
 
-GENERATED = dict(shapes=Shapes, frames=Frames)
+GENERATED = dict(shapes=Shapes, four_shapes=FourShapes, frames=Frames)
 
 # Raised when the same pairs would be split in another way.
 _FORMAT = 1

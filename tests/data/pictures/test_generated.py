@@ -6,7 +6,7 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxsparse.data.pictures import drawing, frames, shapes
+from jaxsparse.data.pictures import drawing, four_shapes, frames, shapes
 from jaxsparse.data.pictures.drawing import Thing
 
 S = 32
@@ -53,8 +53,9 @@ def _kind(mask: np.ndarray) -> str:
   return 'cross' if share < 0.6 else 'circle' if share < 0.92 else 'square'
 
 
-def test_captions_are_true_and_distractors_are_not():
-  made = shapes.Shapes(60)
+@pytest.mark.parametrize('kind', [shapes.Shapes, four_shapes.FourShapes])
+def test_captions_are_true_and_distractors_are_not(kind):
+  made = kind(60)
   for pair in made.pairs:
     picture = made.picture(pair.number, 96)
     assert all(_is_true(caption, picture) for caption in pair.captions)
@@ -70,15 +71,18 @@ def test_distractors_have_the_words_of_the_caption():
     assert len({pair.captions[0], *pair.distractors}) == 4
 
 
-def test_all_relations_shapes_and_colours_come_first():
-  first = {tuple(p.captions[0].split()) for p in shapes.Shapes(400).pairs}
+@pytest.mark.parametrize('kind', [shapes.Shapes, four_shapes.FourShapes])
+def test_all_relations_shapes_and_colours_come_first(kind):
+  first = {tuple(p.captions[0].split()) for p in kind(400).pairs}
   relations = {' '.join(words[3:-3]) for words in first}
   assert relations == set(shapes._RELATIONS)
   assert {words[1] for words in first} == set(shapes.COLOURS)
   assert {words[2] for words in first} == set(shapes.SHAPES)
 
 
-@pytest.mark.parametrize('kind', [shapes.Shapes, frames.Frames])
+@pytest.mark.parametrize(
+  'kind', [shapes.Shapes, four_shapes.FourShapes, frames.Frames]
+)
 def test_a_number_gives_the_same_picture_at_any_size(kind):
   one, other = kind(5), kind(9)
   assert list(one.pairs) == list(other.pairs[:5])
