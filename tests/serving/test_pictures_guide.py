@@ -78,13 +78,14 @@ def test_commands_run_one_after_another(tmp_path, monkeypatch, capsys):
     assert exit_code([name, *flags]) == 0, capsys.readouterr().err
     said.append(capsys.readouterr().out)
   _, found, held_out, _, caption = said
+  line = re.compile(r'^ *\d+ +0\.\d+ +-?\d+\.\d+  an? ', re.M)
   for text in (found, held_out):
-    assert len(re.findall(r'^ *\d+ +0\.\d+ +-?\d+\.\d+  a ', text, re.M)) == 12
+    assert len(line.findall(text)) == 12
   assert 'trained on' in found
   assert held_out.count('(held out)') == 12
   for name in (retrieve.SHEET, retrieve.ATTENTION):
     with Image.open(tmp_path / 'runs' / 'shapes' / 'plots' / name) as picture:
       assert picture.width > 800
-  words = r'(a|red|green|blue|yellow|black|purple|orange|left|right|of|above'
-  words += r'|below|circle|square|triangle|cross|star)'
+  words = r'(an?|red|green|blue|yellow|black|brown|purple|orange|left|of|above'
+  words += r'|circle|square|triangle|cross)'
   assert re.fullmatch(rf'( ?{words})*\n', caption), caption
