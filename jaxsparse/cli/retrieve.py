@@ -2,7 +2,7 @@
 """Finds pictures by a text, or captions by a picture: jaxsparse retrieve.
 
 The best go to stdout, and their pictures to a contact sheet. With a matching
-head a second number is what the best few are in order by.
+head a second number is what the best few captions are in order by.
 """
 
 import argparse

@@ -41,7 +41,7 @@ class Found:
   # Cosine of both vectors.
   score: float
   # The temperature's share of it and the matching head's logit, by which the
-  # best few are in order; None behind these, and without a head.
+  # best few captions are in order; None behind these, and without a head.
   match: float | None = None
 
 
@@ -102,21 +102,34 @@ class PictureSearch:
 
   def by_text(self, text: str, number: int) -> list[Found]:
     """The pictures that a text is nearest to, the best first."""
-    best = self._best(self._images @ self.of_texts([text])[0], number)
-    return self._in_order(
-      best,
-      lambda few: [text] * len(few),
-      lambda few: [self._read(one.pair.number) for one in few],
-    )[:number]
+    return self._best(self._images @ self.of_texts([text])[0], number)
 
   def by_picture(self, picture: np.ndarray, number: int) -> list[Found]:
-    """The captions that a picture is nearest to, the best first."""
-    best = self._best(self._texts @ self.of_pictures([picture])[0], number)
-    return self._in_order(
-      best,
-      lambda few: [one.pair.captions[0] for one in few],
-      lambda few: [picture] * len(few),
-    )[:number]
+    """The captions that a picture is nearest to, the best first.
+
+    The first ones are in order by the matching head, if there is one: it has
+    learned hard texts of a picture, and no hard pictures of a text.
+    """
+    scores = self._texts @ self.of_pictures([picture])[0]
+    assert self._config.multimodal is not None
+    if not self._config.multimodal.matching_weight:
+      return self._best(scores, number)
+    # As many as are wanted, and as many as a program can put in order.
+    best = self._best(scores, max(number, _ROWS))
+    few, others = best[:_ROWS], best[_ROWS:]
+    rows = self._rows([one.pair.captions[0] for one in few])
+    images = _filled(np.stack([scaled(picture)] * len(few)))
+    matches = np.asarray(
+      self._match(self._variables, rows['tokens'], images, rows['segment_ids'])
+    )
+    learned = jnp.asarray(self._variables['params']['log_temperature'])
+    scale = jnp.exp(contrastive.clipped(learned))
+    few = [
+      dataclasses.replace(one, match=float(scale * one.score + match))
+      for one, match in zip(few, matches, strict=False)
+    ]
+    few.sort(key=lambda one: -(one.match or 0.0))
+    return (few + others)[:number]
 
   def attention(
     self, text: str, picture: np.ndarray
@@ -147,33 +160,8 @@ class PictureSearch:
     ]
 
   def _best(self, scores: np.ndarray, number: int) -> list[Found]:
-    """As many as are wanted, and as many as a program can put in order."""
-    order = np.argsort(-scores, kind='stable')[: max(number, _ROWS)]
+    order = np.argsort(-scores, kind='stable')[:number]
     return [Found(self._pairs[i], float(scores[i])) for i in order]
-
-  def _in_order(
-    self,
-    best: list[Found],
-    texts: Callable[[list[Found]], list[str]],
-    pictures: Callable[[list[Found]], list[np.ndarray]],
-  ) -> list[Found]:
-    """The first ones by the matching head, if there is one."""
-    assert self._config.multimodal is not None
-    if not self._config.multimodal.matching_weight:
-      return best
-    few, others = best[:_ROWS], best[_ROWS:]
-    rows = self._rows(texts(few))
-    images = _filled(np.stack([scaled(x) for x in pictures(few)]))
-    matches = np.asarray(
-      self._match(self._variables, rows['tokens'], images, rows['segment_ids'])
-    )
-    learned = jnp.asarray(self._variables['params']['log_temperature'])
-    scale = jnp.exp(contrastive.clipped(learned))
-    few = [
-      dataclasses.replace(one, match=float(scale * one.score + match))
-      for one, match in zip(few, matches, strict=False)
-    ]
-    return sorted(few, key=lambda one: -(one.match or 0.0)) + others
 
   def _rows(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
     rows = [

@@ -78,7 +78,7 @@ def test_commands_run_one_after_another(tmp_path, monkeypatch, capsys):
     assert exit_code([name, *flags]) == 0, capsys.readouterr().err
     said.append(capsys.readouterr().out)
   _, found, held_out, _, caption = said
-  line = re.compile(r'^ *\d+ +0\.\d+ +-?\d+\.\d+  an? ', re.M)
+  line = re.compile(r'^ *\d+ +0\.\d+  an? ', re.M)
   for text in (found, held_out):
     assert len(line.findall(text)) == 12
   assert 'trained on' in found
