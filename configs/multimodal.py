@@ -82,14 +82,12 @@ def stream(width: int, num_layers: int, **fields) -> c.ModelConfig:
   )
 
 
-def vision(
-  image_size: int, width: int, num_layers: int, **fields
-) -> c.VisionConfig:
+def vision(num_layers: int) -> c.VisionConfig:
   return c.VisionConfig(
-    stream=stream(width, num_layers, is_causal=False),
-    image_size=image_size,
+    stream=stream(64, num_layers, is_causal=False),
+    image_size=32,
     patch_size=8,
-    **fields,
+    positions='sincos',
   )
 
 
@@ -103,7 +101,7 @@ def emoji() -> c.Config:
   return c.Config(
     model=stream(64, 2, is_causal=False),
     multimodal=c.MultiModalConfig(
-      vision=vision(32, 64, 2, positions='sincos'),
+      vision=vision(2),
       fusion_type='late',
       fused_dim=64,
       contrastive='infonce',
@@ -129,7 +127,7 @@ def shapes(
   return c.Config(
     model=stream(64, 1, is_causal=False),
     multimodal=c.MultiModalConfig(
-      vision=vision(32, 64, 1, positions='sincos'),
+      vision=vision(1),
       fusion_type=fusion_type,
       fused_dim=64,
       **fields,

@@ -123,7 +123,7 @@ class PictureSearch:
       self._match(self._variables, rows['tokens'], images, rows['segment_ids'])
     )
     learned = jnp.asarray(self._variables['params']['log_temperature'])
-    scale = jnp.exp(contrastive.clipped(learned))
+    scale = contrastive.temperature(learned)
     few = [
       dataclasses.replace(one, match=float(scale * one.score + match))
       for one, match in zip(few, matches, strict=False)

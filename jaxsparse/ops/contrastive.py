@@ -64,6 +64,11 @@ def _clipped_backward(log_temperature, cotangent):
 clipped.defvjp(_clipped_forward, _clipped_backward)
 
 
+def temperature(log_temperature: Float[Array, '']) -> Float[Array, '']:
+  """What products of embeddings are multiplied with, at most 100."""
+  return jnp.exp(clipped(log_temperature))
+
+
 def contrastive_loss(
   name: str,
   image: Float[Array, 'B E'],
@@ -134,7 +139,7 @@ def siglip_loss(
 ) -> Float[Array, '']:
   """SigLIP's loss of a batch: summed over all pairs, for each picture."""
   item = _items(item, image)
-  scale = jnp.exp(clipped(log_temperature))
+  scale = temperature(log_temperature)
   total = _siglip_block(image, text, scale, bias, item, item, True)
   return (total + _siglip_wrong(wrong, scale, bias, item)) / _number(item)
 
@@ -162,7 +167,7 @@ def siglip_ring(
     item: what each row is, the same number for equal rows of other devices.
     wrong: as `contrastive_loss` takes it.
   """
-  scale = jnp.exp(clipped(log_temperature))
+  scale = temperature(log_temperature)
   size = jax.lax.axis_size(axes)
   ring = [(i, (i + 1) % size) for i in range(size)]
   # Logits are as many as a whole batch's on each device: made again in the
@@ -230,7 +235,7 @@ def infonce_loss(
 ) -> Float[Array, '']:
   """CLIP's loss of a batch: ln B where nothing tells the rows apart."""
   item = _items(item, image)
-  scale = jnp.exp(clipped(log_temperature))
+  scale = temperature(log_temperature)
   place = jnp.arange(len(item))
   total = sum(
     _cross_entropy(scale * _products(a, b), place, item, item, own)
@@ -251,7 +256,7 @@ def infonce_gathered(
 
   Gradients go back to the devices whose rows were gathered.
   """
-  scale = jnp.exp(clipped(log_temperature))
+  scale = temperature(log_temperature)
   gather = functools.partial(jax.lax.all_gather, axis_name=axes, tiled=True)
   items = gather(item)
   place = jax.lax.axis_index(axes) * len(item) + jnp.arange(len(item))

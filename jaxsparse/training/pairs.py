@@ -81,8 +81,7 @@ def loss(
       metrics[f'{name}_loss'] = part()
       total += weight * metrics[f'{name}_loss']
   if settings.contrastive_weight:
-    largest = contrastive.clipped(found['log_temperature'])
-    metrics['temperature'] = jnp.exp(largest)
+    metrics['temperature'] = contrastive.temperature(found['log_temperature'])
   return total, metrics, sown
 
 
@@ -127,7 +126,7 @@ def _matching(config, variables, found, batch, key):
   is_prefix = config.multimodal.fusion_type == 'prefix'
   text = batch['tokens'] if is_prefix else found['text']
   image, segments, item = found['image'], batch['segment_ids'], batch['item']
-  scale = jnp.exp(contrastive.clipped(found['log_temperature']))
+  scale = contrastive.temperature(found['log_temperature'])
 
   def draw_wrong(image, text, segments, item, vectors, others, key, scale):
     # Of a device's own rows, whose states it has.
@@ -220,7 +219,7 @@ def score_step(
     scores = found.get('match', 0.0)
     if settings.contrastive_weight:
       vectors = found['image_embedding'], found['text_embedding']
-      scale = jnp.exp(contrastive.clipped(found['log_temperature']))
+      scale = contrastive.temperature(found['log_temperature'])
       scores += scale * jnp.sum(vectors[0] * vectors[1], axis=-1)
   return everywhere(scores), everywhere(batch['item'] >= 0)
 
