@@ -171,7 +171,7 @@ def test_a_cache_gives_the_same_at_every_position(variant, lengths):
   y, _ = run_in_parts(module, params, lengths, *inputs, capacity=length + 2)
   is_token = segments[..., None] > 0
   np.testing.assert_allclose(
-    y * is_token, moved(expected, padding) * is_token, atol=2e-6
+    y * is_token, moved(expected, padding) * is_token, rtol=2e-6, atol=2e-6
   )
 
 
