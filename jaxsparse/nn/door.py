@@ -24,9 +24,12 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+import numpy as np
 from flax.core.scope import subtract_filters
 
 from jaxsparse import mesh
+from jaxsparse.config.errors import require, shown
 from jaxsparse.mesh import guest
 from jaxsparse.mesh.guest import Inside, Names
 from jaxsparse.mesh.layout import TableLayout
@@ -71,11 +74,18 @@ def portable(
     @functools.wraps(method)
     def call(module, *args, **kwargs):
       bound = signature.bind(module, *args, **kwargs).arguments
-      _, *arguments = bound.items()
-      _, x = arguments[0]
+      _, *given = bound.items()
+      # NumPy's know nothing of meshes, and `+=` would change the caller's.
+      arguments = {
+        name: jnp.asarray(x) if isinstance(x, np.ndarray) else x
+        for name, x in given
+      }
+      first = given[0][0]
+      x = arguments[first]
+      require(hasattr(x, 'ndim'), f'{first} must be an array, got {shown(x)}.')
       door = _Door(
         module,
-        dict(arguments),
+        arguments,
         x,
         num_leading=x.ndim - has_width,
         returns=returns,
@@ -85,7 +95,7 @@ def portable(
       )
       with door.mesh():
         if not door.is_needed():
-          return method(module, *args, **kwargs)
+          return method(module, **arguments)
         if module.is_initializing():
           return door.initialize(method)
         return door.run(method)

@@ -75,7 +75,8 @@ def gathered(
     dtype = jnp.float32 if dtype is None else dtype
     return value.gathered(dims).dequantized(dtype, mesh.gathered(dims))
   value = mesh.gather(value, dims)
-  return value if dtype is None else value.astype(dtype)
+  # An array of NumPy's has no `at`, by which rows are read.
+  return value if dtype is None else jnp.asarray(value).astype(dtype)
 
 
 def stored(

@@ -57,7 +57,8 @@ def reshaped(
   spec = mesh.spec_of(x)
   if spec is not None:
     spec = jax.P(*list(spec)[:num_kept], *[None] * len(shape))
-  return x.reshape(*x.shape[:num_kept], *shape, out_sharding=spec)
+  # An array of NumPy's has no such method.
+  return jnp.reshape(x, (*x.shape[:num_kept], *shape), out_sharding=spec)
 
 
 def places(num_rows: int, num_columns: int) -> Int[Array, 'L 2']:
