@@ -12,6 +12,7 @@ from jaxsparse.nn.attention import heads
 from jaxsparse.nn.attention.maps import show
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.layers import MLP, NORMS, weight
+from jaxsparse.nn.multimodal.masks import only_there
 from jaxsparse.ops.attention.dense import attention
 from jaxsparse.ops.patches import mean_of_segments
 
@@ -136,6 +137,7 @@ class Pool(nn.Module):
       segment_ids: which segment each position is of; 0 for padding.
       num_segments: G.
     """
+    x = only_there(x, segment_ids)
     if self.kind == 'mean':
       return (mean_of_segments(x, segment_ids, num_segments),)
     config, width = self.config, x.shape[-1]

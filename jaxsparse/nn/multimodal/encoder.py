@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """Text and pictures, or frames, as states, as vectors and fused."""
 
-import dataclasses
 import math
 from typing import Any
 
@@ -10,10 +9,18 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
 from jaxsparse import mesh
-from jaxsparse.config import ModelConfig, MultiModalConfig, VisionConfig
+from jaxsparse.config import ModelConfig, MultiModalConfig
 from jaxsparse.config.errors import require
-from jaxsparse.config.multimodal import check_streams, encoder_stream
+from jaxsparse.config.multimodal import check_streams
 from jaxsparse.nn.block import merged, prefixed
+from jaxsparse.nn.multimodal.agreement import (
+  FUSION_TYPE,
+  IMAGE_DIM,
+  TEXT_DIM,
+  require_states,
+  settings_of,
+  text_model_of,
+)
 from jaxsparse.nn.multimodal.cross_attention import Pool, normalised
 from jaxsparse.nn.multimodal.frame_router import FrameRouter
 from jaxsparse.nn.multimodal.fusion import (
@@ -21,13 +28,16 @@ from jaxsparse.nn.multimodal.fusion import (
   ConcatFusion,
   Linear,
 )
-from jaxsparse.nn.multimodal.masks import Mask, segments_of
+from jaxsparse.nn.multimodal.masks import (
+  Mask,
+  only_there,
+  positions_of,
+  segments_of,
+)
 from jaxsparse.nn.multimodal.patch_encoder import PatchEncoder
+from jaxsparse.nn.multimodal.pictures import patches_of
 from jaxsparse.nn.multimodal.text_tower import TextTower, behind_prefix
-from jaxsparse.ops.patches import patchify, reshaped
-
-# Of an encoder that is made of two widths alone.
-_LAYERS, _VOCABULARY = 4, 32_000
+from jaxsparse.ops.patches import reshaped
 
 # At the start: the temperature's logarithm, and SigLIP's bias.
 _TEMPERATURE = dict(siglip=math.log(10), infonce=math.log(1 / 0.07))
@@ -55,9 +65,9 @@ class MultiModalEncoder(nn.Module):
     axes: names of the mesh axes of a program of your own, see `mesh.Axes`.
   """
 
-  text_dim: int = 1024
-  image_dim: int = 768
-  fusion_type: str = 'co_attention'
+  text_dim: int = TEXT_DIM
+  image_dim: int = IMAGE_DIM
+  fusion_type: str = FUSION_TYPE
   config: MultiModalConfig | None = None
   model: ModelConfig | None = None
   axes: mesh.Axes = mesh.DEFAULT_AXES
@@ -102,23 +112,12 @@ class MultiModalEncoder(nn.Module):
   @property
   def settings(self) -> MultiModalConfig:
     """Of pictures, fusion and objectives."""
-    if self.config is not None:
-      return self.config
-    stream = encoder_stream(self.image_dim, _LAYERS)
-    return MultiModalConfig(
-      vision=VisionConfig(stream=stream), fusion_type=self.fusion_type
-    )
+    return settings_of(self.config, self.image_dim, self.fusion_type)
 
   @property
   def text_model(self) -> ModelConfig:
     """Of the text's stream."""
-    if self.model is not None:
-      return self.model
-    return dataclasses.replace(
-      encoder_stream(self.text_dim, _LAYERS),
-      vocab_size=_VOCABULARY,
-      is_causal=self.settings.fusion_type == 'prefix',
-    )
+    return text_model_of(self.model, self.text_dim, self.settings)
 
   def encode_text(
     self,
@@ -131,8 +130,11 @@ class MultiModalEncoder(nn.Module):
     Args:
       tokens: of a text a row, or of several, packed.
       segment_ids: text of each token; 0 for padding.
-      positions: of each in its text, by default that in its row.
+      positions: of each in its text, by default that in its row, padding left
+        out.
     """
+    if positions is None and segment_ids is not None:
+      positions = positions_of(jnp.asarray(segment_ids))
     return self.text(tokens, positions, segment_ids)[0]
 
   def encode_image(
@@ -150,10 +152,10 @@ class MultiModalEncoder(nn.Module):
       mask: what is there: of pictures and frames [B], [B, F] or patches
         [B, L], [B, F, L]; of patches the number of their picture in the row,
         from 1 on, and 0 for padding.
-      at: row and column of each patch, where there are no pictures.
+      at: row and column of each patch, of what is no picture of image_size.
 
     Raises:
-      UserError: they are of another size than config.vision has.
+      UserError: they are of another size, or as many frames, than config has.
     """
     return self._encode_image(images, mask, at)[0]
 
@@ -202,6 +204,8 @@ class MultiModalEncoder(nn.Module):
     Of fusion_type = 'prefix': `inputs` of a `Transformer` with the parameters
     `text`, whose first tokens the patches are.
     """
+    kind = self.settings.fusion_type
+    require(kind == 'prefix', f"fusion_type must be 'prefix', got {kind!r}.")
     return self.connector(image)[0]
 
   def caption_logits(
@@ -215,9 +219,15 @@ class MultiModalEncoder(nn.Module):
 
     Of fusion_type = 'prefix', or of 'co_attention' with a causal text.
     """
+    kind, is_causal = self.settings.fusion_type, self.text_model.is_causal
+    require(
+      is_causal and kind in ('prefix', 'co_attention'),
+      "caption_logits need fusion_type = 'prefix' or 'co_attention', and a "
+      f'causal text; got {kind!r} and is_causal = {is_causal}.',
+    )
     segments = segments_of(segment_ids, tokens)
     text = tokens
-    if self.settings.fusion_type != 'prefix':
+    if kind != 'prefix':
       text = self.encode_text(tokens, segment_ids)
     seen = self._frames_of(image_mask, image)
     _, states, _ = self._fuse(text, image, segments, seen)
@@ -254,7 +264,7 @@ class MultiModalEncoder(nn.Module):
     settings = self.settings
     segments = segments_of(segment_ids, tokens)
     text, _, _, of_text = self.text(
-      tokens, None, segments, deterministic=deterministic
+      tokens, positions_of(segments), segments, deterministic=deterministic
     )
     image, seen, of_image = self._encode_image(
       images, image_mask, deterministic=deterministic
@@ -284,6 +294,8 @@ class MultiModalEncoder(nn.Module):
 
   def match_logit(self, fused: Float[Array, 'B D']) -> Float[Array, 'B']:
     """Whether text and picture are a pair, of what both are fused to."""
+    weight = self.settings.matching_weight
+    require(weight > 0, f'match_logit needs matching_weight > 0, got {weight}.')
     (logit,) = self.match(fused[:, None])
     return logit[:, 0, 0]
 
@@ -300,18 +312,7 @@ class MultiModalEncoder(nn.Module):
 
   def _encode_image(self, images, mask, at=None, deterministic=True):
     """States [B, L, E], whether each patch is there, and metrics."""
-    size = self.settings.vision.patch_size
-    is_pixels = images.ndim > 3
-    require(
-      images.ndim in (3, 4, 5),
-      'images must be pictures [B, S, S, 3], frames [B, F, S, S, 3] or patches '
-      f'[B, L, 3 P^2], got {list(images.shape)}.',
-    )
-    require(
-      is_pixels or at is not None,
-      'patches [B, L, 3 P^2] need `at`, a row and a column of each.',
-    )
-    patches = patchify(images, size) if is_pixels else images
+    patches = patches_of(images, at, self.settings)
     shape = patches.shape[:-1]
     segments = segments_of(mask, patches, shape)
     states, metrics = self.image(patches, at, segments, deterministic)
@@ -339,6 +340,10 @@ class MultiModalEncoder(nn.Module):
     settings, others, gate = self.settings, {}, None
     kind = settings.fusion_type
     text_segments = (text_segments > 0).astype(jnp.int32)
+    require_states(settings, self.text_model, text, image)
+    image = only_there(image, seen)
+    if text.ndim == 3:
+      text = only_there(text, text_segments)
     if settings.num_frames > 1:
       question = ()
       if settings.frame_choice == 'routed':
@@ -370,9 +375,8 @@ class MultiModalEncoder(nn.Module):
     elif kind == 'concat':
       states, segments = self.fusion(text, image, text_segments, seen)
     else:
-      positions = jnp.maximum(jnp.cumsum(text_segments, axis=1) - 1, 0)
       states, image, _ = self.fusion(
-        text, image, positions, text_segments, seen, gate
+        text, image, positions_of(text_segments), text_segments, seen, gate
       )
       segments = text_segments
     (pooled,) = self.text_pool(states, segments)

@@ -10,6 +10,7 @@ from jaxtyping import Array, Float, Int
 
 from jaxsparse import mesh
 from jaxsparse.config import ModelConfig, MultiModalConfig
+from jaxsparse.config.errors import require
 from jaxsparse.nn.attention import heads
 from jaxsparse.nn.door import portable
 from jaxsparse.ops.patches import mean_of_segments
@@ -53,9 +54,17 @@ class FrameRouter(nn.Module):
       The patches [B, k L, E], segments [B, k L] and gates [B, k L] of those
       that are read, the frames' shares [B, F], and the number of frames that
       are read and that are there [B, 2].
+
+    Raises:
+      UserError: the patches are not those of as many frames.
     """
     config = self.config
     num_frames, num_read = config.num_frames, config.most_frames_read
+    require(
+      image.shape[1] % num_frames == 0,
+      f'image must have the patches of num_frames = {num_frames} frames, as '
+      f'many of each; got {image.shape[1]} in all.',
+    )
     choose = functools.partial(
       _choose, config=config, num_frames=num_frames, num_read=num_read
     )

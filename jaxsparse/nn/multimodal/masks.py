@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What of a batch is there, as segment ids."""
+"""What of a batch is there, as segment ids, and where."""
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Num
 
 from jaxsparse.config.errors import require
 from jaxsparse.ops.patches import reshaped
@@ -29,6 +29,7 @@ def segments_of(
     # Of `x`, so as to lie as it lies.
     of_x = x[..., 0] if x.ndim > len(shape) else x
     return jnp.ones_like(of_x, jnp.int32)
+  mask = jnp.asarray(mask)
   num_dims = mask.ndim
   require(
     mask.shape == shape[:num_dims],
@@ -38,3 +39,15 @@ def segments_of(
   mask = mask.astype(jnp.int32)
   mask = reshaped(mask, num_dims, (1,) * (len(shape) - num_dims))
   return jnp.broadcast_to(mask, shape)
+
+
+def positions_of(segment_ids: Int[Array, 'B T']) -> Int[Array, 'B T']:
+  """Positions in a row, which leave out padding wherever it stands."""
+  return jnp.maximum(jnp.cumsum(segment_ids > 0, axis=-1) - 1, 0)
+
+
+def only_there(
+  x: Num[Array, 'B L D'], segment_ids: Int[Array, 'B L']
+) -> Num[Array, 'B L D']:
+  """`x` with zeros for padding: a factor of 0 leaves NaN as it is."""
+  return jnp.where(segment_ids[..., None] > 0, x, jnp.zeros_like(x))

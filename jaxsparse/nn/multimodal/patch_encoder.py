@@ -11,7 +11,8 @@ from jaxsparse.config import VisionConfig
 from jaxsparse.config.errors import require
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.layers import NORMS, Metrics, bias, weight
-from jaxsparse.nn.leading import Leading
+from jaxsparse.nn.leading import Leading, require_integers
+from jaxsparse.nn.multimodal.masks import only_there
 from jaxsparse.nn.stream import check_split, run_blocks
 from jaxsparse.ops.patches import places, sines_2d
 from jaxsparse.ops.token_product import token_product
@@ -50,7 +51,7 @@ class PatchEncoder(nn.Module):
       at: row and column of each patch, by default those of a picture of
         image_size. Learned positions beyond it are NaN.
       segment_ids: picture of each patch; 0 for padding. By default all patches
-        are of one.
+        are of one. What stands in padding changes nothing.
       deterministic: False for dropout, which needs the rng 'dropout'.
 
     Returns:
@@ -58,7 +59,7 @@ class PatchEncoder(nn.Module):
 
     Raises:
       UserError: patches are of another size, or without `at` not as many as a
-        picture has; a size does not fit the mesh.
+        picture has; places are no integers; a size does not fit the mesh.
     """
     lead, config = Leading.of(patches, 'patches'), self.config
     require(
@@ -74,6 +75,12 @@ class PatchEncoder(nn.Module):
         f'{list(lead.shape)}.',
       )
       at = jnp.broadcast_to(places(config.grid, config.grid), (*lead.shape, 2))
+    require_integers(at, 'at')
+    require(
+      at.shape == (*lead.shape, 2),
+      f'at must have the dimensions {[*lead.shape, 2]}, a row and a column of '
+      f'each patch, got {list(at.shape)}.',
+    )
     _, segment_ids = lead.places(segment_ids, segment_ids)
     x, metrics = self._run(
       lead.flat(patches, 'patches'),
@@ -88,6 +95,8 @@ class PatchEncoder(nn.Module):
     config, stream = self.config, self.config.stream
     check_split(stream, len(patches))
     width = stream.model_dim
+    # Whatever stands in padding, NaN and places beyond the table among it.
+    patches, at = (only_there(x, segment_ids) for x in (patches, at))
     matrix = self._table('patches', config.patch_dim, 1 / config.patch_dim)
     x = patches.astype(stream.dtype)
     x = token_product('p,pd->d', x, matrix, out_sharding=mesh.act('BTD'))

@@ -34,7 +34,7 @@ def test_padding_changes_nothing(name):
   want = run(name)
   tokens = np.where(SEGMENTS > 0, TOKENS, 3)
   images = IMAGES.copy()
-  images[1, P:, P:] += 1
+  images[1, P:, P:] = np.nan
   got = run(name, tokens, images)
   for key in ('text_embedding', 'image_embedding', 'fused'):
     np.testing.assert_allclose(got[key], want[key], atol=1e-6)
@@ -46,6 +46,17 @@ def test_padding_changes_nothing(name):
   tokens = (TOKENS + 1) % VOCABULARY
   assert np.abs(run(name, tokens)['fused'] - want['fused']).max() > 1e-3
   assert np.abs(run(name, images=-IMAGES)['fused'] - want['fused']).max() > 1e-3
+
+
+@pytest.mark.parametrize('name', PICTURES)
+def test_padding_may_stand_anywhere(name):
+  want, at = run(name), [1, 3, 4]
+  tokens, segments = TOKENS.copy(), SEGMENTS.copy()
+  tokens[1, at], segments[1] = TOKENS[1, :3], 0
+  segments[1, at] = 1
+  got = run(name, tokens, segments=segments)
+  for key in ('text_embedding', 'fused'):
+    np.testing.assert_allclose(got[key], want[key], atol=1e-5)
 
 
 @pytest.mark.parametrize('name', few(['co_attention', 'prefix'], PICTURES))
@@ -72,7 +83,8 @@ def test_gradients_where_nothing_is_there(name):
 
     return jax.grad(loss)(params)
 
-  found = gradients(params_of(name), TOKENS, IMAGES, SEGMENTS, SEEN * 0)
+  images = IMAGES * np.float32(np.nan)
+  found = gradients(params_of(name), TOKENS, images, SEGMENTS, SEEN * 0)
   assert all(np.isfinite(x).all() for x in jax.tree.leaves(found))
 
 

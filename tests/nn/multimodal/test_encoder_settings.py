@@ -5,15 +5,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import pytest
 from encoders import (
   ENCODERS,
   IMAGES,
   NUM_PATCHES,
-  SEEN,
-  SEGMENTS,
-  SIDE,
   TOKENS,
   B,
   P,
@@ -145,24 +141,21 @@ def test_settings_that_cannot_be(fields, sentence):
     jax.eval_shape(encoder(**fields).init, jax.random.key(0), TOKENS, IMAGES)
 
 
-def test_inputs_that_cannot_be():
-  module = ENCODERS['co_attention']
-
-  def call(images, mask=None):
-    with pytest.raises(UserError) as error:
-      jax.eval_shape(
-        module.apply, params_of('co_attention'), TOKENS, images, SEGMENTS, mask
-      )
-    return str(error.value)
-
-  assert 'need `at`' in call(np.zeros((B, NUM_PATCHES, 27), np.float32))
-  assert 'got [2, 6]' in call(np.zeros((B, SIDE), np.float32))
-  assert 'multiples of patch_size = 3, got 4 x 4' in call(IMAGES[:, :4, :4])
-  assert 'image_size = 6 pixels a side' in call(IMAGES[:, :3, :3])
-  assert 'a mask must have the dimensions [2, 4]' in call(IMAGES, SEEN[:, 1:])
-
-
 def test_a_model_without_a_vocabulary():
   module = MultiModalEncoder(model=ModelConfig(is_causal=False))
   with pytest.raises(UserError, match='vocab_size of the text must be set'):
+    jax.eval_shape(module.init, jax.random.key(0), TOKENS, IMAGES)
+
+
+@pytest.mark.parametrize(
+  ('fields', 'sentence'),
+  [
+    (dict(fusion_type='late'), "'late' is not that of config, 'co_attention'"),
+    (dict(text_dim=9), 'text_dim = 9 is not that of model, 8: leave it out'),
+    (dict(image_dim=9), 'image_dim = 9 is not that of config, 12'),
+  ],
+)
+def test_attributes_that_contradict_each_other(fields, sentence):
+  module = ENCODERS['co_attention'].clone(**fields)
+  with pytest.raises(UserError, match=sentence):
     jax.eval_shape(module.init, jax.random.key(0), TOKENS, IMAGES)

@@ -1,11 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """A video's frames, of which the text reads some."""
 
-import functools
-
 import jax
+import jax.numpy as jnp
 import numpy as np
-from encoders import ENCODERS, FRAMES, NUM_PATCHES, B, params_of, run
+from encoders import ENCODERS, FRAMES, NUM_PATCHES, B, P, params_of, run
+
+from jaxsparse.nn.multimodal import PatchEncoder
+from jaxsparse.ops.patches import patchify
 
 SEEN = np.ones((B, 4, NUM_PATCHES), np.int32)
 
@@ -17,10 +19,10 @@ def read_by(found):
 
 def test_frames_are_pictures_one_after_another():
   found = run('frames')
-  module = ENCODERS['frames']
-  alone = jax.jit(functools.partial(module.apply, method='encode_image'))(
-    params_of('frames'), FRAMES[:, 1]
-  )
+  module = PatchEncoder(ENCODERS['frames'].config.vision)
+  params = params_of('frames')['params']['image']
+  patches = patchify(jnp.asarray(FRAMES[:, 1]), P)
+  alone, _ = jax.jit(module.apply)({'params': params}, patches)
   at = slice(NUM_PATCHES, 2 * NUM_PATCHES)
   np.testing.assert_allclose(found['image'][:, at], alone, atol=1e-5)
   assert found['metrics']['frames/share_read'] == 0.5
@@ -62,7 +64,7 @@ def test_frames_that_are_not_there_count_as_nothing():
   np.testing.assert_allclose(found['metrics']['frames/share_read'], 3 / 5)
   np.testing.assert_array_equal(found['shares'][0, 1:], 0)
   other = FRAMES.copy()
-  other[0, 1:] = 0.5
+  other[0, 1:] = np.nan
   again = run('frames', images=other, seen=seen)
   np.testing.assert_allclose(again['fused'], found['fused'], atol=1e-6)
 
