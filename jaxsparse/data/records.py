@@ -81,13 +81,12 @@ def json_lines(
       record = json.loads(line.decode())
     except UnicodeDecodeError as error:
       raise UserError(
-        f'{place} of {str(path)!r} is not UTF-8: convert it, or leave it out '
-        'of data.text.'
+        f'{place} of {str(path)!r} is not UTF-8: convert it, or leave it out.'
       ) from error
     except (ValueError, RecursionError) as error:
       raise UserError(
         f'{place} of {str(path)!r} is no JSON ({_reason(error)}): repair it, '
-        'or leave it out of data.text.'
+        'or leave it out.'
       ) from error
     yield place, record
 

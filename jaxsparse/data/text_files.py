@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The files that data.text names: paths, folders and globs, local or remote."""
 
+import contextlib
 import glob
 import pathlib
 from collections.abc import Callable, Iterator
@@ -108,24 +109,42 @@ def _holds(condition: Callable[[], bool]) -> bool:
     return False
 
 
-def _remote_files(name: str) -> list[epath.Path]:
+def remote_path(name: str) -> epath.Path:
+  """A place elsewhere, as 'gs://bucket/folder'.
+
+  Raises:
+    ValueError: nothing is known of its scheme.
+  """
   try:
-    return list(_matches_of(name))
+    return epath.Path(name)
+  except KeyError:
+    scheme = name.partition('://')[0]
+    raise ValueError(f'no scheme {scheme}:// is known') from None
+
+
+@contextlib.contextmanager
+def reaching(name: str) -> Iterator[None]:
+  """Says in a sentence why a place elsewhere cannot be reached."""
+  try:
+    yield
+  except UserError:
+    raise
   except Exception as error:
     reason = (str(error).splitlines() or [type(error).__name__])[0]
     raise UserError(
       f'data.text = {name!r} cannot be reached ({reason}): see to access and '
-      'to the library of its scheme, such as gcsfs for gs://, or copy the text '
-      'to this machine.'
+      'to the library of its scheme, such as gcsfs for gs://, or copy it to '
+      'this machine.'
     ) from error
 
 
+def _remote_files(name: str) -> list[epath.Path]:
+  with reaching(name):
+    return list(_matches_of(name))
+
+
 def _matches_of(name: str) -> Iterator[epath.Path]:
-  scheme = name.partition('://')[0]
-  try:
-    path = epath.Path(name)
-  except KeyError:
-    raise ValueError(f'no scheme {scheme}:// is known') from None
+  path = remote_path(name)
   if path.is_dir():
     yield from _files_below(path)
   elif path.exists():
@@ -134,6 +153,7 @@ def _matches_of(name: str) -> Iterator[epath.Path]:
     # The first two parts stand for the scheme.
     parts = path.parts[2:]
     fixed = next(i for i, part in enumerate(parts) if glob.has_magic(part))
+    scheme = name.partition('://')[0]
     root = epath.Path(f'{scheme}://{"/".join(parts[:fixed])}')
     for match in root.glob('/'.join(parts[fixed:])):
       if not match.is_dir():

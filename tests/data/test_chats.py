@@ -177,7 +177,7 @@ def test_forms_of_files(tmp_path, name, wrap):
 @pytest.mark.parametrize(
   ('line', 'words'),
   [
-    ('{', r'is no JSON .*, or leave it out of data\.messages\.$'),
+    ('{', r'is no JSON .*, or leave it out\.$'),
     ('3', 'holds 3 where a list of messages belongs'),
     ('{"message": []}', r"no field 'messages' \(did you mean message\?\)"),
     ('{"messages": []}', r'holds \[\] where a list'),

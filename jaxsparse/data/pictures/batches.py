@@ -66,9 +66,15 @@ def train_iterator(
     process_count: all processes.
 
   Raises:
-    UserError: the processes do not divide the lanes.
+    UserError: the processes do not divide the lanes, or a batch would have a
+      pair twice.
   """
   number = len(corpus.train)
+  if config.batch_size > number:
+    raise UserError(
+      f'data.batch_size = {config.batch_size:,} must be at most {number:,}, '
+      'the pairs to train on, as those of a batch are compared.'
+    )
 
   def row(drawn: _Drawn) -> dict[str, np.ndarray]:
     pair = drawn.pair

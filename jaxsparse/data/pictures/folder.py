@@ -42,7 +42,8 @@ class Folder:
     # Names of each pair's frames; of a picture one.
     self._frames: list[tuple[str, ...]] = []
     self._is_video = None
-    lines = {}
+    lines: dict[tuple[str, ...], str] = {}
+    taken: set[str] = set()
     try:
       raw = (path / CAPTIONS).open('rb')
     except OSError as error:
@@ -55,17 +56,24 @@ class Folder:
         place = f'{line} of {str(path / CAPTIONS)!r}'
         fields = captions.fields_of(record, place)
         names = self._names(record, place)
-        name = names[0]
-        if name in lines:
+        if names in lines:
           raise UserError(
-            f'{place} names {name!r}, as {lines[name]} does: give all captions '
-            'of a picture in one line, as "captions": ["...", "..."].'
+            f'{place} names {", ".join(map(repr, names))}, as {lines[names]} '
+            f'does: give all captions of a {self._item} in one line, as '
+            '"captions": ["...", "..."].'
           )
-        lines[name] = line
+        lines[names] = line
+        # Videos may begin alike. No folder has the name of a picture.
+        name = '/'.join(names) if names[0] in taken else names[0]
+        taken.add(name)
         self.pairs.append(Pair(name=name, number=len(self.pairs), **fields))
         self._frames.append(names)
     captions.require_pairs(self.pairs, str(path))
     self._require_files(lines)
+
+  @property
+  def _item(self) -> str:
+    return 'video' if self._is_video else 'picture'
 
   def digest(self, number: int) -> str:
     whole = hashlib.sha256()
@@ -122,12 +130,14 @@ class Folder:
         'pictures alone, or videos of as many frames each.'
       )
     self._is_video = is_video
-    return tuple(names)
+    # Without './' and the like.
+    return tuple(str(pathlib.PurePosixPath(name)) for name in names)
 
-  def _require_files(self, lines: dict[str, str]) -> None:
-    there = _names_below(self._images)
+  def _require_files(self, lines: dict[tuple[str, ...], str]) -> None:
+    named = {name for names in self._frames for name in names}
+    there = _those_there(self._images, named)
     missing = [
-      (lines[names[0]], name)
+      (lines[names], name)
       for names in self._frames
       for name in names
       if name not in there
@@ -142,14 +152,25 @@ class Folder:
       )
 
 
-def _names_below(folder: Any) -> set[str]:
-  """Names of all files below a folder, as 'a/b.png'."""
-  found, folders = set(), [('', folder)]
-  while folders:
-    prefix, here = folders.pop()
-    for path in here.iterdir():
-      if path.is_dir():
-        folders.append((f'{prefix}{path.name}/', path))
-      else:
-        found.add(f'{prefix}{path.name}')
-  return found
+def _those_there(folder: Any, names: set[str]) -> set[str]:
+  """Those of the names, such as 'a/b.png', that are in the folder.
+
+  Each of their folders is listed once, which costs less than asking for each
+  name where files lie elsewhere; no other is, as links may go in circles.
+
+  Raises:
+    UserError: a folder cannot be read.
+  """
+  found = set()
+  for parent in {str(pathlib.PurePosixPath(name).parent) for name in names}:
+    prefix = '' if parent == '.' else f'{parent}/'
+    try:
+      found |= {f'{prefix}{path.name}' for path in (folder / parent).iterdir()}
+    except (FileNotFoundError, NotADirectoryError):
+      continue
+    except OSError as error:
+      raise UserError(
+        f'{str(folder / parent)!r} cannot be read ({error.strerror or error}): '
+        'let it be read.'
+      ) from error
+  return found & names

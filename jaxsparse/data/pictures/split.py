@@ -59,6 +59,8 @@ def read(config: DataConfig, corpora: pathlib.Path, say: Say = print) -> Corpus:
       f'data.without = {config.without!r} is in every first caption: take '
       'words that fewer pairs have.'
     )
+  if config.without and len(pairs) == len(collection.pairs):
+    say(f'data.without = {config.without!r} is in no first caption.')
   percent = Percent('Hashing the pictures', len(pairs), say)
   digests = []
   for pair in pairs:
@@ -76,6 +78,7 @@ def read(config: DataConfig, corpora: pathlib.Path, say: Say = print) -> Corpus:
   shares = [config.validation_fraction, config.test_fraction, config.held_out]
   content = [
     [digest, pair.name, pair.captions, pair.group, pair.prompt, pair.split]
+    + _more(pair) * (not config.pairs.startswith('generated:'))
     for pair, digest in zip(pairs, digests, strict=True)
   ]
   identity = json.dumps(['pairs', _FORMAT, *shares, content])
@@ -95,6 +98,16 @@ def read(config: DataConfig, corpora: pathlib.Path, say: Say = print) -> Corpus:
     ),
     pictures=collection,
   )
+
+
+def _more(pair: Pair) -> list:
+  """What a key is of besides, where a pair has it.
+
+  Of generated ones the digest says all. Without such a pair the key is what it
+  was before these were in it, so that runs of former versions go on.
+  """
+  some = [pair.distractors, pair.meaning]
+  return some if any(some) else []
 
 
 def find(config: DataConfig, say: Say = print) -> Pairs:
@@ -118,18 +131,26 @@ def find(config: DataConfig, say: Say = print) -> Pairs:
         f'{", ".join(f"generated:{known}" for known in GENERATED)}.'
       )
     return GENERATED[name]()
-  path = epath.Path(expanded(where))
+  if '://' not in where:
+    return _in_files(epath.Path(expanded(where)), where, say)
+  with text_files.reaching(where):
+    # Of several none is a folder with captions.
+    path = None if ',' in where else text_files.remote_path(where)
+    return _in_files(path, where, say)
+
+
+def _in_files(path: epath.Path | None, where: str, say: Say) -> Pairs:
   try:
-    if (path / CAPTIONS).exists():
+    if path is not None and (path / CAPTIONS).exists():
       return Folder(path)
-    patterns = str(path / '*.tar') if path.is_dir() else where
-    archives = text_files.find(patterns)
+    is_folder = path is not None and path.is_dir()
+    archives = text_files.find(str(path / '*.tar') if is_folder else where)
   # Such as one that is no path at all.
   except (OSError, ValueError) as error:
     if isinstance(error, UserError) and 'names no file' not in str(error):
       raise
     raise captions.not_found(where) from error
-  return Tar(archives)
+  return Tar(archives, say)
 
 
 def _split(pairs: list[Pair], config: DataConfig) -> dict[str, list[Pair]]:

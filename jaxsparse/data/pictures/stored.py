@@ -3,7 +3,7 @@
 
 Decoding costs more than the rest of a batch, and a broken picture is better
 found before training than after hours of it. So all are decoded at the first
-start and kept beside the corpus, unless they would fill the disk.
+start, and kept beside the corpus unless they would fill the disk.
 """
 
 import contextlib
@@ -14,9 +14,11 @@ import numpy as np
 
 from jaxsparse.data import builder
 from jaxsparse.data.percent import Percent
+from jaxsparse.data.pictures.pair import Pair
 from jaxsparse.data.pieces import Corpus
 
-# Pixels of more are decoded anew whenever they are read.
+# Those of more are decoded once to find broken ones, and then whenever they are
+# read.
 MOST_BYTES = 1 << 32
 
 Read = Callable[[int], np.ndarray]
@@ -46,7 +48,10 @@ def reader(
     return collection.picture(number, size)
 
   first = decoded(pairs[0].number)
-  if collection.is_drawn or first.nbytes * len(pairs) > MOST_BYTES:
+  if collection.is_drawn:
+    return decoded
+  if first.nbytes * len(pairs) > MOST_BYTES:
+    _check(corpus.directory / f'checked_{size}', pairs, decoded, say)
     return decoded
   path = corpus.directory / f'pictures_{size}.npy'
   rows = {
@@ -62,6 +67,24 @@ def reader(
       _decode(path, shape, rows, decoded, say)
       kept = _kept(path, shape)
   return lambda number: kept[rows[number]]
+
+
+def _check(
+  path: pathlib.Path,
+  pairs: list[Pair],
+  decoded: Read,
+  say: Callable[[str], None],
+) -> None:
+  """Decodes all pictures, once: then the file is there."""
+  lock = path.with_suffix('.lock')
+  with builder.user_errors(path.parent), builder.locked(lock):
+    if path.exists():
+      return
+    percent = Percent('Checking the pictures', len(pairs), say)
+    for number, pair in enumerate(pairs):
+      percent.reach(number)
+      decoded(pair.number)
+    path.touch()
 
 
 def _kept(path: pathlib.Path, shape: tuple[int, ...]) -> np.ndarray | None:

@@ -8,7 +8,7 @@ import hashlib
 import json
 import pathlib
 import tarfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -53,8 +53,16 @@ class Tar:
 
   is_drawn = False
 
-  def __init__(self, paths: Sequence[pathlib.PurePath]):
+  def __init__(
+    self,
+    paths: Sequence[pathlib.PurePath],
+    say: Callable[[str], None] = print,
+  ):
     """Reads names and captions.
+
+    Args:
+      paths: of the files.
+      say: gets a line on pictures that are no pair's.
 
     Raises:
       UserError: a file is no whole tar file, or has a picture without a
@@ -64,7 +72,7 @@ class Tar:
     self._pictures: list[_Member] = []
     archive_of = {}
     for path in paths:
-      for key, parts in _samples(path).items():
+      for key, parts in _samples(path, say).items():
         where = f'{key!r} in {str(path)!r}'
         if key in archive_of:
           raise UserError(
@@ -93,9 +101,11 @@ class Tar:
     return decode.read_picture(member.read(), size, str(member))
 
 
-def _samples(path: Any) -> dict[str, dict[str, _Member]]:
+def _samples(
+  path: Any, say: Callable[[str], None]
+) -> dict[str, dict[str, _Member]]:
   """Picture and caption of each key, in the order of the file."""
-  found = {}
+  found, left_out = {}, []
   try:
     with path.open('rb') as file, tarfile.open(fileobj=file, mode='r:') as tar:
       for entry in tar:
@@ -107,9 +117,11 @@ def _samples(path: Any) -> dict[str, dict[str, _Member]]:
         if not stem or not ending:
           continue
         kind = _kind(ending.lower())
-        if kind is None:
-          continue
         key = f'{folder}/{stem}' if folder else stem
+        if kind is None:
+          if _kind(ending.lower().rpartition('.')[2]) == 'picture':
+            left_out.append((key, entry.name))
+          continue
         parts = found.setdefault(key, {})
         if kind in parts:
           raise UserError(
@@ -117,13 +129,39 @@ def _samples(path: Any) -> dict[str, dict[str, _Member]]:
             f'{parts[kind].name!r} and {entry.name!r}: leave one out.'
           )
         parts[kind] = _Member(path, entry.name, entry.offset_data, entry.size)
+      _require_end(file, tar.offset, path)
   except tarfile.TarError as error:
     raise _broken(path, str(error).splitlines()[0]) from error
   except OSError as error:
     raise UserError(
       f'{str(path)!r} cannot be read ({error.strerror or error}).'
     ) from error
+  # A pair may have other pictures besides, such as masks.
+  left_out = [name for key, name in left_out if key not in found]
+  if left_out:
+    say(
+      f'Pictures of {str(path)!r} that are left out: {len(left_out):,}, such '
+      f'as {left_out[0]!r}, as a key ends at the first dot of its name.'
+    )
   return found
+
+
+def _require_end(file: Any, offset: int, path: Any) -> None:
+  """Refuses a file that was cut off, or that has more behind its end.
+
+  Where its next entry is broken `tarfile` stops as where there is none.
+
+  Args:
+    file: the tar file.
+    offset: where its entries end.
+    path: for errors.
+  """
+  file.seek(offset)
+  rest = file.read(_MOST_BYTES)
+  if len(rest) < tarfile.BLOCKSIZE:
+    raise _broken(path, f'it ends too early, at byte {offset + len(rest):,}')
+  if any(rest):
+    raise _broken(path, f'what is no file begins at byte {offset:,}')
 
 
 def _kind(ending: str) -> str | None:
@@ -157,6 +195,6 @@ def _fields(member: _Member) -> dict[str, Any]:
 
 def _broken(path: Any, reason: str) -> UserError:
   return UserError(
-    f'{str(path)!r} is no whole tar file ({reason}): give plain .tar files; '
-    'compressed ones have no places to read from.'
+    f'{str(path)!r} is no whole tar file ({reason}): give whole, plain .tar '
+    'files; compressed ones have no places to read from.'
   )

@@ -309,8 +309,15 @@ def test_frames_make_batches_of_videos(tmp_path):
   ]
   folder = pairs.write_folder(tmp_path, lines, 8)
   corpus = build_corpus(_config(folder), lambda _: None)
-  batch = next(_train(folder, corpus, stored.reader(corpus, S)))
-  assert batch['images'].shape == (8, 2, S, S, 3)
+  sizes = dict(batch_size=2, num_lanes=2)
+  batch = next(_train(folder, corpus, stored.reader(corpus, S), **sizes))
+  assert batch['images'].shape == (2, 2, S, S, 3)
+
+
+def test_a_batch_has_no_pair_twice(folder, corpus, read):
+  number = len(corpus.train)
+  with pytest.raises(UserError, match=f'batch_size = 32 .* at most {number},'):
+    _train(folder, corpus, read, batch_size=32)
 
 
 def test_words_of_captions_make_a_small_vocabulary(folder, corpus, tmp_path):
@@ -353,11 +360,22 @@ def test_pictures_are_decoded_once_and_a_broken_one_is_named(tmp_path):
   assert {path.suffix for path in corpus.directory.iterdir()} == {'.lock'}
 
 
-def test_too_many_pictures_are_decoded_as_they_are_read(
-  folder, corpus, monkeypatch
+def test_of_too_many_pictures_a_broken_one_is_named_as_well(
+  tmp_path, monkeypatch
 ):
+  """At the first start; then they are decoded as they are read."""
   monkeypatch.setattr(stored, 'MOST_BYTES', 100)
-  before = set(corpus.directory.iterdir())
-  read = stored.reader(corpus, 2 * S)
-  assert read(3).shape == (2 * S, 2 * S, 3)
-  assert set(corpus.directory.iterdir()) == before
+  folder = pairs.write_folder(tmp_path, pairs.records(5))
+  (folder / 'images' / '003.png').write_bytes(pairs.png(3)[:60])
+  corpus = build_corpus(_config(folder), lambda _: None)
+  for _ in range(2):
+    with pytest.raises(UserError, match=r"003.png' is broken"):
+      stored.reader(corpus, S)
+  (folder / 'images' / '003.png').write_bytes(pairs.png(3))
+  corpus = build_corpus(_config(folder), lambda _: None)
+  assert stored.reader(corpus, S)(3).shape == (S, S, 3)
+  assert not any('.npy' in path.name for path in corpus.directory.iterdir())
+  (folder / 'images' / '004.png').unlink()
+  read = stored.reader(corpus, S)
+  with pytest.raises(UserError, match=r"004.png' cannot be read"):
+    read(4)

@@ -2,6 +2,7 @@
 """Folders of pairs: read, or refused in a sentence that names the line."""
 
 import json
+import pathlib
 import re
 
 import numpy as np
@@ -52,13 +53,47 @@ def test_frames_of_a_video(tmp_path):
   assert folder.digest(0) != folder.digest(1)
 
 
+def test_videos_may_begin_alike(tmp_path):
+  frames = [['000.png', '001.png'], ['000.png', '002.png'], ['001.png'] * 2]
+  lines = [dict(frames=some, caption=str(some)) for some in frames]
+  folder = Folder(pairs.write_folder(tmp_path, lines, 3))
+  names = ['000.png', '000.png/002.png', '001.png']
+  assert [pair.name for pair in folder.pairs] == names
+  lines.append(dict(frames=frames[1], caption='again'))
+  pairs.write_folder(tmp_path, lines, 3)
+  with pytest.raises(UserError, match=r'as line 2 does: .* of a video in one'):
+    Folder(tmp_path)
+
+
+def test_links_in_circles_and_another_ones_folder(tmp_path, monkeypatch):
+  folder = pairs.write_folder(tmp_path, [dict(A, image='a/./000.png')], 1)
+  for name in 'ab':
+    (folder / 'images' / name).symlink_to('.')
+  (pair,) = Folder(folder).pairs
+  assert pair.name == 'a/000.png'
+  closed, iterdir = folder / 'images' / 'closed', pathlib.Path.iterdir
+
+  def refuse(path):
+    if path.name == 'closed':
+      raise PermissionError(13, 'Permission denied')
+    return iterdir(path)
+
+  monkeypatch.setattr(pathlib.Path, 'iterdir', refuse)
+  closed.mkdir()
+  assert len(Folder(folder).pairs) == 1
+  pairs.write_folder(tmp_path, [dict(A, image='closed/000.png')], 1)
+  with pytest.raises(UserError, match=r"closed' cannot be read \(Permission"):
+    Folder(folder)
+
+
 A, B = dict(image='000.png', caption='a'), dict(image='001.png', caption='b')
 
 
 @pytest.mark.parametrize(
   ('lines', 'words'),
   [
-    ([A, '{"image": "001.png"'], r'line 2 .* is no JSON'),
+    ([A, '{"image": "001.png"'], r'line 2 .* no JSON .*, or leave it out\.$'),
+    ([A, dict(B, image='./000.png')], "line 2 .* names '000.png', as line 1"),
     ([A, '["001.png", "b"]'], 'line 2 .* is no JSON object: write {"image"'),
     ([A, dict(image='001.png')], 'line 2 .* has no "caption"'),
     ([A, dict(B, captions=['b'])], 'has both "caption" and "captions"'),

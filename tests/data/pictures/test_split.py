@@ -111,9 +111,34 @@ def test_the_key_is_of_the_content(folder, tmp_path):
   assert _corpus(moved, tmp_path).key != key
 
 
+@pytest.mark.parametrize('field', ['distractors', 'meaning'])
+def test_the_key_is_of_all_that_is_learned(tmp_path, field):
+  """A run must not go on with others, nor end where there were none."""
+  keys = []
+  for number, value in enumerate(('', 'one', 'other')):
+    lines = pairs.records(6)
+    if value:
+      lines[3][field] = value
+    folder = pairs.write_folder(tmp_path / str(number), lines)
+    keys.append(_corpus(folder, tmp_path).key)
+  assert len(set(keys)) == 3
+  # As it was when neither was part of it.
+  assert keys[0] == '2b1e428da640f0fde77798dd'
+
+
+def test_words_that_no_caption_has_are_said(folder, tmp_path):
+  said = []
+  _corpus(folder, tmp_path, said, without='pictures')
+  assert said[0] == "data.without = 'pictures' is in no first caption."
+
+
 @pytest.mark.parametrize(
   ('fields', 'words'),
   [
+    (dict(pairs='file://a/b'), r"'file://a/b' cannot be reached \(no scheme f"),
+    (dict(pairs='a.tar,file://b.tar'), r'data.pairs = .* cannot be reached \('),
+    # Whose library is not installed for tests.
+    (dict(pairs='s3://a/b'), r"data.pairs = 's3://a/b' cannot be reached \("),
     (dict(without='picture'), "data.without = 'picture' is in every first"),
     (dict(pairs='generated:shape'), 'did you mean shapes'),
     (dict(pairs='/no/such/place'), "'/no/such/place' names no pairs: give a"),

@@ -104,6 +104,40 @@ def test_what_is_no_whole_tar_is_refused(tmp_path):
       Tar([tmp_path / 'x.tar'])
 
 
+def test_a_file_that_is_cut_anywhere_is_refused(tmp_path):
+  """Between pairs, in a header, in a picture: nothing of it is lost."""
+  files = PAIR | {'b.png': pairs.png(1), 'b.txt': b'second'}
+  whole = pairs.write_tar(tmp_path / 'x.tar', files).read_bytes()
+  with tarfile.open(tmp_path / 'x.tar') as tar:
+    entries = tar.getmembers()
+    end = tar.offset
+  path = tmp_path / 'cut.tar'
+  starts = [entry.offset for entry in entries[1:]]
+  cuts = [*starts, *(at + 99 for at in starts), entries[2].offset_data + 9, end]
+  for cut in cuts:
+    path.write_bytes(whole[:cut])
+    with pytest.raises(UserError, match=r"cut.tar' is no whole tar file"):
+      Tar([path])
+  # Nor what was written into it, or behind it.
+  for at in (starts[1], end):
+    path.write_bytes(whole[:at] + b'x' * 512 + whole[at + 512 :])
+    with pytest.raises(UserError, match=f'no file begins at byte {at:,}'):
+      Tar([path])
+  path.write_bytes(whole[: end + 512])
+  assert len(Tar([path]).pairs) == 2
+
+
+def test_pictures_of_no_pair_are_counted(tmp_path):
+  more = {
+    'a.mask.png': b'', 'b.0.1.png': b'', 'b.0.1.txt': b'', 'c/b.2.JPG': b'',
+  }  # fmt: skip
+  said = []
+  tar = Tar([pairs.write_tar(tmp_path / 'x.tar', PAIR | more)], said.append)
+  assert [pair.name for pair in tar.pairs] == ['a']
+  (line,) = said
+  assert "x.tar' that are left out: 2, such as 'b.0.1.png', as a key" in line
+
+
 def test_a_file_that_is_cut_later_is_named(tmp_path):
   path = pairs.write_tar(tmp_path / 'x.tar', PAIR)
   tar = Tar([path])
