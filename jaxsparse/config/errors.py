@@ -29,7 +29,7 @@ class UnusedSettingError(UserError):
 def shown(value: Any) -> str:
   """A value as a sentence has it: on one line, and not all of a long one."""
   try:
-    text = repr(value)
+    text = ' '.join(line.strip() for line in repr(value).splitlines())
   except ValueError:
     # Python refuses to write integers of thousands of digits.
     return 'a number too long to show'

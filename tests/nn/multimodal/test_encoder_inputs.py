@@ -137,8 +137,9 @@ def test_what_is_no_config():
     (dict(model=dict(model_dim=8)), 'model must be a ModelConfig, got'),
   ):
     init = module.clone(**fields).init
-    with pytest.raises(UserError, match=sentence):
+    with pytest.raises(UserError, match=sentence) as error:
       jax.eval_shape(init, jax.random.key(0), TOKENS, IMAGES)
+    assert '\n' not in str(error.value)
 
 
 def test_what_a_config_has_not():
