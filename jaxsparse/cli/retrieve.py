@@ -122,8 +122,12 @@ def main(argv: Sequence[str]) -> None:
   for place, one in enumerate(found, 1):
     print(f'{place:3}  {_line(one, learned)}')
   with workdir_lib.write_errors(folder, '--out'):
-    _draw_sheet(folder / SHEET, found, read, wanted, arguments.text)
-    print(f'Pictures: {folder / SHEET}')
+    best = found[: contact_sheet.MOST]
+    _draw_sheet(folder / SHEET, best, read, wanted, arguments.text)
+    shown = ''
+    if len(found) > contact_sheet.MOST:
+      shown = f' (the best {contact_sheet.MOST:,} of these {len(found):,})'
+    print(f'Pictures: {folder / SHEET}{shown}')
     if arguments.attention:
       _draw_attention(
         folder / ATTENTION, search, arguments.text, found, read, wanted
@@ -252,11 +256,13 @@ def _draw_attention(
 ) -> None:
   best = found[0].pair
   picture = read(best.number) if wanted is None else wanted
-  looks = search.attention(text or best.captions[0], picture)
+  said = text or best.captions[0]
+  looks = search.attention(said, picture)[: contact_sheet.MOST]
   contact_sheet.draw(
     path,
     [picture, *(contact_sheet.looked_at(picture, w) for _, w in looks)],
-    [text or best.captions[0], *(name or '(begin)' for name, _ in looks)],
+    ['', *(name.strip() or '(begin)' for name, _ in looks)],
+    heading=said,
   )
 
 

@@ -16,6 +16,7 @@ from PIL import Image
 
 from jaxsparse import config as c
 from jaxsparse import mesh
+from jaxsparse.analysis import contact_sheet
 from jaxsparse.cli import generate, report, retrieve, train
 from jaxsparse.config.errors import UserError
 from jaxsparse.run import checkpoint, stored, workdir
@@ -207,7 +208,7 @@ def get_config():
   return folder
 
 
-def test_a_folder_of_pictures_is_learned(trained, capsys):
+def test_a_folder_of_pictures_is_learned(trained, capsys, monkeypatch):
   rows = [
     json.loads(line)
     for line in (trained / 'run' / 'metrics.jsonl').read_text().splitlines()
@@ -234,6 +235,11 @@ def test_a_folder_of_pictures_is_learned(trained, capsys):
     [f'--workdir={trained / "run"}', '--text=red plate', '--attention']
   )
   assert (trained / 'run' / 'plots' / retrieve.ATTENTION).exists()
+  monkeypatch.setattr(contact_sheet, 'MOST', 2)
+  retrieve.main([f'--workdir={trained / "run"}', '--text=plate', '--number=9'])
+  assert '(the best 2 of these 9)' in capsys.readouterr().out
+  with Image.open(trained / 'run' / 'plots' / retrieve.SHEET) as sheet:
+    assert sheet.width < 400
   report.main([str(trained / 'run')])
 
 
