@@ -367,6 +367,7 @@ def test_what_a_model_of_pictures_does_not_do(
     ('optimizer', 'grad_accumulation', 2),
     ('train', 'sample_tokens', 5),
     ('data', 'pairs', ''),
+    ('data', 'batch_size', 1),
   ],
 )
 def test_settings_that_pairs_do_not_have(part, field, value):
