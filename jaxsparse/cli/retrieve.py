@@ -8,6 +8,7 @@ head a second number is what the best few captions are in order by.
 import argparse
 import pathlib
 import sys
+import tempfile
 from collections.abc import Sequence
 
 import numpy as np
@@ -171,8 +172,7 @@ def _folder(out: str, workdir: str) -> pathlib.Path:
   folder = pathlib.Path(given or pathlib.Path(workdir) / workdir_lib.PLOTS)
   workdir_lib.make_folder(folder, '--out')
   with workdir_lib.write_errors(folder, '--out'):
-    (folder / '.writable').touch()
-    (folder / '.writable').unlink(missing_ok=True)
+    tempfile.TemporaryFile(dir=folder).close()
   return folder
 
 
