@@ -52,6 +52,12 @@ def test_frames_of_a_video(tmp_path):
   assert folder.digest(0) != folder.digest(1)
 
 
+def test_a_video_of_one_frame_is_a_picture(tmp_path):
+  lines = [dict(frames=['000.png'], caption='first')]
+  folder = Folder(pairs.write_folder(tmp_path, lines))
+  assert folder.picture(0, 8).shape == (8, 8, 3)
+
+
 A, B = dict(image='000.png', caption='a'), dict(image='001.png', caption='b')
 
 
