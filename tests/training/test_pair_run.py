@@ -361,6 +361,14 @@ def test_what_a_model_of_pictures_does_not_do(
     command([f'--workdir={trained / "run"}', *arguments])
 
 
+def test_a_prompt_of_unknown_words_is_refused(trained):
+  image = trained / 'data' / 'images' / '2.png'
+  with pytest.raises(UserError, match=r"--prompt must .* none: 'shiny'"):
+    generate.main(
+      [f'--workdir={trained / "run"}', f'--image={image}', '--prompt=shiny']
+    )
+
+
 @pytest.mark.parametrize(
   ('part', 'field', 'value'),
   [
