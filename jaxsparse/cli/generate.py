@@ -18,6 +18,7 @@ from jaxsparse.cli.generate_captions import write_captions
 from jaxsparse.config import Config, ModelConfig, tables
 from jaxsparse.config.errors import UserError
 from jaxsparse.config.model import KV_CACHES
+from jaxsparse.data import unknown_words
 from jaxsparse.data.tokenizer import load_from_workdir
 from jaxsparse.inference import batch, row_cache, weights
 from jaxsparse.inference.adapters import add_flags
@@ -40,7 +41,7 @@ from jaxsparse.run import (
   trained,
   workdir,
 )
-from jaxsparse.run.command_line import Parser
+from jaxsparse.run.command_line import Once, Parser
 
 # Between two lines about a prompt that is being read.
 _SECONDS = 5.0
@@ -88,6 +89,7 @@ def parse_arguments(argv: list[str]) -> argparse.Namespace:
   )
   add(
     '--image',
+    action=Once,
     default='',
     metavar='FILE',
     help='a picture to be described, by a model that has learned captions; '
@@ -201,6 +203,8 @@ def main(argv: list[str]) -> None:
     write_captions(config, arguments, requests, _write, _say)
     return
   tokenizer = load_from_workdir(arguments.workdir, config.model.vocab_size)
+  for prompt in arguments.prompt:
+    unknown_words.tell(tokenizer, prompt, '--prompt', _say)
   step = trained.step_of(arguments.workdir, arguments.step)
   num_prompt = max(len(encode_prompt(tokenizer, r.prompt)) for r in requests)
   model = _with_history(config, arguments, num_prompt)

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 
 from jaxsparse.config import Config
 from jaxsparse.config.errors import UserError, require
+from jaxsparse.data import unknown_words
 from jaxsparse.data.pictures.decode import read_picture
 from jaxsparse.data.tokenizer import Tokenizer, load_from_workdir
 from jaxsparse.inference import batch, sight
@@ -59,6 +60,8 @@ def write_captions(
   size = settings.vision.image_size
   picture = read_picture(workdir_lib.expanded(arguments.image), size)
   tokenizer = load_from_workdir(folder, config.model.vocab_size)
+  for prompt in arguments.prompt:
+    unknown_words.tell(tokenizer, prompt, '--prompt', say)
   requests = [_fitting(config, tokenizer, request) for request in requests]
   model = config.model.with_vocabulary(tokenizer.vocab_size)
   step = trained.step_of(folder, arguments.step)

@@ -333,6 +333,14 @@ class Config:
       'multimodal.contrastive_weight and matching_weight = 0',
       'distractors',
     )
+    require(
+      self.data.batch_size > 1
+      or self.data.distractors
+      or not (settings.contrastive_weight or settings.matching_weight),
+      'data.batch_size must be at least 2 where multimodal.contrastive_weight '
+      'or matching_weight is above 0, which tell a pair from others of its '
+      f'batch; got {self.data.batch_size}.',
+    )
     optimizer, table = self.optimizer, self.model.memory
     for name, value, right, why in (
       ('optimizer.grad_accumulation', optimizer.grad_accumulation, 1,

@@ -58,6 +58,23 @@ def build_corpus(config: DataConfig, say: Say = print) -> Corpus:
   return dataclasses.replace(corpus, before=before)
 
 
+def whole_collection(
+  config: DataConfig, setting: str = 'data.pairs', say: Say = print
+) -> Corpus:
+  """All pairs of data.pairs as one split, of which nothing is held out.
+
+  Args:
+    config: names the pairs and where built corpora are kept.
+    setting: where the user named them, for errors.
+    say: gets lines on what takes long.
+
+  Raises:
+    UserError: they can't be read, or data.cache_dir cannot be used.
+  """
+  with _named(setting):
+    return pairs.whole(config, _corpora_folder(config), say)
+
+
 def _of_replay(config: DataConfig) -> DataConfig:
   """The config of the text that was learned before alone."""
   plain = DataConfig()
@@ -76,7 +93,7 @@ def _named(setting: str) -> Iterator[None]:
   try:
     yield
   except UserError as error:
-    sentence = re.sub(r'\bdata\.(text|tfds)\b', setting, str(error))
+    sentence = re.sub(r'\bdata\.(text|tfds|pairs)\b', setting, str(error))
     raise UserError(sentence) from error
 
 

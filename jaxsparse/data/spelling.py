@@ -2,8 +2,11 @@
 """How published vocabularies write bytes, and where a text spells a token."""
 
 import functools
+import json
 import re
 from collections.abc import Iterable
+
+import tokenizers
 
 
 def split_at(markers: Iterable[str], text: str) -> list[str]:
@@ -40,3 +43,18 @@ def piece_bytes(piece: str) -> bytes:
   if byte := re.fullmatch('<0x([0-9A-F]{2})>', piece):
     return bytes([int(byte[1], 16)])
   return piece.replace('\u2581', ' ').encode()
+
+
+def unknown_parts(tokenizer: tokenizers.Tokenizer, text: str) -> list[str]:
+  """Parts of a text whose token stands for all that is unknown."""
+  found = tokenizer.encode(text, add_special_tokens=False)
+  model = json.loads(tokenizer.to_str())['model']
+  # Unigram has its number, others its text.
+  unknown = model.get('unk_id')
+  if model.get('unk_token') is not None:
+    unknown = tokenizer.token_to_id(model['unk_token'])
+  return [
+    text[slice(*place)].strip()
+    for i, place in zip(found.ids, found.offsets, strict=True)
+    if i == unknown
+  ]

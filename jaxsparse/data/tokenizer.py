@@ -59,6 +59,9 @@ class Tokenizer(Protocol):
   def decode_bytes(self, ids: Ids) -> bytes:
     """The tokens' bytes: of all tokens together, those of each in turn."""
 
+  def unknown(self, text: str) -> list[str]:
+    """Parts of a text that all become one token, which stands for unknown."""
+
   def save(self, workdir: Workdir) -> None:
     """Writes what `load_from_workdir` reads."""
 
@@ -81,6 +84,9 @@ class ByteTokenizer:
 
   def decode_bytes(self, ids: Ids) -> bytes:
     return bytes(i for i in _as_list(ids) if i < 256)
+
+  def unknown(self, text: str) -> list[str]:
+    return []
 
   def save(self, workdir: Workdir) -> None:
     _write(workdir, JSON_NAME, json.dumps(dict(jaxsparse='bytes')).encode())
@@ -139,6 +145,10 @@ class JsonTokenizer:
 
   def decode_bytes(self, ids: Ids) -> bytes:
     return b''.join(self._byte_table.get(i, b'') for i in _as_list(ids))
+
+  def unknown(self, text: str) -> list[str]:
+    text = text.encode('utf-8', 'replace').decode()
+    return spelling.unknown_parts(self._tokenizer, text)
 
   def save(self, workdir: Workdir) -> None:
     _write(workdir, JSON_NAME, self._tokenizer.to_str().encode())
@@ -237,6 +247,12 @@ class SentencePieceTokenizer:
     if i >= self.vocab_size or self._processor.is_control(i):
       return b''
     return spelling.piece_bytes(self._processor.id_to_piece(i))
+
+  def unknown(self, text: str) -> list[str]:
+    text = text.encode('utf-8', 'replace').decode()
+    pieces = self._processor.encode_as_pieces(text)
+    to_id, unknown = self._processor.piece_to_id, self._processor.unk_id()
+    return [x.strip('\u2581') for x in pieces if to_id(x) == unknown]
 
   def save(self, workdir: Workdir) -> None:
     _write(workdir, SENTENCEPIECE_NAME, self._model)

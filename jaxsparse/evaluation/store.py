@@ -40,7 +40,7 @@ def folder_of(workdir: str, output: str | None) -> pathlib.Path:
       '--output=FOLDER.'
     )
   folder = pathlib.Path(output or f'{workdir}/{FOLDER}')
-  workdir_lib.make_folder(folder)
+  workdir_lib.make_folder(folder, '--output' if output else '--workdir')
   return folder
 
 

@@ -66,6 +66,8 @@ class Guide:
     self.mask = np.frombuffer(matcher.compute_bitmask(), '<u4')
     if matcher.is_error():
       reason = matcher.get_error().split('<state>')[0]
+      if 'NoExtensionBias' in reason:
+        reason = "none of this model's tokens can come next"
       raise ValueError(' '.join(reason.split())[:200])
 
 

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxsparse.config import Config
+from jaxsparse.config.errors import require
 from jaxsparse.data.percent import Percent
 from jaxsparse.data.pictures import batches, stored
 from jaxsparse.data.pictures.augment import scaled
@@ -76,6 +77,7 @@ class PictureSearch:
       for kind in ('text', 'image')
     )
     self._match = jax.jit(functools.partial(module.apply, method=_match))
+    self._tell_of_long(say)
     percent = Percent('Encoding the pictures', len(pairs), say)
     images, texts = [], []
     for start in range(0, len(pairs), _ROWS):
@@ -163,6 +165,19 @@ class PictureSearch:
     order = np.argsort(-scores, kind='stable')[:number]
     return [Found(self._pairs[i], float(scores[i])) for i in order]
 
+  def _tell_of_long(self, say: Callable[[str], None]) -> None:
+    length = self._config.data.seq_len
+    number = sum(
+      len(self._tokenizer.encode(pair.captions[0])) >= length
+      for pair in self._pairs
+    )
+    if number:
+      say(
+        f'{number:,} of {len(self._pairs):,} captions have more tokens than '
+        f'data.seq_len = {length} of this model, and are searched without '
+        'their ends.'
+      )
+
   def _rows(self, texts: Sequence[str]) -> dict[str, np.ndarray]:
     rows = [
       batches.text_row(self._config.data, self._tokenizer, text)
@@ -172,6 +187,25 @@ class PictureSearch:
       name: _filled(np.stack([row[name] for row in rows]))
       for name in ('tokens', 'segment_ids')
     }
+
+
+def require_room(
+  config: Config, tokenizer: Tokenizer, text: str, name: str
+) -> None:
+  """Refuses a text of which a row of training would not hold the end.
+
+  Args:
+    config: of the run.
+    tokenizer: of its captions.
+    text: that is asked for.
+    name: of the flag with the text.
+  """
+  length, number = config.data.seq_len, len(tokenizer.encode(text))
+  require(
+    number < length,
+    f'{name} must have fewer than data.seq_len = {length} tokens of this '
+    f'model, got {number}.',
+  )
 
 
 def _match(

@@ -135,6 +135,24 @@ class Parser(argparse.ArgumentParser):
     return f'there is no flag {shown(name)[1:-1]}{meant}; see --help.'
 
 
+class Once(argparse.Action):
+  """Of a flag of which several would be lost but for the last."""
+
+  def __call__(
+    self,
+    parser: argparse.ArgumentParser,
+    namespace: argparse.Namespace,
+    values: Any,
+    option_string: str | None = None,
+  ) -> None:
+    before = getattr(namespace, self.dest)
+    require(
+      before == self.default,
+      f'give {option_string} once, got {shown(before)} and {shown(values)}.',
+    )
+    setattr(namespace, self.dest, values)
+
+
 def parse_recipe(
   description: str, argv: Sequence[str] | None = None
 ) -> tuple[Config, str]:

@@ -6,6 +6,8 @@ The data is known by its content, see `training.resume`.
 """
 
 import dataclasses
+from collections.abc import Callable
+from typing import Any
 
 # Name the text and its split: another name of the same is no change.
 TEXT = tuple(
@@ -114,8 +116,8 @@ MEANINGS = {
     # Pictures.
     ('multimodal', _SHAPES, 'fusion_type num_fusion_layers fused_dim'),
     ('multimodal', _SHAPES, 'contrastive matching_weight'),
-    ('multimodal', _SHAPES, 'num_frames frame_choice'),
-    ('multimodal', _LOSS, 'contrastive_weight caption_weight'),
+    ('multimodal', _SHAPES, 'num_frames frame_choice caption_weight'),
+    ('multimodal', _LOSS, 'contrastive_weight'),
     (
       'multimodal',
       Meaning('the frames that are read from here on'),
@@ -176,6 +178,36 @@ MEANINGS |= {
 }
 
 
-def meaning_of(name: str) -> Meaning:
-  """Of a field; of a layer's that is in no list, that it may not change."""
+# Fields of which some values are alike: what tells those apart that are not, of
+# a config and a value, and what a change among those that are means.
+_ALIKE: dict[str, tuple[Callable[[Any, Any], Any], Meaning]] = {
+  'model.moe.bias_update_rate': (
+    lambda config, rate: rate > 0,
+    Meaning('the steps of the biases from here on'),
+  ),
+  'multimodal.matching_weight': (lambda config, weight: weight > 0, _LOSS),
+  # The matrix in front of the tokens is that of their embeddings, or one more.
+  'multimodal.caption_weight': (
+    lambda config, weight: weight > 0 and not config.model.tie_embeddings,
+    _LOSS,
+  ),
+  'multimodal.frame_choice': (
+    lambda config, choice: choice == 'routed',
+    MEANINGS['multimodal.frames_read'],
+  ),
+}
+
+
+def meaning_of(name: str, before: Any, after: Any, config: Any) -> Meaning:
+  """Of a change; of a layer's field that is in no list, that it may not be.
+
+  Args:
+    name: of the field.
+    before: its value.
+    after: another one.
+    config: that is changed, a `Config`.
+  """
+  alike = _ALIKE.get(name.replace('multimodal.vision.stream.', 'model.'))
+  if alike and alike[0](config, before) == alike[0](config, after):
+    return alike[1]
   return MEANINGS.get(name, _SHAPES)

@@ -33,7 +33,7 @@ def require_new(workdir: epath.PathLike, flag: str = '--workdir') -> None:
   """
   workdir_lib.require_reachable(workdir)
   path = epath.Path(workdir)
-  with workdir_lib.write_errors(workdir):
+  with workdir_lib.write_errors(workdir, flag):
     is_whole = (path / workdir_lib.CONFIG).exists()
     if (path / _UNFINISHED).exists() and not is_whole:
       with workdir_lock.held(workdir):

@@ -53,7 +53,7 @@ def check(recorded: dict, workdir: epath.PathLike) -> None:
     for name, (before, after) in saved_config.differences(
       old.model, new.model, 'model'
     ).items()
-    if not meaning_of(name).is_allowed
+    if not meaning_of(name, before, after, old).is_allowed
   ]
   if changes:
     raise UserError(

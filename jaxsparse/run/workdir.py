@@ -127,8 +127,12 @@ def write_whole(path: epath.PathLike, content: bytes) -> None:
       os.close(folder)
 
 
-def make_folder(path: pathlib.Path) -> None:
+def make_folder(path: pathlib.Path, flag: str = '--workdir') -> None:
   """Makes a folder of a workdir, if it isn't there.
+
+  Args:
+    path: of the folder.
+    flag: what names another one.
 
   Raises:
     UserError: it can't be made, or a file stands there or a link, by which a
@@ -138,19 +142,26 @@ def make_folder(path: pathlib.Path) -> None:
     raise UserError(
       f'{str(path)!r} must be a folder, but is a file or a link: move it away.'
     )
-  with write_errors(path.parent):
+  with write_errors(path.parent if flag == '--workdir' else path, flag):
     path.mkdir(parents=True, exist_ok=True)
 
 
 @contextlib.contextmanager
-def write_errors(workdir: epath.PathLike) -> Iterator[None]:
-  """Says in a sentence why nothing can be written to the workdir."""
+def write_errors(
+  folder: epath.PathLike, flag: str = '--workdir'
+) -> Iterator[None]:
+  """Says in a sentence why nothing can be written to a folder.
+
+  Args:
+    folder: the workdir, or where else something is to be written.
+    flag: what names another one.
+  """
   try:
     yield
   except OSError as error:
     raise UserError(
-      f"workdir {str(workdir)!r} can't be written ({error.strerror}): give "
-      'another --workdir or make room.'
+      f"{flag.strip('-')} {str(folder)!r} can't be written "
+      f'({error.strerror or error}): give another {flag} or make room.'
     ) from error
 
 

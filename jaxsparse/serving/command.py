@@ -31,6 +31,8 @@ from jaxsparse.serving.service import Limits, Service
 KEY_VARIABLE = 'MODEL_SERVER_API_KEY'
 
 _MIB = 1 << 20
+# Of a body with text alone.
+BODY_MIB = 4
 
 
 def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
@@ -138,7 +140,12 @@ def parse_arguments(argv: Sequence[str]) -> argparse.Namespace:
     default=[],
     help='a web page that may read answers, such as https://example.com',
   )
-  add('--body-mib', type=int, default=4, help='longest body of a request')
+  add(
+    '--body-mib',
+    type=int,
+    help=f'longest body of a request; %(default)s: {BODY_MIB}, and of a model '
+    f'that sees pictures {pictures.BODY_MIB}',
+  )
   add('--request-seconds', type=float, default=600, help='longest request')
   add(
     '--drain-seconds',
@@ -219,6 +226,7 @@ def main(argv: Sequence[str]) -> None:
       ),
       say,
     )
+    usual = pictures.BODY_MIB if model.pictures else BODY_MIB
     service = Service(
       model.engine,
       model.tokenizer,
@@ -227,7 +235,7 @@ def main(argv: Sequence[str]) -> None:
       step=lambda: model.step,
       template=template or (pictures.CAPTIONS if model.pictures else None),
       limits=Limits(
-        body_bytes=arguments.body_mib * _MIB,
+        body_bytes=(arguments.body_mib or usual) * _MIB,
         request_seconds=arguments.request_seconds,
       ),
       metrics=model.metrics,

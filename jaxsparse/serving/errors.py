@@ -132,7 +132,8 @@ def of_event(event: jobs.Event, is_alive: bool) -> ApiError | None:
     return ApiError(503, 'unavailable', message, retry_after=_DRAINING)
   if event.finish == 'error' and is_alive:
     # Of this job alone, such as a grammar that can't be followed.
-    return wrong(None, f'The request can not be served: {event.error}')
+    why = event.error.rstrip('.')
+    return wrong(None, f'The request can not be served: {why}.')
   if event.finish == 'error':
     message = f'The engine failed; its log says more of {event.job_id}.'
     return ApiError(500, 'server_error', message)

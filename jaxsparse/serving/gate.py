@@ -101,7 +101,10 @@ async def read_body(request: Request, most: int, seconds: float) -> bytes:
 
 def _too_large(most: int) -> ApiError:
   return ApiError(
-    413, 'request_too_large', f'The body must be at most {most:,} bytes.'
+    413,
+    'request_too_large',
+    f'The body must be at most {most:,} bytes: send less, or start the server '
+    'with a larger --body-mib.',
   )
 
 

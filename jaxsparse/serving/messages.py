@@ -76,7 +76,12 @@ def _plain(message: Message, i: int, sees: bool) -> dict[str, Any]:
       raise wrong(f'{where}.{field}', f'{where}.{field} is not served here.')
   content = message.content
   if isinstance(content, list):
-    content = ''.join(_text_of(part, where, sees) for part in content)
+    # As other servers of this protocol do: words of two parts are two words.
+    content = '\n'.join(
+      _text_of(part, where, sees)
+      for part in content
+      if not (sees and part.type == 'image_url')
+    )
   if content is None:
     raise wrong(f'{where}.content', f'{where}.content must be a text.')
   # What newer clients call developer, templates know as system.
@@ -85,8 +90,6 @@ def _plain(message: Message, i: int, sees: bool) -> dict[str, Any]:
 
 
 def _text_of(part: ContentPart, where: str, sees: bool) -> str:
-  if sees and part.type == 'image_url':
-    return ''
   if part.type != 'text' or part.text is None:
     raise wrong(
       f'{where}.content',

@@ -266,8 +266,8 @@ def _check_of_pictures(sizes: Sizes) -> None:
   ):
     require(
       not value,
-      f'{flag} is of models of text alone, and this one sees pictures, got '
-      f'{value}: leave it out.',
+      f'{flag} is of models of text alone, and this one sees pictures: leave '
+      'it out.',
     )
 
 

@@ -18,6 +18,8 @@ from jaxsparse.serving.protocol import ContentPart, Message, decode
 
 # Of a file, and of what becomes of it while it is read.
 MOST_BYTES, MOST_PIXELS = 8 << 20, 1 << 24
+# Of a body with such a file, four letters for three bytes, and with a text.
+BODY_MIB = 12
 
 _FORM = '"url": "data:image/png;base64,..."'
 _DATA = re.compile(r'data:image/[\w.+-]+;base64,', re.ASCII | re.IGNORECASE)

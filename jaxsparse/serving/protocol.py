@@ -178,8 +178,8 @@ def _no_json(why: str) -> ApiError:
 def _of_field(text: str, kind: Any, name: str) -> ApiError:
   """The error of a field, from what msgspec says of it."""
   what, _, path = text.partition(' - at `')
-  path = path.removesuffix('`').removeprefix('$').removeprefix('.')
-  path = (name + path.replace('key` in `$', ''))[:_SHOWN]
+  path = path.removesuffix('`').removeprefix('$').replace('key` in `$', '')
+  path = (name + path).removeprefix('.')[:_SHOWN]
   if match := re.fullmatch(
     'Object contains unknown field `(.*)`', what, re.DOTALL
   ):

@@ -21,7 +21,7 @@ def judge(old: Config, new: Config) -> tuple[dict[str, str], list[str]]:
     if name in (*TEXT, *TOKENIZER, LANES):
       accepted.append(change)
       continue
-    meaning = meaning_of(name)
+    meaning = meaning_of(name, before, after, old)
     if not meaning.is_allowed:
       refused[change] = meaning.text
       continue

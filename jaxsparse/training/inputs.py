@@ -78,15 +78,15 @@ def _of_pairs(
 ) -> TrainingData:
   assert config.multimodal is not None
   settings, validation = config.multimodal, list(corpus.validation)
-  read = stored.reader(corpus, settings.vision.image_size, say)
-  shape = read(validation[0].number).shape
-  if shape != settings.image_shape:
-    found = shape[0] if len(shape) == 4 else 1
+  size = settings.vision.image_size
+  found = stored.num_frames(corpus, size)
+  if found != settings.num_frames:
     raise UserError(
       f'multimodal.num_frames must be {found} for data.pairs = '
       f'{config.data.pairs!r}, whose items have as many pictures; got '
       f'{settings.num_frames}.'
     )
+  read = stored.reader(corpus, size, say)
   batches.tell_of_long_captions(config.data, corpus, tokens, say)
   if config.data.distractors and not any(p.distractors for p in corpus.train):
     raise UserError(

@@ -55,9 +55,10 @@ def _sentencepiece_model(path, **fields) -> None:
   model = io.BytesIO()
   sentencepiece.SentencePieceTrainer.train(
     sentence_iterator=iter(['the cat sat on the mat'] * 99), model_writer=model,
-    vocab_size=300, model_type='bpe', byte_fallback=True,
     normalization_rule_name='identity', remove_extra_whitespaces=False,
-    add_dummy_prefix=False, hard_vocab_limit=False, minloglevel=2, **fields,
+    add_dummy_prefix=False, hard_vocab_limit=False, minloglevel=2,
+    model_type='bpe',
+    **dict(dict(vocab_size=300, byte_fallback=True), **fields),
   )  # fmt: skip
   path.write_bytes(model.getvalue())
 
@@ -95,6 +96,28 @@ def test_bytes_of_tokens_come_one_by_one(made):
   text = ''.join(TEXTS)
   ids = tokenizer.encode(text)
   assert b''.join(tokenizer.decode_bytes([i]) for i in ids) == text.encode()
+
+
+def test_bytes_know_every_word(made):
+  assert made[0].unknown(TEXTS[1]) == []
+
+
+def test_parts_that_are_unknown_are_named(tmp_path):
+  models = tokenizers.models
+  vocab = {'\u2581a': 0, '\u2581cat': 1, '<unk>': 2}
+  scores = [('<unk>', 0.0), ('\u2581a', -1.0), ('\u2581cat', -1.0)]
+  words = TEXTS[0], 'a cat', 'a dog 漢字 cat', 'Zebra'
+  for model in (models.WordLevel(vocab, '<unk>'), models.Unigram(scores, 0)):
+    tokenizer = tokenizers.Tokenizer(model)
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    made = tokenizer_lib.JsonTokenizer(tokenizer)
+    found = [made.unknown(text) for text in words]
+    assert found == [[], [], ['dog', '漢字'], ['Zebra']]
+  path = tmp_path / 'given.model'
+  _sentencepiece_model(path, byte_fallback=False, vocab_size=60)
+  made = tokenizer_lib.read(path)
+  assert made.unknown('the cat') == []
+  assert made.unknown('the 漢字 cat') == ['漢字']
 
 
 def test_the_boundary_decodes_to_nothing(made):

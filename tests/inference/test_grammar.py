@@ -117,6 +117,16 @@ def test_a_token_that_was_not_allowed():
     guide.advance(ord('x'))
 
 
+def test_tokens_that_can_not_spell_it():
+  model = tokenizers.models.WordLevel({'\u2581cat': 0, '<unk>': 1}, '<unk>')
+  tokenizer = tokenizers.Tokenizer(model)
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+  tokenizer.decoder = tokenizers.decoders.Metaspace()
+  guides = Guides(JsonTokenizer(tokenizer), 3)
+  with pytest.raises(ValueError, match="none of this model's tokens can come"):
+    guides.start(Grammar('json_object'))
+
+
 def test_without_llguidance_a_sentence_says_what_to_install(monkeypatch):
   real = builtins.__import__
 

@@ -10,7 +10,8 @@ import pytest
 
 from jaxsparse.config import Config, TrainConfig, saved_config
 from jaxsparse.config.errors import UserError
-from jaxsparse.run import run_config, workdir
+from jaxsparse.evaluation import store
+from jaxsparse.run import new_workdir, run_config, workdir
 
 CONFIG = Config(train=TrainConfig(num_steps=77))
 TEXT = saved_config.to_json(CONFIG).encode()
@@ -126,6 +127,23 @@ def test_links_are_not_followed(tmp_path):
   with pytest.raises(UserError, match='a file or a link'):
     workdir.make_folder(run / 'plots')
   assert victim.read_bytes() == b'mine'
+
+
+@pytest.mark.parametrize(
+  ('make', 'sentence'),
+  [
+    (lambda x: workdir.make_folder(x / 'a'), '^workdir .*another --workdir or'),
+    (
+      lambda x: workdir.make_folder(x / 'a', '--out'),
+      '^out .*/a.*another --out',
+    ),
+    (lambda x: new_workdir.require_new(x / 'a', '--out'), 'another --out or'),
+    (lambda x: store.folder_of('run', str(x)), '^output .*another --output or'),
+  ],
+)
+def test_the_flag_that_named_a_folder_is_told(make, sentence):
+  with pytest.raises(UserError, match=sentence):
+    make(pathlib.Path('/proc/nothing'))
 
 
 def test_a_sample_begins_a_line(tmp_path):

@@ -5,6 +5,7 @@ import base64
 import concurrent.futures
 import io
 import json
+import math
 import struct
 import zlib
 
@@ -91,6 +92,12 @@ def test_a_picture_stands_before_what_is_said(seeing):
   assert seeing.engine.seen[-1].picture is None
 
 
+def test_parts_of_text_are_no_one_word(seeing):
+  picture = part(url_of(SMALL))
+  assert ask(seeing, said({'type': 'text', 'text': 'a'}, picture))[0] == 200
+  assert seeing.engine.seen[-1].tokens == (256, *b'a\na red')
+
+
 SMALL = png(seeing_run.pictures(1)[0])
 WRONG = {
   'https://example.com/a.png': 'is an address, and nothing is fetched here',
@@ -122,6 +129,9 @@ def test_what_is_no_picture_is_told(seeing, url):
 
 
 def test_limits_of_size_and_number(seeing, monkeypatch):
+  # One of the largest and a text fit into a body.
+  letters = math.ceil(pictures.MOST_BYTES / 3) * 4
+  assert letters + (1 << 20) < pictures.BODY_MIB << 20
   monkeypatch.setattr(pictures, 'MOST_BYTES', len(SMALL) - 30)
   status, answer = ask(seeing, said(part(url_of(SMALL))))
   assert status == 413
@@ -139,7 +149,7 @@ def test_limits_of_size_and_number(seeing, monkeypatch):
   [
     ({'type': 'image_url'}, 'image_url is missing'),
     ({'type': 'image_url', 'image_url': 'x'}, 'expected object'),
-    ({'type': 'image_url', 'image_url': {'url': 5}}, 'expected str'),
+    (part(5), 'messages[0].content[0].image_url.url: expected str'),
     (part('x', size=5), "no field 'size' of messages[0].content[0].image_url"),
     ({'type': 'input_audio', 'input_audio': {}}, 'must be text or image_url'),
   ],
@@ -172,7 +182,9 @@ def test_flags_that_a_model_of_pictures_does_not_have(
 ):
   seeing_run.write_config(tmp_path, CONFIG)
   assert exit_code(['serve', f'--model-path={tmp_path}', '--port=0', flag]) == 2
-  assert sentence in capsys.readouterr().err
+  told = capsys.readouterr().err
+  assert sentence in told
+  assert '(' not in told
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,6 @@ def test_files_beside_the_guide_start_it():
   assert flags_of(shlex.join(eval(entry))).host == '0.0.0.0'
   nginx = (EXAMPLES / 'model_server.nginx').read_text()
   default = flags_of('model-server --model-path=x')
-  assert f'client_max_body_size {default.body_mib}m;' in nginx
+  assert f'client_max_body_size {command.BODY_MIB}m;' in nginx
   assert f'proxy_read_timeout {default.request_seconds:g}s;' in nginx
   assert 'proxy_buffering off;' in nginx

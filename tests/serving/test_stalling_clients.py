@@ -189,6 +189,7 @@ def test_too_large_a_body_is_refused_before_it_is_read(server):
     answer = up_to(connection, b'}}')
   assert answer.startswith(b'HTTP/1.1 413 ')
   assert b'at most 1,000 bytes' in answer
+  assert b'larger --body-mib' in answer
   assert time.monotonic() - begin < SHORT
 
 

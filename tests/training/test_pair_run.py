@@ -9,12 +9,14 @@ import shutil
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pairs as pairs_lib
 import pytest
 from lanes import few
 from PIL import Image
 
 from jaxsparse import config as c
 from jaxsparse import mesh
+from jaxsparse.analysis import contact_sheet
 from jaxsparse.cli import generate, report, retrieve, train
 from jaxsparse.config.errors import UserError
 from jaxsparse.run import checkpoint, stored, workdir
@@ -206,7 +208,7 @@ def get_config():
   return folder
 
 
-def test_a_folder_of_pictures_is_learned(trained, capsys):
+def test_a_folder_of_pictures_is_learned(trained, capsys, monkeypatch):
   rows = [
     json.loads(line)
     for line in (trained / 'run' / 'metrics.jsonl').read_text().splitlines()
@@ -233,7 +235,94 @@ def test_a_folder_of_pictures_is_learned(trained, capsys):
     [f'--workdir={trained / "run"}', '--text=red plate', '--attention']
   )
   assert (trained / 'run' / 'plots' / retrieve.ATTENTION).exists()
+  monkeypatch.setattr(contact_sheet, 'MOST', 2)
+  retrieve.main([f'--workdir={trained / "run"}', '--text=plate', '--number=9'])
+  assert '(the best 2 of these 9)' in capsys.readouterr().out
+  with Image.open(trained / 'run' / 'plots' / retrieve.SHEET) as sheet:
+    assert sheet.width < 400
   report.main([str(trained / 'run')])
+
+
+def test_other_pairs_are_searched_whole(trained, tmp_path, capsys):
+  """Whatever the run holds out, and nobody knows what it saw of them."""
+  run = tmp_path / 'run'
+  shutil.copytree(trained / 'run', run)
+  config = json.loads((run / 'config.json').read_text())
+  config['data'] |= dict(held_out='group', without='plate', test_fraction=0.1)
+  (run / 'config.json').write_text(json.dumps(config))
+  captions = ['green plate', 'green plate ' * 9]
+  for number in (1, 2):
+    lines = [
+      dict(image=f'{i:03}.png', caption=captions[i]) for i in range(number)
+    ]
+    folder = pairs_lib.write_folder(tmp_path / str(number), lines)
+    retrieve.main(
+      [f'--workdir={run}', '--text=green shiny plate', f'--pairs={folder}']
+    )
+    told = capsys.readouterr()
+    assert len(told.out.splitlines()) == number + 1
+    assert 'trained on' not in told.out
+    assert 'held out' not in told.out
+    assert "--text holds words that this model's tokenizer" in told.err
+    assert told.err.count("all one to it: 'shiny'") == 1
+    assert ('1 of 2 captions have more tokens' in told.err) == (number == 2)
+  videos = [dict(frames=['000.png', '001.png'], caption='red plate')]
+  pairs_lib.write_folder(tmp_path / 'videos', videos, 2)
+  pairs_lib.write_folder(tmp_path / 'own', captions[:0])
+  for flags, sentence in (
+    ([f'--pairs={tmp_path / "videos"}'], 'are videos of 2 frames'),
+    (['--pairs=generated:frames'], 'are videos of 16 frames'),
+    ([f'--pairs={tmp_path / "own"}'], '--pairs = .* holds no pairs'),
+    ([f'--pairs={folder}', '--among=held_out'], 'holds others: leave it'),
+  ):
+    with pytest.raises(UserError, match=sentence):
+      retrieve.main([f'--workdir={run}', '--text=plate', *flags])
+
+
+def test_pairs_that_came_later_are_not_said_to_be_learned(
+  trained, tmp_path, capsys
+):
+  run, folder = tmp_path / 'run', tmp_path / 'data'
+  shutil.copytree(trained / 'run', run)
+  shutil.copytree(trained / 'data', folder)
+  config = json.loads((run / 'config.json').read_text())
+  config['data']['pairs'] = str(folder)
+  (run / 'config.json').write_text(json.dumps(config))
+  asked = [f'--workdir={run}', '--text=red plate', '--number=30']
+  retrieve.main([*asked, '--among=held_out'])
+  told = capsys.readouterr().out
+  assert 'held out' in told
+  assert 'trained on' not in told
+  with (folder / 'captions.jsonl').open('a') as file:
+    file.write('\n' + json.dumps(dict(image='30.png', caption='a red one')))
+  (folder / 'images' / '30.png').write_bytes(pairs_lib.png(3))
+  retrieve.main(asked)
+  assert 'trained on' not in capsys.readouterr().out
+  with pytest.raises(UserError, match='holds others: leave it out'):
+    retrieve.main([*asked, '--among=held_out'])
+
+
+def test_a_folder_of_videos_is_refused_before_all_are_decoded(
+  trained, tmp_path
+):
+  names = ['000.png', '001.png']
+  videos = [
+    dict(frames=frames, caption=f'video {i}')
+    for i, frames in enumerate((names, names[::-1]))
+  ]
+  folder = pairs_lib.write_folder(tmp_path / 'videos', videos, 2)
+  (folder / 'images' / '001.png').write_bytes(pairs_lib.png(1))
+  cache = tmp_path / 'cache'
+  with pytest.raises(UserError, match='num_frames must be 2 for'):
+    train.main(
+      [
+        f'--config={trained / "recipe.py"}',
+        f'--workdir={tmp_path / "run"}',
+        f'--config.data.cache_dir={cache}',
+        f'--config.data.pairs={folder}',
+      ]
+    )
+  assert not list(cache.rglob('*.npy'))
 
 
 def test_a_run_goes_on_as_if_it_had_not_stopped(trained):
@@ -254,6 +343,14 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(trained):
     (retrieve.main, [], 'give --text or --image'),
     (retrieve.main, ['--image=none.png'], 'none.png'),
     (generate.main, ['--image=none.png'], 'none.png'),
+    (retrieve.main, ['--text=shiny cars'], "none: 'shiny', 'cars'"),
+    (retrieve.main, ['--text=' + 'plate ' * 8], 'than data.seq_len = 8'),
+    (
+      retrieve.main,
+      ['--text=plate', '--out=/proc/x'],
+      "out '/proc/x' can't be",
+    ),
+    (generate.main, ['--image=a', '--image=b'], 'give --image once'),
     (generate.main, ['--image=x.png', '--kv=int8'], '--kv is of language'),
   ],
 )
@@ -264,12 +361,21 @@ def test_what_a_model_of_pictures_does_not_do(
     command([f'--workdir={trained / "run"}', *arguments])
 
 
+def test_a_prompt_of_unknown_words_is_refused(trained):
+  image = trained / 'data' / 'images' / '2.png'
+  with pytest.raises(UserError, match=r"--prompt must .* none: 'shiny'"):
+    generate.main(
+      [f'--workdir={trained / "run"}', f'--image={image}', '--prompt=shiny']
+    )
+
+
 @pytest.mark.parametrize(
   ('part', 'field', 'value'),
   [
     ('optimizer', 'grad_accumulation', 2),
     ('train', 'sample_tokens', 5),
     ('data', 'pairs', ''),
+    ('data', 'batch_size', 1),
   ],
 )
 def test_settings_that_pairs_do_not_have(part, field, value):

@@ -5,19 +5,27 @@ import dataclasses
 import pathlib
 import typing
 
+import jax
+import numpy as np
 import pytest
 
 from jaxsparse.config import (
   Config,
+  DataConfig,
   MemoryConfig,
   ModelConfig,
+  MoEConfig,
+  MultiModalConfig,
   OptimizerConfig,
   TableConfig,
+  TrainConfig,
+  VisionConfig,
 )
 from jaxsparse.config.errors import UserError
 from jaxsparse.config.saved_config import to_json
 from jaxsparse.data import tokenizer as tokenizer_lib
 from jaxsparse.data.pieces import Corpus, Piece
+from jaxsparse.nn.multimodal import MultiModalEncoder
 from jaxsparse.run import field_meanings
 from jaxsparse.training import resume
 from jaxsparse.training.resume import (
@@ -100,6 +108,81 @@ def test_refused_as_the_state_would_not_fit(config, change, tmp_path):
   save_config(CONFIG, tmp_path)
   with pytest.raises(UserError, match=change):
     open_workdir(config, tmp_path)
+
+
+def of_pictures(is_tied=True, **fields):
+  def stream(**more):
+    return ModelConfig(
+      num_layers=1, model_dim=16, num_heads=1, num_kv_heads=1, head_dim=8,
+      mlp_dim=8, **more,
+    )  # fmt: skip
+
+  vision = VisionConfig(
+    stream=stream(is_causal=False), image_size=4, patch_size=2
+  )
+  return Config(
+    model=stream(vocab_size=9, tie_embeddings=is_tied),
+    multimodal=MultiModalConfig(
+      vision=vision, fused_dim=8, num_fusion_layers=1, **fields
+    ),
+    data=DataConfig(pairs='pictures', tokenizer='words'),
+    train=TrainConfig(sample_tokens=0),
+  )
+
+
+@pytest.mark.parametrize(
+  ('before', 'after'),
+  [
+    (dict(), dict(matching_weight=1.0)),
+    (dict(matching_weight=0.5), dict(matching_weight=1.0)),
+    (dict(), dict(caption_weight=1.0)),
+    (dict(is_tied=False), dict(is_tied=False, caption_weight=1.0)),
+    (
+      dict(is_tied=False, caption_weight=2.0),
+      dict(is_tied=False, caption_weight=1.0),
+    ),
+    (
+      dict(matching_weight=1.0),
+      dict(matching_weight=1.0, contrastive_weight=0.0),
+    ),
+    (dict(), dict(contrastive='infonce')),
+    (
+      dict(num_frames=2, frame_choice='change'),
+      dict(num_frames=2, frame_choice='uniform'),
+    ),
+    (dict(num_frames=2, frame_choice='change'), dict(num_frames=2)),
+  ],
+)
+def test_parameters_are_others_where_it_is_said(before, after, tmp_path):
+  def shapes(config):
+    images = np.zeros((1, *config.multimodal.image_shape), np.float32)
+    module = MultiModalEncoder(config=config.multimodal, model=config.model)
+    tokens = np.ones((1, 3), np.int32)
+    params = jax.eval_shape(module.init, jax.random.key(0), tokens, images)
+    return jax.tree.map(lambda x: x.shape, params)
+
+  before, after = of_pictures(**before), of_pictures(**after)
+  save_config(before, tmp_path)
+  if shapes(before) == shapes(after):
+    _, (told,) = open_workdir(after, tmp_path)
+    assert 'from here on' in told
+  else:
+    with pytest.raises(UserError, match='and the parameters are others'):
+      open_workdir(after, tmp_path)
+
+
+@pytest.mark.parametrize('rates', [(0.0, 0.01), (0.01, 0.02)])
+def test_biases_of_experts_are_there_or_not(rates, tmp_path):
+  before, after = (
+    Config(model=ModelConfig(moe=MoEConfig(bias_update_rate=rate)))
+    for rate in rates
+  )
+  save_config(before, tmp_path)
+  if rates[0]:
+    assert 'from here on' in open_workdir(after, tmp_path)[1][0]
+  else:
+    with pytest.raises(UserError, match='and the parameters are others'):
+      open_workdir(after, tmp_path)
 
 
 def leaves(cls, prefix=''):

@@ -86,7 +86,7 @@ class Folder:
       decode.read_picture(self._bytes(name), size, str(self._images / name))
       for name in self._frames[number]
     ]
-    return np.stack(frames) if self._is_video else frames[0]
+    return np.stack(frames) if len(frames) > 1 else frames[0]
 
   def _bytes(self, name: str) -> bytes:
     try:

@@ -100,6 +100,39 @@ def read(config: DataConfig, corpora: pathlib.Path, say: Say = print) -> Corpus:
   )
 
 
+def whole(
+  config: DataConfig, corpora: pathlib.Path, say: Say = print
+) -> Corpus:
+  """All pairs of data.pairs as one split, to be searched and not learned.
+
+  Args:
+    config: names the pairs.
+    corpora: the folder of built corpora.
+    say: gets lines on what takes long.
+
+  Raises:
+    UserError: pairs can't be read.
+  """
+  collection = find(config, say)
+  percent = Percent('Hashing the pictures', len(collection.pairs), say)
+  content = hashlib.sha256(f'whole {_FORMAT}'.encode())
+  for number in range(len(collection.pairs)):
+    percent.reach(number)
+    content.update(collection.digest(number).encode())
+  key = content.hexdigest()[:24]
+  with builder.user_errors(corpora / key):
+    (corpora / key).mkdir(parents=True, exist_ok=True)
+  return Corpus(
+    key=key,
+    directory=corpora / key,
+    train=collection.pairs,
+    validation=[],
+    test=None,
+    validation_bytes=0,
+    pictures=collection,
+  )
+
+
 def _more(pair: Pair) -> list:
   """What a key is of besides, where a pair has it.
 

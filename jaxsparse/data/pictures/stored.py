@@ -24,6 +24,20 @@ MOST_BYTES = 1 << 32
 Read = Callable[[int], np.ndarray]
 
 
+def num_frames(corpus: Corpus, size: int) -> int:
+  """Pictures of each item: 1, or the frames of a video.
+
+  Args:
+    corpus: of pairs.
+    size: the pictures' side.
+
+  Raises:
+    UserError: the first one is broken.
+  """
+  shape = corpus.pictures.picture(corpus.train[0].number, size).shape
+  return shape[0] if len(shape) == 4 else 1
+
+
 def reader(
   corpus: Corpus, size: int, say: Callable[[str], None] = print
 ) -> Read:

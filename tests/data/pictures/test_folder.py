@@ -86,6 +86,12 @@ def test_links_in_circles_and_another_ones_folder(tmp_path, monkeypatch):
     Folder(folder)
 
 
+def test_a_video_of_one_frame_is_a_picture(tmp_path):
+  lines = [dict(frames=['000.png'], caption='first')]
+  folder = Folder(pairs.write_folder(tmp_path, lines))
+  assert folder.picture(0, 8).shape == (8, 8, 3)
+
+
 A, B = dict(image='000.png', caption='a'), dict(image='001.png', caption='b')
 
 
