@@ -69,6 +69,7 @@ MAX_MILLIONS = {
   'multimodal:four_shapes_late': 0.12,
   'multimodal:frames': 0.288,
   'multimodal:frames_routed': 0.293,
+  'multimodal:frames_covered': 0.293,
   'dcformer:405m': 420,
   'dcformer:834m': 853,
   'dcformer:1b4': 1454,
@@ -90,6 +91,7 @@ LESS += ('memory_plus:tiny', 'joined:tiny')
 # With the model of another, or with more to choose from.
 LESS += ('multimodal:emoji', 'multimodal:shapes_late', 'multimodal:frames')
 LESS += ('multimodal:four_shapes', 'multimodal:four_shapes_late')
+LESS += ('multimodal:frames_covered',)
 LESS += ('continued:rewarmed', 'continued:infinite', 'continued:annealed')
 TRACED = [
   pytest.param(
