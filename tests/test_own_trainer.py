@@ -12,6 +12,7 @@ import optax
 import pytest
 from lanes import few
 
+import jaxsparse
 from jaxsparse import mesh as mesh_lib
 from jaxsparse.config import Config, DataConfig, OptimizerConfig, TrainConfig
 from jaxsparse.training import step
@@ -115,3 +116,20 @@ def by_our_trainer(config, texts):
 def test_it_is_as_short_as_it_says():
   lines = GUIDE.read_text().splitlines()
   assert len([line for line in lines if line.strip()]) <= 66
+
+
+def test_an_axis_of_one_device_cuts_nothing(guide):
+  """Rows are read and written where there is but one part of a table."""
+  tokens = jax.numpy.zeros((4, LENGTH + 1), jax.numpy.int32)
+  init = jaxsparse.Transformer(guide.MODEL, axes=guide.AXES).init
+
+  def first_step(key, tokens):
+    params = init(key, tokens[:, :-1])['params']
+    optimizer = guide.make_optimizer(params, 3e-3)
+    state = optimizer.init(params)
+    return guide.take_step(optimizer, params, state, tokens)
+
+  mesh = jax.make_mesh((4, 1), ('replica', 'shard'), devices=jax.devices()[:4])
+  with jax.set_mesh(mesh):
+    _, _, loss = jax.eval_shape(first_step, jax.random.key(0), tokens)
+  assert loss.shape == ()

@@ -145,9 +145,11 @@ class _Door:
   def initialize(self, method: Callable) -> Any:
     """Calls the method with all that is whole, and places its parameters."""
     axes, lengths = self.axes, guest.free_axes()
+    # One of length 1 cuts nothing, and rows of what is said to lie over it
+    # could not be read without saying how these lie.
     cut = TableLayout(
       *(
-        tuple(a for a in names if a in lengths)
+        tuple(a for a in names if lengths.get(a, 1) > 1)
         for names in (axes.rows, axes.columns)
       ),
       tokens=(),

@@ -77,7 +77,7 @@ def _of_start(
 def _measured(
   before: Corpus, most_bytes: int, say: Callable[[str], None]
 ) -> Corpus:
-  """The corpus with no more validation text than that, evenly taken.
+  """The corpus with about as much validation text, in pieces taken evenly.
 
   The whole may take longer to read than the run takes to train.
   """
