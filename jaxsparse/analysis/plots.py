@@ -19,6 +19,13 @@ from jaxsparse.run import workdir
 
 Row = Mapping[str, Any]
 
+# What the validation loss of pictures with texts is, by what is there besides.
+_LOSSES_OF_PAIRS = dict(
+  caption_loss='nats per token of captions',
+  captions_recall_at_1='1 - mean R@1',
+  chosen='share wrong',
+)
+
 # Okabe and Ito's colours, which colour-blind readers can distinguish.
 COLOURS = (
   '#0072b2', '#d55e00', '#009e73', '#cc79a7', '#e69f00', '#56b4e9', '#000000'
@@ -120,8 +127,9 @@ def _plot_loss(axes: Any, rows: Sequence[Row], baselines: Mapping) -> None:
     line = smooth(values, max(1, len(values) // 30))
     _draw(axes, steps, line, color=COLOURS[0], label='train')
   steps, validation = _series(rows, f'validation_{key}')
+  of_pairs = _loss_of_pairs(rows)
   if len(validation):
-    label = f'validation ({validation[-1]:.3f} at the end)'
+    label = f'validation{of_pairs} ({validation[-1]:.3f} at the end)'
     axes.plot(steps, validation, 'o-', color=COLOURS[1], label=label)
   steps, old = _series(rows, f'old_validation_{key}')
   if len(old):
@@ -136,9 +144,22 @@ def _plot_loss(axes: Any, rows: Sequence[Row], baselines: Mapping) -> None:
   limit_loss(axes, [*values, *validation, *old, *level.values()])
   axes.set_title('Loss')
   axes.set_xlabel('step')
-  axes.set_ylabel('bits per byte' if in_bits else 'nats per token')
+  of_text = 'bits per byte' if in_bits else 'nats per token'
+  axes.set_ylabel('loss' if of_pairs else of_text)
   if axes.get_legend_handles_labels()[0]:
     axes.legend(loc='upper right')
+
+
+def _loss_of_pairs(rows: Sequence[Row]) -> str:
+  """What the validation loss of pictures with texts is; empty for text.
+
+  It is another one than is trained, see `PairValidation.loss`.
+  """
+  keys = {key for row in rows for key in row}
+  for key, what in _LOSSES_OF_PAIRS.items():
+    if f'validation_{key}' in keys:
+      return f': {what}'
+  return ''
 
 
 def set_heading(figure: Any, title: str, explanation: str) -> None:

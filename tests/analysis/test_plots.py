@@ -3,6 +3,7 @@
 
 import numpy as np
 import pytest
+from matplotlib import figure
 
 from jaxsparse.analysis import plots
 
@@ -43,6 +44,29 @@ def test_training_picture(rows, tmp_path):
   path = tmp_path / 'plots' / 'training.png'
   plots.plot_training(rows, path, {'gzip': 2.5, 'xz': 2.1})
   assert _is_picture(path)
+
+
+@pytest.mark.parametrize(
+  ('rows', 'axis', 'told'),
+  [
+    ([dict(step=9, validation_loss=2.0)], 'nats per token', 'validation (2.0'),
+    (
+      [dict(step=9, validation_loss=0.2, validation_captions_recall_at_1=0.8)],
+      'loss',
+      'validation: 1 - mean R@1 (0.2',
+    ),
+    (
+      [dict(step=9, validation_loss=0.2, validation_caption_loss=0.2)],
+      'loss',
+      'validation: nats per token of captions (0.2',
+    ),
+  ],
+)
+def test_a_loss_says_what_it_is(rows, axis, told):
+  axes = figure.Figure().add_subplot()
+  plots._plot_loss(axes, rows, {})
+  assert axes.get_ylabel() == axis
+  assert axes.get_legend_handles_labels()[1][0].startswith(told)
 
 
 def test_series_keeps_finite_numbers_only():
