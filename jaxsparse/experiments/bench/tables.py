@@ -317,9 +317,13 @@ def draw(records: list[dict], path: str) -> None:
         for task in warm
       ]
       place = [j + (i - 0.5) * 0.4 for j in range(len(warm))]
-      axes.bar(place, ratios, 0.4, color=COLOURS[i], label=name)
+      # From 1, as a logarithmic axis has no other bottom that means something.
+      heights = [ratio - 1 for ratio in ratios]
+      axes.bar(place, heights, 0.4, bottom=1, color=COLOURS[i], label=name)
     axes.axhline(1.0, color='black', linewidth=0.8)
     axes.set_xticks(range(len(warm)), warm)
     axes.set_yscale('log')
+    axes.yaxis.set_major_formatter('{x:g}')
+    axes.yaxis.set_minor_formatter('{x:g}')
     axes.set_ylabel('times as long')
     axes.legend()
