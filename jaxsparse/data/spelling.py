@@ -45,16 +45,27 @@ def piece_bytes(piece: str) -> bytes:
   return piece.replace('\u2581', ' ').encode()
 
 
-def unknown_parts(tokenizer: tokenizers.Tokenizer, text: str) -> list[str]:
-  """Parts of a text whose token stands for all that is unknown."""
-  found = tokenizer.encode(text, add_special_tokens=False)
+def unknown_id(tokenizer: tokenizers.Tokenizer) -> int | None:
+  """Of the token that stands for all that is unknown."""
   model = json.loads(tokenizer.to_str())['model']
   # Unigram has its number, others its text.
-  unknown = model.get('unk_id')
-  if model.get('unk_token') is not None:
-    unknown = tokenizer.token_to_id(model['unk_token'])
+  if model.get('unk_token') is None:
+    return model.get('unk_id')
+  return tokenizer.token_to_id(model['unk_token'])
+
+
+def parts_of(
+  tokenizer: tokenizers.Tokenizer, token: int | None, text: str
+) -> list[str]:
+  """Parts of a text that become one token."""
+  found = tokenizer.encode(text, add_special_tokens=False)
   return [
     text[slice(*place)].strip()
     for i, place in zip(found.ids, found.offsets, strict=True)
-    if i == unknown
+    if i == token
   ]
+
+
+def sound(text: str) -> str:
+  """The text, with a question mark for what UTF-8 has no bytes for."""
+  return text.encode('utf-8', 'replace').decode()

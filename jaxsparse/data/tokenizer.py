@@ -131,9 +131,8 @@ class JsonTokenizer:
     self.vocab_size = max(tokenizer.get_vocab().values()) + 1
 
   def encode(self, text: str, has_markers: bool = False) -> np.ndarray:
-    text = text.encode('utf-8', 'replace').decode()
     tokenizer = self._with_markers if has_markers else self._tokenizer
-    encoding = tokenizer.encode(text, add_special_tokens=False)
+    encoding = tokenizer.encode(spelling.sound(text), add_special_tokens=False)
     return np.asarray(encoding.ids, np.int32)
 
   def decode(self, ids: Ids) -> str:
@@ -147,8 +146,8 @@ class JsonTokenizer:
     return b''.join(self._byte_table.get(i, b'') for i in _as_list(ids))
 
   def unknown(self, text: str) -> list[str]:
-    text = text.encode('utf-8', 'replace').decode()
-    return spelling.unknown_parts(self._tokenizer, text)
+    text = spelling.sound(text)
+    return spelling.parts_of(self._tokenizer, self._unknown_id, text)
 
   def save(self, workdir: Workdir) -> None:
     _write(workdir, JSON_NAME, self._tokenizer.to_str().encode())
@@ -162,6 +161,10 @@ class JsonTokenizer:
   def _with_markers(self) -> tokenizers.Tokenizer:
     # Another one: threads encode at the same time.
     return tokenizers.Tokenizer.from_str(self._tokenizer.to_str())
+
+  @functools.cached_property
+  def _unknown_id(self) -> int | None:
+    return spelling.unknown_id(self._tokenizer)
 
   @functools.cached_property
   def _silent(self) -> frozenset[int]:
@@ -213,7 +216,7 @@ class SentencePieceTokenizer:
     )
 
   def encode(self, text: str, has_markers: bool = False) -> np.ndarray:
-    text = text.encode('utf-8', 'replace').decode()
+    text = spelling.sound(text)
     parts = spelling.split_at(self.markers, text) if has_markers else [text]
     ids = (
       [self.markers[part]]
@@ -249,8 +252,7 @@ class SentencePieceTokenizer:
     return spelling.piece_bytes(self._processor.id_to_piece(i))
 
   def unknown(self, text: str) -> list[str]:
-    text = text.encode('utf-8', 'replace').decode()
-    pieces = self._processor.encode_as_pieces(text)
+    pieces = self._processor.encode_as_pieces(spelling.sound(text))
     to_id, unknown = self._processor.piece_to_id, self._processor.unk_id()
     return [x.strip('\u2581') for x in pieces if to_id(x) == unknown]
 

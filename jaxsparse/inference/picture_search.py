@@ -168,7 +168,7 @@ class PictureSearch:
   def _tell_of_long(self, say: Callable[[str], None]) -> None:
     length = self._config.data.seq_len
     number = sum(
-      len(self._tokenizer.encode(pair.captions[0])) >= length
+      batches.row_length(self._tokenizer, pair.captions[0]) > length
       for pair in self._pairs
     )
     if number:
@@ -200,11 +200,11 @@ def require_room(
     text: that is asked for.
     name: of the flag with the text.
   """
-  length, number = config.data.seq_len, len(tokenizer.encode(text))
+  length, number = config.data.seq_len, batches.row_length(tokenizer, text)
   require(
-    number < length,
+    number <= length,
     f'{name} must have fewer than data.seq_len = {length} tokens of this '
-    f'model, got {number}.',
+    f'model, got {number - 1}.',
   )
 
 

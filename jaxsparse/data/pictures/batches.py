@@ -193,6 +193,12 @@ def text_row(
   return dict(row, loss_weight=weight)
 
 
+def row_length(tokenizer: Tokenizer, caption: str) -> int:
+  """Tokens of a row that has the whole caption, and no prompt before it."""
+  # With what begins it, as the boundary is a target alone.
+  return 1 + len(tokenizer.encode(caption))
+
+
 def tell_of_long_captions(
   config: DataConfig,
   corpus: Corpus,
@@ -208,8 +214,7 @@ def tell_of_long_captions(
   for pair in (*corpus.train, *corpus.validation, *(corpus.test or ())):
     given = len(tokenizer.encode(pair.prompt))
     for caption in pair.captions:
-      # With what begins it, as the boundary is a target alone.
-      length = 1 + given + len(tokenizer.encode(caption))
+      length = given + row_length(tokenizer, caption)
       longest, total = max(longest, length), total + 1
       number += length > config.seq_len
     if given >= config.seq_len:

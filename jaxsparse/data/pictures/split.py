@@ -6,7 +6,7 @@ import hashlib
 import json
 import pathlib
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from etils import epath
 
@@ -61,11 +61,7 @@ def read(config: DataConfig, corpora: pathlib.Path, say: Say = print) -> Corpus:
     )
   if config.without and len(pairs) == len(collection.pairs):
     say(f'data.without = {config.without!r} is in no first caption.')
-  percent = Percent('Hashing the pictures', len(pairs), say)
-  digests = []
-  for pair in pairs:
-    percent.reach(len(digests))
-    digests.append(collection.digest(pair.number))
+  digests = _digests(collection, pairs, say)
   items = classes([
     [('picture', digest), ('meaning', pair.meaning or pair.captions[0])]
     for pair, digest in zip(pairs, digests, strict=True)
@@ -83,9 +79,7 @@ def read(config: DataConfig, corpora: pathlib.Path, say: Say = print) -> Corpus:
   ]
   identity = json.dumps(['pairs', _FORMAT, *shares, content])
   key = hashlib.sha256(identity.encode()).hexdigest()[:24]
-  directory = corpora / key
-  with builder.user_errors(directory):
-    directory.mkdir(parents=True, exist_ok=True)
+  directory = _made(corpora / key)
   _tell(splits, items, say)
   return Corpus(
     key=key,
@@ -114,23 +108,33 @@ def whole(
     UserError: pairs can't be read.
   """
   collection = find(config, say)
-  percent = Percent('Hashing the pictures', len(collection.pairs), say)
-  content = hashlib.sha256(f'whole {_FORMAT}'.encode())
-  for number in range(len(collection.pairs)):
-    percent.reach(number)
-    content.update(collection.digest(number).encode())
-  key = content.hexdigest()[:24]
-  with builder.user_errors(corpora / key):
-    (corpora / key).mkdir(parents=True, exist_ok=True)
+  digests = _digests(collection, collection.pairs, say)
+  identity = f'whole {_FORMAT}{"".join(digests)}'
+  key = hashlib.sha256(identity.encode()).hexdigest()[:24]
   return Corpus(
     key=key,
-    directory=corpora / key,
+    directory=_made(corpora / key),
     train=collection.pairs,
     validation=[],
     test=None,
     validation_bytes=0,
     pictures=collection,
   )
+
+
+def _digests(collection: Pairs, pairs: Sequence[Pair], say: Say) -> list[str]:
+  percent = Percent('Hashing the pictures', len(pairs), say)
+  digests = []
+  for pair in pairs:
+    percent.reach(len(digests))
+    digests.append(collection.digest(pair.number))
+  return digests
+
+
+def _made(directory: pathlib.Path) -> pathlib.Path:
+  with builder.user_errors(directory):
+    directory.mkdir(parents=True, exist_ok=True)
+  return directory
 
 
 def _more(pair: Pair) -> list:

@@ -11,6 +11,7 @@ from jaxsparse.nn.block import Cache
 from jaxsparse.nn.door import portable
 from jaxsparse.nn.layers import Metrics
 from jaxsparse.nn.leading import Leading
+from jaxsparse.nn.multimodal.masks import positions_of
 from jaxsparse.nn.stream import check_split
 from jaxsparse.nn.transformer import Transformer
 
@@ -125,7 +126,7 @@ def behind_prefix(
   )
   return dict(
     tokens=tokens,
-    positions=jnp.maximum(jnp.cumsum(segment_ids, axis=1) - 1, 0),
+    positions=positions_of(segment_ids),
     segment_ids=segment_ids,
     inputs=inputs,
     is_input=is_input > 0,
